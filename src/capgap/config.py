@@ -1,0 +1,221 @@
+"""The typed recipe of a sweep: strict loading of TOML, overrides, and its hash. No torch."""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from capgap.errors import UserError
+from capgap.sizes import parse_count
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+LearningRate = Literal["auto"] | Annotated[float, Field(gt=0)]
+Init = Literal["pruned", "fixed", "scratch"]
+Architecture = Literal["llama", "gpt_neox", "gpt2"]
+
+
+class Section(BaseModel):
+    """A table of a recipe: unknown keys are errors, values cannot change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CorpusSection(Section):
+    """Text in. `source` is `stdlib`, a file, a folder, a glob or a Hugging Face dataset name."""
+
+    source: str = "stdlib"
+    text_column: str = "text"
+    separator: str = "<|endoftext|>"
+    heldout_source: str | None = None
+    tokenizer: str | None = None
+    vocabulary: Count = 2048
+    window: Annotated[int, Field(ge=8)] = 128
+    max_bytes: Count | None = None
+    heldout_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    heldout_tokens: Count = 60_000
+    max_epochs: Annotated[float, Field(gt=0)] = 4.0
+
+
+class TeachersSection(Section):
+    """Either a ladder to train (`sizes`, `tokens`) or models that exist (`models`)."""
+
+    sizes: tuple[Count, ...] = ()
+    tokens: Count | None = None
+    models: tuple[str, ...] = ()
+    learning_rate: LearningRate = "auto"
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "TeachersSection":
+        if bool(self.sizes) == bool(self.models):
+            raise ValueError("give either sizes (a ladder to train) or models (folders or names)")
+        if self.sizes and self.tokens is None:
+            raise ValueError("a ladder to train needs tokens")
+        return self
+
+
+class StudentsSection(Section):
+    """Sizes are non-embedding parameters; every size is distilled for every token budget."""
+
+    sizes: Annotated[tuple[Count, ...], Field(min_length=1)]
+    tokens: Annotated[tuple[Count, ...], Field(min_length=1)]
+    inits: Annotated[tuple[Init, ...], Field(min_length=1)] = ("pruned",)
+    learning_rate: LearningRate = "auto"
+
+
+class TrainingSection(Section):
+    """What teachers, students and baselines share; alpha weighs the teacher's part of the loss."""
+
+    batch_tokens: Count = 2048
+    micro_batch_tokens: Count | None = None
+    alpha: Fraction = 0.5
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    warmup_fraction: Fraction = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    decay_embeddings: bool = False
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class RunSection(Section):
+    """How the work is carried out; nothing here changes what is asked for."""
+
+    device: str = "auto"
+    workers: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 30.0
+
+
+class Recipe(Section):
+    """A sweep: a grid of teachers and students over one corpus."""
+
+    name: str
+    description: str = ""
+    architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = ("llama",)
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    baselines: Literal["all", "best_and_largest"] = "all"
+    scoring_tokens: Count = 32_768
+    corpus: CorpusSection = CorpusSection()
+    teachers: TeachersSection
+    students: StudentsSection
+    training: TrainingSection = TrainingSection()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        window, batch = self.corpus.window, self.training.batch_tokens
+        if batch % window:
+            raise ValueError(
+                f"training.batch_tokens {batch} is not a multiple of corpus.window {window}"
+            )
+        micro = self.training.micro_batch_tokens
+        if micro is not None and (micro % window or batch % micro):
+            raise ValueError(
+                f"training.micro_batch_tokens {micro} must be a multiple of corpus.window {window}"
+                f" and divide training.batch_tokens {batch}"
+            )
+        shortest = min(self.students.tokens)
+        if shortest < batch:
+            raise ValueError(f"students.tokens {shortest} is less than one batch of {batch}")
+        return self
+
+    def hash(self) -> str:
+        """Of everything that changes the results: the name and [run] do not."""
+        content = self.model_dump(mode="json", exclude={"name", "description", "run"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a TOML recipe and applies overrides such as `students.tokens=["1M"]`.
+
+    UserError: no such file, not TOML, an unknown key (names the nearest), a value out of range.
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        known = ", ".join(sorted(shipped_recipes()))
+        raise UserError(f"no recipe {str(path)!r}; shipped recipes: {known}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read recipe {str(path)!r}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_recipe(data, where=str(path))
+
+
+def parse_recipe(data: dict[str, Any], *, where: str = "recipe") -> Recipe:
+    """A recipe from plain data; UserError names the key, its value and what was expected."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(error)}") from None
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(__file__).parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """A path as it is; a bare name such as `laptop` is looked up among the shipped recipes."""
+    path = Path(name_or_path)
+    if not path.exists() and name_or_path in shipped_recipes():
+        return shipped_recipes()[name_or_path]
+    return path
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, leaf = key.strip().split(".")
+    table = data
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise UserError(f"override {override!r}: {parent!r} is not a table")
+    table[leaf] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    # a misspelt key is also a missing one: the spelling is what to tell
+    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    key = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict):
+        return f"{key}: {message}" if key else message
+    return f"{key} = {problem['input']!r}: {message}"
+
+
+def _is_branch(part: object) -> bool:
+    """Pydantic adds the tried branch of a union to the location; a user has not written that."""
+    return isinstance(part, str) and (
+        part.startswith(("literal[", "constrained-")) or part in {"float", "int", "str"}
+    )
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        section = annotation
+    return sorted(section.model_fields)

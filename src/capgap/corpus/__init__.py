@@ -1,0 +1,1 @@
+"""Text in, tokens out: sources, tokenizer, token shards, batches. Imports no torch."""

@@ -1,0 +1,217 @@
+"""A source becomes a folder of token shards with a manifest: built whole or not at all, reused."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capgap.corpus.sources import DEFAULT_SEPARATOR, open_source
+from capgap.corpus.tokenizer import load_tokenizer, tokenizer_hash
+from capgap.corpus.tokens import MANIFEST, Corpus, damage, load_corpus, read_manifest
+from capgap.corpus.write import Options, Progress, write_corpus
+from capgap.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_VOCABULARY = 2048
+
+
+def prepare_corpus(
+    source: str,
+    directory: Path | str,
+    *,
+    vocabulary: int = DEFAULT_VOCABULARY,
+    tokenizer: "PreTrainedTokenizerFast | str | Path | None" = None,
+    text_column: str = "text",
+    separator: str = DEFAULT_SEPARATOR,
+    window: int = 128,
+    heldout_source: str | None = None,
+    heldout_fraction: float = 0.02,
+    heldout_tokens: int = 60_000,
+    max_bytes: int | None = None,
+    max_train_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Turn text into tokens for training and evaluation, or reuse what lies there unchanged.
+
+    Exact duplicates go first. Then every document belongs to one part by its content alone, and
+    adding documents moves none. The folder is written beside its place and renamed, so it is
+    never half there; processes that prepare the same one wait for each other.
+
+    Args:
+        source: what `open_source` takes.
+        directory: the folder to make; an existing corpus in it is replaced if it does not fit.
+        vocabulary: tokens of the tokenizer trained on the training part; not used with `tokenizer`.
+        tokenizer: one to use instead, such as a teacher's: itself, its folder or its hub name.
+        text_column: the column with the text, for JSON lines, parquet and datasets.
+        separator: the line that parts documents within a text file.
+        window: tokens a training window predicts; another number needs no new preparation.
+        heldout_source: text to evaluate on; the source itself is then all for training, save
+            documents that this text has too.
+        heldout_fraction: share of documents held out otherwise; more of few documents, see
+            `split_for`.
+        heldout_tokens: upper limit of the tokens to evaluate on.
+        max_bytes: take documents from the source until they are so many bytes.
+        max_train_tokens: upper limit of training tokens.
+        progress: called with ("read" | "tokenize", bytes done, bytes in all or None).
+
+    Raises:
+        UserError: unreadable, empty or too small source; impossible options; no disk space; a
+            folder that holds something else.
+    """
+    _check(heldout_fraction, heldout_tokens, max_bytes, max_train_tokens)
+    opened = open_source(source, text_column=text_column, separator=separator)
+    heldout = None
+    if heldout_source is not None:
+        heldout = open_source(heldout_source, text_column=text_column, separator=separator)
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer)
+    options = Options(
+        vocabulary=vocabulary if tokenizer is None else None,
+        tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
+        heldout_fraction=heldout_fraction,
+        heldout_tokens=heldout_tokens,
+        max_bytes=max_bytes,
+        max_train_tokens=max_train_tokens,
+    )
+    request = {
+        "options": asdict(options),
+        "source": opened.fingerprint(),
+        "heldout_source": None if heldout is None else heldout.fingerprint(),
+    }
+    directory = Path(directory).expanduser().absolute()
+    with _only_process(directory.parent):
+        reason = _why_prepare(directory, request)
+        if reason is not None:
+            logger.info("preparing the corpus in %s: %s", directory, reason)
+            with _replaced(directory) as partial:
+                write_corpus(
+                    partial,
+                    opened,
+                    heldout,
+                    options,
+                    tokenizer=tokenizer,
+                    request=request,
+                    window=window,
+                    progress=progress or _no_progress,
+                )
+    return load_corpus(directory, window=window)
+
+
+def _no_progress(stage: str, done: int, total: int | None) -> None:
+    """Tells nobody."""
+
+
+def _check(
+    heldout_fraction: float,
+    heldout_tokens: int,
+    max_bytes: int | None,
+    max_train_tokens: int | None,
+) -> None:
+    if not 0 < heldout_fraction < 1:
+        raise UserError(f"heldout_fraction {heldout_fraction} must lie between 0 and 1")
+    limits = {
+        "heldout_tokens": heldout_tokens,
+        "max_bytes": max_bytes,
+        "max_train_tokens": max_train_tokens,
+    }
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise UserError(f"{name} {limit} must be 1 or more")
+
+
+def _why_prepare(directory: Path, request: dict[str, Any]) -> str | None:
+    """Why what lies in the folder cannot be used as it is, in words; None if it can."""
+    if not directory.exists():
+        return "it is new"
+    manifest = read_manifest(directory)
+    if manifest is None:
+        if not directory.is_dir() or (any(directory.iterdir()) and not _is_corpus(directory)):
+            raise UserError(f"{directory} exists and is no corpus: name another folder for it")
+        return "it was made by another version"
+    # As the manifest holds it: tuples are lists there.
+    asked, had = json.loads(json.dumps(request)), manifest["request"]
+    for name, value in asked["options"].items():
+        if had["options"].get(name) != value:
+            return f"{name} is {value}, was {had['options'].get(name)}"
+    for role in ("source", "heldout_source"):
+        if asked[role] != had[role]:
+            return _what_changed(role, asked[role], had[role])
+    problem = damage(directory, manifest)
+    return None if problem is None else f"it is damaged: {problem}"
+
+
+def _is_corpus(directory: Path) -> bool:
+    return (directory / MANIFEST).is_file()
+
+
+def _what_changed(role: str, asked: dict[str, Any] | None, had: dict[str, Any] | None) -> str:
+    label = role.replace("_", " ")
+    if asked is None or had is None or asked["name"] != had["name"]:
+        return f"the {label} is another"
+    for name in ("text_column", "separator"):
+        if asked[name] != had[name]:
+            return f"the {label}'s {name} is {asked[name]!r}, was {had[name]!r}"
+    before = {path: rest for path, *rest in had["files"]}
+    now = {path: rest for path, *rest in asked["files"]}
+    changed = sorted(path for path in before | now if before.get(path) != now.get(path))
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    return f"the {label} changed: {changed[0]}{more}" if changed else f"the {label} is another"
+
+
+@contextmanager
+def _only_process(folder: Path) -> Iterator[None]:
+    """Wait until no other process prepares a corpus in this folder. Leaves no lock file behind."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some network file systems have no locks on folders.
+            logger.warning("no lock on %s (%s): prepare in one process", folder, error.strerror)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _replaced(directory: Path) -> Iterator[Path]:
+    """A folder to fill that takes the place of `directory` at the end, or vanishes on any error."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    old = directory.with_name(f".{directory.name}.old")
+    try:
+        # Left by a process that was killed; the lock says that none is at work on it.
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        if directory.exists():
+            directory.rename(old)
+        partial.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # The tokenizers library reports a full disk by its text alone.
+        is_full = "os error 28" in str(error)
+        if is_full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no disk space left for the corpus in {directory.parent}: free some, or name a "
+                "folder on another disk"
+            ) from error
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write the corpus in {directory}: {error}") from error
+        raise

@@ -1,0 +1,223 @@
+"""Where text comes from: the standard library, files, folders, globs, Hugging Face datasets."""
+
+import glob
+import hashlib
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from capgap.corpus.hub import HUB_NAME, hub_revision, looks_like_path
+from capgap.corpus.readers import (
+    PLAIN_SUFFIXES,
+    SUFFIXES,
+    missing_column,
+    read_documents,
+    text_of_row,
+)
+from capgap.errors import UserError
+
+STANDARD_LIBRARY = "stdlib"
+DEFAULT_SEPARATOR = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Text that can be read any number of times, always in the same order.
+
+    Attributes:
+        name: what the user wrote.
+        kind: which reading it got.
+        root: the folder that the files' names in the manifest are relative to, if there is one.
+        files: what it is read from, sorted; empty for a dataset.
+    """
+
+    name: str
+    kind: Literal["stdlib", "files", "dataset"]
+    root: Path | None
+    files: tuple[Path, ...]
+    text_column: str
+    separator: str
+
+    def documents(self) -> Iterator[bytes]:
+        """Yield every document that is more than white space, one after the other.
+
+        Raises:
+            UserError: a file or the hub cannot be read, or the text column is missing.
+        """
+        for document in self._read():
+            if document.strip():
+                yield document
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What changes when the source changes, without reading it: sizes and times of files.
+
+        A dataset has its name alone, so that a prepared corpus can be reused without a network.
+        """
+        files = []
+        for path in self.files:
+            status = _status(path)
+            files.append([str(path), status.st_size, status.st_mtime_ns])
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "text_column": self.text_column,
+            "separator": self.separator,
+            "files": files,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of the source; reads every file once for its sha256."""
+        description: dict[str, Any] = {"name": self.name, "kind": self.kind}
+        if self.kind == "dataset":
+            dataset, _, _ = _dataset_parts(self.name)
+            description["revision"] = hub_revision(dataset, kind="dataset")
+            return description
+        if self.kind == "stdlib":
+            description["python"] = sys.version.split()[0]
+        description["files"] = [
+            {"path": self._label(path), "bytes": _status(path).st_size, "sha256": _sha256(path)}
+            for path in self.files
+        ]
+        return description
+
+    def _label(self, path: Path) -> str:
+        return str(path if self.root is None else path.relative_to(self.root))
+
+    def _read(self) -> Iterator[bytes]:
+        if self.kind == "dataset":
+            yield from _read_dataset(self.name, self.text_column)
+            return
+        for path in self.files:
+            yield from read_documents(path, text_column=self.text_column, separator=self.separator)
+
+
+def open_source(
+    source: str, *, text_column: str = "text", separator: str = DEFAULT_SEPARATOR
+) -> Source:
+    """Find out what `source` names; reads no text yet.
+
+    Args:
+        source: `stdlib` (every .py file of the running interpreter's standard library), a file, a
+            folder (its .txt, .md and .py files), a glob, or a Hugging Face dataset as `name`,
+            `name:config` or `name:config:split` (split `train` if none is named).
+        text_column: the column with the text, for JSON lines, parquet and datasets.
+        separator: the line that parts documents within a text file.
+
+    Raises:
+        UserError: nothing of that name, or nothing in it that can be read.
+    """
+    if not source.strip():
+        raise UserError("the corpus has no name: give a file, folder, glob, dataset or 'stdlib'")
+    if not separator or "\n" in separator:
+        raise UserError(f"separator {separator!r} must be the text of exactly one line")
+    options = {"text_column": text_column, "separator": separator}
+    if source == STANDARD_LIBRARY:
+        root, files = _standard_library_files()
+        return Source(source, "stdlib", root, files, **options)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Source(source, "files", path, _folder_files(path), **options)
+    if path.exists():
+        return Source(source, "files", None, (path,), **options)
+    if glob.has_magic(source):
+        return Source(source, "files", None, _glob_files(str(path)), **options)
+    if looks_like_path(source, suffixes=SUFFIXES):
+        raise UserError(f"no such file or folder: {source}")
+    _dataset_parts(source)
+    return Source(source, "dataset", None, (), **options)
+
+
+def _standard_library_files() -> tuple[Path, tuple[Path, ...]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    if not (root / "os.py").is_file():
+        raise UserError(
+            f"corpus 'stdlib': this Python has no standard library as files in {root}; name a text "
+            "file or folder instead"
+        )
+    return root, _walk(root, (".py",), skip=("site-packages", "dist-packages"))
+
+
+def _folder_files(folder: Path) -> tuple[Path, ...]:
+    files = _walk(folder, PLAIN_SUFFIXES)
+    if not files:
+        raise UserError(
+            f"folder {folder} holds no {', '.join(PLAIN_SUFFIXES)} file; for other kinds give a "
+            f"glob such as {folder}/*.parquet"
+        )
+    return files
+
+
+def _glob_files(pattern: str) -> tuple[Path, ...]:
+    found = (Path(match) for match in sorted(glob.glob(pattern, recursive=True)))
+    files = tuple(path for path in found if path.is_file() and _readable_suffix(path, SUFFIXES))
+    if not files:
+        raise UserError(f"no file matches {pattern} with a suffix of {', '.join(SUFFIXES)}")
+    return files
+
+
+def _walk(root: Path, suffixes: tuple[str, ...], *, skip: tuple[str, ...] = ()) -> tuple[Path, ...]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read folder {error.filename}: {error.strerror}") from error
+
+    files = []
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if name not in skip]
+        files += [Path(folder, name) for name in names if _readable_suffix(Path(name), suffixes)]
+    # A link may point nowhere; only what is there as a file is part of the text.
+    return tuple(sorted(path for path in files if path.is_file()))
+
+
+def _readable_suffix(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return path.name.lower().endswith(suffixes)
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _dataset_parts(source: str) -> tuple[str, str | None, str]:
+    """Name, config and split of `name[:config[:split]]`."""
+    name, *rest = source.split(":")
+    if not HUB_NAME.fullmatch(name) or len(rest) > 2:
+        raise UserError(
+            f"{source!r} is neither a file nor a dataset name (name, name:config or "
+            "name:config:split)"
+        )
+    config = rest[0] if rest and rest[0] else None
+    split = rest[1] if len(rest) == 2 and rest[1] else "train"
+    return name, config, split
+
+
+def _read_dataset(source: str, text_column: str) -> Iterator[bytes]:
+    name, config, split = _dataset_parts(source)
+    # Asked first and once: the datasets library would retry for minutes without a network. The
+    # revision keeps a second reading equal to the first.
+    revision = hub_revision(name, kind="dataset")
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=True, revision=revision)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"dataset {source!r}: {str(error).splitlines()[0]}") from error
+    for row in rows:
+        if text_column not in row:
+            raise missing_column(f"dataset {source!r}", text_column, list(row))
+        where = f"dataset {source!r}"
+        text = text_of_row(row[text_column], where=where, text_column=text_column)
+        if text is not None:
+            yield text

@@ -1,0 +1,325 @@
+"""Byte-level BPE: training, and exact passage between bytes and token ids for any tokenizer.
+
+GPT-2's scheme: every byte is written as one printable character, text is cut into words and runs
+of white space, and BPE merges characters within them.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from capgap.corpus.hub import HUB_NAME, hub_revision, looks_like_path
+from capgap.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_DOCUMENT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # every byte and the end of a document
+
+# Text is handed over in pieces of about this size: they bound memory and are encoded in parallel.
+PIECE_CHARACTERS = 1 << 16
+GROUP_CHARACTERS = 1 << 22
+# Between a letter and white space every common pre-tokenizer makes a cut.
+PIECE_END = re.compile(r"[^\W\d_](?=[ \n])")
+# What bytes that are not UTF-8 become under the error handler "surrogateescape".
+INVALID_BYTES = re.compile("[\udc80-\udcff]+")
+
+
+class TokenCodec:
+    """Bytes to token ids and back, with a tokenizer's settings read once.
+
+    Special tokens that stand literally in a text are encoded as the text they are. With a
+    byte-level tokenizer a byte that is not UTF-8 becomes the token of that byte, so every byte
+    string comes back; any other tokenizer gets U+FFFD in its place.
+
+    Attributes:
+        is_byte_level: whether every byte string comes back.
+        end_of_document: id of the token that ends a document.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        # A copy, because padding, truncation and the treatment of special tokens are settings of
+        # the object, which stays the caller's.
+        self._tokenizer = tokenizer
+        self._backend: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = True
+        self._token_bytes = _token_bytes(self._backend)
+        self._byte_ids = _byte_ids(self._backend)
+        self.end_of_document = int(tokenizer.eos_token_id)
+        self.is_byte_level = self._comes_back("a\n b  c\u00e9\u4e2d\U0001f600 it's 12\n\n x ")
+        self._cuts_at_white_space = self.is_byte_level and _cuts_at_white_space(self._backend)
+
+    def encode(self, data: bytes) -> NDArray[np.int64]:
+        """Token ids of the bytes, int64 [num_tokens]; no end-of-document token."""
+        return self.encode_many([data])[0]
+
+    def encode_many(self, documents: Sequence[bytes]) -> list[NDArray[np.int64]]:
+        """Token ids of every document, each int64 [num_tokens]; runs on all cores."""
+        # Every document is a list of parts: a number into `texts`, or the ids of invalid bytes.
+        texts: list[str] = []
+        plans: list[list[int | list[int]]] = []
+        for document in documents:
+            plan: list[int | list[int]] = []
+            for part in self._parts(document):
+                if isinstance(part, bytes):
+                    plan.append([self._byte_ids[byte] for byte in part])
+                else:
+                    plan.append(len(texts))
+                    texts.append(part)
+            plans.append(plan)
+        encoded = self._encode_texts(texts)
+        return [
+            np.concatenate(
+                [
+                    np.empty(0, dtype=np.int64),
+                    *(encoded[p] if isinstance(p, int) else np.array(p) for p in plan),
+                ]
+            )
+            for plan in plans
+        ]
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The bytes that the token ids stand for; special tokens stand for none."""
+        if self.is_byte_level:
+            return b"".join(self._token_bytes[int(i)] for i in ids)
+        text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        return text.encode()
+
+    def byte_lengths(self) -> NDArray[np.int64]:
+        """Bytes that every token stands for, int64 [vocabulary]; 0 for special tokens.
+
+        Raises:
+            UserError: the tokenizer is not byte-level, so its tokens have no fixed bytes.
+        """
+        if not self.is_byte_level:
+            raise UserError("the tokenizer is not byte-level: its tokens have no fixed bytes")
+        size = max(self._token_bytes) + 1
+        return np.array([len(self._token_bytes.get(i, b"")) for i in range(size)], dtype=np.int64)
+
+    def _parts(self, document: bytes) -> Iterator[str | bytes]:
+        """Pieces of text, and the runs of invalid bytes between them."""
+        text = document.decode("utf-8", "surrogateescape")
+        if not self.is_byte_level:
+            yield INVALID_BYTES.sub(lambda found: "\ufffd" * len(found[0]), text)
+            return
+        start = 0
+        for found in INVALID_BYTES.finditer(text):
+            yield from self._pieces(text[start : found.start()])
+            yield found[0].encode("utf-8", "surrogateescape")
+            start = found.end()
+        yield from self._pieces(text[start:])
+
+    def _encode_texts(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        encoded: list[NDArray[np.int64]] = []
+        start = 0
+        while start < len(texts):
+            # The library's own results take some 100 bytes a token, so few are held at a time.
+            end, characters = start, 0
+            while end < len(texts) and (end == start or characters < GROUP_CHARACTERS):
+                characters += len(texts[end])
+                end += 1
+            group = self._backend.encode_batch_fast(texts[start:end], add_special_tokens=False)
+            encoded += [np.array(encoding.ids, dtype=np.int64) for encoding in group]
+            start = end
+        return encoded
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        start = 0
+        while self._cuts_at_white_space and len(text) - start > PIECE_CHARACTERS:
+            end = PIECE_END.search(text, start + PIECE_CHARACTERS)
+            if end is None:
+                break
+            yield text[start : end.end()]
+            start = end.end()
+        yield text[start:]
+
+    def _comes_back(self, text: str) -> bool:
+        if len(self._byte_ids) < 256:
+            return False
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        return b"".join(self._token_bytes.get(i, b"") for i in ids) == text.encode()
+
+
+def train_tokenizer(documents: Iterable[bytes], vocabulary: int) -> "PreTrainedTokenizerFast":
+    """Train a byte-level BPE tokenizer; the same documents give the same tokenizer.
+
+    Args:
+        documents: the text; bytes that are not UTF-8 teach nothing.
+        vocabulary: tokens wanted, with the 256 bytes and the end-of-document token (id 0, which
+            also begins and pads). A small text may give fewer.
+
+    Raises:
+        UserError: the vocabulary cannot hold every byte.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if vocabulary < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"vocabulary {vocabulary} is too small: {SMALLEST_VOCABULARY} or more hold every byte "
+            "and the end of a document"
+        )
+    backend: Any = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        min_frequency=2,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = (document.decode("utf-8", "ignore") for document in documents)
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_DOCUMENT,
+        eos_token=END_OF_DOCUMENT,
+        pad_token=END_OF_DOCUMENT,
+        # The default of some versions joins " ," into ",", which loses text.
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerFast":
+    """Load the tokenizer of a model folder or of a model on the Hugging Face hub.
+
+    Raises:
+        UserError: nothing there, not a fast tokenizer, or no end-of-document (eos) token.
+    """
+    from transformers import AutoTokenizer
+
+    name = str(Path(path_or_name).expanduser())
+    is_here = Path(name).exists() or _is_cached(name)
+    if not is_here:
+        if looks_like_path(name) or not HUB_NAME.fullmatch(name):
+            raise UserError(f"no such tokenizer folder: {name}")
+        # Without a network the loader below would retry for most of a minute.
+        hub_revision(name, kind="model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_here)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer in {name}: {str(error).splitlines()[0]}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {name} has no tokenizer.json; convert it to a fast one")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no eos token to end a document with")
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """sha256 of what decides a text's token ids: vocabulary, merges, cutting, added tokens, eos."""
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Not the post-processor: saving and loading writes an empty one where there was none.
+    kept = {key: description[key] for key in ("model", "normalizer", "pre_tokenizer")}
+    kept["added_tokens"] = [[t["id"], t["content"]] for t in description["added_tokens"]]
+    kept["end_of_document"] = tokenizer.eos_token_id
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def encode_bytes(tokenizer: "PreTrainedTokenizerFast", data: bytes) -> list[int]:
+    """Token ids of one byte string; see `TokenCodec`, which is faster for many calls."""
+    return TokenCodec(tokenizer).encode(data).tolist()
+
+
+def encode_many(
+    tokenizer: "PreTrainedTokenizerFast", documents: Sequence[bytes]
+) -> list[NDArray[np.int64]]:
+    """Token ids of every document, each int64 [num_tokens]; see `TokenCodec`."""
+    return TokenCodec(tokenizer).encode_many(documents)
+
+
+def decode_bytes(tokenizer: "PreTrainedTokenizerFast", ids: Iterable[int]) -> bytes:
+    """The bytes that token ids stand for; special tokens stand for none."""
+    return TokenCodec(tokenizer).decode(ids)
+
+
+def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> NDArray[np.int64]:
+    """Bytes of every token of a byte-level tokenizer, int64 [vocabulary]; 0 for special tokens."""
+    return TokenCodec(tokenizer).byte_lengths()
+
+
+def count_invalid_bytes(data: bytes) -> int:
+    """How many bytes are no part of valid UTF-8."""
+    if data.isascii():
+        return 0
+    text = data.decode("utf-8", "surrogateescape")
+    return sum(len(found[0]) for found in INVALID_BYTES.finditer(text))
+
+
+def compare_tokenizers(
+    first: "PreTrainedTokenizerFast", second: "PreTrainedTokenizerFast"
+) -> str | None:
+    """The lowest token id that means different things, in words, or None if all are equal."""
+    first_tokens = {i: token for token, i in first.get_vocab().items()}
+    second_tokens = {i: token for token, i in second.get_vocab().items()}
+    for i in sorted(first_tokens.keys() | second_tokens.keys()):
+        mine, other = first_tokens.get(i), second_tokens.get(i)
+        if mine != other:
+            return (
+                f"token {i} is {_quote(mine)} in one and {_quote(other)} in the other "
+                f"({len(first_tokens)} and {len(second_tokens)} tokens)"
+            )
+    return None
+
+
+def _quote(token: str | None) -> str:
+    return "missing" if token is None else repr(token)
+
+
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    if not HUB_NAME.fullmatch(name):
+        return False
+    return isinstance(try_to_load_from_cache(name, "tokenizer.json"), str)
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's printable character for every byte, turned round: character to byte.
+
+    Bytes that print in Latin-1 stand for themselves, the others follow from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {chr(byte): byte for byte in printable}
+    return characters | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+def _token_bytes(backend: Any) -> dict[int, bytes]:
+    """Bytes of every token, read as byte-level; a token that cannot be read so is left out."""
+    characters = _byte_characters()
+    added = backend.get_added_tokens_decoder()
+    token_bytes = {}
+    for token, i in backend.get_vocab(with_added_tokens=True).items():
+        if i in added:
+            # Added tokens are written as plain text, and only those that are not special are text.
+            token_bytes[i] = b"" if added[i].special else token.encode()
+        elif all(character in characters for character in token):
+            token_bytes[i] = bytes(characters[character] for character in token)
+    return token_bytes
+
+
+def _byte_ids(backend: Any) -> dict[int, int]:
+    """Token id of every byte that has one as a byte-level tokenizer writes it."""
+    ids = {byte: backend.token_to_id(char) for char, byte in _byte_characters().items()}
+    return {byte: i for byte, i in ids.items() if i is not None}
+
+
+def _cuts_at_white_space(backend: Any) -> bool:
+    """Whether a text may be cut between a letter and white space without changing its tokens."""
+    if backend.pre_tokenizer is None:
+        return False
+    probe = "ab cd\nef  gh\n\nij"
+    words = backend.pre_tokenizer.pre_tokenize_str(probe)
+    starts = {start for _, (start, _) in words}
+    return all(found.end() in starts for found in PIECE_END.finditer(probe))

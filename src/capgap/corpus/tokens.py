@@ -1,0 +1,265 @@
+"""Token shards on disk and what reads them: windows for training, documents for evaluation."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from capgap.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MANIFEST = "manifest.json"
+HELDOUT = "heldout.bin"
+TOKENIZER = "tokenizer"
+SCHEMA = 1
+SHARD_TOKENS = 1 << 26
+
+
+def token_dtype(vocabulary: int) -> np.dtype[Any]:
+    """The smallest little-endian type that holds every token id."""
+    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Appends token ids to `PREFIX-00000.bin` and on, raw, each of SHARD_TOKENS but the last.
+
+    Attributes:
+        shards: for every file its name, tokens and sha256, true after `close`.
+        num_tokens: written so far.
+    """
+
+    def __init__(self, directory: Path, prefix: str, dtype: np.dtype[Any]) -> None:
+        self.shards: list[dict[str, Any]] = []
+        self.num_tokens = 0
+        self._directory = directory
+        self._prefix = prefix
+        self._dtype = dtype
+        # The file is as good as written when its hash is known, so both go along together.
+        self._hash = hashlib.sha256()
+        self._all = hashlib.sha256()
+
+    def append(self, ids: NDArray[np.int64]) -> None:
+        """Write ids, int64 [num_tokens]; goes on in a new file when one is full."""
+        while len(ids):
+            place = self.num_tokens % SHARD_TOKENS
+            if place == 0:
+                self._finish_shard()
+                self.shards.append({"name": f"{self._prefix}-{len(self.shards):05d}.bin"})
+            now, ids = ids[: SHARD_TOKENS - place], ids[SHARD_TOKENS - place :]
+            data = now.astype(self._dtype).tobytes()
+            with open(self._directory / self.shards[-1]["name"], "ab") as stream:
+                stream.write(data)
+            self._hash.update(data)
+            self._all.update(data)
+            self.num_tokens += len(now)
+
+    def close(self) -> str:
+        """Finish the last file; returns the sha256 of all tokens, however they are cut in files."""
+        self._finish_shard()
+        return self._all.hexdigest()
+
+    def _finish_shard(self) -> None:
+        if self.shards:
+            done = (len(self.shards) - 1) * SHARD_TOKENS
+            tokens = self.num_tokens - done
+            self.shards[-1] |= {"tokens": tokens, "sha256": self._hash.hexdigest()}
+        self._hash = hashlib.sha256()
+
+
+class TokenWindows:
+    """The training part as windows; neighbours share one token, the target of the first's end."""
+
+    def __init__(self, paths: Sequence[Path], dtype: np.dtype[Any], window: int) -> None:
+        self._shards = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
+        # Where every shard begins in the whole, and the end: int64 [num_shards + 1].
+        self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
+        self._window = window
+        self.num_tokens = int(self._starts[-1])
+
+    def __len__(self) -> int:
+        return max(0, self.num_tokens - 1) // self._window
+
+    def window(self, index: int) -> NDArray[np.int64]:
+        """One window, int64 [window + 1]: input [:-1], target [1:]."""
+        return self.windows_at([index])[0]
+
+    def windows_at(self, indices: ArrayLike) -> NDArray[np.int64]:
+        """Windows by their number, int64 [num_indices, window + 1].
+
+        Raises:
+            IndexError: a number below 0 or not below the number of windows.
+        """
+        numbers = np.asarray(indices, dtype=np.int64)
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+            raise IndexError(f"window {numbers.min()} to {numbers.max()} of {len(self)}")
+        places = numbers[:, None] * self._window + np.arange(self._window + 1)
+        if len(self._shards) == 1:
+            return self._shards[0][places].astype(np.int64)
+        shard_of = np.searchsorted(self._starts, places, side="right") - 1
+        tokens = np.empty(places.shape, dtype=np.int64)
+        for shard in np.unique(shard_of):
+            here = shard_of == shard
+            tokens[here] = self._shards[shard][places[here] - self._starts[shard]]
+        return tokens
+
+
+class HeldoutDocument(NamedTuple):
+    """A document for evaluation.
+
+    Attributes:
+        tokens: int64 [num_tokens + 1]; the first is the end-of-document token, context only.
+        num_bytes: bytes of text that tokens[1:] stand for.
+    """
+
+    tokens: NDArray[np.int64]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus in its folder; token data is memory-mapped, not read.
+
+    Attributes:
+        directory: where it lies.
+        manifest: what `manifest.json` says: source, options, counts, hashes.
+        window: tokens a training window predicts.
+    """
+
+    directory: Path
+    manifest: dict[str, Any]
+    window: int
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer that the corpus is written in."""
+        from capgap.corpus.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.directory / TOKENIZER)
+
+    @cached_property
+    def train(self) -> TokenWindows:
+        """The training part."""
+        paths = [self.directory / shard["name"] for shard in self.manifest["train"]["shards"]]
+        return TokenWindows(paths, self._dtype, self.window)
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the training part."""
+        return int(self.manifest["train"]["tokens"])
+
+    @property
+    def windows(self) -> int:
+        """Number of training windows."""
+        return (self.train_tokens - 1) // self.window
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens the tokenizer has."""
+        return int(self.manifest["vocabulary"])
+
+    @property
+    def end_of_document(self) -> int:
+        """Id of the token after every document."""
+        return int(self.manifest["end_of_document"])
+
+    @property
+    def token_hash(self) -> str:
+        """Identity of the tokenizer."""
+        return str(self.manifest["tokenizer_hash"])
+
+    @property
+    def corpus_hash(self) -> str:
+        """Identity of the tokens of both parts, wherever they lie and came from."""
+        return str(self.manifest["corpus_hash"])
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.manifest["dtype"])
+
+    def heldout_documents(self) -> list[HeldoutDocument]:
+        """The documents for evaluation, never trained on, in a fixed order."""
+        tokens = np.fromfile(self.directory / HELDOUT, dtype=self._dtype).astype(np.int64)
+        entries = self.manifest["heldout"]["evaluated"]
+        # One more than the counted tokens each: the leading end-of-document token.
+        ends = np.cumsum([entry["tokens"] + 1 for entry in entries])
+        parts = np.split(tokens, ends[:-1])
+        return [
+            HeldoutDocument(part, entry["bytes"])
+            for part, entry in zip(parts, entries, strict=True)
+        ]
+
+
+def load_corpus(directory: Path | str, *, window: int) -> Corpus:
+    """Open a prepared corpus.
+
+    Args:
+        directory: what `prepare_corpus` wrote.
+        window: tokens a training window predicts; any number, since windows are cut on reading.
+
+    Raises:
+        UserError: no whole corpus of this version there, or it is shorter than one window.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise UserError(f"{directory} holds no prepared corpus of this version (no {MANIFEST})")
+    problem = damage(directory, manifest)
+    if problem is not None:
+        raise UserError(f"the corpus in {directory} is damaged: {problem}; prepare it again")
+    corpus = Corpus(directory, manifest, window)
+    if window < 1 or corpus.windows < 1:
+        raise UserError(
+            f"window {window} does not fit: the training part has {corpus.train_tokens} tokens; "
+            "take a smaller window or more text"
+        )
+    return corpus
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, or None where there is none of this version."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); delete the folder") from error
+    return manifest if manifest.get("schema") == SCHEMA else None
+
+
+def damage(directory: Path, manifest: dict[str, Any]) -> str | None:
+    """What is missing or of another size than the manifest says, or None."""
+    itemsize = np.dtype(manifest["dtype"]).itemsize
+    sizes = {shard["name"]: shard["tokens"] * itemsize for shard in manifest["train"]["shards"]}
+    heldout_tokens = sum(entry["tokens"] + 1 for entry in manifest["heldout"]["evaluated"])
+    sizes[HELDOUT] = heldout_tokens * itemsize
+    for name, size in sizes.items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} is not there with its {size} bytes"
+    if not (directory / TOKENIZER / "tokenizer.json").is_file():
+        return "its tokenizer is missing"
+    return None
+
+
+def check_epochs(corpus: Corpus, tokens: int, max_epochs: float) -> None:
+    """Refuse to train longer on a corpus than it is good for.
+
+    Raises:
+        UserError: `tokens` are more than `max_epochs` passes over the training part.
+    """
+    epochs = tokens / (corpus.windows * corpus.window)
+    if epochs > max_epochs:
+        raise UserError(
+            f"{tokens} training tokens are {epochs:.1f} epochs of the corpus "
+            f"({corpus.train_tokens} tokens in {corpus.directory}), more than {max_epochs:g}: take "
+            "a larger corpus, fewer tokens, or allow more epochs"
+        )

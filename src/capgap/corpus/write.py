@@ -1,0 +1,380 @@
+"""The content of a corpus folder: two passes over the source, tokenizer, shards, manifest.
+
+The first pass removes duplicates, fixes the split and collects what the tokenizer learns from;
+the second writes tokens. Neither holds more than a bounded part of the text.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capgap.corpus.sources import Source
+from capgap.corpus.split import DIGESTS, Reading, SmallestDigests, Split, split_for
+from capgap.corpus.tokenizer import (
+    TokenCodec,
+    count_invalid_bytes,
+    tokenizer_hash,
+    train_tokenizer,
+)
+from capgap.corpus.tokens import HELDOUT, MANIFEST, SCHEMA, TOKENIZER, ShardWriter, token_dtype
+from capgap.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Called with a stage ("read" or "tokenize"), the bytes of text done, and all of them if known.
+Progress = Callable[[str, int, int | None], None]
+
+SAMPLE_BYTES = 64_000_000
+# Bounds the time that training a tokenizer takes; a larger vocabulary needs more text.
+SAMPLE_BYTES_PER_TOKEN = 8_000
+BATCH_BYTES = 4_000_000
+# So many documents are evaluated that this many tokens of each, if it has them, make up the limit:
+# many make the standard error over them small, but only later tokens have a whole context.
+HELDOUT_DOCUMENT_TOKENS = 512
+# A token stands for more bytes than this only in tables and rulers.
+BYTES_PER_TOKEN = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides, beside the source, what a prepared corpus contains."""
+
+    vocabulary: int | None
+    tokenizer_hash: str | None
+    heldout_fraction: float
+    heldout_tokens: int
+    max_bytes: int | None
+    max_train_tokens: int | None
+
+
+@dataclass
+class Part:
+    """Counts of one part of a corpus."""
+
+    documents: int = 0
+    num_bytes: int = 0
+    invalid_bytes: int = 0
+
+    def add(self, document: bytes) -> None:
+        """Count one document."""
+        self.documents += 1
+        self.num_bytes += len(document)
+        self.invalid_bytes += count_invalid_bytes(document)
+
+    def as_dict(self) -> dict[str, int]:
+        """The counts as the manifest names them."""
+        return {
+            "documents": self.documents,
+            "bytes": self.num_bytes,
+            "invalid_bytes": self.invalid_bytes,
+        }
+
+
+@dataclass
+class Counts:
+    """Counts of all parts; `unused` is training text beyond the tokens asked for."""
+
+    train: Part = field(default_factory=Part)
+    heldout: Part = field(default_factory=Part)
+    unused: Part = field(default_factory=Part)
+    in_heldout_source: int = 0
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the first pass over a source leaves behind.
+
+    Attributes:
+        reading: what was met, with the hash of all digests.
+        digests: of all documents.
+        candidates: documents of the smallest digests; the evaluated ones are among them.
+        sample: documents of the smallest digests above the usual threshold, for the tokenizer.
+        largest: the document of the largest digest.
+    """
+
+    reading: Reading
+    digests: frozenset[int]
+    candidates: list[tuple[int, bytes]]
+    sample: list[tuple[int, bytes]]
+    largest: tuple[int, bytes]
+
+
+def write_corpus(
+    directory: Path,
+    source: Source,
+    heldout_source: Source | None,
+    options: Options,
+    *,
+    tokenizer: "PreTrainedTokenizerFast | None",
+    request: dict[str, Any],
+    window: int,
+    progress: Progress,
+) -> None:
+    """Fill an empty folder with a corpus; `request` goes into the manifest for reuse.
+
+    Raises:
+        UserError: a source is empty, broken, or too small to split or to fill a window.
+    """
+    scan = _scan(source, options, progress)
+    split, candidates, counts = _choose_split(source, scan, heldout_source, options, progress)
+    if tokenizer is None:
+        tokenizer = _train(scan, split, options)
+    tokenizer.save_pretrained(str(directory / TOKENIZER))
+    codec = TokenCodec(tokenizer)
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    dtype = token_dtype(vocabulary)
+
+    writer = ShardWriter(directory, "train", dtype)
+    _write_train(writer, codec, source, scan, split, options, counts, progress)
+    train_hash = writer.close()
+    if writer.num_tokens <= window:
+        raise UserError(
+            f"corpus {source.name!r} is too small: {writer.num_tokens} training tokens do not "
+            f"fill one window of {window}; give more text or a smaller window"
+        )
+    evaluated, heldout_ids = _evaluated(codec, candidates, options.heldout_tokens)
+    heldout_data = heldout_ids.astype(dtype).tobytes()
+    with open(directory / HELDOUT, "wb") as stream:
+        stream.write(heldout_data)
+
+    identity = tokenizer_hash(tokenizer)
+    heldout_hash = hashlib.sha256(heldout_data).hexdigest()
+    content = f"{identity} {train_hash} {heldout_hash}"
+    manifest = {
+        "schema": SCHEMA,
+        "corpus_hash": hashlib.sha256(content.encode()).hexdigest(),
+        "tokenizer_hash": identity,
+        "vocabulary": vocabulary,
+        "end_of_document": codec.end_of_document,
+        "dtype": dtype.str,
+        "invalid_bytes_kept": codec.is_byte_level,
+        "documents": {
+            "read": scan.reading.documents,
+            "duplicates": scan.reading.duplicates,
+            "in_heldout_source": counts.in_heldout_source,
+        },
+        "train": {
+            **counts.train.as_dict(),
+            "tokens": writer.num_tokens,
+            "sha256": train_hash,
+            "shards": writer.shards,
+        },
+        "heldout": {
+            **counts.heldout.as_dict(),
+            "tokens": sum(entry["tokens"] for entry in evaluated),
+            "sha256": heldout_hash,
+            "evaluated": evaluated,
+        },
+        "unused": counts.unused.as_dict(),
+        "options": asdict(options),
+        "source": source.describe(),
+        "heldout_source": None if heldout_source is None else heldout_source.describe(),
+        "request": request,
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _scan(source: Source, options: Options, progress: Progress) -> Scan:
+    usual = int(options.heldout_fraction * DIGESTS)
+    candidates = SmallestDigests(max_bytes=SAMPLE_BYTES)
+    sample = SmallestDigests(
+        max_bytes=min(SAMPLE_BYTES, (options.vocabulary or 0) * SAMPLE_BYTES_PER_TOKEN)
+    )
+    reading = Reading()
+    digests = set()
+    largest = (-1, b"")
+    for digest, document in reading.unique(source, max_bytes=options.max_bytes):
+        digests.add(digest)
+        candidates.add(digest, document)
+        if digest >= usual:
+            sample.add(digest, document)
+        largest = max(largest, (digest, document))
+        progress("read", reading.num_bytes, None)
+    if not digests:
+        raise UserError(f"corpus {source.name!r} is empty: it holds no text")
+    return Scan(reading, frozenset(digests), candidates.documents(), sample.documents(), largest)
+
+
+def _choose_split(
+    source: Source,
+    scan: Scan,
+    heldout_source: Source | None,
+    options: Options,
+    progress: Progress,
+) -> tuple[Split, list[tuple[int, bytes]], Counts]:
+    """The split, the documents to evaluate on, and counts with a held-out source's in them."""
+    counts = Counts()
+    if heldout_source is None:
+        if len(scan.digests) == 1:
+            raise UserError(
+                f"corpus {source.name!r} is one document, and a document is never split between "
+                f"training and held-out: part it by lines {source.separator!r} (or name your own "
+                "separator), add documents, or give held-out text of its own"
+            )
+        split = split_for(options.heldout_fraction, scan.digests)
+        heldout = [entry for entry in scan.candidates if split.is_heldout(entry[0])]
+        return split, heldout, counts
+
+    heldout_scan = _scan(heldout_source, options, progress)
+    split = Split(threshold=0, excluded=heldout_scan.digests)
+    if scan.digests <= split.excluded:
+        raise UserError(
+            f"corpus {source.name!r} holds nothing but documents of the held-out source "
+            f"{heldout_source.name!r}: give other text to train on"
+        )
+    for _, document in Reading().unique(heldout_source, max_bytes=options.max_bytes):
+        counts.heldout.add(document)
+    return split, heldout_scan.candidates, counts
+
+
+def _train(scan: Scan, split: Split, options: Options) -> "PreTrainedTokenizerFast":
+    assert options.vocabulary is not None, "without a tokenizer there is a vocabulary"
+    sample = [
+        document
+        for digest, document in scan.sample
+        if not split.is_heldout(digest) and digest not in split.excluded
+    ]
+    return train_tokenizer(sample or [scan.largest[1]], options.vocabulary)
+
+
+def _write_train(
+    writer: ShardWriter,
+    codec: TokenCodec,
+    source: Source,
+    scan: Scan,
+    split: Split,
+    options: Options,
+    counts: Counts,
+    progress: Progress,
+) -> None:
+    """Second pass: write every training document, its end, and one end before the first."""
+    end = np.array([codec.end_of_document], dtype=np.int64)
+    writer.append(end)
+    limit = options.max_train_tokens
+    reading = Reading()
+    for batch in _batches(reading.unique(source, max_bytes=options.max_bytes)):
+        texts = []
+        for digest, document in batch:
+            if split.is_heldout(digest):
+                counts.heldout.add(document)
+            elif digest in split.excluded:
+                counts.in_heldout_source += 1
+            elif limit is not None and writer.num_tokens >= limit:
+                counts.unused.add(document)
+            else:
+                texts.append(document)
+        for text, ids in zip(texts, codec.encode_many(texts), strict=True):
+            room = len(ids) + 1 if limit is None else limit - writer.num_tokens
+            if len(ids) < room:
+                counts.train.add(text)
+                writer.append(np.concatenate([ids, end]))
+                continue
+            cut, ids = fit_tokens(codec, text, room)
+            counts.unused.add(text[len(cut) :])
+            if cut:
+                counts.train.add(cut)
+                writer.append(ids)
+            # A cut before a long word may leave room that no later document should fill.
+            limit = writer.num_tokens
+        progress("tokenize", reading.num_bytes, scan.reading.num_bytes)
+    if reading.content.digest() != scan.reading.content.digest():
+        raise UserError(f"corpus {source.name!r} changed while it was read; prepare it again")
+
+
+def _batches(documents: Iterator[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
+    batch: list[tuple[int, bytes]] = []
+    num_bytes = 0
+    for digest, document in documents:
+        batch.append((digest, document))
+        num_bytes += len(document)
+        if num_bytes >= BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _evaluated(
+    codec: TokenCodec, candidates: Sequence[tuple[int, bytes]], heldout_tokens: int
+) -> tuple[list[dict[str, Any]], NDArray[np.int64]]:
+    """What the manifest says of the evaluated documents, and their tokens in a row.
+
+    Every document gets the same limit, the largest that keeps to `heldout_tokens` in all. A whole
+    document ends with its end-of-document token; one that is cut does not.
+    """
+    candidates = _enough(codec, candidates, heldout_tokens)
+    # A first cut by bytes saves encoding what a second cut by tokens would drop.
+    byte_limit = fair_limit(
+        [len(document) for _, document in candidates], heldout_tokens * BYTES_PER_TOKEN
+    )
+    texts = [cut_text(document, byte_limit) for _, document in candidates]
+    encoded = codec.encode_many(texts)
+    limit = fair_limit([len(ids) + 1 for ids in encoded], heldout_tokens)
+    end = np.array([codec.end_of_document], dtype=np.int64)
+    entries, parts = [], []
+    for (digest, document), text, ids in zip(candidates, texts, encoded, strict=True):
+        whole = len(text) == len(document) and len(ids) < limit
+        if whole:
+            ids = np.concatenate([ids, end])
+        else:
+            text, ids = fit_tokens(codec, text, limit)
+        entries.append(
+            {"digest": f"{digest:032x}", "tokens": len(ids), "bytes": len(text), "whole": whole}
+        )
+        parts += [end, ids]
+    return entries, np.concatenate(parts)
+
+
+def _enough(
+    codec: TokenCodec, candidates: Sequence[tuple[int, bytes]], heldout_tokens: int
+) -> Sequence[tuple[int, bytes]]:
+    """The first documents whose beginnings hold `heldout_tokens`, or all."""
+    num_tokens = 0
+    for place, (_, document) in enumerate(candidates, start=1):
+        beginning = cut_text(document, HELDOUT_DOCUMENT_TOKENS * BYTES_PER_TOKEN)
+        num_tokens += min(len(codec.encode(beginning)), HELDOUT_DOCUMENT_TOKENS)
+        if num_tokens >= heldout_tokens:
+            return candidates[:place]
+    return candidates
+
+
+def fair_limit(sizes: Sequence[int], total: int) -> int:
+    """The largest limit such that sizes cut to it add up to `total` or less."""
+    low, high = 0, max(sizes)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(min(size, middle) for size in sizes) <= total:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def fit_tokens(codec: TokenCodec, text: bytes, limit: int) -> tuple[bytes, NDArray[np.int64]]:
+    """The longest easily found beginning of the text with at most `limit` tokens, and its ids."""
+    ids = codec.encode(text)
+    while len(ids) > limit:
+        # By the share of tokens that fits; always shorter, so this ends.
+        text = cut_text(text, len(text) * limit // len(ids))
+        ids = codec.encode(text)
+    return text, ids
+
+
+def cut_text(text: bytes, num_bytes: int) -> bytes:
+    """The beginning of the text, no longer than asked, up to white space if there is any."""
+    if len(text) <= num_bytes:
+        return text
+    end = max(text.rfind(mark, 1, num_bytes + 1) for mark in (b" ", b"\n"))
+    if end < 1:
+        end = num_bytes
+        # Not within a character: its later bytes all begin with the bits 10.
+        while end > 0 and text[end] & 0xC0 == 0x80:
+            end -= 1
+    return text[:end]

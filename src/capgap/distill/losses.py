@@ -1,0 +1,287 @@
+"""The distillation loss of every student of a column, chunked along tokens.
+
+For each student: (1 - alpha) CE(labels) + alpha * temperature^2 * KL(teacher || student), the soft
+term at the given temperature (Hinton et al., arXiv 1503.02531). Losses are sums over tokens: who
+calls divides once by the valid tokens of the whole global batch, so the result does not depend on
+how the batch was split. [tokens, vocabulary] never exists: logits live for one chunk of tokens,
+and the gradient is taken while the chunk's logits are at hand, so nothing is computed twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORED_LABEL = -100
+# Logits of one chunk stay near the processor's cache on a CPU and fill the cores of a GPU.
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
+
+
+@dataclass(frozen=True)
+class HeadInput:
+    """What a model gives to the loss: hidden states and the head that projects them.
+
+    hidden [tokens, width]; weight [vocabulary, width]; bias [vocabulary] or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: nn.Linear) -> "HeadInput":
+        """hidden [batch, seq, width] or [tokens, width], flattened to tokens."""
+        return cls(hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias)
+
+    def logits(self, rows: slice) -> Tensor:
+        """Logits [rows, vocabulary]; the product runs in the inputs' dtype, the rest in `wide`."""
+        return nn.functional.linear(self.hidden[rows], self.weight, self.bias).to(self.wide)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """fp32, or float64 where the model is in float64."""
+        return torch.promote_types(self.hidden.dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class StudentLoss:
+    """Sums over valid tokens. `loss` carries the gradient; the others are detached scalars.
+
+    kl and agreement are None where no teacher takes part; nats, labels at temperature 1,
+    kl at the loss's temperature without its square.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor | None
+    agreement: Tensor | None
+
+
+@dataclass(frozen=True)
+class TeacherStatistics:
+    """Sums over valid tokens at temperature 1, in nats."""
+
+    ce: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class ColumnLoss:
+    """One entry a student, in the order given, and the teacher's own statistics."""
+
+    students: list[StudentLoss]
+    teacher: TeacherStatistics | None
+    tokens: Tensor
+
+
+def column_loss(
+    students: Sequence[HeadInput],
+    targets: Tensor,
+    *,
+    alphas: Sequence[float],
+    teacher: HeadInput | None = None,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+) -> ColumnLoss:
+    """Losses of all students of one teacher, whose logits are computed once a chunk.
+
+    targets [tokens], IGNORED_LABEL where a position does not count. A student with alpha 0 costs
+    no soft term; alpha above 0 needs a teacher.
+    """
+    if len(alphas) != len(students):
+        raise ValueError(f"{len(students)} students but {len(alphas)} alphas")
+    if teacher is None and any(alpha > 0 for alpha in alphas):
+        raise ValueError("alpha above 0 needs a teacher")
+    vocabulary = students[0].weight.shape[0]
+    if chunk_tokens is None:
+        budget = CHUNK_ELEMENTS.get(targets.device.type, CHUNK_ELEMENTS["cuda"])
+        chunk_tokens = max(16, budget // vocabulary)
+    work = _Work(targets, list(alphas), teacher, temperature, chunk_tokens)
+    tensors: list[Tensor | None] = []
+    for student in students:
+        tensors += [student.hidden, student.weight, student.bias]
+    losses, sums, teacher_sums = _ColumnLoss.apply(work, *tensors)
+    results = []
+    for index, alpha in enumerate(alphas):
+        soft = teacher is not None and alpha > 0
+        results.append(
+            StudentLoss(
+                loss=losses[index],
+                ce=sums[index, 0],
+                kl=sums[index, 1] if soft else None,
+                agreement=sums[index, 2] if soft else None,
+            )
+        )
+    statistics = None if teacher is None else TeacherStatistics(teacher_sums[0], teacher_sums[1])
+    return ColumnLoss(results, statistics, (targets != IGNORED_LABEL).sum())
+
+
+def token_losses(source: HeadInput, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
+    """Cross-entropy of every token [tokens], 0 where the target is IGNORED_LABEL; no gradient."""
+    if chunk_tokens is None:
+        budget = CHUNK_ELEMENTS.get(targets.device.type, CHUNK_ELEMENTS["cuda"])
+        chunk_tokens = max(16, budget // source.weight.shape[0])
+    losses = torch.empty(targets.shape[0], device=targets.device, dtype=source.wide)
+    with torch.no_grad():
+        for start in range(0, targets.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            losses[rows] = nn.functional.cross_entropy(
+                source.logits(rows), targets[rows], ignore_index=IGNORED_LABEL, reduction="none"
+            )
+    return losses
+
+
+@dataclass(frozen=True)
+class _Work:
+    targets: Tensor
+    alphas: list[float]
+    teacher: HeadInput | None
+    temperature: float
+    chunk_tokens: int
+
+
+@dataclass(frozen=True)
+class _TeacherChunk:
+    """The teacher's side of a chunk, shared by all students of the column."""
+
+    logits: Tensor
+    probabilities: Tensor  # at the loss's temperature
+    log_normaliser: Tensor  # of logits / temperature, [rows, 1]
+    best: Tensor
+
+
+class _ColumnLoss(torch.autograd.Function):
+    """Gradients are computed in the forward pass and only scaled in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, work: _Work, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        students = [
+            HeadInput(*tensors[start : start + 3])  # type: ignore[arg-type]
+            for start in range(0, len(tensors), 3)
+        ]
+        needs_gradient = any(ctx.needs_input_grad)
+        device = work.targets.device
+        wide = students[0].wide
+        sums = torch.zeros(len(students), 3, device=device, dtype=wide)
+        teacher_sums = torch.zeros(2, device=device, dtype=wide)
+        gradients = [_Gradients.zeros(student) if needs_gradient else None for student in students]
+        for start in range(0, work.targets.shape[0], work.chunk_tokens):
+            rows = slice(start, start + work.chunk_tokens)
+            valid = (work.targets[rows] != IGNORED_LABEL).to(wide).unsqueeze(1)
+            labels = work.targets[rows].clamp_min(0).unsqueeze(1)
+            teacher_chunk = None
+            if work.teacher is not None:
+                teacher_chunk = _teacher_chunk(work, rows, labels, valid, teacher_sums)
+            for index, student in enumerate(students):
+                logits = student.logits(rows)
+                soft = teacher_chunk if work.alphas[index] > 0 else None
+                logit_gradient = _student_chunk(
+                    logits, labels, valid, work.alphas[index], work.temperature, soft, sums[index]
+                )
+                gradient = gradients[index]
+                if gradient is not None:
+                    gradient.add(student, rows, logit_gradient)
+        ctx.gradients = gradients
+        alphas = torch.tensor(work.alphas, device=device, dtype=wide)
+        losses = (1 - alphas) * sums[:, 0] + alphas * work.temperature**2 * sums[:, 1]
+        ctx.mark_non_differentiable(sums, teacher_sums)
+        return losses, sums, teacher_sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        outputs: list[Tensor | None] = [None]
+        for index, gradient in enumerate(ctx.gradients):
+            scale = grad_losses[index]
+            outputs += [
+                gradient.hidden.mul_(scale.to(gradient.hidden.dtype)),
+                gradient.weight.mul_(scale.to(gradient.weight.dtype)),
+                None if gradient.bias is None else gradient.bias.mul_(scale),
+            ]
+        return tuple(outputs)
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Gradients of one student's loss sum by its hidden states and its head (the head's in `wide`)."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def zeros(cls, student: HeadInput) -> "_Gradients":
+        return cls(
+            torch.empty_like(student.hidden),
+            torch.zeros_like(student.weight, dtype=student.wide),
+            None if student.bias is None else torch.zeros_like(student.bias, dtype=student.wide),
+        )
+
+    def add(self, student: HeadInput, rows: slice, logit_gradient: Tensor) -> None:
+        """logit_gradient [rows, vocabulary]."""
+        hidden = student.hidden[rows]
+        gradient = logit_gradient.to(hidden.dtype)
+        self.hidden[rows] = gradient @ student.weight.to(hidden.dtype)
+        if hidden.dtype == self.weight.dtype:
+            self.weight.addmm_(gradient.T, hidden)
+        else:
+            self.weight.add_((gradient.T @ hidden).to(self.weight.dtype))
+        if self.bias is not None:
+            self.bias.add_(logit_gradient.sum(0))
+
+
+def _teacher_chunk(
+    work: _Work, rows: slice, labels: Tensor, valid: Tensor, teacher_sums: Tensor
+) -> _TeacherChunk:
+    assert work.teacher is not None
+    logits = work.teacher.logits(rows)
+    log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+    probabilities = (logits - log_normaliser).exp_()
+    teacher_sums[0] += ((log_normaliser - logits.gather(1, labels)) * valid).sum()
+    entropy = log_normaliser - (probabilities * logits).sum(-1, keepdim=True)
+    teacher_sums[1] += (entropy * valid).sum()
+    best = logits.argmax(-1)
+    if work.temperature != 1.0:
+        logits = logits / work.temperature
+        log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+        probabilities = (logits - log_normaliser).exp_()
+    return _TeacherChunk(logits, probabilities, log_normaliser, best)
+
+
+def _student_chunk(
+    logits: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    alpha: float,
+    temperature: float,
+    teacher: _TeacherChunk | None,
+    sums: Tensor,
+) -> Tensor:
+    """Adds (ce, kl, agreement) of the chunk to `sums`; returns d loss / d logits, in place."""
+    log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+    sums[0] += ((log_normaliser - logits.gather(1, labels)) * valid).sum()
+    if teacher is None:
+        gradient = logits.sub_(log_normaliser).exp_()
+        gradient.scatter_add_(1, labels, torch.full_like(valid, -1.0))
+        return gradient.mul_(valid)
+
+    sums[2] += ((logits.argmax(-1) == teacher.best) * valid.squeeze(1)).sum()
+    if temperature == 1.0:
+        soft_logits, soft_normaliser = logits, log_normaliser
+    else:
+        soft_logits = logits / temperature
+        soft_normaliser = torch.logsumexp(soft_logits, dim=-1, keepdim=True)
+    # sum p_t (z_t - z_s) - lse_t + lse_s: the differences come first, so it is 0 at z_s = z_t
+    weighted = torch.linalg.vecdot(teacher.probabilities, teacher.logits - soft_logits)
+    divergence = weighted.unsqueeze(1) - teacher.log_normaliser + soft_normaliser
+    sums[1] += (divergence * valid).sum()
+    if temperature == 1.0:
+        gradient = logits.sub_(log_normaliser).exp_()
+        gradient.sub_(teacher.probabilities, alpha=alpha)
+    else:
+        gradient = (logits - log_normaliser).exp_().mul_(1 - alpha)
+        soft = soft_logits.sub_(soft_normaliser).exp_().sub_(teacher.probabilities)
+        gradient.add_(soft, alpha=alpha * temperature)
+    gradient.scatter_add_(1, labels, torch.full_like(valid, alpha - 1.0))
+    return gradient.mul_(valid)

@@ -1,0 +1,125 @@
+"""Held-out loss with its standard error over documents."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from capgap.corpus.tokens import HeldoutDocument
+from capgap.distill.losses import IGNORED_LABEL, HeadInput, token_losses
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class HeldoutLoss:
+    """Losses by document; the same documents in the same order for every model of a sweep."""
+
+    document_losses: list[float]  # nats, summed over a document's tokens
+    document_tokens: list[int]
+    document_bytes: list[int]
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return sum(self.document_losses) / sum(self.document_tokens)
+
+    @property
+    def loss_stderr(self) -> float | None:
+        return ratio_standard_error(self.document_losses, self.document_tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return sum(self.document_losses) / math.log(2) / sum(self.document_bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        bits = [loss / math.log(2) for loss in self.document_losses]
+        return {
+            "loss": self.loss,
+            "loss_stderr": self.loss_stderr,
+            "bits_per_byte": self.bits_per_byte,
+            "bits_per_byte_stderr": ratio_standard_error(bits, self.document_bytes),
+            "tokens": sum(self.document_tokens),
+            "bytes": sum(self.document_bytes),
+            "document_losses": self.document_losses,
+            "document_tokens": self.document_tokens,
+        }
+
+
+def ratio_standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
+    """Standard error of sum(sums) / sum(counts) over documents (linearised ratio estimator).
+
+    None for fewer than two documents, where nothing is known about the spread.
+    """
+    if len(sums) < 2:
+        return None
+    values, weights = np.asarray(sums, float), np.asarray(counts, float)
+    residuals = values - values.sum() / weights.sum() * weights
+    correction = len(sums) / (len(sums) - 1)
+    return float(math.sqrt(correction * (residuals**2).sum()) / weights.sum())
+
+
+@dataclass(frozen=True)
+class HeldoutSet:
+    """Held-out documents cut into rows of at most `window` targets, ready to be scored.
+
+    inputs, targets [rows, window]; document [rows] tells whose row it is. Positions past a
+    document's end carry IGNORED_LABEL; causal attention keeps them from being seen.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    document: Tensor
+    document_tokens: list[int]
+    document_bytes: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.document_tokens)
+
+
+def heldout_set(documents: Sequence[HeldoutDocument], window: int) -> HeldoutSet:
+    """Rows of the documents in order; a row's context begins with its first input token."""
+    inputs, targets, owners = [], [], []
+    for index, (tokens, _) in enumerate(documents):
+        for start in range(0, len(tokens) - 1, window):
+            piece = tokens[start : start + window + 1].astype(np.int64)
+            row_input = np.zeros(window, np.int64)
+            row_target = np.full(window, IGNORED_LABEL, np.int64)
+            row_input[: len(piece) - 1] = piece[:-1]
+            row_target[: len(piece) - 1] = piece[1:]
+            inputs.append(row_input)
+            targets.append(row_target)
+            owners.append(index)
+    return HeldoutSet(
+        torch.from_numpy(np.stack(inputs)),
+        torch.from_numpy(np.stack(targets)),
+        torch.tensor(owners),
+        [len(document.tokens) - 1 for document in documents],
+        [document.num_bytes for document in documents],
+    )
+
+
+@torch.no_grad()
+def evaluate_heldout(backbone: nn.Module, head: nn.Linear, heldout: HeldoutSet) -> HeldoutLoss:
+    """Every held-out token is predicted once, from the tokens before it in its row."""
+    was_training = backbone.training
+    backbone.eval()
+    rows_at_once = max(1, BATCH_TOKENS // heldout.inputs.shape[1])
+    device = head.weight.device
+    sums = torch.zeros(len(heldout.document_tokens), dtype=torch.float64)
+    for start in range(0, len(heldout.inputs), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        hidden = backbone(
+            input_ids=heldout.inputs[rows].to(device), use_cache=False
+        ).last_hidden_state
+        targets = heldout.targets[rows].to(device)
+        losses = token_losses(HeadInput.of(hidden, head), targets.reshape(-1))
+        row_sums = losses.reshape(targets.shape).double().sum(1).cpu()
+        sums.index_add_(0, heldout.document[rows], row_sums)
+    backbone.train(was_training)
+    return HeldoutLoss(sums.tolist(), heldout.document_tokens, heldout.document_bytes)

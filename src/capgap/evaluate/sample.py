@@ -1,0 +1,49 @@
+"""Text from a model."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from capgap.errors import UserError
+
+
+def sample_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> str:
+    """A continuation of `prompt`, without the prompt; temperature 0 takes the likeliest token.
+
+    An empty prompt starts a new document. The prompt's end is kept where it is longer than the
+    model can read. UserError for a temperature or length below zero.
+    """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(f"temperature {temperature} must be 0 or more, top_p {top_p} above 0 to 1")
+    positions = model.config.max_position_embeddings
+    if not 1 <= max_new_tokens < positions:
+        raise UserError(
+            f"cannot write {max_new_tokens} tokens: this model reads at most {positions}, "
+            f"so ask for 1 to {positions - 1}"
+        )
+    ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+    ids = ids[-(positions - max_new_tokens) :]
+    inputs = torch.tensor([ids], device=model.device)
+    sampling: dict[str, bool | int | float] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
+    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)

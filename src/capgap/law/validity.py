@@ -1,0 +1,164 @@
+"""Named warnings: what weakens a result, beside the result it weakens."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from capgap.law.cells import Floats, document_rows
+from capgap.law.curve import Curve
+from capgap.law.noise import MIN_TEACHERS, mean_losses, resampled_losses
+from capgap.records import RunRecord
+from capgap.sizes import format_count
+
+# 1% above the stated 1.6, for sizes that were rounded when they were written down
+WIDEST_SPACING = 1.6
+SPACING_TOLERANCE = 1.01
+FEW_DOCUMENTS = 20
+
+
+@dataclass(frozen=True)
+class Warned:
+    """One warning: its name, what it concerns, and a plain sentence."""
+
+    name: str
+    where: str
+    message: str
+
+    def as_dict(self) -> dict[str, str]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def record_warnings(records: Sequence[RunRecord], counts: Mapping[int, Floats]) -> list[Warned]:
+    """Warnings about the runs themselves: teachers that do not improve, failed cells.
+
+    `counts` has, for a number of held-out documents, their resamples [resamples, documents].
+    """
+    teachers = [r for r in records if r.kind == "teacher" and r.heldout is not None]
+    groups = sorted({(teacher.architecture, teacher.seed) for teacher in teachers})
+    warnings: list[Warned] = []
+    for architecture, seed in groups:
+        ladder = [t for t in teachers if (t.architecture, t.seed) == (architecture, seed)]
+        ladder.sort(key=lambda teacher: teacher.parameters.non_embedding)
+        warnings += _ladder_warnings(ladder, f"{architecture}, seed {seed}", counts)
+    failed = [record.id for record in records if record.status == "failed"]
+    if failed:
+        verb = "run" if len(failed) == 1 else "runs"
+        message = f"{len(failed)} {verb} failed and no fit uses them: {', '.join(failed)}"
+        warnings.append(Warned("failed_cells", "whole sweep", message))
+    return warnings
+
+
+def curve_warnings(curve: Curve) -> list[Warned]:
+    """Warnings about one curve, beside its optimum."""
+    data, optimum = curve.points.data, curve.optimum
+    found: list[tuple[str, str]] = []
+    if data.num_seeds == 1:
+        found.append(
+            (
+                "one_seed",
+                "one seed: the noise of a rerun is not measured, only guessed from the scatter of "
+                "the teachers about a smooth curve",
+            )
+        )
+    if data.num_teachers < MIN_TEACHERS:
+        found.append(
+            (
+                "too_few_teachers",
+                f"{data.num_teachers} teachers are too few to fit a curve: at least {MIN_TEACHERS}",
+            )
+        )
+    if data.cell_documents.shape[1] < FEW_DOCUMENTS:
+        found.append(
+            (
+                "few_documents",
+                f"{data.cell_documents.shape[1]} held-out documents are few to take the "
+                "evaluation noise from",
+            )
+        )
+    if optimum.status in ("smallest", "largest"):
+        beyond = "below" if optimum.status == "smallest" else "above"
+        found.append(
+            (
+                "edge_optimum",
+                f"the {optimum.status} teacher cannot be told from the best one: the optimum may "
+                f"lie {beyond} the grid",
+            )
+        )
+    spacing = _spacing_at_optimum(curve)
+    if spacing > WIDEST_SPACING * SPACING_TOLERANCE:
+        found.append(
+            (
+                "spacing_too_coarse",
+                f"neighbouring teachers around the optimum differ by {spacing:.2f}x, more than "
+                f"{WIDEST_SPACING}x",
+            )
+        )
+    found += _baseline_warnings(curve)
+    return [Warned(name, str(data), message) for name, message in found]
+
+
+def _ladder_warnings(
+    ladder: Sequence[RunRecord], where: str, counts: Mapping[int, Floats]
+) -> Iterable[Warned]:
+    """A teacher that is not better than the best smaller one, with the paired difference."""
+    if not ladder or ladder[0].heldout is None:
+        return
+    tokens = np.array(ladder[0].heldout.document_tokens, dtype=np.float64)
+    rows = document_rows(ladder)
+    losses = mean_losses(rows, tokens)
+    draws = resampled_losses(rows, tokens, counts[len(tokens)])
+    for larger in range(1, len(ladder)):
+        smaller = int(np.argmin(losses[:larger]))
+        difference = losses[larger] - losses[smaller]
+        if difference < 0:
+            continue
+        noise = float((draws[:, larger] - draws[:, smaller]).std())
+        sizes = [format_count(ladder[i].parameters.non_embedding) for i in (larger, smaller)]
+        yield Warned(
+            "teacher_loss_not_falling",
+            where,
+            f"the {sizes[0]} teacher is not better than the {sizes[1]} one: its own held-out loss "
+            f"is {difference:.4f} nats higher (evaluation noise {noise:.4f}); the curves then also "
+            "show how well teachers were trained, not the capacity gap alone",
+        )
+
+
+def _spacing_at_optimum(curve: Curve) -> float:
+    """Ratio of asked sizes on the wider side of the best cell; 1 for a single teacher."""
+    sizes = curve.points.data.teacher_sizes
+    best = int(np.argmin(curve.points.losses))
+    pairs = [(i, i + 1) for i in (best - 1, best) if i >= 0 and i + 1 < len(sizes)]
+    return max((sizes[high] / sizes[low] for low, high in pairs), default=1.0)
+
+
+def _baseline_warnings(curve: Curve) -> list[tuple[str, str]]:
+    data = curve.points.data
+    gains = mean_losses(data.baseline_documents - data.cell_documents, data.document_tokens)
+    without, below = [], []
+    for teacher, size in enumerate(data.teacher_parameters):
+        own = gains[data.cell_teacher == teacher]
+        if np.isnan(own).any():
+            without.append(size)
+        elif own.mean() <= 0:
+            below.append(size)
+    found = []
+    if without:
+        found.append(
+            (
+                "missing_baseline",
+                f"{len(without)} of {data.num_teachers} teachers lack a baseline (same init and "
+                "tokens without a teacher), so the gain of distilling from them is unknown",
+            )
+        )
+    if below:
+        sizes = ", ".join(format_count(size) for size in below)
+        found.append(
+            (
+                "below_baseline",
+                f"distilling from {sizes} is no better than training the same student without a "
+                "teacher",
+            )
+        )
+    return found

@@ -1,0 +1,205 @@
+"""What the law says in plain sentences, each with its number."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from capgap.law.cells import Kind
+from capgap.law.curve import Curve
+from capgap.law.linear import LinearLaw
+from capgap.law.published import PUBLISHED_LINES
+from capgap.law.validity import Warned
+from capgap.sizes import format_count
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A mean difference in nats per token with its standard error."""
+
+    value: float
+    stderr: float
+
+
+def verdict(
+    curves: Sequence[Curve],
+    gains: Sequence[Sequence[Gain | None]],
+    laws: Sequence[LinearLaw],
+    record_warnings: Sequence[Warned],
+    *,
+    confidence: float,
+) -> list[str]:
+    """Sentences in the order a reader asks: which teacher, is there a curse, what does distilling
+    gain, does the initialisation matter, is there a line. `gains` [curves][teachers]."""
+    if not curves:
+        return ["No finished cell: nothing can be said about teachers."]
+    sentences = [_best_teacher(curve, confidence) for curve in curves]
+    for law in laws:
+        own = [i for i, curve in enumerate(curves) if curve.points.data.kind == law.kind]
+        sentences.append(_curse(law.kind, [curves[i] for i in own]))
+        sentences.append(_gain(law.kind, [curves[i] for i in own], [gains[i] for i in own]))
+    sentences += _pruned_against_fixed(curves, confidence)
+    sentences += [_law(law, confidence) for law in laws]
+    ladders = [w.where for w in record_warnings if w.name == "teacher_loss_not_falling"]
+    if ladders:
+        sentences.append(
+            f"Caution: {len(ladders)} teachers are no better than a smaller one "
+            f"({'; '.join(sorted(set(ladders)))}), so part of what the curves show is how well "
+            "the teachers were trained."
+        )
+    return sentences
+
+
+def _best_teacher(curve: Curve, confidence: float) -> str:
+    data, optimum = curve.points.data, curve.optimum
+    student = curve.student_parameters
+    sizes = f"{format_count(data.teacher_parameters[0])} to " + format_count(
+        data.teacher_parameters[-1]
+    )
+    span = f"the losses over teachers of {sizes} span {np.ptp(curve.points.losses):.4f} nats"
+    best = f"the best cell has teacher {format_count(optimum.grid_best)}"
+    if optimum.status == "too_few_points":
+        return f"{data}: {data.num_teachers} teachers are too few for an optimum; {best}."
+    if optimum.status == "flat" or optimum.teacher_parameters is None or optimum.interval is None:
+        return f"{data}: which teacher is best cannot be told from noise; {span}, and {best}."
+    low, high = optimum.interval
+    teacher, ratio = format_count(optimum.teacher_parameters), optimum.teacher_parameters / student
+    if low is not None and high is not None:
+        return (
+            f"{data}: the best teacher has about {teacher} parameters, {ratio:.2f} times the "
+            f"student ({confidence:.0%} interval {low / student:.2f} to {high / student:.2f})."
+        )
+    side, bound, word = (
+        ("smallest", high, "at most") if low is None else ("largest", low, "at least")
+    )
+    edge = data.teacher_parameters[0 if low is None else -1]
+    number = f"{word} {(bound or edge) / student:.2f} times the student"
+    return (
+        f"{data}: the {side} teacher ({format_count(edge)}, {edge / student:.2f} times the "
+        f"student) cannot be told from the best; the optimum is {number} at {confidence:.0%} "
+        "confidence, and may lie outside the grid."
+    )
+
+
+def _curse(kind: Kind, curves: Sequence[Curve]) -> str:
+    cursed = [curve for curve in curves if curve.curse.beyond_noise]
+    worst = max(cursed or curves, key=lambda curve: curve.curse.largest_minus_best)
+    curse, data = worst.curse, worst.points.data
+    if curse.stderr is None:
+        return f"{kind}: no curse; the largest teacher is the best one for every student."
+    loss = (
+        f"for student {format_count(worst.student_parameters)} the largest teacher "
+        f"({format_count(data.teacher_parameters[-1])}) is {curse.largest_minus_best:.4f} nats "
+        f"(standard error {curse.stderr:.4f}) worse than the best "
+        f"({format_count(worst.optimum.grid_best)})"
+    )
+    if cursed:
+        return (
+            f"{kind}: a larger teacher can be worse, beyond noise, for {len(cursed)} of "
+            f"{len(curves)} students; {loss}."
+        )
+    return f"{kind}: no curse beyond noise in {len(curves)} students; at most, {loss}."
+
+
+def _gain(kind: Kind, curves: Sequence[Curve], gains: Sequence[Sequence[Gain | None]]) -> str:
+    parts = []
+    for curve, own in zip(curves, gains, strict=True):
+        gain = own[int(np.argmin(curve.points.losses))]
+        if gain is not None:
+            parts.append(
+                f"{gain.value:+.4f} nats (standard error {gain.stderr:.4f}) for student "
+                f"{format_count(curve.student_parameters)}"
+            )
+    if not parts:
+        return f"{kind}: the gain of distilling is unknown: no best teacher has a baseline."
+    return (
+        f"{kind}: against the same student trained without a teacher, the best teacher gains "
+        f"{', '.join(parts)}."
+    )
+
+
+def _pruned_against_fixed(curves: Sequence[Curve], confidence: float) -> list[str]:
+    """Where both inits were run: does the optimum stay when pruning is taken out of the curve?"""
+    fixed = {
+        (c.points.data.kind.architecture, c.points.data.kind.tokens, c.points.data.student_size): c
+        for c in curves
+        if c.points.data.kind.init == "fixed"
+    }
+    sentences = []
+    for curve in curves:
+        data = curve.points.data
+        other = fixed.get((data.kind.architecture, data.kind.tokens, data.student_size))
+        if data.kind.init == "pruned" and other is not None:
+            where = (
+                f"{data.kind.architecture}, {format_count(data.kind.tokens)} tokens, student "
+                f"{format_count(curve.student_parameters)}, pruned against fixed init"
+            )
+            sentences.append(f"{where}: {_moved(curve, other, confidence)}.")
+    return sentences
+
+
+def _moved(pruned: Curve, fixed: Curve, confidence: float) -> str:
+    ours, theirs = pruned.optimum, fixed.optimum
+    if (
+        ours.status == theirs.status == "interior"
+        and ours.draws is not None
+        and theirs.draws is not None
+        and ours.teacher_parameters is not None
+        and theirs.teacher_parameters is not None
+    ):
+        tail = (1 - confidence) / 2
+        low, high = np.exp(np.quantile(ours.draws - theirs.draws, [tail, 1 - tail]))
+        factor = ours.teacher_parameters / theirs.teacher_parameters
+        number = f"{factor:.2f} times ({confidence:.0%} interval {low:.2f} to {high:.2f})"
+        if low <= 1 <= high:
+            return f"the optimum does not move beyond noise; it is {number} that of the fixed init"
+        return (
+            f"the optimum is {number} that of the fixed init: the damage of pruning, not capacity "
+            "alone, places it"
+        )
+    if ours.interval is not None and theirs.interval is not None:
+        if _below(ours.interval, theirs.interval):
+            return "the optimum is smaller with pruning; the intervals do not touch"
+        if _below(theirs.interval, ours.interval):
+            return "the optimum is larger with pruning; the intervals do not touch"
+    return (
+        "whether pruning moves the optimum cannot be told; it is "
+        f"{_found(pruned)} with pruning and {_found(fixed)} without"
+    )
+
+
+def _below(
+    first: tuple[float | None, float | None], second: tuple[float | None, float | None]
+) -> bool:
+    return first[1] is not None and second[0] is not None and first[1] < second[0]
+
+
+def _found(curve: Curve) -> str:
+    best = format_count(curve.optimum.grid_best)
+    return {
+        "interior": f"inside the grid (best cell {best})",
+        "smallest": f"at the smallest teacher (best cell {best})",
+        "largest": f"at the largest teacher (best cell {best})",
+        "flat": f"flat within noise (best cell {best})",
+        "too_few_points": f"known by too few teachers (best cell {best})",
+    }[curve.optimum.status]
+
+
+def _law(law: LinearLaw, confidence: float) -> str:
+    ratio = ""
+    if law.ratio is not None:
+        ratio = (
+            f" As one ratio, T* = {law.ratio.value:.2f} S ({confidence:.0%} interval "
+            f"{law.ratio.low:.2f} to {law.ratio.high:.2f})."
+        )
+    if law.status == "not_identified" or law.slope is None or law.intercept is None:
+        return f"{law.kind}: a linear law is not identified: {law.reason}.{ratio}"
+    line = PUBLISHED_LINES[0]
+    inside = law.slope.low <= line.slope <= law.slope.high
+    sign = "-" if law.intercept.value < 0 else "+"
+    return (
+        f"{law.kind}: T* = {law.slope.value:.2f} S {sign} "
+        f"{format_count(abs(law.intercept.value))}, slope {law.slope.low:.2f} to "
+        f"{law.slope.high:.2f} at {confidence:.0%} confidence; the published {line.slope} lies "
+        f"{'inside' if inside else 'outside'}.{ratio}"
+    )

@@ -1,0 +1,1 @@
+"""Hugging Face causal language models: shapes, the ladder of sizes, building and loading."""

@@ -1,0 +1,181 @@
+"""The shape of a model: its sizes, its parameters by part, and the ladder. Imports no torch."""
+
+import math
+from dataclasses import dataclass
+
+from capgap.errors import UserError
+from capgap.sizes import ParameterCounts, format_count
+
+ARCHITECTURES = ("llama", "gpt_neox", "gpt2")
+
+_SMALLEST_HIDDEN = 16
+_SMALLEST_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a causal language model whose layers are all alike.
+
+    `heads` query heads share `kv_heads` key-value heads; `head_size` is the width of one head;
+    `positions` is the longest sequence; `tied` says that the head is the token table.
+    Raises UserError if transformers could not build it.
+    """
+
+    architecture: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn: int
+    vocabulary: int
+    positions: int
+    tied: bool
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem:
+            raise UserError(f"impossible {self.architecture} shape: {problem}")
+
+    def parameters(self) -> ParameterCounts:
+        """Parameters by part, exactly those of the built model."""
+        attention, ffn, norms = layer_parameters(
+            self.architecture, self.hidden, self.heads, self.kv_heads, self.head_size, self.ffn
+        )
+        # GPT-2 alone learns a table of positions; the others rotate queries and keys
+        rows = self.vocabulary + (self.positions if self.architecture == "gpt2" else 0)
+        return ParameterCounts(
+            embedding=rows * self.hidden,
+            attention=self.layers * attention,
+            ffn=self.layers * ffn,
+            norms=self.layers * norms + norms // 2,
+            head=0 if self.tied else self.vocabulary * self.hidden,
+        )
+
+
+def _problem(shape: Shape) -> str | None:
+    if shape.architecture not in ARCHITECTURES:
+        return f"the architecture must be one of {', '.join(ARCHITECTURES)}"
+    for name in ("hidden", "layers", "heads", "kv_heads", "head_size", "ffn", "vocabulary"):
+        if getattr(shape, name) < 1:
+            return f"{name} is {getattr(shape, name)}, it must be at least 1"
+    if shape.positions < 1:
+        return f"positions is {shape.positions}, it must be at least 1"
+    if shape.architecture != "gpt2" and shape.head_size % 2:
+        return f"head_size {shape.head_size} is odd, rotary positions need an even one"
+    if shape.architecture == "llama":
+        if shape.heads % shape.kv_heads:
+            return f"{shape.heads} heads do not share {shape.kv_heads} kv_heads evenly"
+        if shape.hidden % shape.heads:
+            # transformers refuses it, although the head size is a field of its own
+            return f"hidden {shape.hidden} is no multiple of {shape.heads} heads"
+        return None
+    if shape.heads != shape.kv_heads:
+        return f"kv_heads {shape.kv_heads} must equal heads {shape.heads}"
+    if shape.hidden != shape.heads * shape.head_size:
+        return (
+            f"hidden {shape.hidden} must be heads x head_size = {shape.heads} x {shape.head_size}"
+        )
+    return None
+
+
+def layer_parameters(
+    architecture: str, hidden: int, heads: int, kv_heads: int, head_size: int, ffn: int
+) -> tuple[int, int, int]:
+    """Parameters of one layer: attention, FFN, norms.
+
+    A layer has two norms, so the final norm of the model has half the third number.
+    """
+    if architecture == "llama":
+        return 2 * hidden * head_size * (heads + kv_heads), 3 * hidden * ffn, 2 * hidden
+    return 4 * hidden * hidden + 4 * hidden, 2 * hidden * ffn + ffn + hidden, 4 * hidden
+
+
+def ffn_for(
+    architecture: str,
+    non_embedding: int,
+    *,
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+) -> float:
+    """The FFN width that gives a model `non_embedding` parameters; not rounded, may be negative."""
+    attention, bias, norms = layer_parameters(
+        architecture, hidden, heads, kv_heads, head_size, ffn=0
+    )
+    _, one_neuron, _ = layer_parameters(architecture, hidden, heads, kv_heads, head_size, ffn=1)
+    without = layers * (attention + bias + norms) + norms // 2
+    return (non_embedding - without) / (layers * (one_neuron - bias))
+
+
+def power_of_two_within(limit: float) -> int:
+    """The largest power of two that is not above `limit`; 1 for a limit below 2."""
+    return int(2 ** math.floor(math.log2(limit))) if limit >= 2 else 1
+
+
+def smallest_ladder_size() -> int:
+    """The smallest non-embedding count that has a ladder shape."""
+    return 12 * _SMALLEST_LAYERS * _SMALLEST_HIDDEN**2
+
+
+def ladder_shape(
+    architecture: str, non_embedding: int, *, vocabulary: int, positions: int
+) -> Shape:
+    """The model of a ladder with `non_embedding` parameters and tied embeddings.
+
+    The count is met within 0.5% (1% below 20k).
+
+    The rule, with S the wanted count:
+    - layers = 12 (S / 85M)^0.23, at least 2: 2 at 50k, 4 at 1M, 12 at 85M (GPT-2 small),
+      33 at 7B. Depth grows slowly, since few wide layers are quicker on a CPU;
+    - a layer has about 12 hidden^2 parameters, so hidden* = sqrt(S / (12 layers));
+    - heads of size 16 up to hidden* 192, 32 up to 512, 64 up to 2048, then 128. Their number is
+      hidden* / size rounded, at least 2; then the size is moved in eighths of itself, so that
+      hidden = heads x size stays close to hidden* and neighbours on the ladder look alike;
+    - the FFN takes what is left: about 8/3 hidden (llama) or 4 hidden, rounded to a power of two
+      of at most hidden/32.
+    Raises UserError if the architecture is unknown or the count too small.
+    """
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"unknown architecture {architecture!r}: take one of {', '.join(ARCHITECTURES)}"
+        )
+    smallest = smallest_ladder_size()
+    if non_embedding < smallest:
+        raise UserError(
+            f"{non_embedding} non-embedding parameters are too few for a {architecture} model: "
+            f"the smallest has {smallest} ({format_count(smallest)})"
+        )
+    layers = max(_SMALLEST_LAYERS, round(12 * (non_embedding / 85e6) ** 0.23))
+    wanted_hidden = math.sqrt(non_embedding / (12 * layers))
+    usual_head_size = next(
+        (size for size, limit in ((16, 192), (32, 512), (64, 2048)) if wanted_hidden < limit), 128
+    )
+    heads = max(2, round(wanted_hidden / usual_head_size))
+    step = usual_head_size // 8
+    head_size = max(step, step * round(wanted_hidden / heads / step))
+    hidden = heads * head_size
+    width = ffn_for(
+        architecture,
+        non_embedding,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_size=head_size,
+    )
+    grain = power_of_two_within(hidden / 32)
+    return Shape(
+        architecture=architecture,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_size=head_size,
+        ffn=max(grain, grain * round(width / grain)),
+        vocabulary=vocabulary,
+        positions=positions,
+        tied=True,
+    )

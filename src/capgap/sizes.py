@@ -1,0 +1,87 @@
+"""Sizes of models: "3B" and numbers, parameters by part, and floating-point operations."""
+
+from dataclasses import asdict, dataclass
+from decimal import Decimal, InvalidOperation
+
+from capgap.errors import UserError
+
+_SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def parse_count(value: str | int | float) -> int:
+    """Read a count such as "3B", "1.5M", "300k", "1_000", 123 or 1e6 as a plain integer.
+
+    The suffixes k, M, B and T stand for 10^3, 10^6, 10^9 and 10^12, in either case.
+    Raises UserError if the value is no positive whole number.
+    """
+    mistake = UserError(
+        f"{value!r} is no count: give a positive whole number, plain or like 300k, 1.5M, 3B"
+    )
+    if isinstance(value, bool):
+        raise mistake
+    text = str(value).strip().replace("_", "").replace(",", "")
+    factor = _SUFFIXES.get(text[-1:].lower(), 1)
+    try:
+        # Decimal, not float: 1.1M must be exactly 1100000
+        count = Decimal(text[:-1].strip() if factor > 1 else text) * factor
+    except InvalidOperation:
+        raise mistake from None
+    if not count.is_finite() or count <= 0 or count != count.to_integral_value():
+        raise mistake
+    return int(count)
+
+
+def format_count(count: int | float) -> str:
+    """Write a count with three significant digits: 3.02e9 -> "3.02B", 50123 -> "50.1k"."""
+    rounded = float(f"{count:.3g}")
+    for suffix, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(rounded) >= factor:
+            return f"{rounded / factor:.3g}{suffix}"
+    return f"{rounded:g}"
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a language model by part.
+
+    `embedding` holds the token table and, where the model has one, the table of positions.
+    `head` is the output projection: 0 where it is tied to the token table.
+    """
+
+    embedding: int
+    attention: int
+    ffn: int
+    norms: int
+    head: int
+
+    @property
+    def non_embedding(self) -> int:
+        """The size a model is named by: attention, FFN and norms."""
+        return self.attention + self.ffn + self.norms
+
+    @property
+    def total(self) -> int:
+        """Every stored parameter; a tied head is stored once, in the embedding."""
+        return self.embedding + self.non_embedding + self.head
+
+    def as_dict(self) -> dict[str, int]:
+        """The five parts with `non_embedding` and `total`."""
+        return {**asdict(self), "non_embedding": self.non_embedding, "total": self.total}
+
+
+def training_flops(total: int, tokens: int) -> int:
+    """Floating-point operations to train `total` parameters on `tokens`: 6 each (2001.08361)."""
+    return 6 * total * tokens
+
+
+def forward_flops(total: int, tokens: int) -> int:
+    """Floating-point operations of a forward pass: 2 per parameter and token (2001.08361)."""
+    return 2 * total * tokens
+
+
+def scoring_flops(total: int, tokens: int) -> int:
+    """Floating-point operations of first-order importance: forward, and backward to activations.
+
+    The weights are frozen, so their gradients, a third of a training step, are not computed.
+    """
+    return 4 * total * tokens

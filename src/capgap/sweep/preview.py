@@ -1,0 +1,163 @@
+"""What a sweep would do and cost, before anything is spent."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from capgap.config import Recipe
+from capgap.models.shape import Shape
+from capgap.sizes import format_count
+from capgap.sweep.context import resolve_device, resolve_workers
+from capgap.sweep.given import given_teachers
+from capgap.sweep.plan import FLOP_PARTS, Cell, Column, Plan, Teacher, make_plan, select_baselines
+from capgap.sweep.progress import clock_time
+from capgap.sweep.speed import LARGEST_PROBE, Speed, measure_speed
+
+SHORT_PARTS = {
+    "teacher_training": "T train",
+    "teacher_forward": "T forward",
+    "pruning": "prune",
+    "student": "S train",
+    "evaluation": "evaluate",
+}
+
+
+def preview(recipe: Recipe) -> dict[str, Any]:
+    """Every run with parameters, tokens, FLOPs by part and expected seconds (docs/cli.md).
+
+    With baselines for the best and the largest teacher alone, the best is not known yet: any
+    other teacher's baselines cost about the same, so the second largest stands for it.
+    """
+    plan = make_plan(recipe, given_teachers(recipe))
+    baselines = _expected_baselines(plan)
+    device = resolve_device(recipe.run.device)
+    workers, threads = resolve_workers(recipe.run.workers, device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    speed = _speed(plan, device)
+    torch.set_num_threads(before)
+    columns = (*plan.columns, *baselines)
+    runs = [_teacher_row(teacher, plan, speed) for teacher in plan.teachers]
+    runs += [_cell_row(cell, plan, speed) for column in columns for cell in column.cells]
+    work = sum(_teacher_seconds(teacher, speed) for teacher in plan.teachers)
+    work += sum(_column_seconds(column, speed) for column in columns)
+    return {
+        "name": recipe.name,
+        "recipe_hash": recipe.hash(),
+        "teachers": len(plan.teachers),
+        "cells": len(plan.cells),
+        "baselines": sum(len(column.cells) for column in baselines),
+        "runs": runs,
+        "flops": plan.flops(baselines),
+        "workers": workers,
+        "device": device,
+        "expected_seconds": round(work / workers, 1),
+    }
+
+
+def _expected_baselines(plan: Plan) -> Sequence[Column]:
+    if plan.recipe.baselines == "all":
+        return plan.baselines
+    sizes = sorted({teacher.size for teacher in plan.teachers})
+    stand_in = sizes[-2] if len(sizes) > 1 else sizes[0]
+    return select_baselines(
+        plan,
+        [cell for cell in plan.cells if cell.teacher is not None and cell.teacher.size == stand_in],
+    )
+
+
+def _speed(plan: Plan, device: str) -> Speed:
+    shapes: list[Shape] = [teacher.shape for teacher in plan.teachers]
+    shapes += [cell.shape for cell in plan.cells]
+    shapes.sort(key=lambda shape: shape.parameters().total)
+    small = [shape for shape in shapes if shape.parameters().total <= LARGEST_PROBE]
+    probes = (small[0], small[-1]) if small else (shapes[0], shapes[0])
+    training = plan.recipe.training
+    return measure_speed(
+        *probes,
+        batch_tokens=training.micro_batch_tokens or training.batch_tokens,
+        window=plan.recipe.corpus.window,
+        device=device,
+    )
+
+
+def _teacher_seconds(teacher: Teacher, speed: Speed) -> float:
+    return speed.seconds(teacher.tokens, sum(teacher.flops(0).values()))
+
+
+def _column_seconds(column: Column, speed: Speed) -> float:
+    """A forward pass has a third of the overhead of a training step, and is done once."""
+    seconds = sum(speed.seconds(cell.tokens, cell.flops(0, 0)["student"]) for cell in column.cells)
+    if column.teacher is not None:
+        total = column.teacher.shape.parameters().total
+        seconds += speed.seconds(column.tokens, 2 * total * column.tokens)
+        seconds -= column.tokens * speed.overhead * 2 / 3
+    return seconds
+
+
+def _teacher_row(teacher: Teacher, plan: Plan, speed: Speed) -> dict[str, Any]:
+    return {
+        "id": teacher.id,
+        "kind": "teacher",
+        "parameters": teacher.shape.parameters().as_dict(),
+        "shape": vars(teacher.shape),
+        "tokens": teacher.tokens,
+        "learning_rate": teacher.learning_rate,
+        "flops": teacher.flops(plan.recipe.corpus.heldout_tokens),
+        "expected_seconds": round(_teacher_seconds(teacher, speed), 1),
+    }
+
+
+def _cell_row(cell: Cell, plan: Plan, speed: Speed) -> dict[str, Any]:
+    recipe = plan.recipe
+    flops = cell.flops(recipe.scoring_tokens, recipe.corpus.heldout_tokens)
+    return {
+        "id": cell.id,
+        "kind": cell.kind,
+        "parameters": cell.shape.parameters().as_dict(),
+        "shape": vars(cell.shape),
+        "tokens": cell.tokens,
+        "learning_rate": cell.learning_rate,
+        "flops": flops,
+        "expected_seconds": round(speed.seconds(cell.tokens, flops["student"]), 1),
+    }
+
+
+def print_preview(found: dict[str, Any], console: Console) -> None:
+    """The same for a person."""
+    table = Table(title=f"{found['name']}: what would be run", title_justify="left", box=None)
+    table.add_column("run")
+    for name in ("layers", "hidden", "heads", "ffn", "size", "vocab", "tokens", "rate"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for part in FLOP_PARTS:
+        table.add_column(SHORT_PARTS[part], justify="right", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    for run in found["runs"]:
+        shape, parameters = run["shape"], run["parameters"]
+        rate = run["learning_rate"]
+        table.add_row(
+            run["id"],
+            *(str(shape[name]) for name in ("layers", "hidden", "heads", "ffn")),
+            format_count(parameters["non_embedding"]),
+            format_count(parameters["embedding"] + parameters["head"]),
+            format_count(run["tokens"]) if run["tokens"] else "-",
+            "-" if rate is None else f"{rate:g}",
+            *(f"{run['flops'][part]:.1e}" if run["flops"][part] else "-" for part in FLOP_PARTS),
+            clock_time(run["expected_seconds"]),
+        )
+    # a narrower terminal breaks lines, which beats a table with every word cut short
+    console.print(table, width=max(console.width, 150), crop=False, soft_wrap=True)
+    console.print("size: non-embedding parameters; vocab: embedding and head; FLOPs by part\n")
+    flops = found["flops"]
+    parts = ", ".join(f"{part.replace('_', ' ')} {flops[part]:.2g}" for part in FLOP_PARTS)
+    console.print(
+        f"{found['teachers']} teachers, {found['cells']} cells, {found['baselines']} baselines; "
+        f"{sum(flops.values()):.3g} FLOPs with shared work counted once ({parts})\n"
+        f"expected {clock_time(found['expected_seconds'])} on {found['device']} with "
+        f"{found['workers']} worker{'s' if found['workers'] > 1 else ''}, at the speed of two "
+        "models measured just now",
+        highlight=False,
+    )

@@ -1,0 +1,233 @@
+"""What a person sees while a sweep runs: a live display on a terminal, lines elsewhere."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from capgap.sizes import format_count
+from capgap.sweep.plan import Column, Teacher
+from capgap.sweep.schedule import relative_cost
+from capgap.sweep.worker import EndMessage, StepMessage
+
+LINE_EVERY = 10.0  # seconds between two lines of a running task where there is no terminal
+
+
+class Display(Protocol):
+    """Where a sweep tells what it does."""
+
+    def __enter__(self) -> "Display": ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def expect(self, tasks: Sequence[Teacher | Column], done: Sequence[str]) -> None: ...
+
+    def started(self, worker: int, task: Teacher | Column) -> None: ...
+
+    def step(self, message: StepMessage) -> None: ...
+
+    def ended(self, task: Teacher | Column, message: EndMessage) -> None: ...
+
+
+@dataclass
+class _Running:
+    task: Teacher | Column
+    message: StepMessage | None = None
+    said_at: float = 0.0
+
+    @property
+    def share(self) -> float:
+        return self.message.tokens / max(1, self.task.tokens) if self.message else 0.0
+
+
+class Ledger:
+    """Work done and to do, in the units of `relative_cost`, and the time left."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.running: dict[int, _Running] = {}
+        self.total = 0.0
+        self.before = 0.0
+        self.finished = 0.0
+        self.tasks = self.ended = 0
+
+    def expect(self, tasks: Sequence[Teacher | Column], done: Sequence[str]) -> None:
+        self.tasks += len(tasks)
+        self.total += sum(relative_cost(task) for task in tasks)
+        self.before += sum(relative_cost(task) for task in tasks if task.id in done)
+        self.finished += sum(relative_cost(task) for task in tasks if task.id in done)
+        self.ended += sum(task.id in done for task in tasks)
+
+    def begin(self, worker: int, task: Teacher | Column) -> None:
+        self.running[worker] = _Running(task, said_at=time.monotonic())
+
+    def end(self, worker: int) -> None:
+        self.finished += relative_cost(self.running.pop(worker).task)
+        self.ended += 1
+
+    @property
+    def done(self) -> float:
+        return self.finished + sum(
+            one.share * relative_cost(one.task) for one in self.running.values()
+        )
+
+    def eta(self) -> float | None:
+        """Seconds to go at the speed so far; None before anything can be said."""
+        now = self.done - self.before
+        elapsed = time.monotonic() - self.start
+        if elapsed < 5 or now < 0.02 * self.total:
+            return None
+        return elapsed * (self.total - self.done) / now
+
+
+def describe(task: Teacher | Column) -> str:
+    if isinstance(task, Teacher):
+        return f"teacher {task.id}"
+    names = f"{len(task.cells)} {'baseline' if task.teacher is None else 'student'}"
+    names += "s" if len(task.cells) > 1 else ""
+    return f"{task.id} ({names})"
+
+
+def clock_time(seconds: float | None) -> str:
+    if seconds is None:
+        return "--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class LiveDisplay:
+    """A table that is drawn anew: one row a worker, and the whole sweep with its ETA."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.ledger = Ledger()
+        self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
+
+    def __enter__(self) -> "LiveDisplay":
+        self.live.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.live.__exit__(kind, error, trace)
+
+    def say(self, text: str) -> None:
+        self.live.console.print(text, highlight=False)
+
+    def expect(self, tasks: Sequence[Teacher | Column], done: Sequence[str]) -> None:
+        self.ledger.expect(tasks, done)
+
+    def started(self, worker: int, task: Teacher | Column) -> None:
+        self.ledger.begin(worker, task)
+
+    def step(self, message: StepMessage) -> None:
+        self.ledger.running[message.worker].message = message
+
+    def ended(self, task: Teacher | Column, message: EndMessage) -> None:
+        self.ledger.end(message.worker)
+        if message.outcome == "done":
+            self.say(f"[green]done[/] {describe(task)} in {clock_time(message.busy)}")
+
+    def _render(self) -> RenderableType:
+        ledger = self.ledger
+        table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")
+        for name in ("running", "", "tokens", "tokens/s", "loss"):
+            table.add_column(name, justify="left" if name in ("running", "") else "right")
+        for _, one in sorted(ledger.running.items()):
+            message = one.message
+            table.add_row(
+                describe(one.task),
+                ProgressBar(total=1.0, completed=one.share, width=20),
+                f"{format_count(message.tokens) if message else 0}/{format_count(one.task.tokens)}",
+                f"{message.tokens_per_second:,.0f}" if message else "",
+                f"{message.loss:.3f}" if message and message.loss is not None else "",
+            )
+        if not ledger.total:
+            return table
+        share = ledger.done / ledger.total
+        total = Text(
+            f" {ledger.ended} of {ledger.tasks} tasks, {share:.0%} of the work, "
+            f"{clock_time(time.monotonic() - ledger.start)} so far, "
+            f"about {clock_time(ledger.eta())} to go"
+        )
+        return Group(table, total)
+
+
+class LineDisplay:
+    """Plain lines for a log file or a pipe."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.ledger = Ledger()
+
+    def __enter__(self) -> "LineDisplay":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def expect(self, tasks: Sequence[Teacher | Column], done: Sequence[str]) -> None:
+        self.ledger.expect(tasks, done)
+
+    def started(self, worker: int, task: Teacher | Column) -> None:
+        self.ledger.begin(worker, task)
+        self.say(f"start {describe(task)}")
+
+    def step(self, message: StepMessage) -> None:
+        one = self.ledger.running[message.worker]
+        one.message = message
+        if time.monotonic() - one.said_at < LINE_EVERY:
+            return
+        one.said_at = time.monotonic()
+        loss = "" if message.loss is None else f", loss {message.loss:.3f}"
+        self.say(
+            f"{message.task}: {format_count(message.tokens)} of {format_count(one.task.tokens)} "
+            f"tokens, {message.tokens_per_second:,.0f} tokens/s{loss}; sweep "
+            f"{self.ledger.done / self.ledger.total:.0%}, "
+            f"about {clock_time(self.ledger.eta())} to go"
+        )
+
+    def ended(self, task: Teacher | Column, message: EndMessage) -> None:
+        self.ledger.end(message.worker)
+        if message.outcome == "done":
+            self.say(f"done {describe(task)} in {clock_time(message.busy)}")
+
+
+class QuietDisplay(LineDisplay):
+    """Says nothing at all."""
+
+    def say(self, text: str) -> None:
+        pass
+
+
+def make_display(console: Console, *, quiet: bool) -> Display:
+    if quiet:
+        return QuietDisplay(console)
+    return LiveDisplay(console) if console.is_terminal else LineDisplay(console)

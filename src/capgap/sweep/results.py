@@ -1,0 +1,162 @@
+"""From records to what a person takes home: tables, the law, the best student, the report."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from capgap.corpus.tokens import Corpus
+from capgap.evaluate.sample import sample_text
+from capgap.models.build import load_model
+from capgap.records import RunRecord, read_records, write_json_atomically
+from capgap.report.page import write_report
+from capgap.sizes import format_count
+from capgap.sweep.context import Context
+from capgap.sweep.plan import Plan
+from capgap.sweep.summary import fit_tables
+
+SAMPLES = 3
+PROMPT_TOKENS = 24
+SAMPLE_TOKENS = 80
+
+
+def write_results(context: Context, plan: Plan, corpus: Corpus) -> dict[str, str] | None:
+    """Writes grid.csv, law.json, student/, samples.json and the report.
+
+    Returns the ids of the best cell and its teacher; None if no cell was finished.
+    """
+    fit_tables(context.out)
+    records = read_records(context.out)
+    best = best_record(records)
+    found = None
+    if best is not None and best.teacher is not None:
+        found = {"cell": best.id, "teacher": best.teacher}
+        _export_student(context, best, records)
+        _write_samples(context, plan, corpus, best)
+    _note_best(context.out, found)
+    write_report(context.out)
+    # weights of the other students are not needed any more
+    shutil.rmtree(context.out / "work" / "students", ignore_errors=True)
+    return found
+
+
+def best_record(records: Sequence[RunRecord]) -> RunRecord | None:
+    """The cell with the lowest held-out loss."""
+    cells = [record for record in records if record.kind == "cell" and record.heldout is not None]
+    return min(cells, key=_loss, default=None)
+
+
+def _loss(record: RunRecord) -> float:
+    assert record.heldout is not None
+    return record.heldout.loss
+
+
+def _note_best(out: Path, best: dict[str, str] | None) -> None:
+    """The report reads sweep.json, so the best cell must stand there first."""
+    path = out / "sweep.json"
+    write_json_atomically(path, json.loads(path.read_text()) | {"best": best})
+
+
+def _export_student(context: Context, best: RunRecord, records: Sequence[RunRecord]) -> None:
+    trained = context.student_folder(best.id)
+    if not trained.exists():
+        return  # exported by an earlier call
+    target = context.out / "student"
+    partial = context.out / ".student.partial"
+    for leftover in (partial, target):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    shutil.copytree(trained, partial)
+    (partial / "README.md").write_text(model_card(context, best, records))
+    partial.rename(target)
+
+
+def model_card(context: Context, best: RunRecord, records: Sequence[RunRecord]) -> str:
+    """A model card that says how the student was made and how good it is."""
+    heldout, teacher_parameters = best.heldout, best.teacher_parameters
+    assert heldout is not None
+    assert teacher_parameters is not None
+    teacher = next(record for record in records if record.id == best.teacher)
+    rows = [("this student", best), ("its teacher", teacher)]
+    baselines = [
+        record
+        for record in records
+        if record.kind == "baseline"
+        and (record.init, record.student_size, record.tokens, record.seed)
+        == (best.init, best.student_size, best.tokens, best.seed)
+        and record.teacher in (None, best.teacher)
+    ]
+    rows += [("the same student by cross-entropy alone", record) for record in baselines]
+    table = "\n".join(
+        f"| {name} | {format_count(record.parameters.non_embedding)} | "
+        f"{record.heldout.loss:.3f} | {_number(record.heldout.bits_per_byte)} |"
+        for name, record in rows
+        if record.heldout is not None
+    )
+    recipe = context.recipe
+    began = {
+        "pruned": f"cut out of {best.teacher}",
+        "fixed": "cut out of the smallest teacher",
+        "scratch": "random weights",
+    }[str(best.init)]
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [distillation, capgap]
+---
+# {best.id}
+
+A {best.architecture} student of {format_count(best.parameters.non_embedding)} non-embedding \
+parameters ({format_count(best.parameters.total)} in all), distilled from `{best.teacher}` \
+({format_count(teacher_parameters.non_embedding)}) on {format_count(best.tokens)} tokens of \
+`{recipe.corpus.source}` by the capgap recipe `{recipe.name}`.
+
+- start: {began}
+- loss: {1 - best.alpha:g} cross-entropy + {best.alpha:g} KL(teacher || student) at temperature \
+{best.temperature:g}
+- peak learning rate {best.learning_rate:g}, batches of {best.batch_tokens} tokens, seed {best.seed}
+
+| held out ({format_count(heldout.tokens)} tokens) | parameters | nats per token | bits per byte |
+|---|---|---|---|
+{table}
+
+It is a small model made to measure how students learn from teachers. It inherits the licence and \
+the limits of the text and the teacher it was made from.
+"""
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def _write_samples(context: Context, plan: Plan, corpus: Corpus, best: RunRecord) -> None:
+    """Continuations of the beginnings of held-out documents, by the student and its teacher."""
+    teacher = next(one for one in plan.teachers if one.id == best.teacher)
+    source = teacher.source or context.teacher_folder(teacher.id)
+    tokenizer = corpus.tokenizer
+    texts = []
+    for who, name, path in (
+        ("student", best.id, context.out / "student"),
+        ("teacher", teacher.id, source),
+    ):
+        model = load_model(path).eval()
+        positions = model.config.max_position_embeddings
+        prompt_tokens = min(PROMPT_TOKENS, positions // 2)
+        length = min(SAMPLE_TOKENS, positions - prompt_tokens - 1)
+        for prompt in _prompts(corpus, tokenizer, prompt_tokens):
+            text = sample_text(model, tokenizer, prompt, max_new_tokens=length)
+            texts.append({"who": who, "id": name, "prompt": prompt, "text": text})
+    write_json_atomically(context.out / "samples.json", {"texts": texts})
+
+
+def _prompts(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int) -> list[str]:
+    documents: list[Any] = [
+        document for document in corpus.heldout_documents() if len(document.tokens) > 2 * length
+    ]
+    return [
+        tokenizer.decode(document.tokens[1 : length + 1].tolist())
+        for document in documents[:SAMPLES]
+    ]

@@ -1,0 +1,63 @@
+"""How fast this machine trains: measured on two small models, for the expected time of a plan."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from capgap.distill.losses import HeadInput, column_loss
+from capgap.models.build import build_model, split
+from capgap.models.shape import Shape
+from capgap.train.optimizer import make_optimizer
+
+# Larger models are not built for an estimate: their speed follows from the larger of the two.
+LARGEST_PROBE = 3_000_000
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds a token = overhead + FLOPs a token / flops_per_second, for one worker."""
+
+    overhead: float
+    flops_per_second: float
+
+    def seconds(self, tokens: int, flops: int) -> float:
+        return tokens * self.overhead + flops / self.flops_per_second
+
+
+def measure_speed(
+    small: Shape, large: Shape, *, batch_tokens: int, window: int, device: str
+) -> Speed:
+    """Trains each shape for a few steps of one batch; the best of them counts."""
+    rates = []
+    for shape in (small, large):
+        seconds = _seconds_a_token(shape, max(1, batch_tokens // window), window, device)
+        rates.append((6.0 * shape.parameters().total, seconds))
+    (small_flops, small_seconds), (large_flops, large_seconds) = rates
+    if large_flops <= small_flops * 1.2 or large_seconds <= small_seconds:
+        return Speed(0.0, large_flops / large_seconds)
+    per_flop = (large_seconds - small_seconds) / (large_flops - small_flops)
+    overhead = max(0.0, small_seconds - small_flops * per_flop)
+    return Speed(overhead, 1 / per_flop)
+
+
+def _seconds_a_token(shape: Shape, rows: int, window: int, device: str) -> float:
+    model = build_model(shape, seed=0).to(device)
+    backbone, head = split(model)
+    optimizer = make_optimizer(model, weight_decay=0.1, decay_embeddings=False)
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(0, shape.vocabulary, (rows, window + 1), generator=generator)
+    windows = windows.to(device)
+    best = float("inf")
+    for _ in range(REPEATS + 1):  # the first warms up
+        start = time.perf_counter()
+        hidden = backbone(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
+        result = column_loss([HeadInput.of(hidden, head)], windows[:, 1:].reshape(-1), alphas=[0.0])
+        (result.students[0].loss / (rows * window)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best / (rows * window)

@@ -1,0 +1,101 @@
+"""The tables of a sweep from its records, and what is said at its end. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from capgap.errors import UserError
+from capgap.law.fit import fit_law
+from capgap.law.table import write_grid
+from capgap.records import read_records, write_json_atomically
+from capgap.report.page import write_report
+from capgap.sweep.progress import clock_time
+
+STAGE_NAMES = {
+    "corpus": "corpus",
+    "batches": "batches",
+    "teacher_forward": "teacher forward",
+    "forward": "forward",
+    "loss": "loss and its gradient",
+    "backward": "backward",
+    "optimizer": "optimizer",
+    "evaluation": "evaluation",
+    "pruning": "pruning",
+    "checkpoint": "checkpoints",
+    "report": "law and report",
+    "python": "Python around torch",
+}
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Where a finished sweep's results lie. `stages` are seconds of work by stage."""
+
+    out: Path
+    report: Path
+    student: Path | None
+    best: str | None
+    verdict: list[str]
+    stages: dict[str, float]
+    wall_seconds: float
+    failed: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of `capgap sweep --json` (docs/cli.md)."""
+        return {
+            "out": str(self.out),
+            "report": str(self.report),
+            "student": None if self.student is None else str(self.student),
+            "best": self.best,
+            "verdict": self.verdict,
+            "stages": {name: round(seconds, 3) for name, seconds in self.stages.items()},
+            "wall_seconds": round(self.wall_seconds, 3),
+            "failed": self.failed,
+        }
+
+
+def fit_tables(out: Path) -> dict[str, Any]:
+    """Writes grid.csv and law.json from the records; returns the law."""
+    records = read_records(out)
+    write_grid(records, out / "grid.csv")
+    law = fit_law(records)
+    write_json_atomically(out / "law.json", law)
+    return law
+
+
+def refresh(out: Path) -> dict[str, Any]:
+    """Fits and draws again; returns paths and verdict. UserError where there is no sweep."""
+    if not (out / "sweep.json").exists():
+        raise UserError(f"{str(out)!r} is no output folder of a sweep (it has no sweep.json)")
+    law = fit_tables(out)
+    page = write_report(out)
+    return {"report": str(page), "law": str(out / "law.json"), "verdict": law["verdict"]}
+
+
+def print_summary(result: SweepResult, console: Console) -> None:
+    """The answer, where the results lie, and each stage's share of the work."""
+    for sentence in result.verdict:
+        console.print(f"- {sentence}", highlight=False)
+    console.print()
+    table = Table(title="Where the work went", box=None, title_justify="left")
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    table.add_column("share", justify="right")
+    total = sum(result.stages.values())
+    for name, label in STAGE_NAMES.items():
+        if name in result.stages:
+            seconds = result.stages[name]
+            table.add_row(label, f"{seconds:.1f}", f"{seconds / total:.1%}")
+    console.print(table)
+    console.print(
+        f"{clock_time(result.wall_seconds)} on the clock for {clock_time(total)} of work\n",
+        highlight=False,
+    )
+    if result.failed:
+        console.print(f"[red]failed:[/] {', '.join(result.failed)}")
+    if result.student is not None:
+        console.print(f"best student: {result.best} in {result.student}", highlight=False)
+    console.print(f"report: {result.report}", highlight=False)

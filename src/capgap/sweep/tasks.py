@@ -1,0 +1,296 @@
+"""What a worker does: train one teacher, or one column of cells, and record every run.
+
+A task may be cut short at any moment and started again: it goes on from its checkpoint, and what
+is already recorded is left alone.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from capgap.config import Recipe
+from capgap.corpus.batches import batch_indices
+from capgap.corpus.tokens import Corpus, load_corpus
+from capgap.errors import UserError
+from capgap.evaluate.heldout import HeldoutLoss, HeldoutSet, evaluate_heldout, heldout_set
+from capgap.models.build import build_model, load_model, save_model, split
+from capgap.prune.importance import Importance, score
+from capgap.prune.surgery import cut
+from capgap.records import AfterCut, read_record, record_from_dict, write_record
+from capgap.sweep.context import Context, machine, versions
+from capgap.sweep.plan import Cell, Column, Teacher
+from capgap.train.clock import StageClock
+from capgap.train.loop import Learner, LoopSettings, Progress, train
+from capgap.train.precision import autocast_dtype
+
+# Teachers and students read the corpus in different orders, and importance is measured on a third.
+DATA_SEEDS = {"teacher": 1_000_003, "student": 2_000_003, "scoring": 3_000_017}
+
+
+@dataclass
+class Task:
+    """What the tasks of one worker share."""
+
+    context: Context
+    clock: StageClock
+    should_stop: Callable[[], bool]
+    on_step: Callable[[Progress], None]
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        window = self.context.recipe.corpus.window
+        return load_corpus(self.context.corpus_folder, window=window)
+
+    @cached_property
+    def heldout(self) -> HeldoutSet:
+        return heldout_set(self.corpus.heldout_documents(), self.corpus.window)
+
+    def settings(self, kind: str, seed: int) -> LoopSettings:
+        recipe = self.context.recipe
+        training, window = recipe.training, recipe.corpus.window
+        micro = training.micro_batch_tokens or training.batch_tokens
+        return LoopSettings(
+            batch_windows=training.batch_tokens // window,
+            micro_batch_windows=micro // window,
+            data_seed=DATA_SEEDS[kind] + seed,
+            temperature=training.temperature,
+            warmup_fraction=training.warmup_fraction,
+            weight_decay=training.weight_decay,
+            decay_embeddings=training.decay_embeddings,
+            clip=training.clip,
+            autocast_dtype=autocast_dtype(training.precision, self.context.device),
+            checkpoint_seconds=recipe.run.checkpoint_seconds,
+        )
+
+    def run(
+        self, learners: Sequence[Learner], name: str, settings: LoopSettings, **more: Any
+    ) -> None:
+        train(
+            learners,
+            self.corpus,
+            settings,
+            clock=self.clock,
+            checkpoint_path=self.context.checkpoint_file(name),
+            should_stop=self.should_stop,
+            on_step=self.on_step,
+            **more,
+        )
+        self.context.checkpoint_file(name).unlink(missing_ok=True)
+
+    def evaluate(self, model: PreTrainedModel) -> HeldoutLoss:
+        with self.clock.stage("evaluation"):
+            return evaluate_heldout(*split(model), self.heldout)
+
+
+def run_teacher(task: Task, teacher: Teacher) -> None:
+    """Trains the teacher (or takes it as it is), measures it, and scores its units for the cuts."""
+    context, recipe = task.context, task.context.recipe
+    run = _Run(task)
+    curve: dict[str, Any] = {}
+    failure = None
+    if teacher.source is not None:
+        model = load_model(teacher.source).to(context.device)
+    else:
+        assert teacher.learning_rate is not None
+        model = build_model(teacher.shape, seed=teacher.seed).to(context.device)
+        steps = teacher.tokens // recipe.training.batch_tokens
+        learner = Learner(teacher.id, model, steps, teacher.learning_rate)
+        task.run([learner], teacher.id, task.settings("teacher", teacher.seed))
+        curve, failure = learner.curve, learner.failure
+    heldout = None if failure else task.evaluate(model)
+    if failure is None:
+        with task.clock.stage("pruning"):
+            importance = score(model, _scoring_batches(task))
+            _save_importance(context.importance_file(teacher.id), importance)
+        if teacher.source is None:
+            save_model(model, context.teacher_folder(teacher.id), task.corpus.tokenizer)
+    run.record(
+        kind="teacher",
+        id=teacher.id,
+        architecture=teacher.architecture,
+        seed=teacher.seed,
+        teacher_size=teacher.size,
+        parameters=teacher.shape.parameters().as_dict(),
+        shape=vars(teacher.shape),
+        tokens=teacher.tokens,
+        learning_rate=teacher.learning_rate or 0.0,
+        alpha=0.0,
+        flops=teacher.flops(task.heldout.tokens),
+        heldout=heldout,
+        failure=failure,
+        curve=curve,
+    )
+
+
+def run_column(task: Task, column: Column) -> None:
+    """Trains all cells of the column that are not recorded yet, side by side."""
+    context, recipe = task.context, task.context.recipe
+    cells = {cell.id: cell for cell in column.cells if not context.is_recorded(cell.id)}
+    if not cells:
+        return
+    run = _Run(task)
+    lost = _failed_teacher(context, column)
+    if lost is not None:
+        for cell in cells.values():
+            failure = {"message": f"its teacher {lost} failed", "step": None, "windows": None}
+            learner = _Unstarted(failure)
+            _record_cell(task, run, cell, learner, None, None)
+        return
+    after_cuts: dict[str, HeldoutLoss | None] = {}
+    learners = []
+    for cell in cells.values():
+        model = _student(task, cell)
+        after_cuts[cell.id] = task.evaluate(model) if cell.cut_from is not None else None
+        steps = cell.tokens // recipe.training.batch_tokens
+        learners.append(Learner(cell.id, model, steps, cell.learning_rate, cell.alpha))
+
+    def finish(learner: Learner) -> None:
+        cell = cells[learner.id]
+        if context.is_recorded(cell.id):
+            return
+        heldout = None if learner.failure else task.evaluate(learner.model)
+        if learner.failure is None and cell.kind == "cell":
+            save_model(learner.model, context.student_folder(cell.id), task.corpus.tokenizer)
+        _record_cell(task, run, cell, learner, heldout, after_cuts[cell.id])
+
+    teacher = None
+    if column.teacher is not None:
+        teacher = load_model(teacher_path(context, column.teacher)).to(context.device)
+    settings = task.settings("student", column.seed)
+    task.run(learners, column.id, settings, teacher=teacher, on_end=finish)
+
+
+def teacher_path(context: Context, teacher: Teacher) -> Path | str:
+    return teacher.source if teacher.source is not None else context.teacher_folder(teacher.id)
+
+
+@dataclass(frozen=True)
+class _Unstarted:
+    """Stands for a learner that could not begin."""
+
+    failure: dict[str, Any]
+    curve: dict[str, list[float | None]] = field(default_factory=dict)
+
+
+def _failed_teacher(context: Context, column: Column) -> str | None:
+    for teacher in sorted(column.needs):
+        if read_record(context.record_folder(teacher)).status == "failed":
+            return teacher
+    return None
+
+
+def _student(task: Task, cell: Cell) -> PreTrainedModel:
+    context = task.context
+    if cell.cut_from is None:
+        return build_model(cell.shape, seed=cell.seed).to(context.device)
+    with task.clock.stage("pruning"):
+        teacher = load_model(teacher_path(context, cell.cut_from), dtype=torch.float32)
+        importance = _load_importance(context.importance_file(cell.cut_from.id))
+        return cut(teacher, importance, cell.shape).to(context.device)
+
+
+def _record_cell(
+    task: Task,
+    run: "_Run",
+    cell: Cell,
+    learner: "Learner | _Unstarted",
+    heldout: HeldoutLoss | None,
+    after_cut: HeldoutLoss | None,
+) -> None:
+    teacher = cell.teacher
+    run.record(
+        kind=cell.kind,
+        id=cell.id,
+        architecture=cell.architecture,
+        seed=cell.seed,
+        init=cell.init,
+        student_size=cell.student_size,
+        teacher_size=None if teacher is None else teacher.size,
+        teacher=None if teacher is None else teacher.id,
+        parameters=cell.shape.parameters().as_dict(),
+        teacher_parameters=None if teacher is None else teacher.shape.parameters().as_dict(),
+        shape=vars(cell.shape),
+        tokens=cell.tokens,
+        learning_rate=cell.learning_rate,
+        alpha=cell.alpha,
+        flops=cell.flops(task.context.recipe.scoring_tokens, task.heldout.tokens),
+        heldout=heldout,
+        failure=learner.failure,
+        curve=learner.curve,
+        after_cut=None
+        if after_cut is None
+        else vars(AfterCut(loss=after_cut.loss, loss_stderr=after_cut.loss_stderr)),
+    )
+
+
+class _Run:
+    """Writes records with what all records share."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.started = datetime.now(UTC)
+        self.start = time.monotonic()
+
+    def record(
+        self, *, id: str, tokens: int, heldout: HeldoutLoss | None, failure: Any, **fields: Any
+    ) -> None:
+        context, recipe = self.task.context, self.task.context.recipe
+        values = {
+            "schema": 1,
+            "id": id,
+            "status": "failed" if failure else "done",
+            "failure": failure,
+            "tokens": tokens,
+            "steps": tokens // recipe.training.batch_tokens,
+            "batch_tokens": recipe.training.batch_tokens,
+            "temperature": recipe.training.temperature,
+            "recipe_hash": recipe.hash(),
+            "corpus_hash": self.task.corpus.corpus_hash,
+            "heldout": None if heldout is None else heldout.as_dict(),
+            "wall_seconds": time.monotonic() - self.start,
+            "versions": versions(),
+            "machine": machine(context.device, context.threads),
+            "started": self.started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            **fields,
+        }
+        write_record(context.record_folder(id), record_from_dict(values, source=id))
+
+
+def _scoring_batches(task: Task) -> list[torch.Tensor]:
+    """The windows that importance is measured on, in small batches: |gradient| is meaned over
+    batches, so many small ones say more than few large ones."""
+    recipe: Recipe = task.context.recipe
+    rows = max(1, recipe.scoring_tokens // recipe.corpus.window)
+    indices = batch_indices(
+        seed=DATA_SEEDS["scoring"], step=0, batch_windows=rows, num_windows=task.corpus.windows
+    )
+    return list(torch.from_numpy(task.corpus.train.windows_at(indices)).split(8))
+
+
+def _save_importance(path: Path, importance: Importance) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    tensors = {name: getattr(importance, name) for name in ("heads", "neurons", "hidden", "layers")}
+    counts = {"tokens": str(importance.tokens), "flops": str(importance.flops)}
+    save_file(tensors, aside, metadata=counts)
+    os.replace(aside, path)
+
+
+def _load_importance(path: Path) -> Importance:
+    if not path.exists():
+        raise UserError(f"{path} is missing: delete the teacher's record to have it made again")
+    with safe_open(path, framework="pt") as opened:
+        counts = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return Importance(**tensors, tokens=int(counts["tokens"]), flops=int(counts["flops"]))

@@ -1,0 +1,123 @@
+"""A worker process: takes tasks from its queue, tells what happens, stops when asked."""
+
+import errno
+import os
+import signal
+import time
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
+from typing import Literal
+
+from capgap.errors import UserError
+from capgap.sweep.context import Context
+from capgap.sweep.plan import Column, Teacher
+
+TOLD_EVERY = 0.25  # seconds between two messages about steps
+
+
+@dataclass(frozen=True)
+class StepMessage:
+    worker: int
+    task: str
+    tokens: int
+    tokens_per_second: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class EndMessage:
+    """How a task ended. `seconds` are those of its stages, `busy` of the whole task."""
+
+    worker: int
+    task: str
+    outcome: Literal["done", "stopped", "user_error", "crashed"]
+    message: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    busy: float = 0.0
+
+
+def work(
+    worker: int,
+    context: Context,
+    tasks: "Queue[Teacher | Column | None]",
+    messages: "Queue[StepMessage | EndMessage]",
+    stop: Event,
+) -> None:
+    """Runs tasks until None comes. Ctrl-C is the parent's to handle: it sets `stop`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = os.getppid()
+    import torch
+
+    if context.threads is not None:
+        torch.set_num_threads(context.threads)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    while (task := tasks.get()) is not None:
+        ended = _run(worker, context, task, messages, stop, parent)
+        messages.put(ended)
+        if os.getppid() != parent:
+            return
+
+
+def _run(
+    worker: int,
+    context: Context,
+    asked: Teacher | Column,
+    messages: "Queue[StepMessage | EndMessage]",
+    stop: Event,
+    parent: int,
+) -> EndMessage:
+    from capgap.sweep.tasks import Task, run_column, run_teacher
+    from capgap.train.clock import StageClock
+    from capgap.train.loop import Interrupted, Progress
+
+    clock = StageClock()
+    start = told = time.monotonic()
+    learner_tokens = 0
+
+    def on_step(progress: Progress) -> None:
+        nonlocal told, learner_tokens
+        learner_tokens += progress.learner_tokens
+        now = time.monotonic()
+        if now - told > TOLD_EVERY:
+            told = now
+            loss = progress.losses[-1] if progress.losses else None
+            rate = learner_tokens / (now - start)
+            messages.put(StepMessage(worker, asked.id, progress.tokens, rate, loss))
+
+    def should_stop() -> bool:
+        # a parent that was killed cannot ask any more
+        return stop.is_set() or os.getppid() != parent
+
+    task = Task(context, clock, should_stop, on_step)
+    outcome: Literal["done", "stopped", "user_error", "crashed"] = "done"
+    message = ""
+    try:
+        if isinstance(asked, Teacher):
+            run_teacher(task, asked)
+        else:
+            run_column(task, asked)
+    except Interrupted:
+        outcome = "stopped"
+    except UserError as error:
+        outcome, message = "user_error", str(error)
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        # safetensors reports a full disk in words alone
+        if full or "No space left on device" in str(error):
+            outcome, message = "user_error", no_space(context)
+        else:
+            outcome, message = "crashed", traceback.format_exc()
+    return EndMessage(worker, asked.id, outcome, message, clock.seconds, time.monotonic() - start)
+
+
+def no_space(context: Context) -> str:
+    return (
+        f"no disk space left in {context.out}: free some and run the same command again; "
+        "what is finished is kept"
+    )

@@ -1,0 +1,334 @@
+"""The one training loop.
+
+It trains any number of models on the same batches: one model without a teacher is pre-training or
+a baseline, several with a teacher are a column, whose teacher runs once for all of them.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from capgap.corpus.batches import batch_indices
+from capgap.corpus.tokens import Corpus
+from capgap.distill.losses import ColumnLoss, HeadInput, StudentLoss, column_loss
+from capgap.models.build import split
+from capgap.train.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    restore_training,
+    save_checkpoint,
+    training_tensors,
+)
+from capgap.train.clock import StageClock
+from capgap.train.optimizer import make_optimizer, schedule
+
+CURVE_POINTS = 60
+CURVE_COLUMNS = (
+    "step",
+    "tokens",
+    "ce",
+    "kl",
+    "teacher_ce",
+    "teacher_entropy",
+    "agreement",
+    "gradient_norm",
+    "learning_rate",
+)
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; its state is in the checkpoint."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What all models of one loop share. Batches and micro-batches are counted in windows."""
+
+    batch_windows: int
+    micro_batch_windows: int
+    data_seed: int
+    temperature: float = 1.0
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.1
+    decay_embeddings: bool = False
+    clip: float = 1.0
+    autocast_dtype: torch.dtype | None = None
+    checkpoint_seconds: float = 30.0
+
+
+@dataclass
+class Learner:
+    """One model in training. It ends after `steps`, or at its first non-finite loss or gradient."""
+
+    id: str
+    model: PreTrainedModel
+    steps: int
+    learning_rate: float
+    alpha: float = 0.0
+    curve: dict[str, list[float | None]] = field(
+        default_factory=lambda: {column: [] for column in CURVE_COLUMNS}
+    )
+    failure: dict[str, Any] | None = None
+
+    def active(self, step: int) -> bool:
+        return self.failure is None and step < self.steps
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after every step. `losses` (nats per token) are those of the models that took it;
+    `learner_tokens` counts the batch once for each of them."""
+
+    step: int
+    tokens: int
+    learner_tokens: int
+    losses: list[float]
+
+
+def train(
+    learners: Sequence[Learner],
+    corpus: Corpus,
+    settings: LoopSettings,
+    *,
+    teacher: PreTrainedModel | None = None,
+    clock: StageClock | None = None,
+    checkpoint_path: Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+    on_end: Callable[[Learner], None] = lambda learner: None,
+) -> None:
+    """Trains every learner to its own number of steps, in place; `on_end` is told of each.
+
+    With a checkpoint path it continues from there if one exists, saves every
+    `checkpoint_seconds`, and when `should_stop` says so, saves and raises Interrupted. On one CPU
+    process an interrupted run that continues equals an uninterrupted one bit for bit.
+    """
+    clock = clock or StageClock()
+    column = _Column(learners, teacher, settings, clock)
+    step = 0
+    if checkpoint_path is not None:
+        step = column.restore(checkpoint_path)
+    saved_at = time.monotonic()
+    for learner in learners:
+        if not learner.active(step):
+            on_end(learner)
+    while any(learner.active(step) for learner in learners):
+        with clock.stage("batches"):
+            indices = batch_indices(
+                seed=settings.data_seed,
+                step=step,
+                batch_windows=settings.batch_windows,
+                num_windows=corpus.windows,
+            )
+            windows = torch.from_numpy(corpus.train.windows_at(indices)).to(column.device)
+        trained = [learner for learner in learners if learner.active(step)]
+        losses = column.step(step, windows, indices)
+        step += 1
+        tokens = windows[:, 1:].numel()
+        on_step(Progress(step, step * tokens, tokens * len(trained), losses))
+        for learner in trained:
+            if not learner.active(step):
+                on_end(learner)
+        if checkpoint_path is None:
+            continue
+        stopping = should_stop()
+        if stopping or time.monotonic() - saved_at > settings.checkpoint_seconds:
+            with clock.stage("checkpoint"):
+                column.save(checkpoint_path, step)
+            saved_at = time.monotonic()
+        if stopping:
+            raise Interrupted
+
+
+class _Column:
+    """The models of one loop with their optimizers, and a step of all of them."""
+
+    def __init__(
+        self,
+        learners: Sequence[Learner],
+        teacher: PreTrainedModel | None,
+        settings: LoopSettings,
+        clock: StageClock,
+    ) -> None:
+        self.learners = learners
+        self.settings = settings
+        self.clock = clock
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = split(teacher.eval().requires_grad_(False))
+        self.parts = {learner.id: split(learner.model.train()) for learner in learners}
+        self.optimizers = {
+            learner.id: make_optimizer(
+                learner.model,
+                weight_decay=settings.weight_decay,
+                decay_embeddings=settings.decay_embeddings,
+            )
+            for learner in learners
+        }
+        self.device = next(learners[0].model.parameters()).device
+        self.sums = {learner.id: _CurveSums() for learner in learners}
+
+    def step(self, step: int, windows: Tensor, indices: np.ndarray) -> list[float]:
+        """One optimizer step of every active learner; returns their mean losses in nats."""
+        active = [learner for learner in self.learners if learner.active(step)]
+        tokens = windows[:, 1:].numel()
+        totals: list[StepSums] = [StepSums() for _ in active]
+        for micro_batch in windows.split(self.settings.micro_batch_windows):
+            result = self._forward(active, micro_batch)
+            with self.clock.stage("backward"):
+                torch.autograd.backward([one.loss / tokens for one in result.students])
+            for total, one in zip(totals, result.students, strict=True):
+                total.add(one, result)
+        losses = []
+        for learner, total in zip(active, totals, strict=True):
+            with self.clock.stage("optimizer"):
+                loss, norm = self._update(learner, step, total, tokens)
+            if math.isfinite(loss) and math.isfinite(norm):
+                losses.append(loss)
+                self._record(learner, step, total, tokens, norm)
+            else:
+                learner.failure = {
+                    "message": f"non-finite loss ({loss}) or gradient norm ({norm})",
+                    "step": step,
+                    "windows": [int(index) for index in indices],
+                }
+        return losses
+
+    def _forward(self, active: Sequence[Learner], windows: Tensor) -> ColumnLoss:
+        inputs, targets = windows[:, :-1], windows[:, 1:].reshape(-1)
+        dtype = self.settings.autocast_dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            teacher = None
+            if self.teacher is not None and any(learner.alpha > 0 for learner in active):
+                with self.clock.stage("teacher_forward"), torch.no_grad():
+                    teacher = self._hidden(*self.teacher, inputs)
+            with self.clock.stage("forward"):
+                students = [self._hidden(*self.parts[learner.id], inputs) for learner in active]
+            with self.clock.stage("loss"):
+                return column_loss(
+                    students,
+                    targets,
+                    alphas=[learner.alpha for learner in active],
+                    teacher=teacher,
+                    temperature=self.settings.temperature,
+                )
+
+    @staticmethod
+    def _hidden(backbone: nn.Module, head: nn.Linear, inputs: Tensor) -> HeadInput:
+        hidden = backbone(input_ids=inputs, use_cache=False).last_hidden_state
+        return HeadInput.of(hidden, head)
+
+    def _update(
+        self, learner: Learner, step: int, total: "StepSums", tokens: int
+    ) -> tuple[float, float]:
+        """Clip and step; a non-finite loss or gradient leaves the weights as they were."""
+        optimizer = self.optimizers[learner.id]
+        norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), self.settings.clip)
+        loss, norm_value = total.loss / tokens, norm.item()
+        if math.isfinite(loss) and math.isfinite(norm_value):
+            share = schedule(
+                step, steps=learner.steps, warmup_fraction=self.settings.warmup_fraction
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = learner.learning_rate * share
+            optimizer.step()
+        optimizer.zero_grad()
+        return loss, norm_value
+
+    def _record(
+        self, learner: Learner, step: int, total: "StepSums", tokens: int, norm: float
+    ) -> None:
+        """Adds the step to the curve, of which each point is the mean over several steps."""
+        sums = self.sums[learner.id]
+        sums.add(total, tokens, norm)
+        every = max(1, learner.steps // CURVE_POINTS)
+        if (step + 1) % every and step + 1 != learner.steps:
+            return
+        rate = self.optimizers[learner.id].param_groups[0]["lr"]
+        for column, value in sums.means().items():
+            learner.curve[column].append(value)
+        learner.curve["step"].append(step + 1)
+        learner.curve["tokens"].append((step + 1) * tokens)
+        learner.curve["learning_rate"].append(rate)
+        self.sums[learner.id] = _CurveSums()
+
+    def save(self, path: Path, step: int) -> None:
+        tensors: dict[str, Tensor] = {}
+        state: dict[str, Any] = {}
+        for learner in self.learners:
+            optimizer = self.optimizers[learner.id]
+            tensors |= training_tensors(learner.model, optimizer, learner.id)
+            sums = self.sums[learner.id]
+            state[learner.id] = {
+                "curve": learner.curve,
+                "failure": learner.failure,
+                "sums": {"steps": sums.steps, "tokens": sums.tokens, "values": sums.values},
+            }
+        save_checkpoint(path, Checkpoint(step, tensors, state))
+
+    def restore(self, path: Path) -> int:
+        """The step to go on from; 0 when there is no checkpoint."""
+        checkpoint = load_checkpoint(path)
+        if checkpoint is None:
+            return 0
+        for learner in self.learners:
+            state = checkpoint.state[learner.id]
+            learner.curve, learner.failure = state["curve"], state["failure"]
+            self.sums[learner.id] = _CurveSums(**state["sums"])
+            optimizer = self.optimizers[learner.id]
+            restore_training(learner.model, optimizer, checkpoint.tensors, learner.id)
+        return checkpoint.step
+
+
+@dataclass
+class StepSums:
+    """Sums over the micro-batches of one step, for one learner."""
+
+    loss: float = 0.0
+    values: dict[str, float] = field(default_factory=dict)
+
+    def add(self, student: StudentLoss, column: ColumnLoss) -> None:
+        self.loss += student.loss.item()
+        found: dict[str, Tensor | None] = {
+            "ce": student.ce,
+            "kl": student.kl,
+            "agreement": student.agreement,
+        }
+        if student.kl is not None and column.teacher is not None:
+            found |= {"teacher_ce": column.teacher.ce, "teacher_entropy": column.teacher.entropy}
+        for name, value in found.items():
+            if value is not None:
+                self.values[name] = self.values.get(name, 0.0) + value.item()
+
+
+@dataclass
+class _CurveSums:
+    """Sums over the steps since the curve's last point."""
+
+    steps: int = 0
+    tokens: int = 0
+    values: dict[str, float] = field(default_factory=dict)
+
+    def add(self, total: StepSums, tokens: int, norm: float) -> None:
+        self.steps += 1
+        self.tokens += tokens
+        for name, value in {**total.values, "gradient_norm": norm}.items():
+            self.values[name] = self.values.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float | None]:
+        """Means per token, the gradient norm per step; None for what no teacher gave."""
+        per_token = ("ce", "kl", "teacher_ce", "teacher_entropy", "agreement")
+        means: dict[str, float | None] = {
+            name: self.values[name] / self.tokens if name in self.values else None
+            for name in per_token
+        }
+        means["gradient_norm"] = self.values["gradient_norm"] / self.steps
+        return means

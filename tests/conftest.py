@@ -1,0 +1,65 @@
+"""What many tests share: a small made-up text, its corpus, and a recipe of seconds."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capgap.corpus.prepare import prepare_corpus
+from capgap.corpus.tokens import Corpus
+
+WORDS = [a + b for a in ("ka", "lo", "mi", "ren", "tus") for b in ("ba", "do", "fi", "shen", "")]
+
+
+def made_up_text(documents: int, *, seed: int = 0) -> str:
+    """Sentences with a grammar of sorts, so that a model has something to learn."""
+    chooser = random.Random(seed)
+    texts = []
+    for _ in range(documents):
+        topic = chooser.sample(WORDS, 6)
+        sentences = [
+            " ".join(chooser.choice(topic) for _ in range(chooser.randint(4, 9))).capitalize()
+            for _ in range(chooser.randint(10, 30))
+        ]
+        texts.append(". ".join(sentences) + ".\n")
+    return "<|endoftext|>\n".join(texts)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "made_up.txt"
+    path.write_text(made_up_text(300))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_corpus(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return prepare_corpus(
+        str(text_file),
+        tmp_path_factory.mktemp("corpus") / "tokens",
+        vocabulary=300,
+        window=16,
+        heldout_fraction=0.1,
+        heldout_tokens=2000,
+    )
+
+
+@pytest.fixture
+def tiny_recipe(text_file: Path) -> dict[str, Any]:
+    """Plain data of a recipe that runs in seconds; tests change what they are about."""
+    return {
+        "name": "tiny",
+        "scoring_tokens": 512,
+        "corpus": {
+            "source": str(text_file),
+            "vocabulary": 300,
+            "window": 16,
+            "heldout_fraction": 0.1,
+            "heldout_tokens": 1000,
+        },
+        "teachers": {"sizes": ["14k", "20k", "28k", "40k"], "tokens": 5120},
+        "students": {"sizes": ["8k", "11k"], "tokens": [2560]},
+        "training": {"batch_tokens": 256},
+        "run": {"workers": 2, "device": "cpu"},
+    }

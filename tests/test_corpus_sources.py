@@ -1,0 +1,259 @@
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import socket
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from capgap.corpus import readers
+from capgap.corpus.sources import open_source
+from capgap.errors import UserError
+
+SEPARATED = b"one\nline two\n<|endoftext|>\n  two\n\n<|endoftext|>\r\n\n<|endoftext|>\nlast"
+DOCUMENTS = [b"one\nline two\n", b"  two\n\n", b"last"]
+ROWS = [{"text": "one"}, {"text": "tw\u00f6\n\n"}, {"text": None}, {"text": "  "}, {"text": "end"}]
+TEXTS = [b"one", "tw\u00f6\n\n".encode(), b"end"]
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
+
+
+def read(source: Path | str, **options: str) -> list[bytes]:
+    return list(open_source(str(source), **options).documents())
+
+
+def test_standard_library() -> None:
+    source = open_source("stdlib")
+    root = Path(sysconfig.get_path("stdlib"))
+    assert source.files == tuple(sorted(source.files))
+    assert {root / "os.py", root / "json" / "decoder.py"} <= set(source.files)
+    assert all(path.suffix == ".py" for path in source.files)
+    assert not any("-packages" in part for path in source.files for part in path.parts)
+    assert next(source.documents()) == source.files[0].read_bytes()
+
+
+def test_standard_library_that_is_not_there_as_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "python.zip"))
+    with pytest.raises(UserError, match="no standard library as files"):
+        open_source("stdlib")
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_text_is_parted_at_separator_lines(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"book.txt{ending}"
+    path.write_bytes(COMPRESS[ending](SEPARATED))
+    assert read(path) == DOCUMENTS
+    path.write_bytes(COMPRESS[ending](b"a\n---\nb --- c\n"))
+    assert read(path, separator="---") == [b"a\n", b"b --- c\n"]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_json_lines(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"rows.jsonl{ending}"
+    path.write_bytes(COMPRESS[ending]("\n".join(map(json.dumps, ROWS)).encode()))
+    assert read(path) == TEXTS
+    with pytest.raises(UserError, match=r"line 1 has no column 'body'; it has 'text'"):
+        read(path, text_column="body")
+
+
+def test_json_lines_keep_invalid_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "caf\xe9"}\n{"text": "half \\ud83d"}\n')
+    assert read(path) == [b"caf\xe9", b"half \xed\xa0\xbd"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": ', "line 2 is not JSON"),
+        (b"[1]", "no JSON object but list"),
+        (b'{"text": 3}', "column 'text' holds int, not text"),
+    ],
+)
+def test_bad_json_lines_are_named(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(UserError, match=message):
+        read(path)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"text": [row["text"] for row in ROWS], "number": list(range(5))})
+    pyarrow.parquet.write_table(table, path)
+    assert read(path) == TEXTS
+    with pytest.raises(UserError, match="no column 'body'; it has 'text', 'number'"):
+        read(path, text_column="body")
+    with pytest.raises(UserError, match="holds int, not text"):
+        read(path, text_column="number")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.txt.gz", "a.txt.xz", "a.txt.zst", "a.jsonl.gz"])
+def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"this is nothing of the kind, but long enough to look at")
+    with pytest.raises(UserError, match=f"cannot read .*{name}"):
+        read(path)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+def test_truncated_files_are_named(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.txt{ending}"
+    data = COMPRESS[ending](b"".join(b"%d\n" % (i * 7919) for i in range(50_000)))
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="cannot read"):
+        read(path)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+def test_all_members_of_a_compressed_file_are_read(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(COMPRESS[ending](b"first ") + COMPRESS[ending](b"second"))
+    assert read(path) == [b"first second"]
+
+
+def test_folder_and_glob(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name, data in {
+        "b.txt": b"text\n<|endoftext|>\nmore",
+        "a.md": b"kept\n<|endoftext|>\nwhole",
+        "sub/c.py": b"pass",
+        "picture.png": b"\x89PNG",
+        "rows.jsonl": b'{"text": "row"}',
+        "empty.txt": b"",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
+    whole = b"kept\n<|endoftext|>\nwhole"
+    assert read(tmp_path) == [whole, b"text\n", b"more", b"pass"]
+    assert read(tmp_path / "*.md") == [whole]
+    assert read(tmp_path / "**" / "*.py") == [b"pass"]
+    assert read(tmp_path / "*.jsonl") == [b"row"]
+    with pytest.raises(UserError, match="no file matches"):
+        read(tmp_path / "*.png")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match=r"holds no \.txt, \.md, \.py file"):
+        read(tmp_path / "other")
+
+
+def test_a_file_of_any_name_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "README"
+    path.write_bytes(b"caf\xe9 \xff\n")
+    assert read(path) == [b"caf\xe9 \xff\n"]
+
+
+@pytest.mark.parametrize("name", ["/no/such", "./none", "~/none/at/all", "gone.txt", "x.jsonl.zst"])
+def test_missing_paths_are_not_taken_for_datasets(name: str) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        open_source(name)
+
+
+@pytest.mark.parametrize("name", ["", "two words", "a:b:c:d", "a/b/c", "name#"])
+def test_names_that_can_be_nothing(name: str) -> None:
+    with pytest.raises(UserError, match=r"corpus has no name|neither a file nor a dataset name"):
+        open_source(name)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_unreadable_file(tmp_path: Path) -> None:
+    path = tmp_path / "secret.txt"
+    path.write_bytes(b"text")
+    path.chmod(0)
+    with pytest.raises(UserError, match=r"cannot read .*Permission denied"):
+        read(path)
+
+
+def test_document_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 1000)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a line\n" * 200)
+    with pytest.raises(UserError, match="set `separator`"):
+        read(path)
+
+
+def test_description_and_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"text")
+    source = open_source(str(tmp_path))
+    digest = hashlib.sha256(b"text").hexdigest()
+    assert source.describe() == {
+        "name": str(tmp_path),
+        "kind": "files",
+        "files": [{"path": "a.txt", "bytes": 4, "sha256": digest}],
+    }
+    before = source.fingerprint()
+    assert open_source(str(tmp_path)).fingerprint() == before
+    (tmp_path / "a.txt").write_bytes(b"TEXT")
+    os.utime(tmp_path / "a.txt", ns=(0, 1))
+    assert source.fingerprint() != before
+
+
+def test_dataset_without_a_network_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    source = open_source("some-team/some-dataset:config")
+    assert source.kind == "dataset"
+    with pytest.raises(UserError, match=r"'some-team/some-dataset'.* needs a network"):
+        next(source.documents())
+    # What is prepared can be reused all the same.
+    assert source.fingerprint()["name"] == "some-team/some-dataset:config"
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("team/data", ("team/data", None, "train")),
+        ("team/data:en", ("team/data", "en", "train")),
+        ("data::test", ("data", None, "test")),
+        ("data:en:test", ("data", "en", "test")),
+    ],
+)
+def test_dataset_rows(
+    name: str, asked: tuple[str, str | None, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    calls = []
+
+    def load(
+        path: str, config: str | None, *, split: str, streaming: bool, revision: str
+    ) -> object:
+        assert streaming
+        assert revision == "abc"
+        calls.append((path, config, split))
+        return datasets.IterableDataset.from_generator(lambda: iter(ROWS))
+
+    monkeypatch.setattr("capgap.corpus.sources.hub_revision", lambda name, kind: "abc")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read(name) == TEXTS
+    assert calls == [asked]
+    assert open_source(name).describe() == {"name": name, "kind": "dataset", "revision": "abc"}
+    with pytest.raises(UserError, match="no column 'body'; it has 'text'"):
+        read(name, text_column="body")
+
+
+def test_unknown_dataset_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(*_: object, **__: object) -> object:
+        raise ValueError("BuilderConfig 'xx' not found. Available: ['en']\nmore")
+
+    monkeypatch.setattr("capgap.corpus.sources.hub_revision", lambda name, kind: "abc")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match=r"dataset 'data:xx': .*Available: \['en'\]$"):
+        read("data:xx")

@@ -1,0 +1,61 @@
+"""Held-out loss: every token once, the right context, and an honest standard error."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from capgap.corpus.tokens import HeldoutDocument
+from capgap.evaluate.heldout import evaluate_heldout, heldout_set, ratio_standard_error
+from capgap.models.build import build_model, split
+from capgap.models.shape import ladder_shape
+
+WINDOW = 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    shape = ladder_shape("llama", 8000, vocabulary=50, positions=WINDOW)
+    return build_model(shape, seed=0)
+
+
+def documents_of(lengths):
+    chooser = np.random.default_rng(0)
+    return [
+        HeldoutDocument(np.r_[0, chooser.integers(1, 50, length)].astype(np.int64), 3 * length)
+        for length in lengths
+    ]
+
+
+def test_losses_equal_those_computed_document_by_document(model):
+    documents = documents_of([1, 7, 8, 9, 30])
+    found = evaluate_heldout(*split(model), heldout_set(documents, WINDOW))
+    for (tokens, _), total in zip(documents, found.document_losses, strict=True):
+        expected = 0.0
+        for start in range(0, len(tokens) - 1, WINDOW):
+            piece = torch.from_numpy(tokens[start : start + WINDOW + 1])
+            logits = model(piece[None, :-1]).logits[0]
+            expected += functional.cross_entropy(logits, piece[1:], reduction="sum").item()
+        assert total == pytest.approx(expected, rel=1e-5)
+    assert found.document_tokens == [1, 7, 8, 9, 30]
+    assert found.loss == pytest.approx(sum(found.document_losses) / 55)
+    bits = sum(found.document_losses) / math.log(2) / (3 * 55)
+    assert found.bits_per_byte == pytest.approx(bits)
+    assert found.as_dict()["bits_per_byte_stderr"] == pytest.approx(
+        found.loss_stderr / math.log(2) / 3
+    )
+
+
+def test_standard_error_agrees_with_a_bootstrap_over_documents():
+    chooser = np.random.default_rng(1)
+    counts = chooser.integers(20, 400, 200)
+    sums = counts * (3 + 0.4 * chooser.standard_normal(200))
+    drawn = chooser.integers(0, 200, (4000, 200))
+    bootstrap = (sums[drawn].sum(1) / counts[drawn].sum(1)).std()
+    assert ratio_standard_error(sums, counts) == pytest.approx(bootstrap, rel=0.05)
+
+
+def test_one_document_has_no_standard_error():
+    assert ratio_standard_error([3.0], [2]) is None

@@ -1,0 +1,180 @@
+"""Losses against a float64 reference, and the properties other tools get wrong."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from capgap.distill.losses import IGNORED_LABEL, HeadInput, column_loss, token_losses
+
+
+def make_head(generator, tokens, width, vocabulary, *, bias=False):
+    return HeadInput(
+        torch.randn(tokens, width, generator=generator).requires_grad_(),
+        (torch.randn(vocabulary, width, generator=generator) * 0.3).requires_grad_(),
+        torch.randn(vocabulary, generator=generator).requires_grad_() if bias else None,
+    )
+
+
+def reference_loss(student, teacher, targets, alpha, temperature):
+    """The loss as its formula reads, in float64 with full logits."""
+    logits = student.hidden.double() @ student.weight.double().T
+    if student.bias is not None:
+        logits = logits + student.bias.double()
+    ce = functional.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="sum")
+    if teacher is None:
+        return ce, ce, None
+    teacher_logits = teacher.hidden.detach().double() @ teacher.weight.detach().double().T
+    kl = functional.kl_div(
+        (logits / temperature).log_softmax(-1),
+        (teacher_logits / temperature).log_softmax(-1),
+        log_target=True,
+        reduction="none",
+    ).sum(-1)[targets != IGNORED_LABEL]
+    return (1 - alpha) * ce + alpha * temperature**2 * kl.sum(), ce, kl.sum()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_values_and_gradients_match_float64(alpha, temperature, bias):
+    generator = torch.Generator().manual_seed(3)
+    tokens, vocabulary = 37, 101
+    students = [
+        make_head(generator, tokens, 8, vocabulary, bias=bias),
+        make_head(generator, tokens, 12, vocabulary),
+    ]
+    teacher = make_head(generator, tokens, 16, vocabulary)
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    targets[[0, 5, 36]] = IGNORED_LABEL
+    result = column_loss(
+        students,
+        targets,
+        alphas=[alpha, 0.3],
+        teacher=teacher,
+        temperature=temperature,
+        chunk_tokens=10,
+    )
+    assert result.tokens == 34
+    torch.autograd.backward([one.loss for one in result.students])
+    for student, one, weight in zip(students, result.students, [alpha, 0.3], strict=True):
+        leaves = [
+            leaf for leaf in (student.hidden, student.weight, student.bias) if leaf is not None
+        ]
+        ours = [leaf.grad.clone() for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        loss, ce, kl = reference_loss(student, teacher, targets, weight, temperature)
+        loss.backward()
+        torch.testing.assert_close(one.loss.double(), loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one.ce.double(), ce, rtol=1e-5, atol=1e-5)
+        if weight > 0:
+            torch.testing.assert_close(one.kl.double(), kl, rtol=1e-5, atol=1e-5)
+        else:
+            assert one.kl is None
+        for got, leaf in zip(ours, leaves, strict=True):
+            torch.testing.assert_close(got, leaf.grad, rtol=1e-4, atol=2e-5)
+
+
+def test_teacher_statistics_match_float64():
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = (make_head(generator, 23, 8, 50) for _ in range(2))
+    targets = torch.randint(0, 50, (23,), generator=generator)
+    result = column_loss(
+        [student], targets, alphas=[0.5], teacher=teacher, temperature=3.0, chunk_tokens=7
+    )
+    logits = teacher.hidden.detach().double() @ teacher.weight.detach().double().T
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum()
+    ce = functional.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(result.teacher.ce.double(), ce, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.teacher.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+    student_logits = student.hidden @ student.weight.T
+    agree = (student_logits.argmax(-1) == logits.argmax(-1)).sum()
+    assert result.students[0].agreement == agree
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kl_and_its_gradient_are_zero_at_student_equals_teacher(temperature):
+    generator = torch.Generator().manual_seed(1)
+    student = make_head(generator, 19, 8, 64)
+    teacher = HeadInput(student.hidden.detach().clone(), student.weight.detach().clone())
+    targets = torch.randint(0, 64, (19,), generator=generator)
+    result = column_loss([student], targets, alphas=[1.0], teacher=teacher, temperature=temperature)
+    result.students[0].loss.backward()
+    assert result.students[0].kl.item() == 0.0
+    assert student.hidden.grad.abs().max() < 1e-6
+    assert student.weight.grad.abs().max() < 1e-5
+
+
+def test_words_that_underflow_on_both_sides_give_no_nan():
+    hidden = torch.ones(4, 2)
+    weight = torch.zeros(6, 2)
+    weight[0], weight[1] = 300.0, -300.0
+    student = HeadInput(hidden.clone().requires_grad_(), weight.clone().requires_grad_())
+    result = column_loss(
+        [student],
+        torch.tensor([0, 1, 2, 0]),
+        alphas=[0.5],
+        teacher=HeadInput(hidden * 0.9, weight),
+    )
+    result.students[0].loss.backward()
+    assert torch.isfinite(result.students[0].loss)
+    assert torch.isfinite(student.hidden.grad).all()
+
+
+def test_loss_does_not_depend_on_the_split():
+    """Sums over parts equal the sum over the whole: values and gradients."""
+    generator = torch.Generator().manual_seed(2)
+    student = make_head(generator, 40, 8, 30)
+    teacher = make_head(generator, 40, 10, 30)
+    targets = torch.randint(0, 30, (40,), generator=generator)
+    targets[3:17] = IGNORED_LABEL
+    whole = column_loss([student], targets, alphas=[0.4], teacher=teacher)
+    whole.students[0].loss.backward()
+    expected = student.weight.grad.clone()
+    student.weight.grad = None
+    total = torch.zeros(())
+    for rows in (slice(0, 11), slice(11, 40)):
+        part = column_loss(
+            [HeadInput(student.hidden[rows], student.weight)],
+            targets[rows],
+            alphas=[0.4],
+            teacher=HeadInput(teacher.hidden[rows], teacher.weight),
+        )
+        part.students[0].loss.backward()
+        total += part.students[0].loss.detach()
+    torch.testing.assert_close(total, whole.students[0].loss.detach())
+    torch.testing.assert_close(student.weight.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_inputs_accumulate_in_fp32():
+    generator = torch.Generator().manual_seed(8)
+    hidden = torch.randn(64, 16, generator=generator).bfloat16()
+    weight = torch.randn(32, 16, generator=generator).bfloat16()
+    student = HeadInput(hidden.clone().requires_grad_(), weight.clone().requires_grad_())
+    targets = torch.randint(0, 32, (64,), generator=generator)
+    result = column_loss([student], targets, alphas=[0.0])
+    result.students[0].loss.backward()
+    logits = torch.nn.functional.linear(hidden, weight).double()
+    expected = functional.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(result.students[0].ce.double(), expected, rtol=1e-5, atol=1e-4)
+    assert student.hidden.grad.dtype == torch.bfloat16
+
+
+def test_token_losses_are_zero_at_ignored_positions():
+    generator = torch.Generator().manual_seed(4)
+    source = make_head(generator, 21, 8, 40)
+    targets = torch.randint(0, 40, (21,), generator=generator)
+    targets[7] = IGNORED_LABEL
+    logits = source.hidden.detach() @ source.weight.detach().T
+    expected = functional.cross_entropy(
+        logits, targets, ignore_index=IGNORED_LABEL, reduction="none"
+    )
+    got = token_losses(source, targets, chunk_tokens=5)
+    torch.testing.assert_close(got, expected)
+    assert got[7] == 0
+
+
+def test_alpha_needs_a_teacher():
+    generator = torch.Generator().manual_seed(4)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        column_loss([make_head(generator, 3, 4, 5)], torch.zeros(3, dtype=torch.long), alphas=[0.5])

@@ -1,0 +1,117 @@
+import pytest
+import torch
+
+from capgap.errors import UserError
+from capgap.models.build import build_model
+from capgap.models.shape import Shape
+from capgap.prune.importance import Masks, loss_of, masked, score
+
+SHAPES = {
+    "llama": Shape("llama", 24, 2, 4, 2, 6, 20, 31, 16, True),
+    "gpt_neox": Shape("gpt_neox", 24, 2, 4, 4, 6, 20, 31, 16, True),
+    "gpt2": Shape("gpt2", 24, 2, 4, 4, 6, 20, 31, 16, True),
+}
+
+
+def lively(architecture, dtype=torch.float64):
+    """A tiny model whose every weight matters, biases and norms too."""
+    model = build_model(SHAPES[architecture], seed=3).to(dtype)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=generator, dtype=dtype)
+    return model
+
+
+def windows(seed, batch=3):
+    return torch.randint(31, (batch, 11), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_masks_of_ones_change_nothing(architecture):
+    model = lively(architecture, torch.float32)
+    ids = windows(0)
+    expected = model(ids).logits
+    masks = Masks.ones(SHAPES[architecture], dtype=torch.float32, device=model.device)
+    with masked(model, masks):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(model(ids).logits, expected)
+    with pytest.raises(ZeroDivisionError), masked(model, masks):
+        raise ZeroDivisionError
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_importance_is_the_finite_difference_of_the_loss(architecture):
+    model, ids = lively(architecture), windows(0)
+    importance = score(model, [ids])
+
+    @torch.no_grad()
+    def slope(part, entry, step=1e-4):
+        losses = []
+        for sign in (1, -1):
+            masks = Masks.ones(SHAPES[architecture], dtype=torch.float64, device=model.device)
+            getattr(masks, part)[entry] += sign * step
+            with masked(model, masks):
+                losses.append(loss_of(model, ids))
+        return abs(losses[0] - losses[1]).item() / (2 * step)
+
+    for part in ("heads", "neurons", "hidden", "layers"):
+        scores = getattr(importance, part)
+        for row in range(2) if scores.ndim == 2 else (...,):
+            values = scores[row]
+            entries = [(row, i) if scores.ndim == 2 else i for i in range(len(values))]
+            slopes = torch.tensor([slope(part, entry) for entry in entries])
+            torch.testing.assert_close(
+                values, slopes / slopes.norm(), rtol=2e-3, atol=1e-4, msg=f"{part} {row}"
+            )
+
+
+def test_importance_is_the_mean_of_absolute_values_over_batches():
+    model = lively("llama")
+    first, second = score(model, [windows(0)]), score(model, [windows(1)])
+    both = score(model, [windows(0), windows(1)])
+    assert both.tokens == 60
+    assert both.flops == 4 * SHAPES["llama"].parameters().total * 60
+    # the two one-batch scores are known up to their norms: two unknowns, many equations
+    pair = torch.stack([first.hidden, second.hidden], dim=1)
+    weights = torch.linalg.lstsq(pair, both.hidden[:, None]).solution
+    assert (weights > 0).all()
+    torch.testing.assert_close((pair @ weights)[:, 0], both.hidden, rtol=1e-5, atol=1e-6)
+
+
+def test_shapes_norms_and_dtype():
+    importance = score(lively("llama", torch.bfloat16), [windows(0)])
+    assert importance.heads.shape == (2, 2)
+    assert importance.neurons.shape == (2, 20)
+    assert importance.hidden.shape == (24,)
+    assert importance.layers.shape == (2,)
+    for scores in (importance.heads, importance.neurons, importance.hidden, importance.layers):
+        assert scores.dtype == torch.float32
+        torch.testing.assert_close(scores.norm(dim=-1), torch.ones(scores.shape[:-1]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(training):
+    model = lively("gpt_neox").train(training)
+    model.gpt_neox.embed_in.weight.requires_grad_(False)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    trainable = [weight.requires_grad for weight in model.parameters()]
+    with torch.no_grad():
+        score(model, [windows(0)])
+    assert model.training == training
+    assert [weight.requires_grad for weight in model.parameters()] == trainable
+    assert all(weight.grad is None for weight in model.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_mistakes():
+    model = lively("llama")
+    with pytest.raises(UserError, match="at least one batch"):
+        score(model, [])
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="batch 0 is nan"):
+        score(model, [windows(0)])
+    assert all(weight.requires_grad for weight in model.parameters())

@@ -1,0 +1,223 @@
+"""The page in a real browser, and the files beside it."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capgap.errors import UserError
+from capgap.report import write_report
+from capgap.report.data import load_results
+from capgap.report.figures import Absent
+from capgap.report.page import report_sections
+from report_data import TEACHERS, Plan, write_output
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+WIDE, PHONE = 1280, 390
+
+
+@pytest.fixture(scope="module")
+def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    plan = Plan(failed=("llama-s70k-t250k-pruned-400k-seed0",))
+    return write_report(write_output(tmp_path_factory.mktemp("report"), plan))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: install Debian's package chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield running
+        running.close()
+
+
+@dataclass
+class Opened:
+    """A page in the browser with all it complained about and asked for."""
+
+    page: Any
+    complaints: list[str]
+    requests: list[str]
+
+
+def _open(browser: Any, path: Path, *, scheme: str = "light", width: int = WIDE) -> Opened:
+    context = browser.new_context(
+        color_scheme=scheme, viewport={"width": width, "height": 900}, offline=True
+    )
+    opened = Opened(context.new_page(), [], [])
+    opened.page.on("console", lambda message: opened.complaints.append(message.text))
+    opened.page.on("pageerror", lambda error: opened.complaints.append(str(error)))
+    opened.page.on("request", lambda request: opened.requests.append(request.url))
+    opened.page.goto(path.as_uri())
+    opened.page.wait_for_function(
+        "[...document.querySelectorAll('.chart')].every(c => c.querySelector('.main-svg'))"
+    )
+    return opened
+
+
+@pytest.fixture(scope="module")
+def light(browser: Any, page_path: Path) -> Opened:
+    """The page wide and light, shared by the tests that only look."""
+    return _open(browser, page_path)
+
+
+DRAWN = """() => [...document.querySelectorAll('.chart')].map(chart => ({
+    name: chart.dataset.chart,
+    marks: chart.querySelectorAll('.trace path, .trace .point, .heatmaplayer image').length,
+    width: chart.querySelector('.main-svg').getBoundingClientRect().width,
+    box: chart.getBoundingClientRect().width,
+}))"""
+COLOURS = """() => {
+    const chart = document.querySelector('[data-chart^="curves"]');
+    return {
+        page: getComputedStyle(document.body).backgroundColor,
+        text: getComputedStyle(document.body).color,
+        chart: chart.querySelector('.main-svg').style.background,
+        title: chart.querySelector('.xtitle').style.fill,
+        tick: chart.querySelector('.xtick text').style.fill,
+        line: chart.querySelector('.js-line').style.stroke,
+    };
+}"""
+
+
+@pytest.mark.parametrize("width", [WIDE, PHONE])
+def test_every_chart_is_drawn_quietly_and_nothing_is_fetched(
+    browser: Any, page_path: Path, light: Opened, width: int
+) -> None:
+    opened = light if width == WIDE else _open(browser, page_path, width=width)
+    drawn = opened.page.evaluate(DRAWN)
+    figures = [
+        f.name
+        for section in report_sections(load_results(page_path.parent))
+        for f in section.figures
+        if not isinstance(f, Absent)
+    ]
+    assert [chart["name"] for chart in drawn] == figures
+    assert len(figures) == 10
+    for chart in drawn:
+        assert chart["marks"] > 0, chart
+        assert chart["width"] <= chart["box"] + 1, chart
+    assert opened.page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+    assert opened.complaints == []
+    assert all(url.startswith(("file:", "data:")) for url in opened.requests), opened.requests
+    assert len([url for url in opened.requests if url.startswith("file:")]) == 1
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance of "rgb(r, g, b)" by the rule of WCAG 2."""
+    numbers = [float(part) / 255 for part in colour.split("(")[1].rstrip(")").split(",")[:3]]
+    red, green, blue = (
+        c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in numbers
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _contrast(first: str, second: str) -> float:
+    high, low = sorted((_luminance(first), _luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_and_charts_are_readable_in_both_schemes(
+    browser: Any, page_path: Path, light: Opened, scheme: str
+) -> None:
+    opened = light if scheme == "light" else _open(browser, page_path, scheme=scheme)
+    colours = opened.page.evaluate(COLOURS)
+    assert (_luminance(colours["page"]) > 0.5) == (scheme == "light")
+    assert (_luminance(colours["chart"]) > 0.5) == (scheme == "light")
+    assert _contrast(colours["text"], colours["page"]) >= 7
+    for part in ("title", "tick", "line"):
+        assert _contrast(colours[part], colours["chart"]) >= 4.5, part
+
+
+def test_charts_follow_a_change_of_scheme_and_print_light(light: Opened) -> None:
+    page = light.page
+    before = page.evaluate(COLOURS)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_timeout(300)
+    dark = page.evaluate(COLOURS)
+    assert dark["chart"] != before["chart"]
+    assert dark["title"] != before["title"]
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    page.wait_for_timeout(300)
+    assert page.evaluate(COLOURS)["chart"] == before["chart"]
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    page.wait_for_timeout(300)
+    assert page.evaluate(COLOURS) == dark
+    page.emulate_media(color_scheme="light")
+    page.wait_for_timeout(300)
+    assert page.evaluate(COLOURS) == before
+
+
+def test_text_of_models_is_shown_and_never_run(light: Opened) -> None:
+    page = light.page
+    text = page.locator("#samples pre").first.inner_text()
+    assert "</script><script>window.broken = true</script>" in text
+    assert '\n    """Read <b>it</b>."""\n    return' in text
+    assert page.evaluate("window.broken") is None
+    assert "the loss is not finite, at step 12, windows 3, 77" in page.inner_text("#tables")
+
+
+def test_headings_step_down_one_at_a_time_and_figures_have_captions(light: Opened) -> None:
+    page = light.page
+    levels = page.evaluate(
+        "[...document.querySelectorAll('h1,h2,h3,h4')].map(h => Number(h.tagName[1]))"
+    )
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    assert page.evaluate("document.documentElement.lang") == "en"
+    assert page.evaluate(
+        "[...document.querySelectorAll('figure')].every("
+        "f => f.querySelector('figcaption') && f.querySelector('[role=img]').ariaLabel)"
+    )
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(teachers=(), law=False, samples=False, finished=False),
+        Plan(students=(40_000,), teachers=TEACHERS[:2], samples=False, finished=False),
+    ],
+)
+def test_a_sweep_that_has_barely_begun_gives_a_page(
+    browser: Any, tmp_path: Path, plan: Plan
+) -> None:
+    opened = _open(browser, write_report(write_output(tmp_path, plan)), width=PHONE)
+    assert "not finished" in opened.page.inner_text("#answer")
+    assert opened.page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+    assert opened.complaints == []
+
+
+def test_every_figure_has_its_picture_and_a_second_report_leaves_no_old_one(
+    page_path: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(page_path.parent, folder)
+    (folder / "figures" / "old.png").touch()
+    before = {path.name: path.read_bytes() for path in (folder / "figures").glob("*.svg")}
+    write_report(folder)
+    names = {path.name for path in (folder / "figures").iterdir()}
+    assert "old.png" not in names
+    assert len(names) == 20
+    assert all((folder / "figures" / name).read_bytes() == before[name] for name in before)
+    for path in (folder / "figures").glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 10_000
+
+
+def test_a_folder_that_is_no_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no sweep\.json"):
+        write_report(tmp_path)
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(UserError, match=r"sweep\.json is no JSON"):
+        write_report(tmp_path)

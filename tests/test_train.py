@@ -1,0 +1,218 @@
+"""The loop: what a batch is split into, where it is stopped, and who trains beside it changes
+nothing."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from capgap.models.build import build_model
+from capgap.models.shape import ladder_shape
+from capgap.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from capgap.train.loop import Interrupted, Learner, LoopSettings, train
+from capgap.train.optimizer import parameter_groups, schedule
+
+SETTINGS = LoopSettings(batch_windows=8, micro_batch_windows=8, data_seed=5, checkpoint_seconds=1e9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Bit-for-bit needs the same number of threads in both runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def model_of(size, seed=0, architecture="llama", vocabulary=300):
+    shape = ladder_shape(architecture, size, vocabulary=vocabulary, positions=16)
+    return build_model(shape, seed=seed)
+
+
+def learner(name="student", *, size=8000, seed=0, steps=12, alpha=0.0, architecture="llama"):
+    model = model_of(size, seed, architecture)
+    return Learner(name, model, steps, learning_rate=5e-3, alpha=alpha)
+
+
+def weights(one):
+    return {name: value.clone() for name, value in one.model.state_dict().items()}
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2"])
+def test_training_lowers_the_loss(small_corpus, architecture):
+    one = learner(steps=40, architecture=architecture)
+    train([one], small_corpus, SETTINGS)
+    assert one.curve["ce"][0] > 5.5  # about ln 300
+    assert one.curve["ce"][-1] < one.curve["ce"][0] - 0.5
+    assert one.curve["tokens"][-1] == 40 * 8 * 16
+
+
+def test_distillation_brings_a_student_closer_to_its_teacher(small_corpus):
+    teacher = learner(size=20_000, seed=1, steps=60)
+    train([teacher], small_corpus, SETTINGS)
+    one = learner(steps=60, alpha=1.0)
+    train([one], small_corpus, SETTINGS, teacher=teacher.model)
+    assert one.curve["kl"][-1] < 0.5 * one.curve["kl"][0]
+    assert all(0 <= share <= 1 for share in one.curve["agreement"])
+
+
+def test_split_into_micro_batches_changes_nothing(small_corpus):
+    """In float64 both ways agree to rounding; a mean of means would not."""
+    results = []
+    teacher = model_of(20_000, seed=1).double()
+    for micro in (8, 3, 1):
+        one = learner(alpha=0.5)
+        one.model.double()
+        train(
+            [one],
+            small_corpus,
+            dataclasses.replace(SETTINGS, micro_batch_windows=micro),
+            teacher=teacher,
+        )
+        results.append(weights(one))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-11)
+
+
+def test_a_column_trains_each_student_as_if_it_were_alone(small_corpus):
+    teacher = model_of(20_000, seed=1)
+    together = [learner("a", alpha=0.5), learner("b", size=11_000, steps=7, alpha=0.5)]
+    train(together, small_corpus, SETTINGS, teacher=teacher)
+    for one, size, steps in ((together[0], 8000, 12), (together[1], 11_000, 7)):
+        alone = learner(size=size, steps=steps, alpha=0.5)
+        train([alone], small_corpus, SETTINGS, teacher=teacher)
+        assert_same(weights(one), weights(alone))
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 11])
+def test_interrupted_and_continued_equals_uninterrupted(small_corpus, tmp_path, stop_after):
+    teacher = model_of(20_000, seed=1)
+
+    def column():
+        return [learner("a", alpha=0.5), learner("b", size=11_000, steps=9, alpha=0.5)]
+
+    whole = column()
+    train(whole, small_corpus, SETTINGS, teacher=teacher)
+
+    path = tmp_path / "column.safetensors"
+    steps = 0
+
+    def count(progress):
+        nonlocal steps
+        steps = progress.step
+
+    with pytest.raises(Interrupted):
+        train(
+            column(),
+            small_corpus,
+            SETTINGS,
+            teacher=teacher,
+            checkpoint_path=path,
+            on_step=count,
+            should_stop=lambda: steps == stop_after,
+        )
+    continued = column()
+    train(continued, small_corpus, SETTINGS, teacher=teacher, checkpoint_path=path)
+    for one, other in zip(whole, continued, strict=True):
+        assert_same(weights(one), weights(other))
+        assert one.curve == other.curve
+
+
+def test_a_student_that_has_ended_is_told_of_once_and_not_trained_again(small_corpus, tmp_path):
+    path = tmp_path / "column.safetensors"
+    ended = []
+    steps = 0
+
+    def count(progress):
+        nonlocal steps
+        steps = progress.step
+
+    def column():
+        return [learner("short", steps=4), learner("long", size=11_000, steps=9)]
+
+    with pytest.raises(Interrupted):
+        train(
+            column(),
+            small_corpus,
+            SETTINGS,
+            checkpoint_path=path,
+            on_step=count,
+            should_stop=lambda: steps == 6,
+            on_end=lambda one: ended.append(one.id),
+        )
+    assert ended == ["short"]
+    train(
+        column()[1:],
+        small_corpus,
+        SETTINGS,
+        checkpoint_path=path,
+        on_end=lambda one: ended.append(one.id),
+    )
+    assert ended == ["short", "long"]
+
+
+def test_non_finite_loss_stops_that_student_alone(small_corpus):
+    broken, sound = learner("broken"), learner("sound", size=11_000)
+    with torch.no_grad():
+        broken.model.get_input_embeddings().weight[5] = float("nan")
+    before = weights(broken)
+    ended = []
+    train([broken, sound], small_corpus, SETTINGS, on_end=lambda one: ended.append(one.id))
+    assert ended == ["broken", "sound"]
+    assert broken.failure["step"] == 0
+    assert len(broken.failure["windows"]) == 8
+    assert "non-finite" in broken.failure["message"]
+    after = weights(broken)
+    for name, value in before.items():
+        assert torch.equal(torch.nan_to_num(value), torch.nan_to_num(after[name]))
+    assert sound.failure is None
+    assert sound.curve["step"][-1] == 12
+
+
+def test_teacher_is_left_as_it_was(small_corpus):
+    teacher = model_of(20_000, seed=1)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    train([learner(alpha=0.5)], small_corpus, SETTINGS, teacher=teacher)
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_schedule_warms_up_and_falls_to_zero():
+    shares = [schedule(step, steps=100, warmup_fraction=0.1) for step in range(100)]
+    assert shares[0] == pytest.approx(0.1)
+    assert shares[9] == shares[10] == 1.0
+    assert all(a > b for a, b in zip(shares[10:], shares[11:], strict=False))
+    assert 0 < shares[99] < 0.001
+    assert schedule(0, steps=1, warmup_fraction=0.05) == 1.0
+
+
+@pytest.mark.parametrize("decay_embeddings", [False, True])
+def test_weight_decay_spares_norms_biases_and_by_choice_embeddings(decay_embeddings):
+    model = model_of(8000, architecture="gpt2")
+    decayed, kept = parameter_groups(model, weight_decay=0.1, decay_embeddings=decay_embeddings)
+    names = {id(value): name for name, value in model.named_parameters()}
+    decayed_names = {names[id(value)] for value in decayed["params"]}
+    assert kept["weight_decay"] == 0
+    assert ("transformer.wte.weight" in decayed_names) == decay_embeddings
+    assert not any(name.endswith("bias") or ".ln_" in name for name in decayed_names)
+    assert "transformer.h.0.attn.c_attn.weight" in decayed_names
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+def test_checkpoint_round_trip_and_absence(tmp_path):
+    path = tmp_path / "deep" / "run.safetensors"
+    assert load_checkpoint(path) is None
+    tensors = {"a/weight/x": torch.arange(6.0).reshape(2, 3)}
+    save_checkpoint(path, Checkpoint(7, tensors, {"a": {"curve": [1.5, None]}}))
+    found = load_checkpoint(path)
+    assert found.step == 7
+    assert found.state == {"a": {"curve": [1.5, None]}}
+    assert torch.equal(found.tensors["a/weight/x"], tensors["a/weight/x"])
+    assert [entry.name for entry in path.parent.iterdir()] == ["run.safetensors"]
