@@ -12,7 +12,7 @@ laptop: $(INSTALLED)
 	$(BIN)/capgap sweep laptop
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check

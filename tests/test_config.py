@@ -63,7 +63,7 @@ def test_overrides_reach_into_tables(tmp_path):
     assert recipe.training.alpha == 0.25
     assert recipe.corpus.source == "stdlib"
     assert recipe.students.sizes == (7000, 8000)
-    with pytest.raises(UserError, match="section.key=value"):
+    with pytest.raises(UserError, match=r"section\.key=value"):
         load_recipe(path, ["training.alpha"])
     with pytest.raises(UserError, match="'name' is not a table"):
         load_recipe(path, ["name.x=1"])

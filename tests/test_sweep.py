@@ -1,4 +1,4 @@
-"""A whole sweep of seconds: what it writes, what a restart leaves alone, what it does on failure."""
+"""A whole sweep of seconds: what it writes, what a restart leaves alone, what fails."""
 
 import json
 import os
@@ -82,7 +82,8 @@ def test_everything_promised_is_there(finished):
     assert printed["best"] in {record.id for record in records if record.kind == "cell"}
     assert printed["failed"] == []
     assert set(printed) == {
-        "out", "report", "student", "best", "verdict", "stages", "wall_seconds", "failed",
+        "out", "report", "student", "best", "verdict", "stages", "wall_seconds",
+        "peak_memory_bytes", "failed",
     }  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def test_another_recipe_is_refused_in_the_same_folder(finished):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_killed_and_continued_equals_uninterrupted(finished, text_file, tmp_path, number):
-    out, printed, _ = finished
+    out, _, _ = finished
     recipe = out.parent / "tiny.toml"
     command = [sys.executable, "-m", "capgap", "sweep", str(recipe), "--out", str(tmp_path / "o")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

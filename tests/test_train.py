@@ -2,6 +2,7 @@
 nothing."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_schedule_warms_up_and_falls_to_zero():
     shares = [schedule(step, steps=100, warmup_fraction=0.1) for step in range(100)]
     assert shares[0] == pytest.approx(0.1)
     assert shares[9] == shares[10] == 1.0
-    assert all(a > b for a, b in zip(shares[10:], shares[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(shares[10:]))
     assert 0 < shares[99] < 0.001
     assert schedule(0, steps=1, warmup_fraction=0.05) == 1.0
 

@@ -204,7 +204,7 @@ class _ColumnLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Gradients of one student's loss sum by its hidden states and its head (the head's in `wide`)."""
+    """Gradients of one student's loss sum by its hidden states and, in `wide`, by its head."""
 
     hidden: Tensor
     weight: Tensor

@@ -136,11 +136,14 @@ def _spacing_at_optimum(curve: Curve) -> float:
 def _baseline_warnings(curve: Curve) -> list[tuple[str, str]]:
     data = curve.points.data
     gains = mean_losses(data.baseline_documents - data.cell_documents, data.document_tokens)
+    best = int(np.argmin(curve.points.losses))
     without, below = [], []
     for teacher, size in enumerate(data.teacher_parameters):
         own = gains[data.cell_teacher == teacher]
         if np.isnan(own).any():
-            without.append(size)
+            # a recipe may save the others' baselines; the answer itself must have one
+            if teacher == best:
+                without.append(size)
         elif own.mean() <= 0:
             below.append(size)
     found = []
@@ -148,8 +151,8 @@ def _baseline_warnings(curve: Curve) -> list[tuple[str, str]]:
         found.append(
             (
                 "missing_baseline",
-                f"{len(without)} of {data.num_teachers} teachers lack a baseline (same init and "
-                "tokens without a teacher), so the gain of distilling from them is unknown",
+                f"the best teacher ({format_count(without[0])}) lacks a baseline (same init and "
+                "tokens without a teacher), so the gain of distilling from it is unknown",
             )
         )
     if below:

@@ -29,11 +29,13 @@ def verdict(
     *,
     confidence: float,
 ) -> list[str]:
-    """Sentences in the order a reader asks: which teacher, is there a curse, what does distilling
-    gain, does the initialisation matter, is there a line. `gains` [curves][teachers]."""
+    """Sentences in the order a reader asks: the answer in short, which teacher for each student, is
+    there a curse, what does distilling gain, does the initialisation matter, is there a line.
+    `gains` [curves][teachers]."""
     if not curves:
         return ["No finished cell: nothing can be said about teachers."]
-    sentences = [_best_teacher(curve, confidence) for curve in curves]
+    sentences = [_headline(curves)]
+    sentences += [_best_teacher(curve, confidence) for curve in curves]
     for law in laws:
         own = [i for i, curve in enumerate(curves) if curve.points.data.kind == law.kind]
         sentences.append(_curse(law.kind, [curves[i] for i in own]))
@@ -43,11 +45,45 @@ def verdict(
     ladders = [w.where for w in record_warnings if w.name == "teacher_loss_not_falling"]
     if ladders:
         sentences.append(
-            f"Caution: {len(ladders)} teachers are no better than a smaller one "
+            f"Caution: {len(ladders)} of the teachers "
+            f"{'is' if len(ladders) == 1 else 'are'} no better than a smaller one "
             f"({'; '.join(sorted(set(ladders)))}), so part of what the curves show is how well "
             "the teachers were trained."
         )
     return sentences
+
+
+def _headline(curves: Sequence[Curve]) -> str:
+    """One sentence for the students cut out of their teachers, or as the sweep has them, at the
+    largest token budget."""
+    inits = {curve.points.data.kind.init for curve in curves}
+    init = "pruned" if "pruned" in inits else min(inits)
+    tokens = max(c.points.data.kind.tokens for c in curves if c.points.data.kind.init == init)
+    shown = [
+        curve
+        for curve in curves
+        if (curve.points.data.kind.init, curve.points.data.kind.tokens) == (init, tokens)
+    ]
+    several = len({curve.points.data.kind.architecture for curve in shown}) > 1
+    answers = []
+    for curve in shown:
+        name = f"{curve.points.data.kind.architecture} " if several else ""
+        answers.append(f"{name}{format_count(curve.student_parameters)}: {_in_short(curve)}")
+    return (
+        f"Teacher to take for each student ({format_count(tokens)} tokens): {'; '.join(answers)}."
+    )
+
+
+def _in_short(curve: Curve) -> str:
+    optimum, student = curve.optimum, curve.student_parameters
+    best = f"{format_count(optimum.grid_best)} ({optimum.grid_best / student:.1f}x)"
+    return {
+        "interior": best,
+        "smallest": f"{best}, or a smaller one than was tried",
+        "largest": f"{best}, or a larger one than was tried",
+        "flat": f"any, they differ by no more than noise (best {best})",
+        "too_few_points": f"{best}, of too few tried",
+    }[optimum.status]
 
 
 def _best_teacher(curve: Curve, confidence: float) -> str:

@@ -23,7 +23,7 @@ from capgap.sweep.progress import Display
 from capgap.sweep.results import write_results
 from capgap.sweep.schedule import Workers
 from capgap.sweep.summary import SweepResult
-from capgap.sweep.worker import EndMessage
+from capgap.sweep.worker import EndMessage, peak_memory
 
 # Weights, two moments and a copy on the way to disk
 BYTES_PER_PARAMETER = 16
@@ -75,10 +75,10 @@ def run_sweep(recipe: Recipe, out: Path, display: Display) -> SweepResult:
                 run(runnable)
                 run(select_baselines(plan, best_cells(plan, read_records(out))))
         display.say("fitting the law and writing the report")
-        with log.stage("report"):
-            best = write_results(context, plan, corpus)
-        log.best = best
         log.write(finished=True)
+        with log.stage("report"):
+            log.best = write_results(context, plan, corpus)
+        log.write()
         return _result(out, log)
 
 
@@ -152,6 +152,8 @@ class _Log:
         self.corpus: dict[str, Any] | None = before.get("corpus")
         self.best: dict[str, str] | None = before.get("best")
         self.stages: dict[str, float] = before.get("stages", {})
+        self.peaks: dict[int, int] = {}
+        self.memory_before: int = before.get("peak_memory_bytes", 0)
         self.wall_before: float = before.get("wall_seconds", 0.0)
         self.start = time.monotonic()
         self.write()
@@ -164,11 +166,17 @@ class _Log:
 
     def add(self, message: EndMessage) -> None:
         """What a task spent outside all stages is `python`: the overhead of our own code."""
+        self.peaks[message.worker] = message.peak_memory
         spent = dict(message.seconds)
         spent["python"] = max(0.0, message.busy - sum(spent.values()))
         for name, seconds in spent.items():
             self.stages[name] = self.stages.get(name, 0.0) + seconds
         self.write()
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes: the sum of all processes' peaks, which the true peak cannot exceed."""
+        return max(self.memory_before, peak_memory() + sum(self.peaks.values()))
 
     @property
     def wall_seconds(self) -> float:
@@ -184,6 +192,7 @@ class _Log:
                 "corpus": self.corpus,
                 "stages": self.stages,
                 "wall_seconds": self.wall_seconds,
+                "peak_memory_bytes": self.peak_memory,
                 "best": self.best,
             },
         )
@@ -271,5 +280,6 @@ def _result(out: Path, log: _Log) -> SweepResult:
         verdict=law["verdict"],
         stages=log.stages,
         wall_seconds=log.wall_seconds,
+        peak_memory_bytes=log.peak_memory,
         failed=[record.id for record in read_records(out) if record.status == "failed"],
     )

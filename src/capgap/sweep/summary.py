@@ -41,6 +41,7 @@ class SweepResult:
     verdict: list[str]
     stages: dict[str, float]
     wall_seconds: float
+    peak_memory_bytes: int
     failed: list[str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -53,6 +54,7 @@ class SweepResult:
             "verdict": self.verdict,
             "stages": {name: round(seconds, 3) for name, seconds in self.stages.items()},
             "wall_seconds": round(self.wall_seconds, 3),
+            "peak_memory_bytes": self.peak_memory_bytes,
             "failed": self.failed,
         }
 
@@ -91,7 +93,8 @@ def print_summary(result: SweepResult, console: Console) -> None:
             table.add_row(label, f"{seconds:.1f}", f"{seconds / total:.1%}")
     console.print(table)
     console.print(
-        f"{clock_time(result.wall_seconds)} on the clock for {clock_time(total)} of work\n",
+        f"{clock_time(result.wall_seconds)} on the clock for {clock_time(total)} of work; all "
+        f"processes together took at most {result.peak_memory_bytes / 1e9:.1f} GB of memory\n",
         highlight=False,
     )
     if result.failed:

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import resource
 import signal
+import sys
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -28,7 +30,8 @@ class StepMessage:
 
 @dataclass(frozen=True)
 class EndMessage:
-    """How a task ended. `seconds` are those of its stages, `busy` of the whole task."""
+    """How a task ended. `seconds` are those of its stages, `busy` of the whole task;
+    `peak_memory` is the worker's so far, in bytes."""
 
     worker: int
     task: str
@@ -36,6 +39,7 @@ class EndMessage:
     message: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     busy: float = 0.0
+    peak_memory: int = 0
 
 
 def work(
@@ -114,6 +118,12 @@ def _run(
         else:
             outcome, message = "crashed", traceback.format_exc()
     return EndMessage(worker, asked.id, outcome, message, clock.seconds, time.monotonic() - start)
+
+
+def peak_memory() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def no_space(context: Context) -> str:
