@@ -1,11 +1,16 @@
 """What many tests share: a small made-up text, its corpus, and a recipe of seconds."""
 
 import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from capgap.cli import main
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.tokens import Corpus
 
@@ -63,3 +68,32 @@ def tiny_recipe(text_file: Path) -> dict[str, Any]:
         "training": {"batch_tokens": 256},
         "run": {"workers": 2, "device": "cpu"},
     }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command gave: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Answer]]:
+    """`typed("corpus", path, "--json")` is the command typed in a shell, run in this process."""
+
+    def run(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["capgap", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        code = ended.value.code
+        return Answer(code if isinstance(code, int) else 0, printed.out, printed.err)
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)

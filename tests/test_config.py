@@ -35,6 +35,9 @@ def test_sizes_are_read_in_words_and_numbers(tiny_recipe):
         ({"teachers": {"sizes": ["9k"]}}, ["tokens"]),
         ({"teachers": {"sizes": ["9k"], "tokens": 512, "learning_rate": "atuo"}}, ["atuo"]),
         ({"corpus": {"window": 4}}, ["corpus.window", "4"]),
+        ({"seeds": [-1]}, ["seeds.0", "-1"]),
+        ({"run": {"workers": 0}}, ["run.workers = 0", "'auto'", "greater than 0"]),
+        ({"teachers": {"sizes": ["9k"], "tokens": 100}}, ["teachers.tokens 100", "batch of 256"]),
     ],
 )
 def test_mistakes_name_the_key_the_value_and_the_fix(tiny_recipe, change, words):

@@ -3,6 +3,7 @@
 Heavy imports happen inside the commands, so that `--help` answers at once.
 """
 
+import errno
 import json
 import signal
 import sys
@@ -13,10 +14,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from capgap import __version__
-from capgap.errors import UserError
+from capgap.errors import UserError, is_disk_full
 
 USER_ERROR = 2
 FAILED = 1
+# What the machine refuses, and only its user can mend
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,8 +47,18 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"capgap: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        _exit(str(error), USER_ERROR)
+    except OSError as error:
+        if is_disk_full(error):
+            _exit("no disk space left: free some and run the same command again", USER_ERROR)
+        if error.errno in REFUSALS:
+            _exit(f"{error.filename}: {error.strerror}", USER_ERROR)
+        raise
+
+
+def _exit(line: str, code: int) -> NoReturn:
+    print(f"capgap: {line}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -76,7 +89,9 @@ def quickstart(
 @app.command()
 def sweep(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.")],
-    out: Annotated[Path | None, typer.Option(help="Output folder [runs/NAME].")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; runs/NAME if none is given.")
+    ] = None,
     dry_run: DryRun = False,
     set_: Override = None,
     quiet: Quiet = False,
@@ -118,12 +133,17 @@ def corpus(
         str, typer.Option(help="Line that ends a document in a text file.")
     ] = "<|endoftext|>",
     heldout_source: Annotated[str | None, typer.Option(help="Text to hold out.")] = None,
+    quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
     """Turn text into token shards with a manifest; unchanged text is not read twice."""
+    from rich.console import Console
+
     from capgap.corpus.prepare import prepare_corpus
     from capgap.sizes import parse_count
+    from capgap.sweep.progress import CorpusProgress, make_display
 
+    display = make_display(Console(stderr=True), quiet=quiet)
     made = prepare_corpus(
         source,
         out,
@@ -132,6 +152,7 @@ def corpus(
         text_column=text_column,
         separator=separator,
         heldout_source=heldout_source,
+        progress=CorpusProgress(display.say),
     )
     found = {
         "folder": str(made.directory),
@@ -158,15 +179,19 @@ def sample(
     json_: Json = False,
 ) -> None:
     """Let a model continue a text."""
+    if Path(model, "sweep.json").exists():
+        raise UserError(f"{model} is the folder of a sweep: its best student is in {model}/student")
     from capgap.corpus.tokenizer import load_tokenizer
-    from capgap.evaluate.sample import sample_text
+    from capgap.evaluate.sample import check_sampling, sample_text
     from capgap.models.build import load_model
 
+    check_sampling(temperature=temperature, top_p=top_p, seed=seed)
     _quieten_transformers()
-    loaded = load_model(model).eval()
+    # first, because it tells a missing network or a wrong name at once
+    tokenizer = load_tokenizer(model)
     written = sample_text(
-        loaded,
-        load_tokenizer(model),
+        load_model(model).eval(),
+        tokenizer,
         text,
         max_new_tokens=tokens,
         temperature=temperature,
@@ -193,6 +218,7 @@ def _sweep(
         return
     from capgap.sweep.progress import make_display
     from capgap.sweep.runner import run_sweep
+    from capgap.sweep.schedule import WorkerDied
     from capgap.sweep.summary import print_summary
 
     _quieten_transformers()
@@ -203,13 +229,14 @@ def _sweep(
         _stopped(folder, signal.SIGINT)
     except SystemExit:
         _stopped(folder, signal.SIGTERM)
+    except WorkerDied as error:
+        _exit(str(error), FAILED)
     if as_json:
         _print_json(result.as_dict())
     else:
         print_summary(result, Console())
     if result.best is None:
-        print("capgap: no cell of the sweep was finished; see the report", file=sys.stderr)
-        sys.exit(FAILED)
+        _exit("no cell of the sweep was finished; see the report", FAILED)
 
 
 def _dry_run(recipe: Any, *, as_json: bool) -> None:
@@ -226,11 +253,7 @@ def _dry_run(recipe: Any, *, as_json: bool) -> None:
 
 
 def _stopped(folder: Path, number: signal.Signals) -> NoReturn:
-    print(
-        f"capgap: stopped; what is done is kept in {folder}, the same command continues",
-        file=sys.stderr,
-    )
-    sys.exit(128 + number)
+    _exit(f"stopped; what is done is kept in {folder}, the same command continues", 128 + number)
 
 
 def _quieten_transformers() -> None:

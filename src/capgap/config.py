@@ -13,7 +13,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from capgap.errors import UserError
 from capgap.sizes import parse_count
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+
+def _count(value: Any) -> int:
+    try:
+        return parse_count(value)
+    except UserError as error:
+        # pydantic then tells the key as well
+        raise ValueError(str(error)) from None
+
+
+Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 LearningRate = Literal["auto"] | Annotated[float, Field(gt=0)]
 Init = Literal["pruned", "fixed", "scratch"]
@@ -34,7 +43,7 @@ class CorpusSection(Section):
     separator: str = "<|endoftext|>"
     heldout_source: str | None = None
     tokenizer: str | None = None
-    vocabulary: Count = 2048
+    vocabulary: Annotated[Count, Field(ge=257)] = 2048  # every byte and the end of a document
     window: Annotated[int, Field(ge=8)] = 128
     max_bytes: Count | None = None
     heldout_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
@@ -96,7 +105,7 @@ class Recipe(Section):
     name: str
     description: str = ""
     architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = ("llama",)
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     baselines: Literal["all", "best_and_largest"] = "all"
     scoring_tokens: Count = 32_768
     corpus: CorpusSection = CorpusSection()
@@ -107,6 +116,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
+        for name in ("seeds", "architectures"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} {list(values)} names one of them twice")
         window, batch = self.corpus.window, self.training.batch_tokens
         if batch % window:
             raise ValueError(
@@ -118,9 +131,12 @@ class Recipe(Section):
                 f"training.micro_batch_tokens {micro} must be a multiple of corpus.window {window}"
                 f" and divide training.batch_tokens {batch}"
             )
-        shortest = min(self.students.tokens)
-        if shortest < batch:
-            raise ValueError(f"students.tokens {shortest} is less than one batch of {batch}")
+        for name, tokens in (
+            ("students.tokens", min(self.students.tokens)),
+            ("teachers.tokens", self.teachers.tokens),
+        ):
+            if tokens is not None and tokens < batch:
+                raise ValueError(f"{name} {tokens} is less than one batch of {batch}")
         return self
 
     def hash(self) -> str:
@@ -165,7 +181,7 @@ def shipped_recipes() -> dict[str, Path]:
 def find_recipe(name_or_path: str) -> Path:
     """A path as it is; a bare name such as `laptop` is looked up among the shipped recipes."""
     path = Path(name_or_path)
-    if not path.exists() and name_or_path in shipped_recipes():
+    if not path.is_file() and name_or_path in shipped_recipes():
         return shipped_recipes()[name_or_path]
     return path
 
@@ -189,8 +205,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _first_problem(error: ValidationError) -> str:
     # a misspelt key is also a missing one: the spelling is what to tell
-    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
+    problems = error.errors()
+    problem = min(problems, key=lambda found: found["type"] != "extra_forbidden")
+    key = _key_of(problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = _keys_at(problem["loc"][:-1])
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
@@ -198,10 +215,19 @@ def _first_problem(error: ValidationError) -> str:
         return f"unknown key {key!r}; {hint}"
     if problem["type"] == "missing":
         return f"{key!r} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
+    # a value that may be one of several kinds has a problem with each of them
+    messages = [found["msg"] for found in problems if _key_of(found["loc"]) == key]
+    message = " or ".join(text.removeprefix("Value error, ") for text in messages)
+    message = message.replace(" or Input should be", " or")
+    if problem["type"] == "tuple_type":
+        message = """a list was expected, such as ["50k"]; in a shell put '' around it"""
     if isinstance(problem["input"], dict):
         return f"{key}: {message}" if key else message
     return f"{key} = {problem['input']!r}: {message}"
+
+
+def _key_of(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location if not _is_branch(part))
 
 
 def _is_branch(part: object) -> bool:

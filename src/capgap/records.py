@@ -62,7 +62,7 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Flops:
-    """Floating-point operations by part; None where a part does not apply."""
+    """Floating-point operations by part: 0 where there was none, None where it is not known."""
 
     teacher_training: int | None = None
     teacher_forward: int | None = None
@@ -72,7 +72,7 @@ class Flops:
 
     @property
     def total(self) -> int | None:
-        """Sum of the parts that apply; None if none does."""
+        """Sum of the known parts; None if none is known."""
         parts = [part for part in dataclasses.astuple(self) if part is not None]
         return sum(parts) if parts else None
 
@@ -114,7 +114,7 @@ class AfterCut:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainingCurve:
-    """Training metrics by logged step; the lists without a teacher's part stay empty."""
+    """Training metrics, each the mean since the point before; null where no teacher took part."""
 
     step: list[int] = Field(default_factory=list)
     tokens: list[int] = Field(default_factory=list)
@@ -125,8 +125,6 @@ class TrainingCurve:
     agreement: _Trace = Field(default_factory=list)
     gradient_norm: _Trace = Field(default_factory=list)
     learning_rate: _Trace = Field(default_factory=list)
-    heldout_step: list[int] = Field(default_factory=list)
-    heldout_loss: _Trace = Field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -154,7 +152,7 @@ class RunRecord:
     tokens: int
     steps: int
     batch_tokens: int
-    learning_rate: float
+    learning_rate: float | None
     alpha: float
     temperature: float
     recipe_hash: str

@@ -1,6 +1,5 @@
 """A source becomes a folder of token shards with a manifest: built whole or not at all, reused."""
 
-import errno
 import fcntl
 import json
 import logging
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capgap.corpus.sources import DEFAULT_SEPARATOR, open_source
-from capgap.corpus.tokenizer import load_tokenizer, tokenizer_hash
+from capgap.corpus.tokenizer import check_vocabulary, load_tokenizer, tokenizer_hash
 from capgap.corpus.tokens import MANIFEST, Corpus, damage, load_corpus, read_manifest
 from capgap.corpus.write import Options, Progress, write_corpus
-from capgap.errors import UserError
+from capgap.errors import UserError, is_disk_full
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,6 +39,7 @@ def prepare_corpus(
     heldout_tokens: int = 60_000,
     max_bytes: int | None = None,
     max_train_tokens: int | None = None,
+    expected_hash: str | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
     """Turn text into tokens for training and evaluation, or reuse what lies there unchanged.
@@ -63,13 +63,17 @@ def prepare_corpus(
         heldout_tokens: upper limit of the tokens to evaluate on.
         max_bytes: take documents from the source until they are so many bytes.
         max_train_tokens: upper limit of training tokens.
+        expected_hash: the `corpus_hash` it must have; text that gives another is refused, and
+            the corpus that lies there stays.
         progress: called with ("read" | "tokenize", bytes done, bytes in all or None).
 
     Raises:
         UserError: unreadable, empty or too small source; impossible options; no disk space; a
-            folder that holds something else.
+            folder that holds something else; not the expected text.
     """
     _check(heldout_fraction, heldout_tokens, max_bytes, max_train_tokens)
+    if tokenizer is None:
+        check_vocabulary(vocabulary)
     opened = open_source(source, text_column=text_column, separator=separator)
     heldout = None
     if heldout_source is not None:
@@ -105,7 +109,20 @@ def prepare_corpus(
                     window=window,
                     progress=progress or _no_progress,
                 )
+                _check_expected(partial, expected_hash, f"{source}: {reason}")
     return load_corpus(directory, window=window)
+
+
+def _check_expected(partial: Path, expected_hash: str | None, what: str) -> None:
+    manifest = read_manifest(partial)
+    assert manifest is not None
+    found = manifest["corpus_hash"]
+    if expected_hash is not None and found != expected_hash:
+        raise UserError(
+            f"the corpus is not the one that was used before ({what}; its hash was "
+            f"{expected_hash[:12]}, now {found[:12]}): bring the text back, or choose another "
+            "output folder"
+        )
 
 
 def _no_progress(stage: str, done: int, total: int | None) -> None:
@@ -205,9 +222,7 @@ def _replaced(directory: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        # The tokenizers library reports a full disk by its text alone.
-        is_full = "os error 28" in str(error)
-        if is_full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise UserError(
                 f"no disk space left for the corpus in {directory.parent}: free some, or name a "
                 "folder on another disk"

@@ -163,11 +163,7 @@ def train_tokenizer(documents: Iterable[bytes], vocabulary: int) -> "PreTrainedT
     """
     from transformers import PreTrainedTokenizerFast
 
-    if vocabulary < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"vocabulary {vocabulary} is too small: {SMALLEST_VOCABULARY} or more hold every byte "
-            "and the end of a document"
-        )
+    check_vocabulary(vocabulary)
     backend: Any = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -190,6 +186,15 @@ def train_tokenizer(documents: Iterable[bytes], vocabulary: int) -> "PreTrainedT
     )
 
 
+def check_vocabulary(vocabulary: int) -> None:
+    """UserError if so few tokens cannot hold every byte."""
+    if vocabulary < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"vocabulary {vocabulary} is too small: {SMALLEST_VOCABULARY} or more hold every byte "
+            "and the end of a document"
+        )
+
+
 def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerFast":
     """Load the tokenizer of a model folder or of a model on the Hugging Face hub.
 
@@ -201,7 +206,7 @@ def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerFast":
     name = str(Path(path_or_name).expanduser())
     is_here = Path(name).exists() or _is_cached(name)
     if not is_here:
-        if looks_like_path(name) or not HUB_NAME.fullmatch(name):
+        if looks_like_path(str(path_or_name)) or not HUB_NAME.fullmatch(name):
             raise UserError(f"no such tokenizer folder: {name}")
         # Without a network the loader below would retry for most of a minute.
         hub_revision(name, kind="model")

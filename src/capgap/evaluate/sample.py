@@ -6,6 +6,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from capgap.errors import UserError
 
 
+def check_sampling(*, temperature: float, top_p: float, seed: int) -> None:
+    """UserError for what can be told wrong without the model."""
+    if not temperature >= 0 or not 0 < top_p <= 1:
+        raise UserError(f"temperature {temperature} must be 0 or more, top_p {top_p} above 0 to 1")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed {seed} must be 0 to {2**63 - 1}")
+
+
 def sample_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -19,10 +27,9 @@ def sample_text(
     """A continuation of `prompt`, without the prompt; temperature 0 takes the likeliest token.
 
     An empty prompt starts a new document. The prompt's end is kept where it is longer than the
-    model can read. UserError for a temperature or length below zero.
+    model can read. UserError for a temperature below zero or a length the model cannot read.
     """
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(f"temperature {temperature} must be 0 or more, top_p {top_p} above 0 to 1")
+    check_sampling(temperature=temperature, top_p=top_p, seed=seed)
     positions = model.config.max_position_embeddings
     if not 1 <= max_new_tokens < positions:
         raise UserError(

@@ -135,7 +135,7 @@ def teachers_table(results: Results) -> Table:
             words.size(teacher.parameters.total),
             _shape_text(teacher.shape or {}),
             words.size(teacher.tokens),
-            f"{teacher.learning_rate:.2g}",
+            "given" if teacher.learning_rate is None else f"{teacher.learning_rate:.2g}",
             str(teacher.seed),
             _loss(teacher),
             _bits(teacher),

@@ -58,18 +58,28 @@ def resolve_device(asked: str) -> str:
         raise UserError(f"run.device = {asked!r} is no device: use auto, cpu or cuda") from None
 
 
-def resolve_workers(asked: int | str, device: str) -> tuple[int, int | None]:
-    """(worker processes, torch threads of each).
+def resolve_workers(asked: int | str, device: str, *, most: int) -> tuple[int, int | None]:
+    """(worker processes, torch threads of each); `most` tasks can run at once.
 
     Small models gain more from one thread a process on every core than from many threads in one.
     A GPU is given to a single worker.
     """
     if device != "cpu":
-        return (1 if asked == "auto" else int(asked)), None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores or 1
-    workers = cores if asked == "auto" else int(asked)
+        return (1 if asked == "auto" else min(most, int(asked))), None
+    cores = usable_cores()
+    workers = min(most, cores if asked == "auto" else int(asked))
     return workers, max(1, cores // workers)
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and a container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    if quota_file.exists():
+        quota, period = quota_file.read_text().split()
+        if quota != "max":
+            return max(1, min(cores or 1, int(quota) // int(period)))
+    return cores or 1
 
 
 def versions() -> dict[str, str]:
@@ -91,7 +101,7 @@ def machine(device: str, threads: int | None) -> dict[str, Any]:
 
     described: dict[str, Any] = {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cores": usable_cores(),
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
         "device": device,

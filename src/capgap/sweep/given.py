@@ -2,16 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from capgap.config import Recipe
 from capgap.errors import UserError
+from capgap.models.shape import Shape
 from capgap.sweep.plan import Teacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def given_teachers(recipe: Recipe) -> list[Teacher]:
     """The recipe's `teachers.models`, smallest first; none for a ladder.
 
-    UserError: a model that is not there or of an unknown architecture, tokenizers that differ.
+    UserError: a model that is not there, of an unknown architecture or too small for the window
+    or its tokenizer; tokenizers that differ.
     """
     if not recipe.teachers.models:
         return []
@@ -20,6 +26,8 @@ def given_teachers(recipe: Recipe) -> list[Teacher]:
     from capgap.models.build import shape_of
 
     teachers = []
+    # tokenizers come first: a wrong name or a missing network is told at once
+    tokenizers = {source: _tokenizer(source) for source in recipe.teachers.models}
     for source in recipe.teachers.models:
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -28,6 +36,7 @@ def given_teachers(recipe: Recipe) -> list[Teacher]:
                 f"teachers.models: cannot read {source!r}: {str(error).splitlines()[0]}"
             ) from None
         shape = shape_of(config)
+        _check_fit(recipe, source, shape, tokenizers[source])
         teachers.append(
             Teacher(
                 id=Path(source).name,
@@ -40,23 +49,49 @@ def given_teachers(recipe: Recipe) -> list[Teacher]:
                 learning_rate=None,
             )
         )
-    _check_tokenizers(recipe, teachers)
+    _check_tokenizers(recipe, teachers, tokenizers)
     return sorted(teachers, key=lambda teacher: teacher.size)
 
 
-def _check_tokenizers(recipe: Recipe, teachers: Sequence[Teacher]) -> None:
+def _tokenizer(source: str) -> "PreTrainedTokenizerFast":
+    from capgap.corpus.tokenizer import load_tokenizer
+
+    try:
+        return load_tokenizer(source)
+    except UserError as error:
+        raise UserError(f"teachers.models: {error}") from None
+
+
+def _check_fit(
+    recipe: Recipe, source: str, shape: Shape, tokenizer: "PreTrainedTokenizerFast"
+) -> None:
+    window = recipe.corpus.window
+    if shape.positions < window:
+        raise UserError(
+            f"{source} reads at most {shape.positions} tokens, corpus.window is {window}: set "
+            f"corpus.window={shape.positions} or less"
+        )
+    largest = max(tokenizer.get_vocab().values())
+    if shape.vocabulary <= largest:
+        raise UserError(
+            f"the tokenizer of {source} has a token {largest}, but the model only "
+            f"{shape.vocabulary} tokens: give a model with its own tokenizer"
+        )
+
+
+def _check_tokenizers(
+    recipe: Recipe, teachers: Sequence[Teacher], tokenizers: "dict[str, PreTrainedTokenizerFast]"
+) -> None:
     """All teachers must read the same tokens, and those of the corpus."""
     from capgap.corpus.tokenizer import compare_tokenizers, load_tokenizer
 
-    reference = recipe.corpus.tokenizer or str(teachers[0].source)
-    expected = load_tokenizer(reference)
-    for teacher in teachers:
-        if teacher.source == reference:
-            continue
-        difference = compare_tokenizers(expected, load_tokenizer(str(teacher.source)))
+    reference = recipe.corpus.tokenizer or next(iter(tokenizers))
+    expected = tokenizers.get(reference) or load_tokenizer(reference)
+    for source, tokenizer in tokenizers.items():
+        difference = compare_tokenizers(expected, tokenizer)
         if difference is not None:
             raise UserError(
-                f"the tokenizer of {teacher.source} is not that of {reference}: {difference}; "
+                f"the tokenizer of {source} is not that of {reference}: {difference}; "
                 "teachers of one sweep must share their tokens"
             )
     vocabularies = {teacher.shape.vocabulary for teacher in teachers}

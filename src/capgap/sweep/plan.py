@@ -103,6 +103,11 @@ class Plan:
     baselines: tuple[Column, ...]
 
     @property
+    def width(self) -> int:
+        """How many tasks can run at once, at most."""
+        return max(len(self.teachers), len(self.columns) + len(self.baselines))
+
+    @property
     def cells(self) -> list[Cell]:
         return [cell for column in self.columns for cell in column.cells]
 
@@ -145,7 +150,9 @@ def make_plan(recipe: Recipe, given: Sequence[Teacher] = ()) -> Plan:
             columns.append(Column(f"column-{teacher.id}{suffix}", teacher, seed, tuple(cells)))
             matched = [_baseline(cell) for cell in cells]
             baselines += _baseline_columns(f"{teacher.id}{suffix}", seed, matched)
-    return Plan(recipe, teachers, tuple(columns), _without_repeats(baselines))
+    plan = Plan(recipe, teachers, tuple(columns), _without_repeats(baselines))
+    _refuse_same_places(plan)
+    return plan
 
 
 def select_baselines(plan: Plan, best: Iterable[Cell]) -> list[Column]:
@@ -161,6 +168,22 @@ def select_baselines(plan: Plan, best: Iterable[Cell]) -> list[Column]:
         if cells:
             columns.append(Column(column.id, None, column.seed, cells))
     return columns
+
+
+def expected_baselines(plan: Plan) -> Sequence[Column]:
+    """The baselines that will be run, as far as can be known before the cells are.
+
+    Where only the best and the largest teacher get some, the second largest stands for the best:
+    whichever it turns out to be, its baselines cost about the same.
+    """
+    if plan.recipe.baselines == "all":
+        return plan.baselines
+    sizes = sorted({teacher.size for teacher in plan.teachers})
+    stand_in = sizes[-2] if len(sizes) > 1 else sizes[0]
+    return select_baselines(
+        plan,
+        [cell for cell in plan.cells if cell.teacher is not None and cell.teacher.size == stand_in],
+    )
 
 
 def curve_key(cell: Cell) -> tuple[str, str, int, int]:
@@ -220,7 +243,9 @@ def _cells(recipe: Recipe, teachers: Sequence[Teacher], teacher: Teacher, seed: 
                         init=init,
                         tokens=_whole_batches(recipe, tokens),
                         seed=seed,
-                        learning_rate=_rate(recipe.students.learning_rate, shape),
+                        learning_rate=_rate(
+                            recipe.students.learning_rate, shape, is_cut=cut_from is not None
+                        ),
                         alpha=recipe.training.alpha,
                         teacher=teacher,
                         cut_from=cut_from,
@@ -288,8 +313,10 @@ def _whole_batches(recipe: Recipe, tokens: int) -> int:
     return max(1, round(tokens / batch)) * batch
 
 
-def _rate(asked: float | Literal["auto"], shape: Shape) -> float:
-    return auto_learning_rate(shape.parameters().non_embedding) if asked == "auto" else asked
+def _rate(asked: float | Literal["auto"], shape: Shape, *, is_cut: bool = False) -> float:
+    if asked != "auto":
+        return asked
+    return auto_learning_rate(shape.parameters().non_embedding, is_cut=is_cut)
 
 
 def _label(count: int) -> str:
@@ -304,6 +331,21 @@ def _refuse_twins(ids: Sequence[str], what: str) -> None:
     twins = sorted({name for name in ids if ids.count(name) > 1})
     if twins:
         raise UserError(f"{what}: {twins[0]!r} is asked for twice")
+
+
+def _refuse_same_places(plan: Plan) -> None:
+    """Two names may mean one place of the grid: token budgets that are the same in whole batches,
+    teachers of the same size."""
+    places: dict[tuple[object, ...], Cell] = {}
+    for cell in plan.cells:
+        assert cell.teacher is not None
+        place = (*curve_key(cell), cell.teacher.size, cell.seed)
+        other = places.setdefault(place, cell)
+        if other is not cell:
+            raise UserError(
+                f"{other.id} and {cell.id} have the same size of teacher and student and the same "
+                f"tokens in batches of {plan.recipe.training.batch_tokens}: keep one of them"
+            )
 
 
 def _flops(**parts: int) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """What a sweep would do and cost, before anything is spent."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +9,13 @@ from rich.table import Table
 from capgap.config import Recipe
 from capgap.models.shape import Shape
 from capgap.sizes import format_count
+from capgap.sweep.checks import check_sources
 from capgap.sweep.context import resolve_device, resolve_workers
 from capgap.sweep.given import given_teachers
-from capgap.sweep.plan import FLOP_PARTS, Cell, Column, Plan, Teacher, make_plan, select_baselines
+from capgap.sweep.plan import FLOP_PARTS, Cell, Column, Plan, Teacher, expected_baselines, make_plan
 from capgap.sweep.progress import clock_time
 from capgap.sweep.speed import LARGEST_PROBE, Speed, measure_speed
+from capgap.train.precision import autocast_dtype
 
 SHORT_PARTS = {
     "teacher_training": "T train",
@@ -26,15 +27,12 @@ SHORT_PARTS = {
 
 
 def preview(recipe: Recipe) -> dict[str, Any]:
-    """Every run with parameters, tokens, FLOPs by part and expected seconds (docs/cli.md).
-
-    With baselines for the best and the largest teacher alone, the best is not known yet: any
-    other teacher's baselines cost about the same, so the second largest stands for it.
-    """
+    """Every run with parameters, tokens, FLOPs by part and expected seconds (docs/cli.md)."""
     plan = make_plan(recipe, given_teachers(recipe))
-    baselines = _expected_baselines(plan)
+    check_sources(recipe)
+    baselines = expected_baselines(plan)
     device = resolve_device(recipe.run.device)
-    workers, threads = resolve_workers(recipe.run.workers, device)
+    workers, threads = resolve_workers(recipe.run.workers, device, most=plan.width)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     speed = _speed(plan, device)
@@ -58,17 +56,6 @@ def preview(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _expected_baselines(plan: Plan) -> Sequence[Column]:
-    if plan.recipe.baselines == "all":
-        return plan.baselines
-    sizes = sorted({teacher.size for teacher in plan.teachers})
-    stand_in = sizes[-2] if len(sizes) > 1 else sizes[0]
-    return select_baselines(
-        plan,
-        [cell for cell in plan.cells if cell.teacher is not None and cell.teacher.size == stand_in],
-    )
-
-
 def _speed(plan: Plan, device: str) -> Speed:
     shapes: list[Shape] = [teacher.shape for teacher in plan.teachers]
     shapes += [cell.shape for cell in plan.cells]
@@ -81,6 +68,7 @@ def _speed(plan: Plan, device: str) -> Speed:
         batch_tokens=training.micro_batch_tokens or training.batch_tokens,
         window=plan.recipe.corpus.window,
         device=device,
+        dtype=autocast_dtype(training.precision, device),
     )
 
 
@@ -149,7 +137,8 @@ def print_preview(found: dict[str, Any], console: Console) -> None:
             clock_time(run["expected_seconds"]),
         )
     # a narrower terminal breaks lines, which beats a table with every word cut short
-    console.print(table, width=max(console.width, 150), crop=False, soft_wrap=True)
+    console.width = max(console.width, 120 + max(len(run["id"]) for run in found["runs"]))
+    console.print(table)
     console.print("size: non-embedding parameters; vocab: embedding and head; FLOPs by part\n")
     flops = found["flops"]
     parts = ", ".join(f"{part.replace('_', ' ')} {flops[part]:.2g}" for part in FLOP_PARTS)

@@ -1,7 +1,7 @@
 """What a person sees while a sweep runs: a live display on a terminal, lines elsewhere."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -34,7 +34,12 @@ class Display(Protocol):
 
     def say(self, text: str) -> None: ...
 
-    def expect(self, tasks: Sequence[Teacher | Column], done: Sequence[str]) -> None: ...
+    def expect(
+        self,
+        tasks: Sequence[Teacher | Column],
+        done: Sequence[str],
+        later: Sequence[Column] = (),
+    ) -> None: ...
 
     def started(self, worker: int, task: Teacher | Column) -> None: ...
 
@@ -59,25 +64,40 @@ class Ledger:
 
     def __init__(self) -> None:
         self.start = time.monotonic()
+        self.work_began: float | None = None
         self.running: dict[int, _Running] = {}
-        self.total = 0.0
+        self.known = 0.0
+        self.later = 0.0
         self.before = 0.0
         self.finished = 0.0
         self.tasks = self.ended = 0
 
-    def expect(self, tasks: Sequence[Teacher | Column], done: Sequence[str]) -> None:
+    def expect(
+        self,
+        tasks: Sequence[Teacher | Column],
+        done: Sequence[str],
+        later: Sequence[Column] = (),
+    ) -> None:
+        """`later` are tasks that will come but are not settled yet; the next call replaces them."""
         self.tasks += len(tasks)
-        self.total += sum(relative_cost(task) for task in tasks)
+        self.known += sum(relative_cost(task) for task in tasks)
+        self.later = sum(relative_cost(task) for task in later)
         self.before += sum(relative_cost(task) for task in tasks if task.id in done)
         self.finished += sum(relative_cost(task) for task in tasks if task.id in done)
         self.ended += sum(task.id in done for task in tasks)
 
     def begin(self, worker: int, task: Teacher | Column) -> None:
-        self.running[worker] = _Running(task, said_at=time.monotonic())
+        now = time.monotonic()
+        self.work_began = self.work_began or now
+        self.running[worker] = _Running(task, said_at=now)
 
     def end(self, worker: int) -> None:
         self.finished += relative_cost(self.running.pop(worker).task)
         self.ended += 1
+
+    @property
+    def total(self) -> float:
+        return self.known + self.later
 
     @property
     def done(self) -> float:
@@ -87,11 +107,31 @@ class Ledger:
 
     def eta(self) -> float | None:
         """Seconds to go at the speed so far; None before anything can be said."""
+        if self.work_began is None:
+            return None
         now = self.done - self.before
-        elapsed = time.monotonic() - self.start
+        # the corpus took its time before, and says nothing of the time to train
+        elapsed = time.monotonic() - self.work_began
         if elapsed < 5 or now < 0.02 * self.total:
             return None
         return elapsed * (self.total - self.done) / now
+
+
+class CorpusProgress:
+    """Says now and then how far the preparation of a corpus is."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.said_at = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        """`stage` is read or tokenize; `done` and `total` count bytes of text."""
+        now = time.monotonic()
+        if now - self.said_at < LINE_EVERY:
+            return
+        self.said_at = now
+        of_all = "" if total is None else f" of {total / 1e6:,.0f}"
+        self.say(f"corpus, {stage}: {done / 1e6:,.0f}{of_all} MB of text")
 
 
 def describe(task: Teacher | Column) -> str:
@@ -131,10 +171,15 @@ class LiveDisplay:
         self.live.__exit__(kind, error, trace)
 
     def say(self, text: str) -> None:
-        self.live.console.print(text, highlight=False)
+        self.live.console.print(text, highlight=False, markup=False)
 
-    def expect(self, tasks: Sequence[Teacher | Column], done: Sequence[str]) -> None:
-        self.ledger.expect(tasks, done)
+    def expect(
+        self,
+        tasks: Sequence[Teacher | Column],
+        done: Sequence[str],
+        later: Sequence[Column] = (),
+    ) -> None:
+        self.ledger.expect(tasks, done, later)
 
     def started(self, worker: int, task: Teacher | Column) -> None:
         self.ledger.begin(worker, task)
@@ -145,7 +190,7 @@ class LiveDisplay:
     def ended(self, task: Teacher | Column, message: EndMessage) -> None:
         self.ledger.end(message.worker)
         if message.outcome == "done":
-            self.say(f"[green]done[/] {describe(task)} in {clock_time(message.busy)}")
+            self.say(f"done {describe(task)} in {clock_time(message.busy)}")
 
     def _render(self) -> RenderableType:
         ledger = self.ledger
@@ -191,10 +236,15 @@ class LineDisplay:
         pass
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def expect(self, tasks: Sequence[Teacher | Column], done: Sequence[str]) -> None:
-        self.ledger.expect(tasks, done)
+    def expect(
+        self,
+        tasks: Sequence[Teacher | Column],
+        done: Sequence[str],
+        later: Sequence[Column] = (),
+    ) -> None:
+        self.ledger.expect(tasks, done, later)
 
     def started(self, worker: int, task: Teacher | Column) -> None:
         self.ledger.begin(worker, task)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from capgap.corpus.tokens import Corpus
+from capgap.errors import UserError
 from capgap.evaluate.sample import sample_text
 from capgap.models.build import load_model
 from capgap.records import RunRecord, read_records, write_json_atomically
@@ -38,8 +39,9 @@ def write_results(context: Context, plan: Plan, corpus: Corpus) -> dict[str, str
         _write_samples(context, plan, corpus, best)
     _note_best(context.out, found)
     write_report(context.out)
-    # weights of the other students are not needed any more
-    shutil.rmtree(context.out / "work" / "students", ignore_errors=True)
+    # not needed any more: weights of the other students, states of runs that were killed
+    for name in ("students", "checkpoints"):
+        shutil.rmtree(context.out / "work" / name, ignore_errors=True)
     return found
 
 
@@ -62,9 +64,14 @@ def _note_best(out: Path, best: dict[str, str] | None) -> None:
 
 def _export_student(context: Context, best: RunRecord, records: Sequence[RunRecord]) -> None:
     trained = context.student_folder(best.id)
-    if not trained.exists():
-        return  # exported by an earlier call
     target = context.out / "student"
+    if not trained.exists():
+        if not target.exists():
+            raise UserError(
+                f"{target} was deleted, and with it the weights of the best student: delete "
+                f"{context.record_folder(best.id)} too, and the same command makes it again"
+            )
+        return  # exported by an earlier call
     partial = context.out / ".student.partial"
     for leftover in (partial, target):
         if leftover.exists():
@@ -136,19 +143,26 @@ def _write_samples(context: Context, plan: Plan, corpus: Corpus, best: RunRecord
     """Continuations of the beginnings of held-out documents, by the student and its teacher."""
     teacher = next(one for one in plan.teachers if one.id == best.teacher)
     source = teacher.source or context.teacher_folder(teacher.id)
+    if not Path(source).exists() and teacher.source is None:
+        return  # deleted since an earlier call, which has written the samples
     tokenizer = corpus.tokenizer
-    texts = []
-    for who, name, path in (
-        ("student", best.id, context.out / "student"),
-        ("teacher", teacher.id, source),
-    ):
-        model = load_model(path).eval()
-        positions = model.config.max_position_embeddings
-        prompt_tokens = min(PROMPT_TOKENS, positions // 2)
-        length = min(SAMPLE_TOKENS, positions - prompt_tokens - 1)
-        for prompt in _prompts(corpus, tokenizer, prompt_tokens):
-            text = sample_text(model, tokenizer, prompt, max_new_tokens=length)
-            texts.append({"who": who, "id": name, "prompt": prompt, "text": text})
+    writers = [
+        ("student", best.id, load_model(context.out / "student").eval()),
+        ("teacher", teacher.id, load_model(source).eval()),
+    ]
+    positions = min(model.config.max_position_embeddings for _, _, model in writers)
+    prompt_tokens = min(PROMPT_TOKENS, positions // 2)
+    length = min(SAMPLE_TOKENS, positions - prompt_tokens - 1)
+    texts = [
+        {
+            "who": who,
+            "id": name,
+            "prompt": prompt,
+            "text": sample_text(model, tokenizer, prompt, max_new_tokens=length),
+        }
+        for prompt in _prompts(corpus, tokenizer, prompt_tokens)
+        for who, name, model in writers
+    ]
     write_json_atomically(context.out / "samples.json", {"texts": texts})
 
 

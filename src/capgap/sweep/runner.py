@@ -1,8 +1,6 @@
 """A recipe, an output folder: what is missing is done, and the results are written."""
 
-import fcntl
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,17 +14,24 @@ from capgap.corpus.tokens import Corpus, check_epochs
 from capgap.errors import UserError
 from capgap.records import RunRecord, read_records, write_json_atomically
 from capgap.sizes import format_count
+from capgap.sweep.checks import check_disk, check_records, check_sources, claimed, lost_teachers
 from capgap.sweep.context import Context, machine, resolve_device, resolve_workers, versions
 from capgap.sweep.given import given_teachers
-from capgap.sweep.plan import Cell, Column, Plan, Teacher, curve_key, make_plan, select_baselines
-from capgap.sweep.progress import Display
+from capgap.sweep.plan import (
+    Cell,
+    Column,
+    Plan,
+    Teacher,
+    curve_key,
+    expected_baselines,
+    make_plan,
+    select_baselines,
+)
+from capgap.sweep.progress import CorpusProgress, Display
 from capgap.sweep.results import write_results
 from capgap.sweep.schedule import Workers
 from capgap.sweep.summary import SweepResult
 from capgap.sweep.worker import EndMessage, peak_memory
-
-# Weights, two moments and a copy on the way to disk
-BYTES_PER_PARAMETER = 16
 
 
 def run_sweep(recipe: Recipe, out: Path, display: Display) -> SweepResult:
@@ -37,49 +42,69 @@ def run_sweep(recipe: Recipe, out: Path, display: Display) -> SweepResult:
     any work where they can be known.
     """
     device = resolve_device(recipe.run.device)
-    number, threads = resolve_workers(recipe.run.workers, device)
     given = given_teachers(recipe)
     tokenizer = recipe.corpus.tokenizer or (given[0].source if given else None)
     plan = make_plan(recipe, given)
-    with _claimed(out, recipe):
+    number, threads = resolve_workers(recipe.run.workers, device, most=plan.width)
+    check_sources(recipe, out)
+    with claimed(out, recipe):
         context = Context(recipe, out.resolve(), device, threads)
+        records = check_records(context, plan)
+        check_disk(context, plan)
         log = _Log(context, plan)
-        _check_disk(context, plan)
         # the workers load torch while the corpus is prepared
         with display, Workers(context, number) as workers:
             with log.stage("corpus"):
-                corpus = _prepare(recipe, context, tokenizer, display)
-            _check_corpus(recipe, corpus, context)
+                corpus = _prepare(recipe, context, tokenizer, records, display)
+            _check_corpus(recipe, corpus)
             log.corpus = _corpus_summary(corpus)
-            finished = {run for run in _run_ids(plan) if context.is_recorded(run)}
-
-            def ended(task: Teacher | Column, message: EndMessage) -> None:
-                display.ended(task, message)
-                log.add(message)
-
-            def run(tasks: Sequence[Teacher | Column]) -> None:
-                done = [task.id for task in tasks if _is_done(task, context)]
-                display.expect(tasks, done)
-                workers.run(
-                    [task for task in tasks if task.id not in done],
-                    finished=finished,
-                    on_step=display.step,
-                    on_end=ended,
-                    on_start=display.started,
-                )
-
-            runnable: list[Teacher | Column] = [*plan.teachers, *plan.columns]
-            if recipe.baselines == "all":
-                run([*runnable, *plan.baselines])
-            else:
-                run(runnable)
-                run(select_baselines(plan, best_cells(plan, read_records(out))))
+            _run_plan(context, plan, workers, log, display)
         display.say("fitting the law and writing the report")
         log.write(finished=True)
         with log.stage("report"):
             log.best = write_results(context, plan, corpus)
         log.write()
         return _result(out, log)
+
+
+def _run_plan(
+    context: Context, plan: Plan, workers: Workers, log: "_Log", display: Display
+) -> None:
+    """Runs every teacher, cell and baseline that is not recorded yet."""
+    finished = {teacher.id for teacher in plan.teachers if context.is_recorded(teacher.id)}
+    expected: set[str] = set()
+
+    def is_done(task: Teacher | Column) -> bool:
+        if isinstance(task, Teacher):
+            return task.id in finished
+        return all(context.is_recorded(cell.id) for cell in task.cells)
+
+    def ended(task: Teacher | Column, message: EndMessage) -> None:
+        display.ended(task, message)
+        log.add(message)
+
+    def run(columns: Sequence[Column], later: Sequence[Column] = ()) -> None:
+        left = [column for column in columns if not is_done(column)]
+        lost = lost_teachers(context, plan, left)
+        finished.difference_update(teacher.id for teacher in lost)
+        teachers = [one for one in plan.teachers if one in lost or one.id not in expected]
+        expected.update(teacher.id for teacher in teachers)
+        tasks: list[Teacher | Column] = [*teachers, *columns]
+        done = [task.id for task in tasks if is_done(task)]
+        display.expect(tasks, done, later)
+        workers.run(
+            [task for task in tasks if task.id not in done],
+            finished=finished,
+            on_step=display.step,
+            on_end=ended,
+            on_start=display.started,
+        )
+
+    if plan.recipe.baselines == "all":
+        run([*plan.columns, *plan.baselines])
+    else:
+        run(plan.columns, later=expected_baselines(plan))
+        run(select_baselines(plan, best_cells(plan, read_records(context.out))))
 
 
 def best_cells(plan: Plan, records: Sequence[RunRecord]) -> list[Cell]:
@@ -99,41 +124,6 @@ def best_cells(plan: Plan, records: Sequence[RunRecord]) -> list[Cell]:
     return best
 
 
-@contextmanager
-def _claimed(out: Path, recipe: Recipe) -> Iterator[None]:
-    """The folder belongs to this recipe and, while inside, to this process alone."""
-    marker = out / "sweep.json"
-    if marker.exists():
-        found = json.loads(marker.read_text())
-        if found["recipe_hash"] != recipe.hash():
-            raise UserError(
-                f"{out} holds the sweep of another recipe ({found['recipe']['name']}, hash "
-                f"{found['recipe_hash']}; this one is {recipe.hash()}): choose another --out"
-            )
-    elif _is_foreign(out):
-        raise UserError(f"{out} is no empty folder and no sweep: choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"cannot write into {out}: {error.strerror}; choose another --out"
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is running the sweep in {out}") from None
-        yield
-
-
-def _is_foreign(out: Path) -> bool:
-    """A file, or a folder with something in it that no sweep began."""
-    if not out.exists() or (out / ".lock").exists():
-        return False
-    return not out.is_dir() or any(out.iterdir())
-
-
 class _Log:
     """`sweep.json`: what the sweep is, and seconds by stage over all its sessions."""
 
@@ -145,7 +135,7 @@ class _Log:
             "recipe_hash": context.recipe.hash(),
             "machine": machine(context.device, context.threads),
             "versions": versions(),
-            "flops": plan.flops(plan.baselines),
+            "flops": plan.flops(expected_baselines(plan)),
             "started": before.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
             "finished": before.get("finished"),
         }
@@ -156,7 +146,8 @@ class _Log:
         self.memory_before: int = before.get("peak_memory_bytes", 0)
         self.wall_before: float = before.get("wall_seconds", 0.0)
         self.start = time.monotonic()
-        self.write()
+        if not before:
+            self.write()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -198,7 +189,14 @@ class _Log:
         )
 
 
-def _prepare(recipe: Recipe, context: Context, tokenizer: str | None, display: Display) -> Corpus:
+def _prepare(
+    recipe: Recipe,
+    context: Context,
+    tokenizer: str | None,
+    records: Sequence[RunRecord],
+    display: Display,
+) -> Corpus:
+    """The corpus of the sweep; once something is recorded, no other text may take its place."""
     asked = recipe.corpus
     display.say(f"preparing the corpus {asked.source}")
     corpus = prepare_corpus(
@@ -213,6 +211,8 @@ def _prepare(recipe: Recipe, context: Context, tokenizer: str | None, display: D
         heldout_fraction=asked.heldout_fraction,
         heldout_tokens=asked.heldout_tokens,
         max_bytes=asked.max_bytes,
+        expected_hash=records[0].corpus_hash if records else None,
+        progress=CorpusProgress(display.say),
     )
     display.say(
         f"corpus: {format_count(corpus.train_tokens)} training tokens, vocabulary "
@@ -221,7 +221,7 @@ def _prepare(recipe: Recipe, context: Context, tokenizer: str | None, display: D
     return corpus
 
 
-def _check_corpus(recipe: Recipe, corpus: Corpus, context: Context) -> None:
+def _check_corpus(recipe: Recipe, corpus: Corpus) -> None:
     longest = max(recipe.teachers.tokens or 0, *recipe.students.tokens)
     check_epochs(corpus, longest, recipe.corpus.max_epochs)
     if recipe.teachers.sizes and corpus.vocabulary != recipe.corpus.vocabulary:
@@ -229,44 +229,16 @@ def _check_corpus(recipe: Recipe, corpus: Corpus, context: Context) -> None:
             f"corpus.vocabulary = {recipe.corpus.vocabulary}, but the text gives a tokenizer of "
             f"{corpus.vocabulary} tokens: set corpus.vocabulary={corpus.vocabulary}"
         )
-    for record in read_records(context.out) if (context.out / "records").is_dir() else ():
-        if record.corpus_hash != corpus.corpus_hash:
-            raise UserError(
-                f"the corpus has changed since {record.id} was made (it was "
-                f"{record.corpus_hash[:12]}, now {corpus.corpus_hash[:12]}): choose another --out"
-            )
 
 
 def _corpus_summary(corpus: Corpus) -> dict[str, Any]:
-    kept = {key: value for key, value in corpus.manifest.items() if key not in ("files", "request")}
-    kept["heldout"] = {
-        key: value for key, value in corpus.manifest["heldout"].items() if key != "evaluated"
-    }
+    """The manifest without its long lists, which stay in corpus/manifest.json."""
+    long = {"source": "files", "heldout_source": "files", "heldout": "evaluated"}
+    kept = {key: value for key, value in corpus.manifest.items() if key != "request"}
+    for part, name in long.items():
+        if kept[part] is not None:
+            kept[part] = {key: value for key, value in kept[part].items() if key != name}
     return kept
-
-
-def _run_ids(plan: Plan) -> Iterator[str]:
-    """Everything that has a record, and the columns themselves."""
-    for teacher in plan.teachers:
-        yield teacher.id
-
-
-def _is_done(task: Teacher | Column, context: Context) -> bool:
-    if isinstance(task, Teacher):
-        return context.is_recorded(task.id)
-    return all(context.is_recorded(cell.id) for cell in task.cells)
-
-
-def _check_disk(context: Context, plan: Plan) -> None:
-    parameters = sum(teacher.shape.parameters().total for teacher in plan.teachers)
-    parameters += sum(cell.shape.parameters().total for cell in plan.cells)
-    needed = parameters * BYTES_PER_PARAMETER
-    free = shutil.disk_usage(context.out).free
-    if free < needed:
-        raise UserError(
-            f"{context.out} has {free / 1e9:.1f} GB free, the sweep needs about "
-            f"{needed / 1e9:.1f} GB: free some or choose another --out"
-        )
 
 
 def _result(out: Path, log: _Log) -> SweepResult:

@@ -103,6 +103,8 @@ class Workers:
         """
         waiting = sorted(tasks, key=_priority, reverse=True)
         while waiting or any(worker.task is not None for worker in self.workers):
+            # every time: the messages of the others would else hide a worker that died
+            self._check_alive()
             self._give_out(waiting, finished, on_start)
             message = self._next_message()
             if isinstance(message, StepMessage):
@@ -119,8 +121,6 @@ class Workers:
                 if message.outcome == "stopped":
                     raise Stopped
                 finished.add(ended.id)
-            else:
-                self._check_alive()
 
     def _give_out(
         self,
@@ -148,10 +148,10 @@ class Workers:
     def _check_alive(self) -> None:
         for worker in self.workers:
             if not worker.process.is_alive():
-                name = worker.task.id if worker.task is not None else "nothing"
+                doing = "waiting for work" if worker.task is None else f"at {worker.task.id}"
                 raise WorkerDied(
-                    f"the worker running {name} ended with code {worker.process.exitcode}, "
-                    "mostly a lack of memory: try fewer workers (run.workers=1); "
+                    f"the worker process {doing} ended with code {worker.process.exitcode}, "
+                    "mostly for lack of memory: try fewer workers (run.workers=1); "
                     "the same command continues"
                 )
 

@@ -27,12 +27,18 @@ class Speed:
 
 
 def measure_speed(
-    small: Shape, large: Shape, *, batch_tokens: int, window: int, device: str
+    small: Shape,
+    large: Shape,
+    *,
+    batch_tokens: int,
+    window: int,
+    device: str,
+    dtype: torch.dtype | None,
 ) -> Speed:
     """Trains each shape for a few steps of one batch; the best of them counts."""
     rates = []
     for shape in (small, large):
-        seconds = _seconds_a_token(shape, max(1, batch_tokens // window), window, device)
+        seconds = _seconds_a_token(shape, max(1, batch_tokens // window), window, device, dtype)
         rates.append((6.0 * shape.parameters().total, seconds))
     (small_flops, small_seconds), (large_flops, large_seconds) = rates
     if large_flops <= small_flops * 1.2 or large_seconds <= small_seconds:
@@ -42,7 +48,9 @@ def measure_speed(
     return Speed(overhead, 1 / per_flop)
 
 
-def _seconds_a_token(shape: Shape, rows: int, window: int, device: str) -> float:
+def _seconds_a_token(
+    shape: Shape, rows: int, window: int, device: str, dtype: torch.dtype | None
+) -> float:
     model = build_model(shape, seed=0).to(device)
     backbone, head = split(model)
     optimizer = make_optimizer(model, weight_decay=0.1, decay_embeddings=False)
@@ -52,8 +60,10 @@ def _seconds_a_token(shape: Shape, rows: int, window: int, device: str) -> float
     best = float("inf")
     for _ in range(REPEATS + 1):  # the first warms up
         start = time.perf_counter()
-        hidden = backbone(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
-        result = column_loss([HeadInput.of(hidden, head)], windows[:, 1:].reshape(-1), alphas=[0.0])
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
+            hidden = backbone(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
+            student = HeadInput.of(hidden, head)
+            result = column_loss([student], windows[:, 1:].reshape(-1), alphas=[0.0])
         (result.students[0].loss / (rows * window)).backward()
         optimizer.step()
         optimizer.zero_grad()

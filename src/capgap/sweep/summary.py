@@ -72,6 +72,8 @@ def refresh(out: Path) -> dict[str, Any]:
     """Fits and draws again; returns paths and verdict. UserError where there is no sweep."""
     if not (out / "sweep.json").exists():
         raise UserError(f"{str(out)!r} is no output folder of a sweep (it has no sweep.json)")
+    if not any(out.glob("records/*/record.json")):
+        raise UserError(f"no run of the sweep in {out} is finished yet: try again later")
     law = fit_tables(out)
     page = write_report(out)
     return {"report": str(page), "law": str(out / "law.json"), "verdict": law["verdict"]}
@@ -80,7 +82,7 @@ def refresh(out: Path) -> dict[str, Any]:
 def print_summary(result: SweepResult, console: Console) -> None:
     """The answer, where the results lie, and each stage's share of the work."""
     for sentence in result.verdict:
-        console.print(f"- {sentence}", highlight=False)
+        console.print(f"- {sentence}", highlight=False, markup=False)
     console.print()
     table = Table(title="Where the work went", box=None, title_justify="left")
     table.add_column("stage")
@@ -99,6 +101,9 @@ def print_summary(result: SweepResult, console: Console) -> None:
     )
     if result.failed:
         console.print(f"[red]failed:[/] {', '.join(result.failed)}")
+    # a path must not be broken into lines, and brackets in it are no markup
     if result.student is not None:
-        console.print(f"best student: {result.best} in {result.student}", highlight=False)
-    console.print(f"report: {result.report}", highlight=False)
+        line = f"best student: {result.best} in {result.student}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    line = f"report: {result.report}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

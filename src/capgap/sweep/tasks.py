@@ -4,6 +4,7 @@ A task may be cut short at any moment and started again: it goes on from its che
 is already recorded is left alone.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ from capgap.train.precision import autocast_dtype
 
 # Teachers and students read the corpus in different orders, and importance is measured on a third.
 DATA_SEEDS = {"teacher": 1_000_003, "student": 2_000_003, "scoring": 3_000_017}
+# What the last step of a training can do, after which no other notices
+NOT_FINITE = {"message": "non-finite held-out loss after the last step"}
 
 
 @dataclass
@@ -108,10 +111,19 @@ def run_teacher(task: Task, teacher: Teacher) -> None:
         task.run([learner], teacher.id, task.settings("teacher", teacher.seed))
         curve, failure = learner.curve, learner.failure
     heldout = None if failure else task.evaluate(model)
+    if heldout is not None and not math.isfinite(heldout.loss):
+        heldout, failure = None, NOT_FINITE
     if failure is None:
-        with task.clock.stage("pruning"):
-            importance = score(model, _scoring_batches(task))
-            _save_importance(context.importance_file(teacher.id), importance)
+        try:
+            with task.clock.stage("pruning"):
+                importance = score(model, _scoring_batches(task))
+        except UserError as error:
+            if teacher.source is not None:
+                raise
+            # a ladder's teacher is not the user's: it diverged in its last step
+            heldout, failure = None, {"message": str(error)}
+    if failure is None:
+        _save_importance(context.importance_file(teacher.id), importance)
         if teacher.source is None:
             save_model(model, context.teacher_folder(teacher.id), task.corpus.tokenizer)
     run.record(
@@ -123,7 +135,7 @@ def run_teacher(task: Task, teacher: Teacher) -> None:
         parameters=teacher.shape.parameters().as_dict(),
         shape=vars(teacher.shape),
         tokens=teacher.tokens,
-        learning_rate=teacher.learning_rate or 0.0,
+        learning_rate=teacher.learning_rate,
         alpha=0.0,
         flops=teacher.flops(task.heldout.tokens),
         heldout=heldout,
@@ -159,6 +171,8 @@ def run_column(task: Task, column: Column) -> None:
         if context.is_recorded(cell.id):
             return
         heldout = None if learner.failure else task.evaluate(learner.model)
+        if heldout is not None and not math.isfinite(heldout.loss):
+            heldout, learner.failure = None, NOT_FINITE
         if learner.failure is None and cell.kind == "cell":
             save_model(learner.model, context.student_folder(cell.id), task.corpus.tokenizer)
         _record_cell(task, run, cell, learner, heldout, after_cuts[cell.id])
@@ -228,7 +242,7 @@ def _record_cell(
         failure=learner.failure,
         curve=learner.curve,
         after_cut=None
-        if after_cut is None
+        if after_cut is None or not math.isfinite(after_cut.loss)
         else vars(AfterCut(loss=after_cut.loss, loss_stderr=after_cut.loss_stderr)),
     )
 

@@ -1,7 +1,8 @@
 """A worker process: takes tasks from its queue, tells what happens, stops when asked."""
 
-import errno
+import multiprocessing
 import os
+import queue
 import resource
 import signal
 import sys
@@ -12,11 +13,12 @@ from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from typing import Literal
 
-from capgap.errors import UserError
+from capgap.errors import UserError, is_disk_full
 from capgap.sweep.context import Context
 from capgap.sweep.plan import Column, Teacher
 
 TOLD_EVERY = 0.25  # seconds between two messages about steps
+PARENT_CHECK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ def work(
     """Runs tasks until None comes. Ctrl-C is the parent's to handle: it sets `stop`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent = os.getppid()
+    started_by = multiprocessing.parent_process()
+    assert started_by is not None
+    assert started_by.pid is not None
+    parent = started_by.pid
     import torch
 
     if context.threads is not None:
@@ -61,11 +66,18 @@ def work(
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    while (task := tasks.get()) is not None:
-        ended = _run(worker, context, task, messages, stop, parent)
-        messages.put(ended)
-        if os.getppid() != parent:
-            return
+    while (task := _next_task(tasks, parent)) is not None:
+        messages.put(_run(worker, context, task, messages, stop, parent))
+
+
+def _next_task(tasks: "Queue[Teacher | Column | None]", parent: int) -> Teacher | Column | None:
+    """Waits for a task; None at the end, or when the parent was killed and can give no more."""
+    while os.getppid() == parent:
+        try:
+            return tasks.get(timeout=PARENT_CHECK_SECONDS)
+        except queue.Empty:
+            continue
+    return None
 
 
 def _run(
@@ -111,9 +123,7 @@ def _run(
     except UserError as error:
         outcome, message = "user_error", str(error)
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        # safetensors reports a full disk in words alone
-        if full or "No space left on device" in str(error):
+        if is_disk_full(error):
             outcome, message = "user_error", no_space(context)
         else:
             outcome, message = "crashed", traceback.format_exc()

@@ -27,10 +27,14 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     metadata = {"step": str(checkpoint.step), "state": json.dumps(checkpoint.state)}
-    save_file(checkpoint.tensors, aside, metadata=metadata)
-    with aside.open("rb") as written:
-        os.fsync(written.fileno())
-    os.replace(aside, path)
+    try:
+        save_file(checkpoint.tensors, aside, metadata=metadata)
+        with aside.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(aside, path)
+    finally:
+        # half a file must not go on filling a full disk
+        aside.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> Checkpoint | None:

@@ -4,19 +4,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STAGES = (
-    "corpus",
-    "batches",
-    "teacher_forward",
-    "forward",
-    "loss",
-    "backward",
-    "optimizer",
-    "evaluation",
-    "pruning",
-    "checkpoint",
-)
-
 
 class StageClock:
     """Adds up seconds by stage; stages do not nest."""

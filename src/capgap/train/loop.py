@@ -275,9 +275,9 @@ class _Column:
         save_checkpoint(path, Checkpoint(step, tensors, state))
 
     def restore(self, path: Path) -> int:
-        """The step to go on from; 0 when there is no checkpoint."""
+        """The step to go on from; 0 when there is no checkpoint, or one of other learners."""
         checkpoint = load_checkpoint(path)
-        if checkpoint is None:
+        if checkpoint is None or any(one.id not in checkpoint.state for one in self.learners):
             return 0
         for learner in self.learners:
             state = checkpoint.state[learner.id]

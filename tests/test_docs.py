@@ -1,0 +1,387 @@
+"""The documentation stays true: it is compared with the code, and its examples are run."""
+
+import ast
+import csv
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+import typer
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+from typer.testing import CliRunner
+
+from capgap.cli import app
+from capgap.config import Recipe, parse_recipe, shipped_recipes
+from conftest import made_up_text
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("**/*.md")])
+# pictures are drawn from finished sweeps and come apart from the text
+PICTURES = DOCS / "images"
+
+
+def sections(text: str) -> dict[str, str]:
+    """Heading, without its marks -> the text up to the next heading; code is no heading."""
+    found: dict[str, str] = {}
+    heading, in_code = "", False
+    for line in text.splitlines():
+        in_code ^= line.startswith("```")
+        if line.startswith("#") and not in_code:
+            heading = line.lstrip("#").strip()
+            assert heading not in found, f"two sections are called {heading!r}"
+            found[heading] = ""
+        else:
+            found[heading] = found.get(heading, "") + line + "\n"
+    return found
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Every table as rows of cells, without its two heading rows."""
+    found: list[list[list[str]]] = []
+    inside = False
+    for line in text.splitlines():
+        if line.startswith("|"):
+            if not inside:
+                found.append([])
+            cells = re.split(r"(?<!\\)\|", line.strip().strip("|"))
+            found[-1].append([cell.strip().replace("\\|", "|") for cell in cells])
+        inside = line.startswith("|")
+    return [rows[2:] for rows in found]
+
+
+def keys(page: str, section: str) -> list[str]:
+    """The names in the first column of a section's first table."""
+    text = sections((DOCS / page).read_text())[section]
+    found = [re.findall(r"`([^`]+)`", row[0]) for row in tables(text)[0]]
+    return [name for names in found for name in names]
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def run_examples(folder: Path) -> dict[str, Any]:
+    """The names that the examples of docs/api.md leave behind; `folder` is the current one."""
+    (folder / "text.txt").write_text(made_up_text(300))
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for heading, text in sections((DOCS / "api.md").read_text()).items():
+        if not heading.startswith("`"):
+            for block in code_blocks(text, "python"):
+                exec(compile(block, f"docs/api.md, {heading}", "exec"), names)
+    return names
+
+
+def commands() -> dict[str, Any]:
+    """Heading in docs/cli.md -> the command."""
+    root = typer.main.get_command(app)
+    subcommands: dict[str, Any] = root.commands  # type: ignore[attr-defined]
+    return {"`capgap`": root} | {
+        f"`capgap {name}`": command for name, command in subcommands.items()
+    }
+
+
+def test_every_command_has_its_section_and_no_other_is_named():
+    headings = [h for h in sections((DOCS / "cli.md").read_text()) if h.startswith("`capgap")]
+    assert headings == list(commands())
+
+
+@pytest.mark.parametrize("heading", list(commands()))
+def test_options_are_those_of_the_command(heading):
+    options = [one for one in commands()[heading].params if one.param_type_name == "option"]
+    expected = [name for option in options for name in option.opts]
+    if heading == "`capgap`":
+        expected.append("--help")
+    assert sorted(keys("cli.md", heading)) == sorted(expected)
+
+
+@pytest.mark.parametrize("heading", [name for name in commands() if " " in name])
+def test_defaults_of_options_are_those_of_the_command(heading):
+    rows = tables(sections((DOCS / "cli.md").read_text())[heading])[0]
+    told = {row[0].split(",")[0].strip("`"): row[1].strip("`") for row in rows}
+    for option in commands()[heading].params:
+        if option.param_type_name != "option" or option.is_flag:
+            continue
+        written = told[option.opts[0]]
+        if option.required:
+            assert written == "required"
+        elif option.default not in (None, ()):
+            assert written == str(option.default)
+        else:
+            assert written in ("", "runs/NAME`, with the `name` of the recipe")
+
+
+def models(model: type[BaseModel], name: str = "Top level") -> dict[str, type[BaseModel]]:
+    """Heading in docs/recipes.md -> the part of a recipe."""
+    found = {name: model}
+    for key, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= models(field.annotation, f"`[{key}]`")
+    return found
+
+
+def as_toml(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "required"
+    if value is None:
+        return "none"
+    return "`" + json.dumps(list(value) if isinstance(value, tuple) else value) + "`"
+
+
+@pytest.mark.parametrize("heading", list(models(Recipe)))
+def test_recipe_keys_and_defaults_are_those_of_the_model(heading):
+    parts = models(Recipe)
+    expected = {
+        f"`{key}`": as_toml(field.default)
+        for key, field in parts[heading].model_fields.items()
+        if field.annotation not in parts.values()
+    }
+    rows = tables(sections((DOCS / "recipes.md").read_text())[heading])[0]
+    assert {row[0]: row[2] for row in rows} == expected
+
+
+@pytest.mark.parametrize("heading", list(models(Recipe)))
+def test_choices_of_a_recipe_key_are_told(heading):
+    def choices(annotation: Any) -> list[str]:
+        if get_origin(annotation) is not None and not get_args(annotation):
+            return []
+        found = [part for part in get_args(annotation) if isinstance(part, str)]
+        return found + [c for part in get_args(annotation) for c in choices(part)]
+
+    rows = tables(sections((DOCS / "recipes.md").read_text())[heading])[0]
+    told = {row[0].strip("`"): row[1] for row in rows}
+    for key, field in models(Recipe)[heading].model_fields.items():
+        if key in told:
+            missing = [c for c in choices(field.annotation) if f"`{c}`" not in told[key]]
+            assert not missing, key
+
+
+def test_shipped_recipes_are_listed():
+    text = sections((DOCS / "recipes.md").read_text())["Recipes"]
+    assert sorted(row[0].strip("`") for row in tables(text)[0]) == sorted(shipped_recipes())
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_example_recipes_load(number):
+    blocks = code_blocks((DOCS / "recipes.md").read_text(), "toml")
+    assert len(blocks) == 5
+    parse_recipe(tomllib.loads(blocks[number]))
+
+
+def resolve(dotted: str) -> Any:
+    """The module or what is in it; fails where a part is not there."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError as error:
+            if error.name is None or not dotted.startswith(error.name):
+                raise
+            continue
+        for name in parts[end:]:
+            found = getattr(found, name)
+        return found
+    raise AssertionError(dotted)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_dotted_names_are_there(page):
+    for dotted in set(re.findall(r"\bcapgap(?:\.\w+)+", page.read_text())):
+        resolve(dotted)
+
+
+class Dots:
+    """A default that has no literal."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+def written_signature(function: Any) -> str:
+    """The signature without types."""
+    found = inspect.signature(function)
+    plain = [
+        p.replace(
+            annotation=p.empty,
+            default=p.default if p.default is p.empty or repr(p.default)[0] != "<" else Dots(),
+        )
+        for p in found.parameters.values()
+    ]
+    return str(found.replace(parameters=plain, return_annotation=found.empty))
+
+
+def test_signatures_are_those_of_the_functions():
+    told = 0
+    for heading, text in sections((DOCS / "api.md").read_text()).items():
+        if heading.startswith("`capgap."):
+            dotted = heading.strip("`")
+            name = dotted.rpartition(".")[2]
+            (block,) = code_blocks(text, "python")
+            # the formatter may break a long one over several lines
+            written = re.sub(r"\s+", " ", block).strip().replace("( ", "(").replace(", )", ")")
+            assert written == name + written_signature(resolve(dotted))
+            told += 1
+    assert told > 30
+
+
+def flat(value: Any, prefix: str = "") -> set[str]:
+    """Paths of all keys: `a.b` in an object, `a[].b` in a list of objects."""
+    if isinstance(value, dict) and value:
+        found = [flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items()]
+        return set.union(*found)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return set.union(*(flat(item, prefix + "[]") for item in value))
+    return {prefix}
+
+
+def below(path: str, other: str) -> bool:
+    return path.startswith((f"{other}.", f"{other}[]"))
+
+
+def assert_told(value: Any, told: list[str]) -> None:
+    """Every key is told, or what it lies in is told as a whole; nothing else is told.
+
+    What would lie in a null or an empty list cannot be compared.
+    """
+    real = flat(value)
+    assert len(told) == len(set(told))
+    untold = {path for path in real if path not in told and not any(below(path, t) for t in told)}
+    # a null where the keys of an object are told
+    untold -= {path for path in untold if any(below(t, path) for t in told)}
+    false = {t for t in told if t not in real and not any(below(p, t) for p in real)}
+    false -= {t for t in false if any(below(t, path) for path in real)}
+    assert (untold, false) == (set(), set())
+
+
+def json_of(*arguments: str) -> Any:
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_the_examples_run_and_everything_they_leave_is_told(tmp_path, monkeypatch):
+    """One test, because the examples hold a whole sweep."""
+    monkeypatch.chdir(tmp_path)
+    names = run_examples(tmp_path)
+    out = tmp_path / "runs/tiny"
+
+    answers = {
+        "quickstart and sweep": names["result"].as_dict(),
+        "a dry run": names["expected"],
+        "report": json_of("report", "runs/tiny"),
+        "corpus": json_of("corpus", "text.txt", "--out", "tokens", "--vocabulary", "300"),
+        "sample": json_of("sample", "runs/tiny/student", "Lo", "--tokens", "8"),
+    }
+    for name, answer in answers.items():
+        assert_told(answer, keys("cli.md", f"`--json` of {name}"))
+
+    for name in ("sweep.json", "law.json", "samples.json", "corpus/manifest.json"):
+        assert_told(json.loads((out / name).read_text()), keys("output.md", f"`{name}`"))
+    records = [json.loads(path.read_text()) for path in out.glob("records/*/record.json")]
+    assert {record["kind"] for record in records} == {"teacher", "cell", "baseline"}
+    for record in records:
+        assert_told(record, keys("output.md", "`record.json`"))
+    with (out / "grid.csv").open() as file:
+        assert next(csv.reader(file)) == keys("output.md", "`grid.csv`")
+
+    (block,) = code_blocks(sections((DOCS / "output.md").read_text())["The output folder"], "")
+    told = {line.removeprefix("OUT/").split()[0].split("/")[0] for line in block.splitlines()}
+    assert {path.name for path in out.iterdir()} == told
+
+
+def test_warnings_of_the_law_are_told():
+    source = ast.parse((ROOT / "src/capgap/law/validity.py").read_text())
+    texts = [n.value for n in ast.walk(source) if isinstance(n, ast.Constant)]
+    names = {text for text in texts if re.fullmatch(r"[a-z]+(_[a-z]+)+", str(text))}
+    rows = tables(sections((DOCS / "output.md").read_text())["`law.json`"])[2]
+    assert {row[0].strip("`") for row in rows} == names
+
+
+def test_the_tree_of_the_readme_is_that_of_the_repository():
+    (block,) = code_blocks(sections((ROOT / "README.md").read_text())["The source"], "")
+    told: set[str] = set()
+    for line in block.splitlines():
+        name = line.split()[0]
+        told.add(f"src/capgap/{name}" if line.startswith(" ") else name)
+    package = {
+        f"src/capgap/{path.name}{'/' if path.is_dir() else ''}"
+        for path in (ROOT / "src/capgap").iterdir()
+        if not path.is_symlink() and path.name not in ("__init__.py", "__pycache__", "py.typed")
+    }
+    # what lies in the repository, not what a run or a tool leaves in it
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().split()}
+    folders = {
+        f"{path.name}/"
+        for path in ROOT.iterdir()
+        if path.is_dir() and not path.name.startswith(".") and path.name not in ignored
+    }
+    folders.discard("src/")
+    assert told == package | folders | {"src/capgap/"}
+
+
+def test_what_is_said_to_need_no_torch_imports_none():
+    text = sections((ROOT / "README.md").read_text())["The source"].rpartition("```")[2]
+    paths = [name for name in re.findall(r"`([^`]+)`", text) if name.endswith((".py", "/"))]
+    assert len(paths) == 8
+    names = [f"capgap.{path.removesuffix('.py').strip('/').replace('/', '.')}" for path in paths]
+    names += [
+        f"capgap.{folder}.{path.stem}"
+        for folder in ("law", "report")
+        for path in (ROOT / "src/capgap" / folder).glob("*.py")
+        if path.stem != "__init__"
+    ]
+    code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = [heading.lower() for heading in sections(page.read_text()) if heading]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        place = (page.parent / path).resolve() if path else page
+        if PICTURES in place.parents:
+            continue
+        assert place.exists(), target
+        if anchor:
+            assert anchor in anchors(place), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_names_a_place_on_one_machine(page):
+    place = r"(?<![\w.:/])/(?:home|root|work|tmp|mnt|Users|var)/\S*"
+    assert not re.findall(place, page.read_text())
+
+
+def test_every_dependency_has_its_reason():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.split(r"[<>=]", name)[0] for name in project["dependencies"]}
+    text = sections((DOCS / "decisions.md").read_text())["Dependencies"]
+    assert {row[0] for row in tables(text)[0]} == wanted
+    for name in project["optional-dependencies"]["dev"]:
+        assert re.split(r"[<>=]", name)[0] in text
+
+
+def test_the_version_has_its_entry_in_the_changelog():
+    from capgap import __version__
+
+    headings = list(sections((ROOT / "CHANGELOG.md").read_text()))
+    assert __version__ in headings
+    assert "Unreleased" in headings
