@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 IGNORED_LABEL = -100
 # Logits of one chunk stay near the processor's cache on a CPU and fill the cores of a GPU.
-CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ class _Work:
 class _TeacherChunk:
     """The teacher's side of a chunk, shared by all students of the column."""
 
-    logits: Tensor
-    probabilities: Tensor  # at the loss's temperature
-    log_normaliser: Tensor  # of logits / temperature, [rows, 1]
-    best: Tensor
+    logits: Tensor  # over the loss's temperature
+    probabilities: Tensor  # of those logits
+    log_normaliser: Tensor  # of those logits, [rows, 1]
+    best: Tensor  # likeliest word, [rows, 1]
 
 
 class _ColumnLoss(torch.autograd.Function):
@@ -231,21 +231,31 @@ class _Gradients:
             self.bias.add_(logit_gradient.sum(0))
 
 
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(probabilities, log normaliser, largest logit), the last two [rows, 1].
+
+    Overwrites `logits` with the probabilities. One exponential a word: torch's logsumexp followed
+    by its exponential would take two.
+    """
+    largest = logits.amax(-1, keepdim=True)
+    probabilities = logits.sub_(largest).exp_()
+    total = probabilities.sum(-1, keepdim=True)
+    return probabilities.div_(total), total.log_().add_(largest), largest
+
+
 def _teacher_chunk(
     work: _Work, rows: slice, labels: Tensor, valid: Tensor, teacher_sums: Tensor
 ) -> _TeacherChunk:
     assert work.teacher is not None
     logits = work.teacher.logits(rows)
-    log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-    probabilities = (logits - log_normaliser).exp_()
+    probabilities, log_normaliser, _ = _softmax(logits.clone())
+    best = probabilities.argmax(-1, keepdim=True)
     teacher_sums[0] += ((log_normaliser - logits.gather(1, labels)) * valid).sum()
-    entropy = log_normaliser - (probabilities * logits).sum(-1, keepdim=True)
-    teacher_sums[1] += (entropy * valid).sum()
-    best = logits.argmax(-1)
+    entropy = log_normaliser.squeeze(1) - torch.linalg.vecdot(probabilities, logits)
+    teacher_sums[1] += (entropy * valid.squeeze(1)).sum()
     if work.temperature != 1.0:
         logits = logits / work.temperature
-        log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-        probabilities = (logits - log_normaliser).exp_()
+        probabilities, log_normaliser, _ = _softmax(logits.clone())
     return _TeacherChunk(logits, probabilities, log_normaliser, best)
 
 
@@ -259,29 +269,29 @@ def _student_chunk(
     sums: Tensor,
 ) -> Tensor:
     """Adds (ce, kl, agreement) of the chunk to `sums`; returns d loss / d logits, in place."""
-    log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-    sums[0] += ((log_normaliser - logits.gather(1, labels)) * valid).sum()
+    label_logits = logits.gather(1, labels)
     if teacher is None:
-        gradient = logits.sub_(log_normaliser).exp_()
+        gradient, log_normaliser, _ = _softmax(logits)
+        sums[0] += ((log_normaliser - label_logits) * valid).sum()
         gradient.scatter_add_(1, labels, torch.full_like(valid, -1.0))
         return gradient.mul_(valid)
 
-    sums[2] += ((logits.argmax(-1) == teacher.best) * valid.squeeze(1)).sum()
-    if temperature == 1.0:
-        soft_logits, soft_normaliser = logits, log_normaliser
-    else:
-        soft_logits = logits / temperature
-        soft_normaliser = torch.logsumexp(soft_logits, dim=-1, keepdim=True)
+    at_teachers_best = logits.gather(1, teacher.best)
+    soft_logits = logits if temperature == 1.0 else logits / temperature
     # sum p_t (z_t - z_s) - lse_t + lse_s: the differences come first, so it is 0 at z_s = z_t
     weighted = torch.linalg.vecdot(teacher.probabilities, teacher.logits - soft_logits)
-    divergence = weighted.unsqueeze(1) - teacher.log_normaliser + soft_normaliser
-    sums[1] += (divergence * valid).sum()
     if temperature == 1.0:
-        gradient = logits.sub_(log_normaliser).exp_()
+        gradient, log_normaliser, largest = _softmax(logits)
+        soft_normaliser = log_normaliser
         gradient.sub_(teacher.probabilities, alpha=alpha)
     else:
-        gradient = (logits - log_normaliser).exp_().mul_(1 - alpha)
-        soft = soft_logits.sub_(soft_normaliser).exp_().sub_(teacher.probabilities)
-        gradient.add_(soft, alpha=alpha * temperature)
+        soft, soft_normaliser, _ = _softmax(soft_logits)
+        gradient, log_normaliser, largest = _softmax(logits)
+        gradient.mul_(1 - alpha)
+        gradient.add_(soft.sub_(teacher.probabilities), alpha=alpha * temperature)
+    sums[0] += ((log_normaliser - label_logits) * valid).sum()
+    divergence = weighted.unsqueeze(1) - teacher.log_normaliser + soft_normaliser
+    sums[1] += (divergence * valid).sum()
+    sums[2] += ((at_teachers_best == largest) * valid).sum()
     gradient.scatter_add_(1, labels, torch.full_like(valid, alpha - 1.0))
     return gradient.mul_(valid)

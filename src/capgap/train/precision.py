@@ -9,8 +9,7 @@ def autocast_dtype(asked: str, device: str) -> torch.dtype | None:
     """bf16 autocast, or None for fp32 throughout.
 
     `auto` takes bf16 on a GPU that computes in it and on a CPU with AMX tiles. A CPU that only has
-    AVX-512 BF16 is slower in bf16 than in fp32 at the sizes it can train: 1.2 to 2.5 times
-    (docs/benchmarks.md).
+    AVX-512 BF16 trains about half as fast in bf16 as in fp32 (docs/benchmarks.md).
     """
     if asked == "fp32":
         return None
