@@ -65,25 +65,39 @@ def _headline(curves: Sequence[Curve]) -> str:
         if (curve.points.data.kind.init, curve.points.data.kind.tokens) == (init, tokens)
     ]
     several = len({curve.points.data.kind.architecture for curve in shown}) > 1
-    answers = []
+    groups: dict[tuple[str, str, float], list[Curve]] = {}
     for curve in shown:
-        name = f"{curve.points.data.kind.architecture} " if several else ""
-        answers.append(f"{name}{format_count(curve.student_parameters)}: {_in_short(curve)}")
-    return (
-        f"Teacher to take for each student ({format_count(tokens)} tokens): {'; '.join(answers)}."
-    )
+        architecture = f"{curve.points.data.kind.architecture} " if several else ""
+        key = (architecture, curve.optimum.status, curve.optimum.grid_best)
+        groups.setdefault(key, []).append(curve)
+    answers = [
+        f"{architecture}{_students(alike)}: {_in_short(alike)}"
+        for (architecture, _, _), alike in groups.items()
+    ]
+    return f"With {format_count(tokens)} tokens and {init} students, {'; '.join(answers)}."
 
 
-def _in_short(curve: Curve) -> str:
-    optimum, student = curve.optimum, curve.student_parameters
-    best = f"{format_count(optimum.grid_best)} ({optimum.grid_best / student:.1f}x)"
+def _students(curves: Sequence[Curve]) -> str:
+    sizes = [format_count(curve.student_parameters) for curve in curves]
+    if len(sizes) == 1:
+        return f"for the {sizes[0]} student"
+    return f"for the {', '.join(sizes[:-1])} and {sizes[-1]} students"
+
+
+def _in_short(curves: Sequence[Curve]) -> str:
+    """What to take, for students with the same status and the same best cell."""
+    best = curves[0].optimum.grid_best
+    ratios = sorted(best / curve.student_parameters for curve in curves)
+    times = f"{ratios[0]:.1f}" + (f" to {ratios[-1]:.1f}" if len(ratios) > 1 else "")
+    teacher = f"{format_count(best)}, {times} times the student"
     return {
-        "interior": best,
-        "smallest": f"{best}, or a smaller one than was tried",
-        "largest": f"{best}, or a larger one than was tried",
-        "flat": f"any, they differ by no more than noise (best {best})",
-        "too_few_points": f"{best}, of too few tried",
-    }[optimum.status]
+        "interior": f"take the teacher of {teacher}",
+        # the best cell may lie inside, yet not beyond noise from the edge
+        "smallest": f"take a small teacher (best cell: {teacher}); smaller may be better still",
+        "largest": f"take a large teacher (best cell: {teacher}); larger may be better still",
+        "flat": f"no teacher is better than the others beyond noise (best cell: {teacher})",
+        "too_few_points": f"too few teachers were tried (best cell: {teacher})",
+    }[curves[0].optimum.status]
 
 
 def _best_teacher(curve: Curve, confidence: float) -> str:
