@@ -84,6 +84,10 @@ class TrainingSection(Section):
     micro_batch_tokens: Count | None = None
     alpha: Fraction = 0.5
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"] = (
+        "forward_kl"
+    )
+    divergence_mix: Annotated[float, Field(gt=0, lt=1)] = 0.5
     warmup_fraction: Fraction = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     decay_embeddings: bool = False

@@ -155,6 +155,7 @@ class RunRecord:
     learning_rate: float | None
     alpha: float
     temperature: float
+    divergence: str = "forward_kl"
     recipe_hash: str
     corpus_hash: str
     flops: Flops

@@ -1,10 +1,11 @@
 """The distillation loss of every student of a column, chunked along tokens.
 
-For each student: (1 - alpha) CE(labels) + alpha * temperature^2 * KL(teacher || student), the soft
-term at the given temperature (Hinton et al., arXiv 1503.02531). Losses are sums over tokens: who
-calls divides once by the valid tokens of the whole global batch, so the result does not depend on
-how the batch was split. [tokens, vocabulary] never exists: logits live for one chunk of tokens,
-and the gradient is taken while the chunk's logits are at hand, so nothing is computed twice.
+For each student: (1 - alpha) CE(labels) + alpha * temperature^2 * D(teacher, student), the soft
+term at the given temperature (Hinton et al., arXiv 1503.02531), with D the forward KL or another
+divergence. Losses are sums over tokens: who calls divides once by the valid tokens of the whole
+global batch, so the result does not depend on how the batch was split. [tokens, vocabulary] never
+exists: logits live for one chunk of tokens, and the gradient is taken while the chunk's logits are
+at hand, so nothing is computed twice.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capgap.distill.divergences import Divergence
+
 IGNORED_LABEL = -100
+FORWARD_KL = Divergence()
 # Logits of one chunk stay near the processor's cache on a CPU and fill the cores of a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
 
@@ -49,12 +53,14 @@ class HeadInput:
 class StudentLoss:
     """Sums over valid tokens. `loss` carries the gradient; the others are detached scalars.
 
-    kl and agreement are None where no teacher takes part; nats, labels at temperature 1,
-    kl at the loss's temperature without its square.
+    divergence, kl and agreement are None where no teacher takes part; nats, labels at temperature
+    1, divergence and kl at the loss's temperature without its square. `kl` is KL(teacher ||
+    student) whatever the divergence of the loss is, so that runs can be compared.
     """
 
     loss: Tensor
     ce: Tensor
+    divergence: Tensor | None
     kl: Tensor | None
     agreement: Tensor | None
 
@@ -83,6 +89,7 @@ def column_loss(
     alphas: Sequence[float],
     teacher: HeadInput | None = None,
     temperature: float = 1.0,
+    divergence: Divergence = FORWARD_KL,
     chunk_tokens: int | None = None,
 ) -> ColumnLoss:
     """Losses of all students of one teacher, whose logits are computed once a chunk.
@@ -98,7 +105,7 @@ def column_loss(
     if chunk_tokens is None:
         budget = CHUNK_ELEMENTS.get(targets.device.type, CHUNK_ELEMENTS["cuda"])
         chunk_tokens = max(16, budget // vocabulary)
-    work = _Work(targets, list(alphas), teacher, temperature, chunk_tokens)
+    work = _Work(targets, list(alphas), teacher, temperature, divergence, chunk_tokens)
     tensors: list[Tensor | None] = []
     for student in students:
         tensors += [student.hidden, student.weight, student.bias]
@@ -110,8 +117,9 @@ def column_loss(
             StudentLoss(
                 loss=losses[index],
                 ce=sums[index, 0],
-                kl=sums[index, 1] if soft else None,
-                agreement=sums[index, 2] if soft else None,
+                divergence=sums[index, 1] if soft else None,
+                kl=sums[index, 2] if soft else None,
+                agreement=sums[index, 3] if soft else None,
             )
         )
     statistics = None if teacher is None else TeacherStatistics(teacher_sums[0], teacher_sums[1])
@@ -139,6 +147,7 @@ class _Work:
     alphas: list[float]
     teacher: HeadInput | None
     temperature: float
+    divergence: Divergence
     chunk_tokens: int
 
 
@@ -164,7 +173,7 @@ class _ColumnLoss(torch.autograd.Function):
         needs_gradient = any(ctx.needs_input_grad)
         device = work.targets.device
         wide = students[0].wide
-        sums = torch.zeros(len(students), 3, device=device, dtype=wide)
+        sums = torch.zeros(len(students), 4, device=device, dtype=wide)
         teacher_sums = torch.zeros(2, device=device, dtype=wide)
         gradients = [_Gradients.zeros(student) if needs_gradient else None for student in students]
         for start in range(0, work.targets.shape[0], work.chunk_tokens):
@@ -178,7 +187,7 @@ class _ColumnLoss(torch.autograd.Function):
                 logits = student.logits(rows)
                 soft = teacher_chunk if work.alphas[index] > 0 else None
                 logit_gradient = _student_chunk(
-                    logits, labels, valid, work.alphas[index], work.temperature, soft, sums[index]
+                    work, logits, labels, valid, work.alphas[index], soft, sums[index]
                 )
                 gradient = gradients[index]
                 if gradient is not None:
@@ -260,15 +269,18 @@ def _teacher_chunk(
 
 
 def _student_chunk(
+    work: _Work,
     logits: Tensor,
     labels: Tensor,
     valid: Tensor,
     alpha: float,
-    temperature: float,
     teacher: _TeacherChunk | None,
     sums: Tensor,
 ) -> Tensor:
-    """Adds (ce, kl, agreement) of the chunk to `sums`; returns d loss / d logits, in place."""
+    """Adds (ce, divergence, kl, agreement) of the chunk to `sums`.
+
+    Returns d loss / d logits, in the place of `logits`.
+    """
     label_logits = logits.gather(1, labels)
     if teacher is None:
         gradient, log_normaliser, _ = _softmax(logits)
@@ -276,22 +288,27 @@ def _student_chunk(
         gradient.scatter_add_(1, labels, torch.full_like(valid, -1.0))
         return gradient.mul_(valid)
 
+    temperature = work.temperature
     at_teachers_best = logits.gather(1, teacher.best)
     soft_logits = logits if temperature == 1.0 else logits / temperature
     # sum p_t (z_t - z_s) - lse_t + lse_s: the differences come first, so it is 0 at z_s = z_t
     weighted = torch.linalg.vecdot(teacher.probabilities, teacher.logits - soft_logits)
-    if temperature == 1.0:
+    if work.divergence.name == "forward_kl" and temperature == 1.0:
+        # the usual case, in one buffer
         gradient, log_normaliser, largest = _softmax(logits)
-        soft_normaliser = log_normaliser
+        soft_normaliser, value = log_normaliser, None
         gradient.sub_(teacher.probabilities, alpha=alpha)
     else:
-        soft, soft_normaliser, _ = _softmax(soft_logits)
+        soft_normaliser = torch.logsumexp(soft_logits, -1, keepdim=True)
+        value, soft_gradient = work.divergence.value_and_gradient(
+            teacher.logits - teacher.log_normaliser, soft_logits - soft_normaliser
+        )
         gradient, log_normaliser, largest = _softmax(logits)
-        gradient.mul_(1 - alpha)
-        gradient.add_(soft.sub_(teacher.probabilities), alpha=alpha * temperature)
+        gradient.mul_(1 - alpha).add_(soft_gradient, alpha=alpha * temperature)
+    kl = weighted.unsqueeze(1) - teacher.log_normaliser + soft_normaliser
     sums[0] += ((log_normaliser - label_logits) * valid).sum()
-    divergence = weighted.unsqueeze(1) - teacher.log_normaliser + soft_normaliser
-    sums[1] += (divergence * valid).sum()
-    sums[2] += ((at_teachers_best == largest) * valid).sum()
+    sums[1] += ((kl if value is None else value) * valid).sum()
+    sums[2] += (kl * valid).sum()
+    sums[3] += ((at_teachers_best == largest) * valid).sum()
     gradient.scatter_add_(1, labels, torch.full_like(valid, alpha - 1.0))
     return gradient.mul_(valid)

@@ -122,8 +122,8 @@ parameters ({format_count(best.parameters.total)} in all), distilled from `{best
 `{recipe.corpus.source}` by the capgap recipe `{recipe.name}`.
 
 - start: {began}
-- loss: {1 - best.alpha:g} cross-entropy + {best.alpha:g} KL(teacher || student) at temperature \
-{best.temperature:g}
+- loss: {1 - best.alpha:g} cross-entropy + {best.alpha:g} {best.divergence} to the teacher at \
+temperature {best.temperature:g}
 - peak learning rate {best.learning_rate:g}, batches of {best.batch_tokens} tokens, seed {best.seed}
 
 | held out ({format_count(heldout.tokens)} tokens) | parameters | nats per token | bits per byte |

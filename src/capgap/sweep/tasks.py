@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from capgap.config import Recipe
 from capgap.corpus.batches import batch_indices
 from capgap.corpus.tokens import Corpus, load_corpus
+from capgap.distill.divergences import Divergence
 from capgap.errors import UserError
 from capgap.evaluate.heldout import HeldoutLoss, HeldoutSet, evaluate_heldout, heldout_set
 from capgap.models.build import build_model, load_model, save_model, split
@@ -67,6 +68,7 @@ class Task:
             micro_batch_windows=micro // window,
             data_seed=DATA_SEEDS[kind] + seed,
             temperature=training.temperature,
+            divergence=Divergence(training.divergence, training.divergence_mix),
             warmup_fraction=training.warmup_fraction,
             weight_decay=training.weight_decay,
             decay_embeddings=training.decay_embeddings,
@@ -268,6 +270,9 @@ class _Run:
             "steps": tokens // recipe.training.batch_tokens,
             "batch_tokens": recipe.training.batch_tokens,
             "temperature": recipe.training.temperature,
+            "divergence": str(
+                Divergence(recipe.training.divergence, recipe.training.divergence_mix)
+            ),
             "recipe_hash": recipe.hash(),
             "corpus_hash": self.task.corpus.corpus_hash,
             "heldout": None if heldout is None else heldout.as_dict(),

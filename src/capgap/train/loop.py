@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from capgap.corpus.batches import batch_indices
 from capgap.corpus.tokens import Corpus
-from capgap.distill.losses import ColumnLoss, HeadInput, StudentLoss, column_loss
+from capgap.distill.divergences import Divergence
+from capgap.distill.losses import FORWARD_KL, ColumnLoss, HeadInput, StudentLoss, column_loss
 from capgap.models.build import split
 from capgap.train.checkpoint import (
     Checkpoint,
@@ -56,6 +57,7 @@ class LoopSettings:
     micro_batch_windows: int
     data_seed: int
     temperature: float = 1.0
+    divergence: Divergence = FORWARD_KL
     warmup_fraction: float = 0.05
     weight_decay: float = 0.1
     decay_embeddings: bool = False
@@ -219,6 +221,7 @@ class _Column:
                     alphas=[learner.alpha for learner in active],
                     teacher=teacher,
                     temperature=self.settings.temperature,
+                    divergence=self.settings.divergence,
                 )
 
     @staticmethod
