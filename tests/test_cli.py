@@ -174,8 +174,8 @@ def test_a_folder_called_like_a_recipe_does_not_hide_it(typed, here, monkeypatch
     ("arguments", "folder", "display"),
     [
         (["quickstart"], "runs/quickstart", progress.LineDisplay),
-        (["sweep", "quickstart", "-q"], "runs/quickstart", progress.QuietDisplay),
-        (["sweep", "-q", "--out", "x", "quickstart"], "x", progress.QuietDisplay),
+        (["sweep", "quickstart", "-q"], "runs/quickstart", progress.Display),
+        (["sweep", "-q", "--out", "x", "quickstart"], "x", progress.Display),
     ],
 )
 def test_where_a_sweep_goes(typed, monkeypatch, arguments, folder, display):

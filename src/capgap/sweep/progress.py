@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,34 +17,6 @@ from capgap.sweep.schedule import relative_cost
 from capgap.sweep.worker import EndMessage, StepMessage
 
 LINE_EVERY = 10.0  # seconds between two lines of a running task where there is no terminal
-
-
-class Display(Protocol):
-    """Where a sweep tells what it does."""
-
-    def __enter__(self) -> "Display": ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def expect(
-        self,
-        tasks: Sequence[Teacher | Column],
-        done: Sequence[str],
-        later: Sequence[Column] = (),
-    ) -> None: ...
-
-    def started(self, worker: int, task: Teacher | Column) -> None: ...
-
-    def step(self, message: StepMessage) -> None: ...
-
-    def ended(self, task: Teacher | Column, message: EndMessage) -> None: ...
 
 
 @dataclass
@@ -150,16 +121,14 @@ def clock_time(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class LiveDisplay:
-    """A table that is drawn anew: one row a worker, and the whole sweep with its ETA."""
+class Display:
+    """Where a sweep tells what it does. This one keeps account and says nothing."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.ledger = Ledger()
-        self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
-    def __enter__(self) -> "LiveDisplay":
-        self.live.__enter__()
+    def __enter__(self) -> "Display":
         return self
 
     def __exit__(
@@ -168,10 +137,10 @@ class LiveDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.live.__exit__(kind, error, trace)
+        """Nothing is left open."""
 
     def say(self, text: str) -> None:
-        self.live.console.print(text, highlight=False, markup=False)
+        """Tell a line."""
 
     def expect(
         self,
@@ -192,6 +161,54 @@ class LiveDisplay:
         if message.outcome == "done":
             self.say(f"done {describe(task)} in {clock_time(message.busy)}")
 
+
+class LineDisplay(Display):
+    """Plain lines for a log file or a pipe."""
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def started(self, worker: int, task: Teacher | Column) -> None:
+        super().started(worker, task)
+        self.say(f"start {describe(task)}")
+
+    def step(self, message: StepMessage) -> None:
+        super().step(message)
+        one = self.ledger.running[message.worker]
+        if time.monotonic() - one.said_at < LINE_EVERY:
+            return
+        one.said_at = time.monotonic()
+        loss = "" if message.loss is None else f", loss {message.loss:.3f}"
+        self.say(
+            f"{message.task}: {format_count(message.tokens)} of {format_count(one.task.tokens)} "
+            f"tokens, {message.tokens_per_second:,.0f} tokens/s{loss}; sweep "
+            f"{self.ledger.done / self.ledger.total:.0%}, "
+            f"about {clock_time(self.ledger.eta())} to go"
+        )
+
+
+class LiveDisplay(Display):
+    """A table that is drawn anew: one row a worker, and the whole sweep with its ETA."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
+
+    def __enter__(self) -> "LiveDisplay":
+        self.live.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.live.__exit__(kind, error, trace)
+
+    def say(self, text: str) -> None:
+        self.live.console.print(text, highlight=False, markup=False)
+
     def _render(self) -> RenderableType:
         ledger = self.ledger
         table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")
@@ -207,7 +224,7 @@ class LiveDisplay:
                 f"{message.loss:.3f}" if message and message.loss is not None else "",
             )
         if not ledger.total:
-            return table
+            return Text("")
         share = ledger.done / ledger.total
         total = Text(
             f" {ledger.ended} of {ledger.tasks} tasks, {share:.0%} of the work, "
@@ -217,67 +234,8 @@ class LiveDisplay:
         return Group(table, total)
 
 
-class LineDisplay:
-    """Plain lines for a log file or a pipe."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.ledger = Ledger()
-
-    def __enter__(self) -> "LineDisplay":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def expect(
-        self,
-        tasks: Sequence[Teacher | Column],
-        done: Sequence[str],
-        later: Sequence[Column] = (),
-    ) -> None:
-        self.ledger.expect(tasks, done, later)
-
-    def started(self, worker: int, task: Teacher | Column) -> None:
-        self.ledger.begin(worker, task)
-        self.say(f"start {describe(task)}")
-
-    def step(self, message: StepMessage) -> None:
-        one = self.ledger.running[message.worker]
-        one.message = message
-        if time.monotonic() - one.said_at < LINE_EVERY:
-            return
-        one.said_at = time.monotonic()
-        loss = "" if message.loss is None else f", loss {message.loss:.3f}"
-        self.say(
-            f"{message.task}: {format_count(message.tokens)} of {format_count(one.task.tokens)} "
-            f"tokens, {message.tokens_per_second:,.0f} tokens/s{loss}; sweep "
-            f"{self.ledger.done / self.ledger.total:.0%}, "
-            f"about {clock_time(self.ledger.eta())} to go"
-        )
-
-    def ended(self, task: Teacher | Column, message: EndMessage) -> None:
-        self.ledger.end(message.worker)
-        if message.outcome == "done":
-            self.say(f"done {describe(task)} in {clock_time(message.busy)}")
-
-
-class QuietDisplay(LineDisplay):
-    """Says nothing at all."""
-
-    def say(self, text: str) -> None:
-        pass
-
-
 def make_display(console: Console, *, quiet: bool) -> Display:
+    """A live table on a terminal, lines elsewhere, nothing if `quiet`."""
     if quiet:
-        return QuietDisplay(console)
+        return Display(console)
     return LiveDisplay(console) if console.is_terminal else LineDisplay(console)

@@ -58,7 +58,11 @@ def run_sweep(recipe: Recipe, out: Path, display: Display) -> SweepResult:
                 corpus = _prepare(recipe, context, tokenizer, records, display)
             _check_corpus(recipe, corpus)
             log.corpus = _corpus_summary(corpus)
-            _run_plan(context, plan, workers, log, display)
+            try:
+                _run_plan(context, plan, workers, log, display)
+            except (KeyboardInterrupt, SystemExit):
+                display.say("stopping: every worker saves its state")
+                raise
         display.say("fitting the law and writing the report")
         log.write(finished=True)
         with log.stage("report"):
