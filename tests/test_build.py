@@ -98,9 +98,9 @@ def test_save_load_and_split(architecture, tied, tmp_path):
     assert torch.equal(plain(windows).logits, expected)
     loaded = load_model(path)
     assert loaded.dtype == torch.float32
-    backbone, head = split(loaded)
-    assert isinstance(head, nn.Linear)
-    assert torch.equal(head(backbone(input_ids=windows).last_hidden_state), expected)
+    parts = split(loaded)
+    assert isinstance(parts.head, nn.Linear)
+    assert torch.equal(parts.logits(parts.hidden(windows)), expected)
     # generation with a key-value cache agrees with a fresh forward pass at each step
     text = loaded.generate(windows[:1], max_new_tokens=4, do_sample=False, eos_token_id=None)
     for length in range(20, 24):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from capgap.distill.divergences import Divergence
+from capgap.models.build import Parts
 
 IGNORED_LABEL = -100
 FORWARD_KL = Divergence()
@@ -25,23 +26,42 @@ CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
 
 @dataclass(frozen=True)
 class HeadInput:
-    """What a model gives to the loss: hidden states and the head that projects them.
+    """What a model gives to the loss: hidden states, and the head that makes logits of them.
 
-    hidden [tokens, width]; weight [vocabulary, width]; bias [vocabulary] or None.
+    hidden [tokens, width]; weight [vocabulary, width]; bias [vocabulary] or None; scale and cap as
+    in `capgap.models.build.Parts`.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
 
     @classmethod
-    def of(cls, hidden: Tensor, head: nn.Linear) -> "HeadInput":
-        """hidden [batch, seq, width] or [tokens, width], flattened to tokens."""
-        return cls(hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias)
+    def of(cls, parts: Parts, input_ids: Tensor) -> "HeadInput":
+        """Runs the backbone on input_ids [batch, seq]; tokens = batch x seq."""
+        hidden = parts.hidden(input_ids)
+        return cls(
+            hidden.reshape(-1, hidden.shape[-1]),
+            parts.head.weight,
+            parts.head.bias,
+            parts.logit_scale,
+            parts.softcap,
+        )
 
     def logits(self, rows: slice) -> Tensor:
         """Logits [rows, vocabulary]; the product runs in the inputs' dtype, the rest in `wide`."""
-        return nn.functional.linear(self.hidden[rows], self.weight, self.bias).to(self.wide)
+        logits = nn.functional.linear(self.hidden[rows], self.weight, self.bias).to(self.wide)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else (logits / self.softcap).tanh_() * self.softcap
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """d logits / d (head's product), from the logits: the scale, and the slope of the cap."""
+        if self.softcap is None:
+            return self.logit_scale
+        return (1 - (logits / self.softcap).square_()).mul_(self.logit_scale)
 
     @property
     def wide(self) -> torch.dtype:
@@ -105,7 +125,10 @@ def column_loss(
     if chunk_tokens is None:
         budget = CHUNK_ELEMENTS.get(targets.device.type, CHUNK_ELEMENTS["cuda"])
         chunk_tokens = max(16, budget // vocabulary)
-    work = _Work(targets, list(alphas), teacher, temperature, divergence, chunk_tokens)
+    logit_settings = [(student.logit_scale, student.softcap) for student in students]
+    work = _Work(
+        targets, list(alphas), logit_settings, teacher, temperature, divergence, chunk_tokens
+    )
     tensors: list[Tensor | None] = []
     for student in students:
         tensors += [student.hidden, student.weight, student.bias]
@@ -145,6 +168,7 @@ def token_losses(source: HeadInput, targets: Tensor, *, chunk_tokens: int | None
 class _Work:
     targets: Tensor
     alphas: list[float]
+    logit_settings: list[tuple[float, float | None]]
     teacher: HeadInput | None
     temperature: float
     divergence: Divergence
@@ -167,8 +191,11 @@ class _ColumnLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: _Work, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         students = [
-            HeadInput(*tensors[start : start + 3])  # type: ignore[arg-type]
-            for start in range(0, len(tensors), 3)
+            HeadInput(hidden, weight, bias, *settings)
+            for hidden, weight, bias, settings in zip(
+                tensors[::3], tensors[1::3], tensors[2::3], work.logit_settings, strict=True
+            )
+            if hidden is not None and weight is not None
         ]
         needs_gradient = any(ctx.needs_input_grad)
         device = work.targets.device
@@ -185,12 +212,15 @@ class _ColumnLoss(torch.autograd.Function):
                 teacher_chunk = _teacher_chunk(work, rows, labels, valid, teacher_sums)
             for index, student in enumerate(students):
                 logits = student.logits(rows)
+                slope = student.slope(logits)
                 soft = teacher_chunk if work.alphas[index] > 0 else None
                 logit_gradient = _student_chunk(
                     work, logits, labels, valid, work.alphas[index], soft, sums[index]
                 )
                 gradient = gradients[index]
                 if gradient is not None:
+                    if not isinstance(slope, float) or slope != 1.0:
+                        logit_gradient.mul_(slope)
                     gradient.add(student, rows, logit_gradient)
         ctx.gradients = gradients
         alphas = torch.tensor(work.alphas, device=device, dtype=wide)

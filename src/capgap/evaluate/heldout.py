@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from capgap.corpus.tokens import HeldoutDocument
 from capgap.distill.losses import IGNORED_LABEL, HeadInput, token_losses
+from capgap.models.build import split
 
 BATCH_TOKENS = 4096
 
@@ -105,21 +107,19 @@ def heldout_set(documents: Sequence[HeldoutDocument], window: int) -> HeldoutSet
 
 
 @torch.no_grad()
-def evaluate_heldout(backbone: nn.Module, head: nn.Linear, heldout: HeldoutSet) -> HeldoutLoss:
+def evaluate_heldout(model: PreTrainedModel, heldout: HeldoutSet) -> HeldoutLoss:
     """Every held-out token is predicted once, from the tokens before it in its row."""
-    was_training = backbone.training
-    backbone.eval()
+    was_training = model.training
+    parts = split(model.eval())
     rows_at_once = max(1, BATCH_TOKENS // heldout.inputs.shape[1])
-    device = head.weight.device
+    device = parts.head.weight.device
     sums = torch.zeros(len(heldout.document_tokens), dtype=torch.float64)
     for start in range(0, len(heldout.inputs), rows_at_once):
         rows = slice(start, start + rows_at_once)
-        hidden = backbone(
-            input_ids=heldout.inputs[rows].to(device), use_cache=False
-        ).last_hidden_state
+        source = HeadInput.of(parts, heldout.inputs[rows].to(device))
         targets = heldout.targets[rows].to(device)
-        losses = token_losses(HeadInput.of(hidden, head), targets.reshape(-1))
+        losses = token_losses(source, targets.reshape(-1))
         row_sums = losses.reshape(targets.shape).double().sum(1).cpu()
         sums.index_add_(0, heldout.document[rows], row_sums)
-    backbone.train(was_training)
+    model.train(was_training)
     return HeldoutLoss(sums.tolist(), heldout.document_tokens, heldout.document_bytes)

@@ -2,12 +2,13 @@
 
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -157,13 +158,41 @@ def initialise(model: PreTrainedModel, generator: torch.Generator) -> None:
             weight.normal_(std=std, generator=generator)
 
 
-def split(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
-    """A causal language model as backbone and head.
+@dataclass(frozen=True)
+class Parts:
+    """A causal language model as backbone and head, and what it does to the head's logits.
 
-    `backbone(input_ids=...).last_hidden_state` [batch, seq, hidden] is the state after the final
-    norm; `head` turns it into logits [batch, seq, vocabulary].
+    logits = softcap * tanh(logit_scale * head(hidden) / softcap), without the cap where it is None
+    (Gemma 2 caps, Cohere and Granite scale).
     """
-    return model.base_model, model.get_output_embeddings()
+
+    backbone: nn.Module
+    head: nn.Linear
+    logit_scale: float
+    softcap: float | None
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """input_ids [batch, seq] to the states after the final norm [batch, seq, width]."""
+        return self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., width] to the model's own logits [..., vocabulary]."""
+        logits = self.head(hidden) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
+def split(model: PreTrainedModel) -> Parts:
+    """The parts of any causal language model of transformers."""
+    config = model.config
+    # Cohere multiplies by logit_scale, Granite divides by logits_scaling
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return Parts(
+        backbone=model.base_model,
+        head=model.get_output_embeddings(),
+        logit_scale=float(scale),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
 
 
 def load_model(path_or_name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -135,10 +135,9 @@ def _norm(module: Any, values: Tensor, mask: Tensor) -> Tensor:
 
 def loss_of(model: PreTrainedModel, windows: Tensor) -> Tensor:
     """Mean cross-entropy, nats per token, of predicting `windows` [batch, seq + 1]."""
-    backbone, head = split(model)
-    hidden = backbone(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
+    parts = split(model)
     # float32 at least: a sum over the vocabulary in bf16 loses digits
-    logits = head(hidden)
+    logits = parts.logits(parts.hidden(windows[:, :-1]))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 

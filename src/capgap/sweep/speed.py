@@ -52,7 +52,7 @@ def _seconds_a_token(
     shape: Shape, rows: int, window: int, device: str, dtype: torch.dtype | None
 ) -> float:
     model = build_model(shape, seed=0).to(device)
-    backbone, head = split(model)
+    parts = split(model)
     optimizer = make_optimizer(model, weight_decay=0.1, decay_embeddings=False)
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(0, shape.vocabulary, (rows, window + 1), generator=generator)
@@ -61,8 +61,7 @@ def _seconds_a_token(
     for _ in range(REPEATS + 1):  # the first warms up
         start = time.perf_counter()
         with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
-            hidden = backbone(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
-            student = HeadInput.of(hidden, head)
+            student = HeadInput.of(parts, windows[:, :-1])
             result = column_loss([student], windows[:, 1:].reshape(-1), alphas=[0.0])
         (result.students[0].loss / (rows * window)).backward()
         optimizer.step()

@@ -25,7 +25,7 @@ from capgap.corpus.tokens import Corpus, load_corpus
 from capgap.distill.divergences import Divergence
 from capgap.errors import UserError
 from capgap.evaluate.heldout import HeldoutLoss, HeldoutSet, evaluate_heldout, heldout_set
-from capgap.models.build import build_model, load_model, save_model, split
+from capgap.models.build import build_model, load_model, save_model
 from capgap.prune.importance import Importance, score
 from capgap.prune.surgery import cut
 from capgap.records import AfterCut, read_record, record_from_dict, write_record
@@ -94,7 +94,7 @@ class Task:
 
     def evaluate(self, model: PreTrainedModel) -> HeldoutLoss:
         with self.clock.stage("evaluation"):
-            return evaluate_heldout(*split(model), self.heldout)
+            return evaluate_heldout(model, self.heldout)
 
 
 def run_teacher(task: Task, teacher: Teacher) -> None:

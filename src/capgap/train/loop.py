@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from capgap.corpus.batches import batch_indices
@@ -211,9 +211,9 @@ class _Column:
             teacher = None
             if self.teacher is not None and any(learner.alpha > 0 for learner in active):
                 with self.clock.stage("teacher_forward"), torch.no_grad():
-                    teacher = self._hidden(*self.teacher, inputs)
+                    teacher = HeadInput.of(self.teacher, inputs)
             with self.clock.stage("forward"):
-                students = [self._hidden(*self.parts[learner.id], inputs) for learner in active]
+                students = [HeadInput.of(self.parts[learner.id], inputs) for learner in active]
             with self.clock.stage("loss"):
                 return column_loss(
                     students,
@@ -223,11 +223,6 @@ class _Column:
                     temperature=self.settings.temperature,
                     divergence=self.settings.divergence,
                 )
-
-    @staticmethod
-    def _hidden(backbone: nn.Module, head: nn.Linear, inputs: Tensor) -> HeadInput:
-        hidden = backbone(input_ids=inputs, use_cache=False).last_hidden_state
-        return HeadInput.of(hidden, head)
 
     def _update(
         self, learner: Learner, step: int, total: "StepSums", tokens: int
