@@ -132,8 +132,11 @@ def ladder_shape(
       33 at 7B. Depth grows slowly, since few wide layers are quicker on a CPU;
     - a layer has about 12 hidden^2 parameters, so hidden* = sqrt(S / (12 layers));
     - heads of size 16 up to hidden* 192, 32 up to 512, 64 up to 2048, then 128. Their number is
-      hidden* / size rounded, at least 2; then the size is moved in eighths of itself, so that
-      hidden = heads x size stays close to hidden* and neighbours on the ladder look alike;
+      hidden* / size rounded, at least 2;
+    - llama, whose head size is a field of its own, takes the multiple of heads nearest to hidden*.
+      A student cut out of any teacher of the same head size then has the ladder's own shape;
+    - for the others hidden = heads x size, and the size is moved in eighths of itself, so that
+      hidden stays close to hidden* and neighbours on the ladder look alike;
     - the FFN takes what is left: about 8/3 hidden (llama) or 4 hidden, rounded to a power of two
       of at most hidden/32.
     Raises UserError if the architecture is unknown or the count too small.
@@ -150,13 +153,17 @@ def ladder_shape(
         )
     layers = max(_SMALLEST_LAYERS, round(12 * (non_embedding / 85e6) ** 0.23))
     wanted_hidden = math.sqrt(non_embedding / (12 * layers))
-    usual_head_size = next(
+    head_size = next(
         (size for size, limit in ((16, 192), (32, 512), (64, 2048)) if wanted_hidden < limit), 128
     )
-    heads = max(2, round(wanted_hidden / usual_head_size))
-    step = usual_head_size // 8
-    head_size = max(step, step * round(wanted_hidden / heads / step))
-    hidden = heads * head_size
+    heads = max(2, round(wanted_hidden / head_size))
+    if architecture == "llama":
+        step = math.lcm(heads, max(2, power_of_two_within(wanted_hidden / 64)))
+        hidden = step * round(wanted_hidden / step)
+    else:
+        step = head_size // 8
+        head_size = max(step, step * round(wanted_hidden / heads / step))
+        hidden = heads * head_size
     width = ffn_for(
         architecture,
         non_embedding,

@@ -24,12 +24,12 @@ def pruned_shape(teacher: Shape, non_embedding: int) -> Shape:
     Hidden width, heads (whole key-value groups), FFN width and layers are cut, the same in every
     layer; head size, vocabulary, positions and tying stay; nothing exceeds the teacher. The FFN
     width is solved for the wanted count (any integer for a small model; a multiple of a power of
-    two of at most hidden/64 for a large one). Of all shapes within 0.5% of it, the one whose
-    proportions are nearest to those of the ladder's own model of that size is taken: nearest in
-    the sum of squared logarithms of the ratios of hidden/layers, ffn/hidden and
-    heads x head_size / hidden; equal ones by the larger hidden width, then by fewer layers. If
-    none is that exact, the one closest in count, within 2%. The teacher's own count gives the
-    teacher's own shape.
+    two of at most hidden/64 for a large one). The ladder's own model of that size is taken where
+    it fits into the teacher. Otherwise, of all shapes within 0.5% of the count, the one whose
+    proportions are nearest to those of the ladder's model is taken: nearest in the sum of squared
+    logarithms of the ratios of hidden/layers, ffn/hidden and heads x head_size / hidden; equal
+    ones by the larger hidden width, then by fewer layers. If none is that exact, the one closest
+    in count, within 2%. The teacher's own count gives the teacher's own shape.
 
     Raises UserError if the count is above the teacher's, or below the smallest possible.
     """
@@ -55,6 +55,8 @@ def pruned_shape(teacher: Shape, non_embedding: int) -> Shape:
         vocabulary=teacher.vocabulary,
         positions=teacher.positions,
     )
+    if why_no_cut(teacher, model) is None:
+        return model
     best = min(
         _candidates(teacher, non_embedding),
         key=lambda shape: _rank(shape, model, non_embedding),
@@ -66,6 +68,28 @@ def pruned_shape(teacher: Shape, non_embedding: int) -> Shape:
             f"{_TOLERATED:.0%} of {non_embedding}; take another student size"
         )
     return best
+
+
+def why_no_cut(own: Shape, shape: Shape) -> str | None:
+    """Why a model of shape `own` cannot be cut to `shape`; None if it can."""
+    for name in ("architecture", "head_size", "vocabulary", "positions", "tied"):
+        if getattr(shape, name) != getattr(own, name):
+            return (
+                f"cannot cut to {name} {getattr(shape, name)}: pruning keeps the model's "
+                f"{name} {getattr(own, name)}"
+            )
+    for name in ("hidden", "layers", "kv_heads", "ffn"):
+        if getattr(shape, name) > getattr(own, name):
+            return (
+                f"cannot cut to {name} {getattr(shape, name)}: the model has only "
+                f"{getattr(own, name)}"
+            )
+    if shape.heads * own.kv_heads != own.heads * shape.kv_heads:
+        return (
+            f"cannot cut to {shape.heads} heads on {shape.kv_heads} kv_heads: the model has "
+            f"{own.heads // own.kv_heads} heads on each"
+        )
+    return None
 
 
 def _error(shape: Shape, non_embedding: int) -> float:

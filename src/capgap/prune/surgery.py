@@ -13,7 +13,7 @@ from capgap.models.build import shape_of, size_fields
 from capgap.models.shape import Shape
 from capgap.prune.importance import Importance, score
 from capgap.prune.layout import LAYOUTS, Axes
-from capgap.prune.shape import pruned_shape
+from capgap.prune.shape import pruned_shape, why_no_cut
 
 
 @dataclass(frozen=True)
@@ -93,23 +93,9 @@ def prune(
 
 
 def _check(own: Shape, importance: Importance, shape: Shape) -> None:
-    for name in ("architecture", "head_size", "vocabulary", "positions", "tied"):
-        if getattr(shape, name) != getattr(own, name):
-            raise UserError(
-                f"cannot cut to {name} {getattr(shape, name)}: pruning keeps the model's "
-                f"{name} {getattr(own, name)}"
-            )
-    for name in ("hidden", "layers", "kv_heads", "ffn"):
-        if getattr(shape, name) > getattr(own, name):
-            raise UserError(
-                f"cannot cut to {name} {getattr(shape, name)}: the model has only "
-                f"{getattr(own, name)}"
-            )
-    if shape.heads * own.kv_heads != own.heads * shape.kv_heads:
-        raise UserError(
-            f"cannot cut to {shape.heads} heads on {shape.kv_heads} kv_heads: the model has "
-            f"{own.heads // own.kv_heads} heads on each"
-        )
+    problem = why_no_cut(own, shape)
+    if problem:
+        raise UserError(problem)
     measured = (importance.layers.shape[0], importance.heads.shape[1], importance.neurons.shape[1])
     if (*measured, importance.hidden.shape[0]) != (own.layers, own.kv_heads, own.ffn, own.hidden):
         raise UserError("the importance was measured on a model of another shape")
