@@ -235,19 +235,20 @@ def test_no_disk_space_is_known_before(typed, recipe, out, monkeypatch, idle):
 
 @pytest.fixture(scope="module")
 def models(small_corpus, tmp_path_factory) -> Path:
-    """Folder with the models a, b, twin (as large as b), other (its tokenizer differs) and wide
-    (its tokenizer has tokens that the model lacks)."""
+    """Folder with the models a, b, twin (as large as b), other (its tokenizer differs), wide (its
+    tokenizer has tokens that the model lacks) and padded (its table has more rows)."""
     folder = tmp_path_factory.mktemp("models")
     text = made_up_text(300, seed=5).upper().encode()
     other, wide = train_tokenizer([text], 300), train_tokenizer([made_up_text(300).encode()], 310)
-    for name, size, tokenizer in (
-        ("a", 14_000, small_corpus.tokenizer),
-        ("b", 20_000, small_corpus.tokenizer),
-        ("twin", 20_000, small_corpus.tokenizer),
-        ("other", 28_000, other),
-        ("wide", 28_000, wide),
+    for name, size, tokenizer, rows in (
+        ("a", 14_000, small_corpus.tokenizer, 300),
+        ("b", 20_000, small_corpus.tokenizer, 300),
+        ("twin", 20_000, small_corpus.tokenizer, 300),
+        ("other", 28_000, other, 300),
+        ("wide", 28_000, wide, 300),
+        ("padded", 28_000, small_corpus.tokenizer, 320),
     ):
-        shape = ladder_shape("llama", size, vocabulary=300, positions=16)
+        shape = ladder_shape("llama", size, vocabulary=rows, positions=16)
         save_model(build_model(shape, seed=0), folder / name, tokenizer)
     (folder / "empty").mkdir()
     return folder
@@ -292,6 +293,24 @@ def test_teachers_that_do_are_taken_as_they_are(
     own.clear()
     assert typed("sweep", recipe, "--out", out, "--quiet").code == 0
     assert own == []
+
+
+def test_teachers_of_one_tokenizer_may_have_padded_tables(
+    typed, recipe, out, models, monkeypatch, tiny_recipe
+):
+    del tiny_recipe["teachers"]
+    tiny_recipe |= {
+        "teachers": {"models": ["a", "padded"]},
+        "students": {"sizes": ["8k"], "tokens": [256], "inits": ["pruned", "scratch"]},
+    }
+    recipe.write_text(as_toml(tiny_recipe))
+    monkeypatch.chdir(models)
+    assert typed("sweep", recipe, "--out", out, "--quiet").code == 0
+    records = {record.id: record for record in read_records(out)}
+    assert records["padded"].shape["vocabulary"] == 320
+    students = [record for record in records.values() if record.kind != "teacher"]
+    assert {record.shape["vocabulary"] for record in students} == {300}
+    assert {record.status for record in students} == {"done"}
 
 
 # --- known once the text is read ----------------------------------------------------------------

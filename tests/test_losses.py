@@ -5,6 +5,8 @@ import torch
 from torch.nn import functional
 
 from capgap.distill.losses import IGNORED_LABEL, HeadInput, column_loss, token_losses
+from capgap.models.build import build_model, split
+from capgap.models.shape import ladder_shape
 
 
 def make_head(generator, tokens, width, vocabulary, *, bias=False):
@@ -172,6 +174,38 @@ def test_token_losses_are_zero_at_ignored_positions():
     got = token_losses(source, targets, chunk_tokens=5)
     torch.testing.assert_close(got, expected)
     assert got[7] == 0
+
+
+def test_rows_that_pad_a_table_do_not_count():
+    """The same tokenizer with tables of 40, 44 and 48 rows: as if all had 37."""
+    words, generator = 37, torch.Generator().manual_seed(5)
+    inputs = torch.randint(0, words, (2, 9), generator=generator)
+    targets = torch.randint(0, words, (18,), generator=generator)
+    teacher, first, second = (
+        build_model(ladder_shape("llama", 20_000, vocabulary=rows, positions=16), seed=rows)
+        for rows in (48, 40, 44)
+    )
+    signal = HeadInput.of(split(teacher.requires_grad_(False)), inputs, words)
+    students = [HeadInput.of(split(model), inputs, words) for model in (first, second)]
+    result = column_loss(students, targets, alphas=[0.5, 1.0], teacher=signal, chunk_tokens=5)
+    teacher_logits = teacher(inputs).logits[..., :words].flatten(0, 1)
+    for model, alpha, found in zip((first, second), (0.5, 1.0), result.students, strict=True):
+        logits = model(inputs).logits[..., :words].flatten(0, 1)
+        ce = functional.cross_entropy(logits, targets, reduction="sum")
+        kl = functional.kl_div(logits.log_softmax(-1), teacher_logits.softmax(-1), reduction="sum")
+        torch.testing.assert_close(found.loss, (1 - alpha) * ce + alpha * kl)
+    sum(found.loss for found in result.students).backward()
+    for model in (first, second):
+        gradient = model.get_output_embeddings().weight.grad
+        assert torch.all(gradient[words:] == 0)
+        assert torch.any(gradient[:words] != 0)
+
+
+def test_tables_of_different_sizes_are_refused():
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = (make_head(generator, 3, 4, rows) for rows in (5, 6))
+    with pytest.raises(ValueError, match=r"heads of \[5, 6\] words"):
+        column_loss([student], torch.zeros(3, dtype=torch.long), alphas=[0.5], teacher=teacher)
 
 
 def test_alpha_needs_a_teacher():

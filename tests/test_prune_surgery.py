@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from capgap.errors import UserError
-from capgap.models.build import build_model, save_model, shape_of
+from capgap.models.build import build_model, load_model, save_model, shape_of
 from capgap.models.shape import Shape, ladder_shape
 from capgap.prune.importance import Importance, Masks, masked, score
 from capgap.prune.surgery import choose, cut, prune
@@ -208,6 +208,20 @@ def test_prune_meets_the_count(architecture):
     assert torch.equal(small(windows()).logits, again(windows()).logits)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2"])
+def test_rows_that_pad_the_vocabulary_go(architecture, tmp_path):
+    own, sizes = CASES[architecture]
+    shape = replace(own, **sizes)
+    teacher, importance = lively(own), random_importance(own)
+    whole = cut(teacher, importance, shape)
+    words = own.vocabulary - 7
+    small = cut(teacher, importance, replace(shape, vocabulary=words))
+    inputs = windows() % words
+    assert torch.equal(small(inputs).logits, whole(inputs).logits[..., :words])
+    save_model(small, tmp_path / "small")
+    assert load_model(tmp_path / "small").config.vocab_size == words
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
@@ -216,7 +230,7 @@ def test_prune_meets_the_count(architecture):
         ({"ffn": 41}, "ffn 41"),
         ({"kv_heads": 2}, "4 heads on 2 kv_heads"),
         ({"head_size": 4}, "head_size 4"),
-        ({"vocabulary": 50}, "vocabulary 50"),
+        ({"vocabulary": 54}, "vocabulary 54"),
         ({"tied": False}, "tied False"),
     ],
 )

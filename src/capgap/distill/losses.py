@@ -39,13 +39,21 @@ class HeadInput:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, parts: Parts, input_ids: Tensor) -> "HeadInput":
-        """Runs the backbone on input_ids [batch, seq]; tokens = batch x seq."""
+    def of(cls, parts: Parts, input_ids: Tensor, vocabulary: int | None = None) -> "HeadInput":
+        """Runs the backbone on input_ids [batch, seq]; tokens = batch x seq.
+
+        Only the first `vocabulary` words of the head count: the tables of models that share a
+        tokenizer are padded to different sizes, with rows that stand for no token.
+        """
         hidden = parts.hidden(input_ids)
+        weight: Tensor = parts.head.weight
+        bias: Tensor | None = parts.head.bias
+        if vocabulary is not None and vocabulary < weight.shape[0]:
+            weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
         return cls(
             hidden.reshape(-1, hidden.shape[-1]),
-            parts.head.weight,
-            parts.head.bias,
+            weight,
+            bias,
             parts.logit_scale,
             parts.softcap,
         )
@@ -121,7 +129,11 @@ def column_loss(
         raise ValueError(f"{len(students)} students but {len(alphas)} alphas")
     if teacher is None and any(alpha > 0 for alpha in alphas):
         raise ValueError("alpha above 0 needs a teacher")
-    vocabulary = students[0].weight.shape[0]
+    heads = [*students] if teacher is None else [*students, teacher]
+    words = {source.weight.shape[0] for source in heads}
+    if len(words) > 1:
+        raise ValueError(f"heads of {sorted(words)} words: cut all to the vocabulary they share")
+    (vocabulary,) = words
     if chunk_tokens is None:
         budget = CHUNK_ELEMENTS.get(targets.device.type, CHUNK_ELEMENTS["cuda"])
         chunk_tokens = max(16, budget // vocabulary)

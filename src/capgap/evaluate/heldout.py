@@ -70,7 +70,8 @@ class HeldoutSet:
     """Held-out documents cut into rows of at most `window` targets, ready to be scored.
 
     inputs, targets [rows, window]; document [rows] tells whose row it is. Positions past a
-    document's end carry IGNORED_LABEL; causal attention keeps them from being seen.
+    document's end carry IGNORED_LABEL; causal attention keeps them from being seen. Of a model's
+    words the first `vocabulary` count, all where it is None: rows that pad a table are no words.
     """
 
     inputs: Tensor
@@ -78,13 +79,16 @@ class HeldoutSet:
     document: Tensor
     document_tokens: list[int]
     document_bytes: list[int]
+    vocabulary: int | None = None
 
     @property
     def tokens(self) -> int:
         return sum(self.document_tokens)
 
 
-def heldout_set(documents: Sequence[HeldoutDocument], window: int) -> HeldoutSet:
+def heldout_set(
+    documents: Sequence[HeldoutDocument], window: int, vocabulary: int | None = None
+) -> HeldoutSet:
     """Rows of the documents in order; a row's context begins with its first input token."""
     inputs, targets, owners = [], [], []
     for index, (tokens, _) in enumerate(documents):
@@ -103,6 +107,7 @@ def heldout_set(documents: Sequence[HeldoutDocument], window: int) -> HeldoutSet
         torch.tensor(owners),
         [len(document.tokens) - 1 for document in documents],
         [document.num_bytes for document in documents],
+        vocabulary,
     )
 
 
@@ -116,7 +121,7 @@ def evaluate_heldout(model: PreTrainedModel, heldout: HeldoutSet) -> HeldoutLoss
     sums = torch.zeros(len(heldout.document_tokens), dtype=torch.float64)
     for start in range(0, len(heldout.inputs), rows_at_once):
         rows = slice(start, start + rows_at_once)
-        source = HeadInput.of(parts, heldout.inputs[rows].to(device))
+        source = HeadInput.of(parts, heldout.inputs[rows].to(device), heldout.vocabulary)
         targets = heldout.targets[rows].to(device)
         losses = token_losses(source, targets.reshape(-1))
         row_sums = losses.reshape(targets.shape).double().sum(1).cpu()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 #   key         the rows of all key (or value) heads, head by head
 #   head_qkv    head by head the rows of its query, key and value (GPT-NeoX)
 #   qkv_head    the rows of all queries, then all keys, then all values (GPT-2)
+#   words       the rows of the vocabulary's table, of which the first stay
 #   all         never cut
 Axes = tuple[str, ...]
 
@@ -56,9 +57,9 @@ LAYOUTS = {
         attention_write="self_attn.o_proj",
         ffn_write="mlp.down_proj",
         tensors={
-            "model.embed_tokens.weight": ("all", "hidden"),
+            "model.embed_tokens.weight": ("words", "hidden"),
             "model.norm.weight": ("hidden",),
-            "lm_head.weight": ("all", "hidden"),
+            "lm_head.weight": ("words", "hidden"),
         },
         layer_tensors={
             "input_layernorm.weight": ("hidden",),
@@ -80,9 +81,9 @@ LAYOUTS = {
         attention_write="attention.dense",
         ffn_write="mlp.dense_4h_to_h",
         tensors={
-            "gpt_neox.embed_in.weight": ("all", "hidden"),
+            "gpt_neox.embed_in.weight": ("words", "hidden"),
             **_layer_norm("gpt_neox.final_layer_norm"),
-            "lm_head.weight": ("all", "hidden"),
+            "lm_head.weight": ("words", "hidden"),
         },
         layer_tensors={
             **_layer_norm("input_layernorm"),
@@ -101,10 +102,10 @@ LAYOUTS = {
         attention_write="attn.c_proj",
         ffn_write="mlp.c_proj",
         tensors={
-            "transformer.wte.weight": ("all", "hidden"),
+            "transformer.wte.weight": ("words", "hidden"),
             "transformer.wpe.weight": ("all", "hidden"),
             **_layer_norm("transformer.ln_f"),
-            "lm_head.weight": ("all", "hidden"),
+            "lm_head.weight": ("words", "hidden"),
         },
         layer_tensors={
             **_layer_norm("ln_1"),

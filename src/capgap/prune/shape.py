@@ -18,11 +18,12 @@ _EXACT = 0.005
 _TOLERATED = 0.02
 
 
-def pruned_shape(teacher: Shape, non_embedding: int) -> Shape:
+def pruned_shape(teacher: Shape, non_embedding: int, *, vocabulary: int | None = None) -> Shape:
     """The shape inside `teacher` that has `non_embedding` parameters.
 
     Hidden width, heads (whole key-value groups), FFN width and layers are cut, the same in every
-    layer; head size, vocabulary, positions and tying stay; nothing exceeds the teacher. The FFN
+    layer; head size, positions and tying stay; nothing exceeds the teacher. Of the vocabulary's
+    table the first `vocabulary` rows stay, all by default: rows that pad it have no token. The FFN
     width is solved for the wanted count (any integer for a small model; a multiple of a power of
     two of at most hidden/64 for a large one). The ladder's own model of that size is taken where
     it fits into the teacher. Otherwise, of all shapes within 0.5% of the count, the one whose
@@ -33,6 +34,8 @@ def pruned_shape(teacher: Shape, non_embedding: int) -> Shape:
 
     Raises UserError if the count is above the teacher's, or below the smallest possible.
     """
+    if vocabulary is not None:
+        teacher = replace(teacher, vocabulary=min(vocabulary, teacher.vocabulary))
     own = teacher.parameters().non_embedding
     if non_embedding == own:
         return teacher
@@ -72,13 +75,13 @@ def pruned_shape(teacher: Shape, non_embedding: int) -> Shape:
 
 def why_no_cut(own: Shape, shape: Shape) -> str | None:
     """Why a model of shape `own` cannot be cut to `shape`; None if it can."""
-    for name in ("architecture", "head_size", "vocabulary", "positions", "tied"):
+    for name in ("architecture", "head_size", "positions", "tied"):
         if getattr(shape, name) != getattr(own, name):
             return (
                 f"cannot cut to {name} {getattr(shape, name)}: pruning keeps the model's "
                 f"{name} {getattr(own, name)}"
             )
-    for name in ("hidden", "layers", "kv_heads", "ffn"):
+    for name in ("hidden", "layers", "kv_heads", "ffn", "vocabulary"):
         if getattr(shape, name) > getattr(own, name):
             return (
                 f"cannot cut to {name} {getattr(shape, name)}: the model has only "

@@ -67,9 +67,9 @@ def cut(model: PreTrainedModel, importance: Importance, shape: Shape) -> PreTrai
     cuts = {}
     with torch.no_grad():
         for name, axes in layout.tensors.items():
-            cuts[name] = _select(weights[name], axes, _axis_indices(own, kept, layer=0))
+            cuts[name] = _select(weights[name], axes, _axis_indices(own, shape, kept, layer=0))
         for new_layer, old_layer in enumerate(kept.layers.tolist()):
-            indices = _axis_indices(own, kept, layer=new_layer)
+            indices = _axis_indices(own, shape, kept, layer=new_layer)
             for name, axes in layout.layer_tensors.items():
                 weight = weights[f"{layout.layers}.{old_layer}.{name}"]
                 cuts[f"{layout.layers}.{new_layer}.{name}"] = _select(weight, axes, indices)
@@ -114,11 +114,12 @@ def _empty_like(model: PreTrainedModel, shape: Shape) -> PreTrainedModel:
     return smaller.to(model.device).train(model.training)
 
 
-def _axis_indices(own: Shape, kept: Kept, *, layer: int) -> dict[str, Tensor]:
+def _axis_indices(own: Shape, shape: Shape, kept: Kept, *, layer: int) -> dict[str, Tensor]:
     """For every kind of axis the indices to keep, in the kept layer number `layer`."""
     heads = kept.heads[layer]
     one_kind = _blocks(heads, own.head_size)
     return {
+        "words": torch.arange(shape.vocabulary),
         "hidden": kept.hidden,
         "neurons": kept.neurons[layer],
         "query": _blocks(heads, own.heads // own.kv_heads * own.head_size),

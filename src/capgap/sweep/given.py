@@ -1,6 +1,5 @@
 """Teachers that exist already: what can be known of them before any work."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,12 +43,13 @@ def given_teachers(recipe: Recipe) -> list[Teacher]:
                 size=shape.parameters().non_embedding,
                 seed=0,
                 shape=shape,
+                vocabulary=_words(tokenizers[source]),
                 source=source,
                 tokens=0,
                 learning_rate=None,
             )
         )
-    _check_tokenizers(recipe, teachers, tokenizers)
+    _check_tokenizers(recipe, tokenizers)
     return sorted(teachers, key=lambda teacher: teacher.size)
 
 
@@ -62,6 +62,11 @@ def _tokenizer(source: str) -> "PreTrainedTokenizerFast":
         raise UserError(f"teachers.models: {error}") from None
 
 
+def _words(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """The largest token id and one."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def _check_fit(
     recipe: Recipe, source: str, shape: Shape, tokenizer: "PreTrainedTokenizerFast"
 ) -> None:
@@ -71,18 +76,19 @@ def _check_fit(
             f"{source} reads at most {shape.positions} tokens, corpus.window is {window}: set "
             f"corpus.window={shape.positions} or less"
         )
-    largest = max(tokenizer.get_vocab().values())
-    if shape.vocabulary <= largest:
+    words = _words(tokenizer)
+    if shape.vocabulary < words:
         raise UserError(
-            f"the tokenizer of {source} has a token {largest}, but the model only "
+            f"the tokenizer of {source} has a token {words - 1}, but the model only "
             f"{shape.vocabulary} tokens: give a model with its own tokenizer"
         )
 
 
-def _check_tokenizers(
-    recipe: Recipe, teachers: Sequence[Teacher], tokenizers: "dict[str, PreTrainedTokenizerFast]"
-) -> None:
-    """All teachers must read the same tokens, and those of the corpus."""
+def _check_tokenizers(recipe: Recipe, tokenizers: "dict[str, PreTrainedTokenizerFast]") -> None:
+    """All teachers must read the same tokens, and those of the corpus.
+
+    Their tables may be padded to different sizes: losses take the words that the tokenizer has.
+    """
     from capgap.corpus.tokenizer import compare_tokenizers, load_tokenizer
 
     reference = recipe.corpus.tokenizer or next(iter(tokenizers))
@@ -94,9 +100,3 @@ def _check_tokenizers(
                 f"the tokenizer of {source} is not that of {reference}: {difference}; "
                 "teachers of one sweep must share their tokens"
             )
-    vocabularies = {teacher.shape.vocabulary for teacher in teachers}
-    if len(vocabularies) > 1:
-        raise UserError(
-            f"the teachers' vocabulary tables differ in size ({sorted(vocabularies)}): "
-            "take teachers of one family"
-        )

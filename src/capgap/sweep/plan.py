@@ -19,13 +19,17 @@ FLOP_PARTS = ("teacher_training", "teacher_forward", "pruning", "student", "eval
 
 @dataclass(frozen=True)
 class Teacher:
-    """A rung of the ladder to train, or with `source` a model that exists (then no tokens)."""
+    """A rung of the ladder to train, or with `source` a model that exists (then no tokens).
+
+    `vocabulary` are the words of its tokenizer; the table of a given model may have more rows.
+    """
 
     id: str
     architecture: str
     size: int
     seed: int
     shape: Shape
+    vocabulary: int
     source: str | None
     tokens: int
     learning_rate: float | None
@@ -212,6 +216,7 @@ def _ladder(recipe: Recipe) -> Iterable[Teacher]:
                     size=size,
                     seed=seed,
                     shape=shape,
+                    vocabulary=shape.vocabulary,
                     source=None,
                     tokens=_whole_batches(recipe, recipe.teachers.tokens),
                     learning_rate=_rate(recipe.teachers.learning_rate, shape),
@@ -255,11 +260,12 @@ def _cells(recipe: Recipe, teachers: Sequence[Teacher], teacher: Teacher, seed: 
 
 
 def _student_shape(recipe: Recipe, teacher: Teacher, cut_from: Teacher | None, size: int) -> Shape:
+    # no rows that pad the table: training would leave their logits wherever they happen to be
     if cut_from is None:
         return ladder_shape(
             teacher.architecture,
             size,
-            vocabulary=teacher.shape.vocabulary,
+            vocabulary=teacher.vocabulary,
             positions=recipe.corpus.window,
         )
     largest = cut_from.shape.parameters().non_embedding
@@ -269,7 +275,7 @@ def _student_shape(recipe: Recipe, teacher: Teacher, cut_from: Teacher | None, s
             f"{format_count(largest)} non-embedding parameters it is to be cut from: "
             "take smaller students or larger teachers"
         )
-    return pruned_shape(cut_from.shape, size)
+    return pruned_shape(cut_from.shape, size, vocabulary=cut_from.vocabulary)
 
 
 def _baseline(cell: Cell) -> Cell:

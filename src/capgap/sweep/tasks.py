@@ -57,7 +57,8 @@ class Task:
 
     @cached_property
     def heldout(self) -> HeldoutSet:
-        return heldout_set(self.corpus.heldout_documents(), self.corpus.window)
+        corpus = self.corpus
+        return heldout_set(corpus.heldout_documents(), corpus.window, corpus.vocabulary)
 
     def settings(self, kind: str, seed: int) -> LoopSettings:
         recipe = self.context.recipe

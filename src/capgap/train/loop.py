@@ -114,7 +114,7 @@ def train(
     process an interrupted run that continues equals an uninterrupted one bit for bit.
     """
     clock = clock or StageClock()
-    column = _Column(learners, teacher, settings, clock)
+    column = _Column(learners, teacher, settings, clock, corpus.vocabulary)
     step = 0
     if checkpoint_path is not None:
         step = column.restore(checkpoint_path)
@@ -159,8 +159,10 @@ class _Column:
         teacher: PreTrainedModel | None,
         settings: LoopSettings,
         clock: StageClock,
+        vocabulary: int,
     ) -> None:
         self.learners = learners
+        self.vocabulary = vocabulary
         self.settings = settings
         self.clock = clock
         self.teacher = None
@@ -211,9 +213,12 @@ class _Column:
             teacher = None
             if self.teacher is not None and any(learner.alpha > 0 for learner in active):
                 with self.clock.stage("teacher_forward"), torch.no_grad():
-                    teacher = HeadInput.of(self.teacher, inputs)
+                    teacher = HeadInput.of(self.teacher, inputs, self.vocabulary)
             with self.clock.stage("forward"):
-                students = [HeadInput.of(self.parts[learner.id], inputs) for learner in active]
+                students = [
+                    HeadInput.of(self.parts[learner.id], inputs, self.vocabulary)
+                    for learner in active
+                ]
             with self.clock.stage("loss"):
                 return column_loss(
                     students,
