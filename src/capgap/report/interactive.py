@@ -42,12 +42,14 @@ def _layout() -> Json:
         "plot_bgcolor": "@surface",
         "font": {"color": "@text", "size": 12},
         "hoverlabel": {"bgcolor": "@surface", "bordercolor": "@rule", "font": {"color": "@text"}},
-        "margin": {"l": 10, "r": 16, "t": 10, "b": 10},
+        "margin": {"l": 10, "r": 16, "t": 32, "b": 10},
+        # below, as the row above the plot is where the tools appear
         "legend": {
             "orientation": "h",
             "x": 0,
             "xanchor": "left",
-            "y": 1.02,
+            "yref": "container",
+            "y": 0,
             "yanchor": "bottom",
         },
         "hovermode": "closest",
