@@ -102,7 +102,7 @@ def test_interrupted_and_continued_equals_uninterrupted(small_corpus, tmp_path, 
     whole = column()
     train(whole, small_corpus, SETTINGS, teacher=teacher)
 
-    path = tmp_path / "column.safetensors"
+    path = tmp_path / "column"
     steps = 0
 
     def count(progress):
@@ -115,19 +115,52 @@ def test_interrupted_and_continued_equals_uninterrupted(small_corpus, tmp_path, 
             small_corpus,
             SETTINGS,
             teacher=teacher,
-            checkpoint_path=path,
+            checkpoint_folder=path,
             on_step=count,
             should_stop=lambda: steps == stop_after,
         )
     continued = column()
-    train(continued, small_corpus, SETTINGS, teacher=teacher, checkpoint_path=path)
+    train(continued, small_corpus, SETTINGS, teacher=teacher, checkpoint_folder=path)
     for one, other in zip(whole, continued, strict=True):
         assert_same(weights(one), weights(other))
         assert one.curve == other.curve
 
 
+def test_going_on_from_before_a_damaged_checkpoint_equals_uninterrupted(small_corpus, tmp_path):
+    whole = learner("a")
+    train([whole], small_corpus, SETTINGS)
+    steps = 0
+
+    def count(progress):
+        nonlocal steps
+        steps = progress.step
+
+    for stop_after in (4, 9):
+        with pytest.raises(Interrupted):
+            train(
+                [learner("a")],
+                small_corpus,
+                SETTINGS,
+                checkpoint_folder=tmp_path,
+                on_step=count,
+                should_stop=lambda last=stop_after: steps == last,
+            )
+    truncated(tmp_path / "step-0000000009")
+    continued, first = learner("a"), []
+    train(
+        [continued],
+        small_corpus,
+        SETTINGS,
+        checkpoint_folder=tmp_path,
+        on_step=lambda progress: first.append(progress.step),
+    )
+    assert first[0] == 5
+    assert_same(weights(whole), weights(continued))
+    assert whole.curve == continued.curve
+
+
 def test_a_student_that_has_ended_is_told_of_once_and_not_trained_again(small_corpus, tmp_path):
-    path = tmp_path / "column.safetensors"
+    path = tmp_path / "column"
     ended = []
     steps = 0
 
@@ -143,7 +176,7 @@ def test_a_student_that_has_ended_is_told_of_once_and_not_trained_again(small_co
             column(),
             small_corpus,
             SETTINGS,
-            checkpoint_path=path,
+            checkpoint_folder=path,
             on_step=count,
             should_stop=lambda: steps == 6,
             on_end=lambda one: ended.append(one.id),
@@ -153,7 +186,7 @@ def test_a_student_that_has_ended_is_told_of_once_and_not_trained_again(small_co
         column()[1:],
         small_corpus,
         SETTINGS,
-        checkpoint_path=path,
+        checkpoint_folder=path,
         on_end=lambda one: ended.append(one.id),
     )
     assert ended == ["short", "long"]
@@ -207,13 +240,77 @@ def test_weight_decay_spares_norms_biases_and_by_choice_embeddings(decay_embeddi
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
 
 
+def saved(folder, step):
+    tensors = {"a/weight/x": torch.arange(6.0).reshape(2, 3) + step}
+    save_checkpoint(folder, Checkpoint(step, tensors, {"a": {"curve": [1.5, None]}}))
+    return folder / f"step-{step:010d}"
+
+
 def test_checkpoint_round_trip_and_absence(tmp_path):
-    path = tmp_path / "deep" / "run.safetensors"
-    assert load_checkpoint(path) is None
-    tensors = {"a/weight/x": torch.arange(6.0).reshape(2, 3)}
-    save_checkpoint(path, Checkpoint(7, tensors, {"a": {"curve": [1.5, None]}}))
-    found = load_checkpoint(path)
+    folder = tmp_path / "deep" / "run"
+    assert load_checkpoint(folder) is None
+    saved(folder, 7)
+    found = load_checkpoint(folder)
     assert found.step == 7
     assert found.state == {"a": {"curve": [1.5, None]}}
-    assert torch.equal(found.tensors["a/weight/x"], tensors["a/weight/x"])
-    assert [entry.name for entry in path.parent.iterdir()] == ["run.safetensors"]
+    assert torch.equal(found.tensors["a/weight/x"], torch.arange(6.0).reshape(2, 3) + 7)
+
+
+def test_the_last_two_checkpoints_stay(tmp_path):
+    for step in (7, 90, 1000):
+        saved(tmp_path, step)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "step-0000000090",
+        "step-0000001000",
+    ]
+
+
+def truncated(place):
+    path = place / "training.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def one_bit_changed(place):
+    path = place / "training.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+
+
+def without_its_mark(place):
+    (place / "manifest.json").unlink()
+
+
+def without_tensors(place):
+    (place / "training.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (truncated, "bytes"),
+        (one_bit_changed, "sha256"),
+        (without_its_mark, "manifest.json"),
+        (without_tensors, "missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(tmp_path, caplog, spoil, words):
+    saved(tmp_path, 7)
+    spoil(saved(tmp_path, 90))
+    assert load_checkpoint(tmp_path).step == 7
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "step-0000000090 is damaged" in message
+    assert words in message
+    # the same step again takes the place of the damaged one
+    saved(tmp_path, 90)
+    assert load_checkpoint(tmp_path).step == 90
+
+
+def test_what_a_killed_writer_left_is_no_checkpoint(tmp_path):
+    saved(tmp_path, 7)
+    (tmp_path / ".step-0000000090").mkdir()
+    (tmp_path / ".step-0000000090" / "training.safetensors").write_bytes(b"half")
+    assert load_checkpoint(tmp_path).step == 7
+    saved(tmp_path, 91)
+    assert load_checkpoint(tmp_path).step == 91
+    assert not (tmp_path / ".step-0000000090").exists()

@@ -36,8 +36,8 @@ class Context:
     def student_folder(self, cell_id: str) -> Path:
         return self.out / "work" / "students" / cell_id
 
-    def checkpoint_file(self, task_id: str) -> Path:
-        return self.out / "work" / "checkpoints" / f"{task_id}.safetensors"
+    def checkpoint_folder(self, task_id: str) -> Path:
+        return self.out / "work" / "checkpoints" / task_id
 
     def is_recorded(self, run_id: str) -> bool:
         return (self.record_folder(run_id) / "record.json").exists()

@@ -6,6 +6,7 @@ is already recorded is left alone.
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -86,12 +87,12 @@ class Task:
             self.corpus,
             settings,
             clock=self.clock,
-            checkpoint_path=self.context.checkpoint_file(name),
+            checkpoint_folder=self.context.checkpoint_folder(name),
             should_stop=self.should_stop,
             on_step=self.on_step,
             **more,
         )
-        self.context.checkpoint_file(name).unlink(missing_ok=True)
+        shutil.rmtree(self.context.checkpoint_folder(name), ignore_errors=True)
 
     def evaluate(self, model: PreTrainedModel) -> HeldoutLoss:
         with self.clock.stage("evaluation"):

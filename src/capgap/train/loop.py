@@ -102,22 +102,22 @@ def train(
     *,
     teacher: PreTrainedModel | None = None,
     clock: StageClock | None = None,
-    checkpoint_path: Path | None = None,
+    checkpoint_folder: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[Progress], None] = lambda progress: None,
     on_end: Callable[[Learner], None] = lambda learner: None,
 ) -> None:
     """Trains every learner to its own number of steps, in place; `on_end` is told of each.
 
-    With a checkpoint path it continues from there if one exists, saves every
+    With a checkpoint folder it continues from its last whole checkpoint, saves every
     `checkpoint_seconds`, and when `should_stop` says so, saves and raises Interrupted. On one CPU
     process an interrupted run that continues equals an uninterrupted one bit for bit.
     """
     clock = clock or StageClock()
     column = _Column(learners, teacher, settings, clock, corpus.vocabulary)
     step = 0
-    if checkpoint_path is not None:
-        step = column.restore(checkpoint_path)
+    if checkpoint_folder is not None:
+        step = column.restore(checkpoint_folder)
     saved_at = time.monotonic()
     for learner in learners:
         if not learner.active(step):
@@ -139,12 +139,12 @@ def train(
         for learner in trained:
             if not learner.active(step):
                 on_end(learner)
-        if checkpoint_path is None:
+        if checkpoint_folder is None:
             continue
         stopping = should_stop()
         if stopping or time.monotonic() - saved_at > settings.checkpoint_seconds:
             with clock.stage("checkpoint"):
-                column.save(checkpoint_path, step)
+                column.save(checkpoint_folder, step)
             saved_at = time.monotonic()
         if stopping:
             raise Interrupted
@@ -263,7 +263,7 @@ class _Column:
         learner.curve["learning_rate"].append(rate)
         self.sums[learner.id] = _CurveSums()
 
-    def save(self, path: Path, step: int) -> None:
+    def save(self, folder: Path, step: int) -> None:
         tensors: dict[str, Tensor] = {}
         state: dict[str, Any] = {}
         for learner in self.learners:
@@ -275,11 +275,11 @@ class _Column:
                 "failure": learner.failure,
                 "sums": {"steps": sums.steps, "tokens": sums.tokens, "values": sums.values},
             }
-        save_checkpoint(path, Checkpoint(step, tensors, state))
+        save_checkpoint(folder, Checkpoint(step, tensors, state))
 
-    def restore(self, path: Path) -> int:
+    def restore(self, folder: Path) -> int:
         """The step to go on from; 0 when there is no checkpoint, or one of other learners."""
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(folder)
         if checkpoint is None or any(one.id not in checkpoint.state for one in self.learners):
             return 0
         for learner in self.learners:
