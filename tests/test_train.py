@@ -9,6 +9,7 @@ import torch
 
 from capgap.models.build import build_model
 from capgap.models.shape import ladder_shape
+from capgap.train import loop
 from capgap.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capgap.train.loop import Interrupted, Learner, LoopSettings, train
 from capgap.train.optimizer import parameter_groups, schedule
@@ -208,6 +209,56 @@ def test_non_finite_loss_stops_that_student_alone(small_corpus):
         assert torch.equal(torch.nan_to_num(value), torch.nan_to_num(after[name]))
     assert sound.failure is None
     assert sound.curve["step"][-1] == 12
+
+
+def test_numbers_that_are_read_a_step_late_say_the_same(small_corpus, tmp_path, monkeypatch):
+    """As on a GPU: what is measured, what fails and what a checkpoint holds do not depend on it."""
+
+    def column():
+        broken = learner("broken", size=11_000)
+        broken.learning_rate = float("inf")  # its first step spoils it, its second finds out
+        return [learner("a", alpha=0.5), learner("short", steps=5, alpha=0.5), broken]
+
+    def run(models, **more):
+        ended = []
+        teacher = model_of(20_000, seed=1)
+        train(
+            models,
+            small_corpus,
+            SETTINGS,
+            teacher=teacher,
+            on_end=lambda one: ended.append(one.id),
+            **more,
+        )
+        return ended
+
+    whole = column()
+    assert run(whole) == ["broken", "short", "a"]
+    assert whole[2].failure["step"] == 1
+
+    monkeypatch.setattr(loop, "LAG", {"cpu": 1})
+    steps, losses = 0, []
+
+    def count(progress):
+        nonlocal steps
+        steps = progress.step
+        losses.append(progress.losses)
+
+    late = column()
+    assert run(late, on_step=count) == ["broken", "short", "a"]
+    assert losses[0] == []
+    folder = tmp_path / "column"
+    with pytest.raises(Interrupted):
+        run(column(), on_step=count, checkpoint_folder=folder, should_stop=lambda: steps == 3)
+    continued = column()
+    assert run(continued, checkpoint_folder=folder) == ["broken", "short", "a"]
+    for models in (late, continued):
+        for one, other in zip(whole, models, strict=True):
+            assert one.curve == other.curve
+            assert one.failure == other.failure
+            mine, its = weights(one), weights(other)
+            for name, value in mine.items():
+                assert torch.equal(torch.nan_to_num(value), torch.nan_to_num(its[name]))
 
 
 def test_teacher_is_left_as_it_was(small_corpus):

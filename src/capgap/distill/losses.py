@@ -235,8 +235,13 @@ class _ColumnLoss(torch.autograd.Function):
                         logit_gradient.mul_(slope)
                     gradient.add(student, rows, logit_gradient)
         ctx.gradients = gradients
-        alphas = torch.tensor(work.alphas, device=device, dtype=wide)
-        losses = (1 - alphas) * sums[:, 0] + alphas * work.temperature**2 * sums[:, 1]
+        # no tensor of the alphas: making one on a GPU would wait for the copy
+        losses = torch.stack(
+            [
+                (1 - alpha) * ce + alpha * work.temperature**2 * divergence
+                for alpha, (ce, divergence, *_) in zip(work.alphas, sums, strict=True)
+            ]
+        )
         ctx.mark_non_differentiable(sums, teacher_sums)
         return losses, sums, teacher_sums
 

@@ -6,6 +6,7 @@ a baseline, several with a teacher are a column, whose teacher runs once for all
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,13 @@ CURVE_COLUMNS = (
     "gradient_norm",
     "learning_rate",
 )
+
+
+# Sums over the tokens of one step, kept on the device until they are read
+SUMS = ("loss", "ce", "kl", "agreement", "teacher_ce", "teacher_entropy")
+# Steps whose numbers are still under way: a CPU has no queue that waiting for them would empty
+LAG = {"cpu": 0}
+OF_A_TEACHER = ("kl", "agreement", "teacher_ce", "teacher_entropy")
 
 
 class Interrupted(Exception):
@@ -86,8 +94,11 @@ class Learner:
 
 @dataclass(frozen=True)
 class Progress:
-    """Told after every step. `losses` (nats per token) are those of the models that took it;
-    `learner_tokens` counts the batch once for each of them."""
+    """Told after every step; `learner_tokens` counts the batch once for each model that took it.
+
+    `losses` (nats per token) are those known by now: on a GPU those of the step before, since
+    waiting for the last one would leave the GPU without work.
+    """
 
     step: int
     tokens: int
@@ -130,7 +141,7 @@ def train(
                 batch_windows=settings.batch_windows,
                 num_windows=corpus.windows,
             )
-            windows = torch.from_numpy(corpus.train.windows_at(indices)).to(column.device)
+            windows = column.on_device(corpus.train.windows_at(indices))
         trained = [learner for learner in learners if learner.active(step)]
         losses = column.step(step, windows, indices)
         step += 1
@@ -179,32 +190,39 @@ class _Column:
         }
         self.device = next(learners[0].model.parameters()).device
         self.sums = {learner.id: _CurveSums() for learner in learners}
+        self.stopped = {
+            learner.id: torch.zeros((), dtype=torch.bool, device=self.device)
+            for learner in learners
+        }
+        self.unread: deque[_Measured] = deque()
 
     def step(self, step: int, windows: Tensor, indices: np.ndarray) -> list[float]:
-        """One optimizer step of every active learner; returns their mean losses in nats."""
+        """One optimizer step of every active learner; returns the mean losses known by now."""
         active = [learner for learner in self.learners if learner.active(step)]
         tokens = windows[:, 1:].numel()
-        totals: list[StepSums] = [StepSums() for _ in active]
+        sums = torch.zeros(len(active), len(SUMS), dtype=torch.float64, device=self.device)
         for micro_batch in windows.split(self.settings.micro_batch_windows):
             result = self._forward(active, micro_batch)
             with self.clock.stage("backward"):
                 torch.autograd.backward([one.loss / tokens for one in result.students])
-            for total, one in zip(totals, result.students, strict=True):
-                total.add(one, result)
-        losses = []
-        for learner, total in zip(active, totals, strict=True):
-            with self.clock.stage("optimizer"):
-                loss, norm = self._update(learner, step, total, tokens)
-            if math.isfinite(loss) and math.isfinite(norm):
-                losses.append(loss)
-                self._record(learner, step, total, tokens, norm)
-            else:
-                learner.failure = {
-                    "message": f"non-finite loss ({loss}) or gradient norm ({norm})",
-                    "step": step,
-                    "windows": [int(index) for index in indices],
-                }
-        return losses
+            sums += torch.stack([_sums(student, result) for student in result.students])
+        with self.clock.stage("optimizer"):
+            norms = [
+                self._update(learner, step, loss)
+                for learner, loss in zip(active, sums[:, 0], strict=True)
+            ]
+            values = torch.cat([sums, torch.stack(norms).unsqueeze(1)], dim=1)
+            rates = [self.optimizers[learner.id].param_groups[0]["lr"] for learner in active]
+            self.unread.append(_Measured(step, tokens, active, rates, indices, _Copy(values)))
+        last = any(step + 1 == learner.steps for learner in active)
+        return self._read(keep=0 if last else LAG.get(self.device.type, 1))
+
+    def on_device(self, windows: np.ndarray) -> Tensor:
+        """A batch on the device; the host does not wait until it is there."""
+        batch = torch.from_numpy(windows)
+        if self.device.type == "cuda":
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch.to(self.device)
 
     def _forward(self, active: Sequence[Learner], windows: Tensor) -> ColumnLoss:
         inputs, targets = windows[:, :-1], windows[:, 1:].reshape(-1)
@@ -229,41 +247,74 @@ class _Column:
                     divergence=self.settings.divergence,
                 )
 
-    def _update(
-        self, learner: Learner, step: int, total: "StepSums", tokens: int
-    ) -> tuple[float, float]:
-        """Clip and step; a non-finite loss or gradient leaves the weights as they were."""
+    def _update(self, learner: Learner, step: int, loss: Tensor) -> Tensor:
+        """Clip and step; returns the gradient norm, which nobody has to wait for.
+
+        A non-finite loss or gradient stops the learner: from then on its optimizer changes
+        nothing, by the flag that torch's fused optimizers read on the device (`found_inf`, made
+        for gradient scaling).
+        """
         optimizer = self.optimizers[learner.id]
         norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), self.settings.clip)
-        loss, norm_value = total.loss / tokens, norm.item()
-        if math.isfinite(loss) and math.isfinite(norm_value):
-            share = schedule(
-                step, steps=learner.steps, warmup_fraction=self.settings.warmup_fraction
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = learner.learning_rate * share
-            optimizer.step()
+        stopped = self.stopped[learner.id]
+        stopped.logical_or_(~(torch.isfinite(loss) & torch.isfinite(norm)))
+        optimizer.found_inf = stopped.float()  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        share = schedule(step, steps=learner.steps, warmup_fraction=self.settings.warmup_fraction)
+        for group in optimizer.param_groups:
+            group["lr"] = learner.learning_rate * share
+        optimizer.step()
         optimizer.zero_grad()
-        return loss, norm_value
+        return norm
 
-    def _record(
-        self, learner: Learner, step: int, total: "StepSums", tokens: int, norm: float
+    def _read(self, *, keep: int) -> list[float]:
+        """Takes what was measured, save the last `keep` steps; returns the last one's losses."""
+        losses: list[float] = []
+        while len(self.unread) > keep:
+            measured = self.unread.popleft()
+            losses = []
+            rows = measured.values.read()
+            for learner, rate, row in zip(measured.learners, measured.rates, rows, strict=True):
+                if learner.failure is None:
+                    self._take(learner, measured, rate, row)
+                if learner.failure is None:
+                    losses.append(row[0] / measured.tokens)
+        return losses
+
+    def _take(
+        self, learner: Learner, measured: "_Measured", rate: float, row: Sequence[float]
     ) -> None:
-        """Adds the step to the curve, of which each point is the mean over several steps."""
-        sums = self.sums[learner.id]
-        sums.add(total, tokens, norm)
-        every = max(1, learner.steps // CURVE_POINTS)
-        if (step + 1) % every and step + 1 != learner.steps:
+        """One learner's step: its failure, or its part of the curve's next point."""
+        *sums, norm = row
+        loss = sums[0] / measured.tokens
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            learner.failure = {
+                "message": f"non-finite loss ({loss}) or gradient norm ({norm})",
+                "step": measured.step,
+                "windows": [int(index) for index in measured.indices],
+            }
             return
-        rate = self.optimizers[learner.id].param_groups[0]["lr"]
-        for column, value in sums.means().items():
+        has_teacher = self.teacher is not None and learner.alpha > 0
+        values = {
+            name: value
+            for name, value in zip(SUMS, sums, strict=True)
+            if has_teacher or name not in OF_A_TEACHER
+        }
+        so_far = self.sums[learner.id]
+        so_far.add(values | {"gradient_norm": norm}, measured.tokens)
+        every = max(1, learner.steps // CURVE_POINTS)
+        done = measured.step + 1
+        if done % every and done != learner.steps:
+            return
+        for column, value in so_far.means().items():
             learner.curve[column].append(value)
-        learner.curve["step"].append(step + 1)
-        learner.curve["tokens"].append((step + 1) * tokens)
+        learner.curve["step"].append(done)
+        learner.curve["tokens"].append(done * measured.tokens)
         learner.curve["learning_rate"].append(rate)
         self.sums[learner.id] = _CurveSums()
 
     def save(self, folder: Path, step: int) -> None:
+        self._read(keep=0)
         tensors: dict[str, Tensor] = {}
         state: dict[str, Any] = {}
         for learner in self.learners:
@@ -291,25 +342,50 @@ class _Column:
         return checkpoint.step
 
 
-@dataclass
-class StepSums:
-    """Sums over the micro-batches of one step, for one learner."""
+def _sums(student: StudentLoss, column: ColumnLoss) -> Tensor:
+    """What SUMS names, [len(SUMS)] in float64; 0 for what no teacher gave."""
+    teacher = column.teacher
+    found = (
+        student.loss.detach(),
+        student.ce,
+        student.kl,
+        student.agreement,
+        None if teacher is None else teacher.ce,
+        None if teacher is None else teacher.entropy,
+    )
+    zero = torch.zeros_like(student.ce)
+    return torch.stack([zero if value is None else value for value in found]).double()
 
-    loss: float = 0.0
-    values: dict[str, float] = field(default_factory=dict)
 
-    def add(self, student: StudentLoss, column: ColumnLoss) -> None:
-        self.loss += student.loss.item()
-        found: dict[str, Tensor | None] = {
-            "ce": student.ce,
-            "kl": student.kl,
-            "agreement": student.agreement,
-        }
-        if student.kl is not None and column.teacher is not None:
-            found |= {"teacher_ce": column.teacher.ce, "teacher_entropy": column.teacher.entropy}
-        for name, value in found.items():
-            if value is not None:
-                self.values[name] = self.values.get(name, 0.0) + value.item()
+class _Copy:
+    """Numbers on their way from the device to the host."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.arrived = None
+        self.values = values
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> list[list[float]]:
+        """Waits for these numbers alone, not for work that was given to the device after them."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A step that was taken; `values` has for every learner SUMS and the gradient norm."""
+
+    step: int
+    tokens: int
+    learners: list[Learner]
+    rates: list[float]
+    indices: np.ndarray
+    values: _Copy
 
 
 @dataclass
@@ -320,10 +396,10 @@ class _CurveSums:
     tokens: int = 0
     values: dict[str, float] = field(default_factory=dict)
 
-    def add(self, total: StepSums, tokens: int, norm: float) -> None:
+    def add(self, values: dict[str, float], tokens: int) -> None:
         self.steps += 1
         self.tokens += tokens
-        for name, value in {**total.values, "gradient_norm": norm}.items():
+        for name, value in values.items():
             self.values[name] = self.values.get(name, 0.0) + value
 
     def means(self) -> dict[str, float | None]:
