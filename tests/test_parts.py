@@ -11,8 +11,10 @@ from transformers import (
     Qwen2Config,
 )
 
+from capgap.corpus.batches import document_positions
 from capgap.distill.losses import HeadInput, column_loss
-from capgap.models.build import split
+from capgap.models.build import build_model, split
+from capgap.models.shape import ARCHITECTURES, ladder_shape
 
 SIZES = {
     "vocab_size": 61,
@@ -85,3 +87,39 @@ def test_loss_and_gradients_are_those_on_the_models_own_logits(model, windows):
     torch.testing.assert_close(result.students[0].loss, loss, rtol=1e-5, atol=1e-4)
     for name, weight in model.named_parameters():
         torch.testing.assert_close(ours[name], weight.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+DOCUMENTS = (
+    [[0, 7, 9, 4], [0, 5, 6], [0, 8, 3, 2, 11]],
+    [[12, 13], [0, 14, 15, 16, 17, 18], [0, 19, 20, 21]],
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [
+        (kind, attention)
+        for kind in (*sorted(CONFIGS), *ARCHITECTURES)
+        for attention in ("eager", "sdpa")
+        if (kind, attention) != ("gemma2", "sdpa")  # transformers has none
+    ],
+)
+def test_documents_of_a_packed_row_do_not_see_each_other(kind, attention):
+    if kind in CONFIGS:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIGS[kind], attn_implementation=attention)
+    else:
+        model = build_model(ladder_shape(kind, 20_000, vocabulary=61, positions=16), seed=0)
+        model.set_attn_implementation(attention)
+    parts = split(model.eval())
+    rows = torch.tensor([[token for document in row for token in document] for row in DOCUMENTS])
+    positions = torch.from_numpy(document_positions(rows.numpy(), end_of_document=0))
+    with torch.no_grad():
+        packed = parts.hidden(rows, positions)
+        alone = [
+            torch.cat([parts.hidden(torch.tensor([document]))[0] for document in row])
+            for row in DOCUMENTS
+        ]
+        unmasked = parts.hidden(rows)
+    torch.testing.assert_close(packed, torch.stack(alone), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(packed[:, -1], unmasked[:, -1], rtol=1e-4, atol=1e-5)

@@ -4,6 +4,7 @@ nothing."""
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -259,6 +260,32 @@ def test_numbers_that_are_read_a_step_late_say_the_same(small_corpus, tmp_path, 
             mine, its = weights(one), weights(other)
             for name, value in mine.items():
                 assert torch.equal(torch.nan_to_num(value), torch.nan_to_num(its[name]))
+
+
+def test_a_document_mask_holds_for_teacher_and_student_in_every_micro_batch(small_corpus):
+    # the commonest token ends a document, so that every window holds several
+    tokens = small_corpus.train.windows_at(range(100))
+    manifest = small_corpus.manifest | {
+        "end_of_document": int(np.bincount(tokens.ravel()).argmax())
+    }
+    corpus = dataclasses.replace(small_corpus, manifest=manifest)
+
+    def trained(**settings):
+        one = learner("a", alpha=0.5, steps=4)
+        train(
+            [one],
+            corpus,
+            dataclasses.replace(SETTINGS, **settings),
+            teacher=model_of(20_000, seed=1),
+        )
+        return one
+
+    plain, masked = trained(), trained(document_mask=True)
+    split = trained(document_mask=True, micro_batch_windows=2)
+    for column in ("ce", "kl", "teacher_ce"):
+        assert split.curve[column] == pytest.approx(masked.curve[column], rel=1e-5)
+        # the first step's weights are the same, so what differs is what can be seen
+        assert masked.curve[column][0] != pytest.approx(plain.curve[column][0], rel=1e-4)
 
 
 def test_teacher_is_left_as_it_was(small_corpus):

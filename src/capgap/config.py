@@ -92,6 +92,7 @@ class TrainingSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     decay_embeddings: bool = False
     clip: Annotated[float, Field(gt=0)] = 1.0
+    document_mask: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 

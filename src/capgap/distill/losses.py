@@ -39,13 +39,19 @@ class HeadInput:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, parts: Parts, input_ids: Tensor, vocabulary: int | None = None) -> "HeadInput":
+    def of(
+        cls,
+        parts: Parts,
+        input_ids: Tensor,
+        vocabulary: int | None = None,
+        positions: Tensor | None = None,
+    ) -> "HeadInput":
         """Runs the backbone on input_ids [batch, seq]; tokens = batch x seq.
 
         Only the first `vocabulary` words of the head count: the tables of models that share a
         tokenizer are padded to different sizes, with rows that stand for no token.
         """
-        hidden = parts.hidden(input_ids)
+        hidden = parts.hidden(input_ids, positions)
         weight: Tensor = parts.head.weight
         bias: Tensor | None = parts.head.bias
         if vocabulary is not None and vocabulary < weight.shape[0]:

@@ -171,9 +171,15 @@ class Parts:
     logit_scale: float
     softcap: float | None
 
-    def hidden(self, input_ids: Tensor) -> Tensor:
-        """input_ids [batch, seq] to the states after the final norm [batch, seq, width]."""
-        return self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+    def hidden(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """input_ids [batch, seq] to the states after the final norm [batch, seq, width].
+
+        positions [batch, seq] count from 0 within every document of a packed row; tokens then
+        attend within their document alone (transformers sees documents where positions restart).
+        """
+        return self.backbone(
+            input_ids=input_ids, position_ids=positions, use_cache=False
+        ).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., width] to the model's own logits [..., vocabulary]."""

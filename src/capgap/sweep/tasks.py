@@ -75,6 +75,7 @@ class Task:
             weight_decay=training.weight_decay,
             decay_embeddings=training.decay_embeddings,
             clip=training.clip,
+            document_mask=training.document_mask,
             autocast_dtype=autocast_dtype(training.precision, self.context.device),
             checkpoint_seconds=recipe.run.checkpoint_seconds,
         )

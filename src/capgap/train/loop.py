@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capgap.corpus.batches import batch_indices
+from capgap.corpus.batches import batch_indices, document_positions
 from capgap.corpus.tokens import Corpus
 from capgap.distill.divergences import Divergence
 from capgap.distill.losses import FORWARD_KL, ColumnLoss, HeadInput, StudentLoss, column_loss
@@ -70,6 +70,7 @@ class LoopSettings:
     weight_decay: float = 0.1
     decay_embeddings: bool = False
     clip: float = 1.0
+    document_mask: bool = False
     autocast_dtype: torch.dtype | None = None
     checkpoint_seconds: float = 30.0
 
@@ -141,9 +142,14 @@ def train(
                 batch_windows=settings.batch_windows,
                 num_windows=corpus.windows,
             )
-            windows = column.on_device(corpus.train.windows_at(indices))
+            batch = corpus.train.windows_at(indices)
+            windows, positions = column.on_device(batch), None
+            if settings.document_mask:
+                positions = column.on_device(
+                    document_positions(batch[:, :-1], corpus.end_of_document)
+                )
         trained = [learner for learner in learners if learner.active(step)]
-        losses = column.step(step, windows, indices)
+        losses = column.step(step, windows, positions, indices)
         step += 1
         tokens = windows[:, 1:].numel()
         on_step(Progress(step, step * tokens, tokens * len(trained), losses))
@@ -196,13 +202,20 @@ class _Column:
         }
         self.unread: deque[_Measured] = deque()
 
-    def step(self, step: int, windows: Tensor, indices: np.ndarray) -> list[float]:
+    def step(
+        self, step: int, windows: Tensor, positions: Tensor | None, indices: np.ndarray
+    ) -> list[float]:
         """One optimizer step of every active learner; returns the mean losses known by now."""
         active = [learner for learner in self.learners if learner.active(step)]
         tokens = windows[:, 1:].numel()
         sums = torch.zeros(len(active), len(SUMS), dtype=torch.float64, device=self.device)
-        for micro_batch in windows.split(self.settings.micro_batch_windows):
-            result = self._forward(active, micro_batch)
+        rows = self.settings.micro_batch_windows
+        for start in range(0, len(windows), rows):
+            result = self._forward(
+                active,
+                windows[start : start + rows],
+                None if positions is None else positions[start : start + rows],
+            )
             with self.clock.stage("backward"):
                 torch.autograd.backward([one.loss / tokens for one in result.students])
             sums += torch.stack([_sums(student, result) for student in result.students])
@@ -224,17 +237,19 @@ class _Column:
             return batch.pin_memory().to(self.device, non_blocking=True)
         return batch.to(self.device)
 
-    def _forward(self, active: Sequence[Learner], windows: Tensor) -> ColumnLoss:
+    def _forward(
+        self, active: Sequence[Learner], windows: Tensor, positions: Tensor | None
+    ) -> ColumnLoss:
         inputs, targets = windows[:, :-1], windows[:, 1:].reshape(-1)
         dtype = self.settings.autocast_dtype
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             teacher = None
             if self.teacher is not None and any(learner.alpha > 0 for learner in active):
                 with self.clock.stage("teacher_forward"), torch.no_grad():
-                    teacher = HeadInput.of(self.teacher, inputs, self.vocabulary)
+                    teacher = HeadInput.of(self.teacher, inputs, self.vocabulary, positions)
             with self.clock.stage("forward"):
                 students = [
-                    HeadInput.of(self.parts[learner.id], inputs, self.vocabulary)
+                    HeadInput.of(self.parts[learner.id], inputs, self.vocabulary, positions)
                     for learner in active
                 ]
             with self.clock.stage("loss"):
