@@ -288,6 +288,26 @@ def test_a_document_mask_holds_for_teacher_and_student_in_every_micro_batch(smal
         assert masked.curve[column][0] != pytest.approx(plain.curve[column][0], rel=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2"])
+def test_activation_checkpointing_keeps_less_and_changes_nothing(small_corpus, architecture):
+    def trained(**settings):
+        one = learner("a", size=40_000, steps=2, architecture=architecture)
+        kept = []
+
+        def keep(tensor):
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            train([one], small_corpus, dataclasses.replace(SETTINGS, **settings))
+        return one, sum(kept)
+
+    plain, kept = trained()
+    again, kept_again = trained(activation_checkpointing=True)
+    assert_same(weights(plain), weights(again))
+    assert kept_again < kept / 2
+
+
 def test_teacher_is_left_as_it_was(small_corpus):
     teacher = model_of(20_000, seed=1)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}

@@ -93,6 +93,7 @@ class TrainingSection(Section):
     decay_embeddings: bool = False
     clip: Annotated[float, Field(gt=0)] = 1.0
     document_mask: bool = False
+    activation_checkpointing: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 

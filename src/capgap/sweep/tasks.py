@@ -76,6 +76,7 @@ class Task:
             decay_embeddings=training.decay_embeddings,
             clip=training.clip,
             document_mask=training.document_mask,
+            activation_checkpointing=training.activation_checkpointing,
             autocast_dtype=autocast_dtype(training.precision, self.context.device),
             checkpoint_seconds=recipe.run.checkpoint_seconds,
         )

@@ -71,6 +71,7 @@ class LoopSettings:
     decay_embeddings: bool = False
     clip: float = 1.0
     document_mask: bool = False
+    activation_checkpointing: bool = False
     autocast_dtype: torch.dtype | None = None
     checkpoint_seconds: float = 30.0
 
@@ -185,6 +186,9 @@ class _Column:
         self.teacher = None
         if teacher is not None:
             self.teacher = split(teacher.eval().requires_grad_(False))
+        if settings.activation_checkpointing:
+            for learner in learners:
+                _checkpoint_activations(learner.model)
         self.parts = {learner.id: split(learner.model.train()) for learner in learners}
         self.optimizers = {
             learner.id: make_optimizer(
@@ -355,6 +359,13 @@ class _Column:
             optimizer = self.optimizers[learner.id]
             restore_training(learner.model, optimizer, checkpoint.tensors, learner.id)
         return checkpoint.step
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keeps the inputs of every layer alone; the backward pass computes the rest again."""
+    # transformers renamed it, and warns of the old name
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _sums(student: StudentLoss, column: ColumnLoss) -> Tensor:
