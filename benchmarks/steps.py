@@ -21,7 +21,8 @@ from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.tokens import Corpus
 from capgap.models.build import build_model
 from capgap.models.shape import ladder_shape
-from capgap.train.loop import Learner, LoopSettings, train
+from capgap.train.learner import Learner
+from capgap.train.loop import LoopSettings, train
 
 SIZES = (30_000, 100_000, 300_000, 1_000_000, 3_000_000)
 VOCABULARY, WINDOW, WINDOWS = 1024, 128, 8

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from capgap.distill.teacher import OnlineTeacher
 from capgap.models.build import build_model
 from capgap.models.shape import ladder_shape
-from capgap.train import loop
+from capgap.train import metrics
 from capgap.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from capgap.train.loop import Interrupted, Learner, LoopSettings, train
+from capgap.train.learner import Learner
+from capgap.train.loop import Interrupted, LoopSettings, train
 from capgap.train.optimizer import parameter_groups, schedule
 
 SETTINGS = LoopSettings(batch_windows=8, micro_batch_windows=8, data_seed=5, checkpoint_seconds=1e9)
@@ -60,7 +62,7 @@ def test_distillation_brings_a_student_closer_to_its_teacher(small_corpus):
     teacher = learner(size=20_000, seed=1, steps=60)
     train([teacher], small_corpus, SETTINGS)
     one = learner(steps=60, alpha=1.0)
-    train([one], small_corpus, SETTINGS, teacher=teacher.model)
+    train([one], small_corpus, SETTINGS, teacher=OnlineTeacher(teacher.model))
     assert one.curve["kl"][-1] < 0.5 * one.curve["kl"][0]
     assert all(0 <= share <= 1 for share in one.curve["agreement"])
 
@@ -76,7 +78,7 @@ def test_split_into_micro_batches_changes_nothing(small_corpus):
             [one],
             small_corpus,
             dataclasses.replace(SETTINGS, micro_batch_windows=micro),
-            teacher=teacher,
+            teacher=OnlineTeacher(teacher),
         )
         results.append(weights(one))
     for other in results[1:]:
@@ -87,10 +89,10 @@ def test_split_into_micro_batches_changes_nothing(small_corpus):
 def test_a_column_trains_each_student_as_if_it_were_alone(small_corpus):
     teacher = model_of(20_000, seed=1)
     together = [learner("a", alpha=0.5), learner("b", size=11_000, steps=7, alpha=0.5)]
-    train(together, small_corpus, SETTINGS, teacher=teacher)
+    train(together, small_corpus, SETTINGS, teacher=OnlineTeacher(teacher))
     for one, size, steps in ((together[0], 8000, 12), (together[1], 11_000, 7)):
         alone = learner(size=size, steps=steps, alpha=0.5)
-        train([alone], small_corpus, SETTINGS, teacher=teacher)
+        train([alone], small_corpus, SETTINGS, teacher=OnlineTeacher(teacher))
         assert_same(weights(one), weights(alone))
 
 
@@ -102,7 +104,7 @@ def test_interrupted_and_continued_equals_uninterrupted(small_corpus, tmp_path, 
         return [learner("a", alpha=0.5), learner("b", size=11_000, steps=9, alpha=0.5)]
 
     whole = column()
-    train(whole, small_corpus, SETTINGS, teacher=teacher)
+    train(whole, small_corpus, SETTINGS, teacher=OnlineTeacher(teacher))
 
     path = tmp_path / "column"
     steps = 0
@@ -116,13 +118,13 @@ def test_interrupted_and_continued_equals_uninterrupted(small_corpus, tmp_path, 
             column(),
             small_corpus,
             SETTINGS,
-            teacher=teacher,
+            teacher=OnlineTeacher(teacher),
             checkpoint_folder=path,
             on_step=count,
             should_stop=lambda: steps == stop_after,
         )
     continued = column()
-    train(continued, small_corpus, SETTINGS, teacher=teacher, checkpoint_folder=path)
+    train(continued, small_corpus, SETTINGS, teacher=OnlineTeacher(teacher), checkpoint_folder=path)
     for one, other in zip(whole, continued, strict=True):
         assert_same(weights(one), weights(other))
         assert one.curve == other.curve
@@ -227,7 +229,7 @@ def test_numbers_that_are_read_a_step_late_say_the_same(small_corpus, tmp_path, 
             models,
             small_corpus,
             SETTINGS,
-            teacher=teacher,
+            teacher=OnlineTeacher(teacher),
             on_end=lambda one: ended.append(one.id),
             **more,
         )
@@ -237,13 +239,13 @@ def test_numbers_that_are_read_a_step_late_say_the_same(small_corpus, tmp_path, 
     assert run(whole) == ["broken", "short", "a"]
     assert whole[2].failure["step"] == 1
 
-    monkeypatch.setattr(loop, "LAG", {"cpu": 1})
+    monkeypatch.setattr(metrics, "LAG", {"cpu": 1})
     steps, losses = 0, []
 
     def count(progress):
         nonlocal steps
         steps = progress.step
-        losses.append(progress.losses)
+        losses.append([one.loss for one in progress.reports.values()])
 
     late = column()
     assert run(late, on_step=count) == ["broken", "short", "a"]
@@ -276,7 +278,7 @@ def test_a_document_mask_holds_for_teacher_and_student_in_every_micro_batch(smal
             [one],
             corpus,
             dataclasses.replace(SETTINGS, **settings),
-            teacher=model_of(20_000, seed=1),
+            teacher=OnlineTeacher(model_of(20_000, seed=1)),
         )
         return one
 
@@ -311,7 +313,7 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing(small_corpus, a
 def test_teacher_is_left_as_it_was(small_corpus):
     teacher = model_of(20_000, seed=1)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    train([learner(alpha=0.5)], small_corpus, SETTINGS, teacher=teacher)
+    train([learner(alpha=0.5)], small_corpus, SETTINGS, teacher=OnlineTeacher(teacher))
     for name, value in teacher.state_dict().items():
         assert torch.equal(value, before[name])
 

@@ -9,7 +9,7 @@ at hand, so nothing is computed twice.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class HeadInput:
     """What a model gives to the loss: hidden states, and the head that makes logits of them.
 
     hidden [tokens, width]; weight [vocabulary, width]; bias [vocabulary] or None; scale and cap as
-    in `capgap.models.build.Parts`.
+    in `capgap.models.build.Parts`; dtype: of the head's product, None for that of `hidden`.
     """
 
     hidden: Tensor
@@ -37,6 +37,7 @@ class HeadInput:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    dtype: torch.dtype | None = None
 
     @classmethod
     def of(
@@ -48,7 +49,8 @@ class HeadInput:
     ) -> "HeadInput":
         """Runs the backbone on input_ids [batch, seq]; tokens = batch x seq.
 
-        Only the first `vocabulary` words of the head count: the tables of models that share a
+        Under autocast the head's product is to run in its dtype, wherever it is computed. Only
+        the first `vocabulary` words of the head count: the tables of models that share a
         tokenizer are padded to different sizes, with rows that stand for no token.
         """
         hidden = parts.hidden(input_ids, positions)
@@ -56,16 +58,35 @@ class HeadInput:
         bias: Tensor | None = parts.head.bias
         if vocabulary is not None and vocabulary < weight.shape[0]:
             weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
+        device = input_ids.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return cls(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
             bias,
             parts.logit_scale,
             parts.softcap,
+            dtype,
         )
 
+    def to(self, device: torch.device) -> "HeadInput":
+        """On that device; itself where it is there already."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(
+            self, hidden=self.hidden.to(device), weight=self.weight.to(device), bias=bias
+        )
+
+    def ready(self) -> "HeadInput":
+        """Everything in the dtype of the product; cast once, not for every chunk."""
+        dtype = self.dtype or self.hidden.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
+
     def logits(self, rows: slice) -> Tensor:
-        """Logits [rows, vocabulary]; the product runs in the inputs' dtype, the rest in `wide`."""
+        """Logits [rows, vocabulary] of a source that is `ready`.
+
+        The product runs in the inputs' dtype, the rest in `wide`.
+        """
         logits = nn.functional.linear(self.hidden[rows], self.weight, self.bias).to(self.wide)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
@@ -143,10 +164,8 @@ def column_loss(
     if chunk_tokens is None:
         budget = CHUNK_ELEMENTS.get(targets.device.type, CHUNK_ELEMENTS["cuda"])
         chunk_tokens = max(16, budget // vocabulary)
-    logit_settings = [(student.logit_scale, student.softcap) for student in students]
-    work = _Work(
-        targets, list(alphas), logit_settings, teacher, temperature, divergence, chunk_tokens
-    )
+    settings = [(student.logit_scale, student.softcap, student.dtype) for student in students]
+    work = _Work(targets, list(alphas), settings, teacher, temperature, divergence, chunk_tokens)
     tensors: list[Tensor | None] = []
     for student in students:
         tensors += [student.hidden, student.weight, student.bias]
@@ -174,6 +193,7 @@ def token_losses(source: HeadInput, targets: Tensor, *, chunk_tokens: int | None
         chunk_tokens = max(16, budget // source.weight.shape[0])
     losses = torch.empty(targets.shape[0], device=targets.device, dtype=source.wide)
     with torch.no_grad():
+        source = source.ready()
         for start in range(0, targets.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             losses[rows] = nn.functional.cross_entropy(
@@ -186,7 +206,7 @@ def token_losses(source: HeadInput, targets: Tensor, *, chunk_tokens: int | None
 class _Work:
     targets: Tensor
     alphas: list[float]
-    logit_settings: list[tuple[float, float | None]]
+    settings: list[tuple[float, float | None, torch.dtype | None]]
     teacher: HeadInput | None
     temperature: float
     divergence: Divergence
@@ -208,38 +228,19 @@ class _ColumnLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, work: _Work, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        students = [
-            HeadInput(hidden, weight, bias, *settings)
-            for hidden, weight, bias, settings in zip(
-                tensors[::3], tensors[1::3], tensors[2::3], work.logit_settings, strict=True
-            )
-            if hidden is not None and weight is not None
-        ]
-        needs_gradient = any(ctx.needs_input_grad)
-        device = work.targets.device
-        wide = students[0].wide
-        sums = torch.zeros(len(students), 4, device=device, dtype=wide)
-        teacher_sums = torch.zeros(2, device=device, dtype=wide)
-        gradients = [_Gradients.zeros(student) if needs_gradient else None for student in students]
-        for start in range(0, work.targets.shape[0], work.chunk_tokens):
-            rows = slice(start, start + work.chunk_tokens)
-            valid = (work.targets[rows] != IGNORED_LABEL).to(wide).unsqueeze(1)
-            labels = work.targets[rows].clamp_min(0).unsqueeze(1)
-            teacher_chunk = None
-            if work.teacher is not None:
-                teacher_chunk = _teacher_chunk(work, rows, labels, valid, teacher_sums)
-            for index, student in enumerate(students):
-                logits = student.logits(rows)
-                slope = student.slope(logits)
-                soft = teacher_chunk if work.alphas[index] > 0 else None
-                logit_gradient = _student_chunk(
-                    work, logits, labels, valid, work.alphas[index], soft, sums[index]
+        # every product says its own dtype
+        with torch.autocast(work.targets.device.type, enabled=False):
+            students = [
+                HeadInput(hidden, weight, bias, *settings).ready()
+                for hidden, weight, bias, settings in zip(
+                    tensors[::3], tensors[1::3], tensors[2::3], work.settings, strict=True
                 )
-                gradient = gradients[index]
-                if gradient is not None:
-                    if not isinstance(slope, float) or slope != 1.0:
-                        logit_gradient.mul_(slope)
-                    gradient.add(student, rows, logit_gradient)
+                if hidden is not None and weight is not None
+            ]
+            gradients = None
+            if any(ctx.needs_input_grad):
+                gradients = [_Gradients.zeros(student) for student in students]
+            sums, teacher_sums = _chunks(work, students, gradients)
         ctx.gradients = gradients
         # no tensor of the alphas: making one on a GPU would wait for the copy
         losses = torch.stack(
@@ -264,6 +265,39 @@ class _ColumnLoss(torch.autograd.Function):
         return tuple(outputs)
 
 
+def _chunks(
+    work: _Work, students: Sequence[HeadInput], gradients: "Sequence[_Gradients] | None"
+) -> tuple[Tensor, Tensor]:
+    """All chunks of tokens, one after another; fills `gradients`.
+
+    Returns (ce, divergence, kl, agreement) of every student [students, 4], and the teacher's
+    (ce, entropy) [2].
+    """
+    device, wide = work.targets.device, students[0].wide
+    sums = torch.zeros(len(students), 4, device=device, dtype=wide)
+    teacher_sums = torch.zeros(2, device=device, dtype=wide)
+    teacher = None if work.teacher is None else work.teacher.ready()
+    for start in range(0, work.targets.shape[0], work.chunk_tokens):
+        rows = slice(start, start + work.chunk_tokens)
+        valid = (work.targets[rows] != IGNORED_LABEL).to(wide).unsqueeze(1)
+        labels = work.targets[rows].clamp_min(0).unsqueeze(1)
+        teacher_chunk = None
+        if teacher is not None:
+            teacher_chunk = _teacher_chunk(work, teacher, rows, labels, valid, teacher_sums)
+        for index, student in enumerate(students):
+            logits = student.logits(rows)
+            slope = student.slope(logits)
+            soft = teacher_chunk if work.alphas[index] > 0 else None
+            logit_gradient = _student_chunk(
+                work, logits, labels, valid, work.alphas[index], soft, sums[index]
+            )
+            if gradients is not None:
+                if not isinstance(slope, float) or slope != 1.0:
+                    logit_gradient.mul_(slope)
+                gradients[index].add(student, rows, logit_gradient)
+    return sums, teacher_sums
+
+
 @dataclass(frozen=True)
 class _Gradients:
     """Gradients of one student's loss sum by its hidden states and, in `wide`, by its head."""
@@ -284,7 +318,7 @@ class _Gradients:
         """logit_gradient [rows, vocabulary]."""
         hidden = student.hidden[rows]
         gradient = logit_gradient.to(hidden.dtype)
-        self.hidden[rows] = gradient @ student.weight.to(hidden.dtype)
+        self.hidden[rows] = gradient @ student.weight
         if hidden.dtype == self.weight.dtype:
             self.weight.addmm_(gradient.T, hidden)
         else:
@@ -306,10 +340,14 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _teacher_chunk(
-    work: _Work, rows: slice, labels: Tensor, valid: Tensor, teacher_sums: Tensor
+    work: _Work,
+    teacher: HeadInput,
+    rows: slice,
+    labels: Tensor,
+    valid: Tensor,
+    teacher_sums: Tensor,
 ) -> _TeacherChunk:
-    assert work.teacher is not None
-    logits = work.teacher.logits(rows)
+    logits = teacher.logits(rows)
     probabilities, log_normaliser, _ = _softmax(logits.clone())
     best = probabilities.argmax(-1, keepdim=True)
     teacher_sums[0] += ((log_normaliser - logits.gather(1, labels)) * valid).sum()

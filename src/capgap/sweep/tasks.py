@@ -24,6 +24,7 @@ from capgap.config import Recipe
 from capgap.corpus.batches import batch_indices
 from capgap.corpus.tokens import Corpus, load_corpus
 from capgap.distill.divergences import Divergence
+from capgap.distill.teacher import OnlineTeacher
 from capgap.errors import UserError
 from capgap.evaluate.heldout import HeldoutLoss, HeldoutSet, evaluate_heldout, heldout_set
 from capgap.models.build import build_model, load_model, save_model
@@ -33,7 +34,8 @@ from capgap.records import AfterCut, read_record, record_from_dict, write_record
 from capgap.sweep.context import Context, machine, versions
 from capgap.sweep.plan import Cell, Column, Teacher
 from capgap.train.clock import StageClock
-from capgap.train.loop import Learner, LoopSettings, Progress, train
+from capgap.train.learner import Learner
+from capgap.train.loop import LoopSettings, Progress, train
 from capgap.train.precision import autocast_dtype
 
 # Teachers and students read the corpus in different orders, and importance is measured on a third.
@@ -185,7 +187,8 @@ def run_column(task: Task, column: Column) -> None:
 
     teacher = None
     if column.teacher is not None:
-        teacher = load_model(teacher_path(context, column.teacher)).to(context.device)
+        model = load_model(teacher_path(context, column.teacher)).to(context.device)
+        teacher = OnlineTeacher(model)
     settings = task.settings("student", column.seed)
     task.run(learners, column.id, settings, teacher=teacher, on_end=finish)
 

@@ -102,7 +102,8 @@ def _run(
         now = time.monotonic()
         if now - told > TOLD_EVERY:
             told = now
-            loss = progress.losses[-1] if progress.losses else None
+            last = [*progress.reports.values()][-1:]
+            loss = last[0].loss if last else None
             rate = learner_tokens / (now - start)
             messages.put(StepMessage(worker, asked.id, progress.tokens, rate, loss))
 

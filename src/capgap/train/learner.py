@@ -1,0 +1,36 @@
+"""One model in training."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+CURVE_COLUMNS = (
+    "step",
+    "tokens",
+    "ce",
+    "kl",
+    "teacher_ce",
+    "teacher_entropy",
+    "agreement",
+    "gradient_norm",
+    "learning_rate",
+)
+
+
+@dataclass
+class Learner:
+    """It ends after `steps`, or at its first non-finite loss or gradient."""
+
+    id: str
+    model: PreTrainedModel
+    steps: int
+    learning_rate: float
+    alpha: float = 0.0
+    curve: dict[str, list[float | None]] = field(
+        default_factory=lambda: {column: [] for column in CURVE_COLUMNS}
+    )
+    failure: dict[str, Any] | None = None
+
+    def active(self, step: int) -> bool:
+        return self.failure is None and step < self.steps
