@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from capgap.distill.divergences import Divergence
+from capgap.distill.sparse import SparseSignal, sparse_term
 from capgap.models.build import Parts
 
 IGNORED_LABEL = -100
@@ -142,7 +143,7 @@ def column_loss(
     targets: Tensor,
     *,
     alphas: Sequence[float],
-    teacher: HeadInput | None = None,
+    teacher: HeadInput | SparseSignal | None = None,
     temperature: float = 1.0,
     divergence: Divergence = FORWARD_KL,
     chunk_tokens: int | None = None,
@@ -150,14 +151,21 @@ def column_loss(
     """Losses of all students of one teacher, whose logits are computed once a chunk.
 
     targets [tokens], IGNORED_LABEL where a position does not count. A student with alpha 0 costs
-    no soft term; alpha above 0 needs a teacher.
+    no soft term; alpha above 0 needs a teacher. A SparseSignal stands for a teacher whose logits
+    were not kept: it holds for one temperature, drawn words for the forward KL alone.
+
+    Raises ValueError where alphas, heads or the signal do not fit together.
     """
     if len(alphas) != len(students):
         raise ValueError(f"{len(students)} students but {len(alphas)} alphas")
     if teacher is None and any(alpha > 0 for alpha in alphas):
         raise ValueError("alpha above 0 needs a teacher")
-    heads = [*students] if teacher is None else [*students, teacher]
-    words = {source.weight.shape[0] for source in heads}
+    words = {student.weight.shape[0] for student in students}
+    if isinstance(teacher, SparseSignal):
+        words.add(teacher.vocabulary)
+        _check_signal(teacher, temperature, divergence)
+    elif teacher is not None:
+        words.add(teacher.weight.shape[0])
     if len(words) > 1:
         raise ValueError(f"heads of {sorted(words)} words: cut all to the vocabulary they share")
     (vocabulary,) = words
@@ -173,17 +181,27 @@ def column_loss(
     results = []
     for index, alpha in enumerate(alphas):
         soft = teacher is not None and alpha > 0
+        knows_best = not isinstance(teacher, SparseSignal) or teacher.knows_best
         results.append(
             StudentLoss(
                 loss=losses[index],
                 ce=sums[index, 0],
                 divergence=sums[index, 1] if soft else None,
                 kl=sums[index, 2] if soft else None,
-                agreement=sums[index, 3] if soft else None,
+                agreement=sums[index, 3] if soft and knows_best else None,
             )
         )
     statistics = None if teacher is None else TeacherStatistics(teacher_sums[0], teacher_sums[1])
     return ColumnLoss(results, statistics, (targets != IGNORED_LABEL).sum())
+
+
+def _check_signal(signal: SparseSignal, temperature: float, divergence: Divergence) -> None:
+    if signal.temperature != temperature:
+        raise ValueError(
+            f"the signal holds for temperature {signal.temperature:g}, not {temperature:g}"
+        )
+    if signal.tail is None and divergence.name != "forward_kl":
+        raise ValueError(f"drawn words estimate the forward KL alone, not {divergence}")
 
 
 def token_losses(source: HeadInput, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
@@ -207,7 +225,7 @@ class _Work:
     targets: Tensor
     alphas: list[float]
     settings: list[tuple[float, float | None, torch.dtype | None]]
-    teacher: HeadInput | None
+    teacher: HeadInput | SparseSignal | None
     temperature: float
     divergence: Divergence
     chunk_tokens: int
@@ -276,13 +294,17 @@ def _chunks(
     device, wide = work.targets.device, students[0].wide
     sums = torch.zeros(len(students), 4, device=device, dtype=wide)
     teacher_sums = torch.zeros(2, device=device, dtype=wide)
-    teacher = None if work.teacher is None else work.teacher.ready()
+    teacher = work.teacher.ready() if isinstance(work.teacher, HeadInput) else work.teacher
     for start in range(0, work.targets.shape[0], work.chunk_tokens):
         rows = slice(start, start + work.chunk_tokens)
         valid = (work.targets[rows] != IGNORED_LABEL).to(wide).unsqueeze(1)
         labels = work.targets[rows].clamp_min(0).unsqueeze(1)
-        teacher_chunk = None
-        if teacher is not None:
+        teacher_chunk: _TeacherChunk | SparseSignal | None = None
+        if isinstance(teacher, SparseSignal):
+            teacher_chunk = teacher.rows(rows, wide)
+            teacher_sums[0] += (teacher_chunk.label_loss * valid).sum()
+            teacher_sums[1] += (teacher_chunk.entropy * valid).sum()
+        elif teacher is not None:
             teacher_chunk = _teacher_chunk(work, teacher, rows, labels, valid, teacher_sums)
         for index, student in enumerate(students):
             logits = student.logits(rows)
@@ -327,7 +349,7 @@ class _Gradients:
             self.bias.add_(logit_gradient.sum(0))
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(probabilities, log normaliser, largest logit), the last two [rows, 1].
 
     Overwrites `logits` with the probabilities. One exponential a word: torch's logsumexp followed
@@ -348,14 +370,14 @@ def _teacher_chunk(
     teacher_sums: Tensor,
 ) -> _TeacherChunk:
     logits = teacher.logits(rows)
-    probabilities, log_normaliser, _ = _softmax(logits.clone())
+    probabilities, log_normaliser, _ = softmax(logits.clone())
     best = probabilities.argmax(-1, keepdim=True)
     teacher_sums[0] += ((log_normaliser - logits.gather(1, labels)) * valid).sum()
     entropy = log_normaliser.squeeze(1) - torch.linalg.vecdot(probabilities, logits)
     teacher_sums[1] += (entropy * valid.squeeze(1)).sum()
     if work.temperature != 1.0:
         logits = logits / work.temperature
-        probabilities, log_normaliser, _ = _softmax(logits.clone())
+        probabilities, log_normaliser, _ = softmax(logits.clone())
     return _TeacherChunk(logits, probabilities, log_normaliser, best)
 
 
@@ -365,7 +387,7 @@ def _student_chunk(
     labels: Tensor,
     valid: Tensor,
     alpha: float,
-    teacher: _TeacherChunk | None,
+    teacher: _TeacherChunk | SparseSignal | None,
     sums: Tensor,
 ) -> Tensor:
     """Adds (ce, divergence, kl, agreement) of the chunk to `sums`.
@@ -374,11 +396,13 @@ def _student_chunk(
     """
     label_logits = logits.gather(1, labels)
     if teacher is None:
-        gradient, log_normaliser, _ = _softmax(logits)
+        gradient, log_normaliser, _ = softmax(logits)
         sums[0] += ((log_normaliser - label_logits) * valid).sum()
         gradient.scatter_add_(1, labels, torch.full_like(valid, -1.0))
         return gradient.mul_(valid)
 
+    if isinstance(teacher, SparseSignal):
+        return _sparse_chunk(work, logits, labels, valid, alpha, teacher, sums)
     temperature = work.temperature
     at_teachers_best = logits.gather(1, teacher.best)
     soft_logits = logits if temperature == 1.0 else logits / temperature
@@ -386,7 +410,7 @@ def _student_chunk(
     weighted = torch.linalg.vecdot(teacher.probabilities, teacher.logits - soft_logits)
     if work.divergence.name == "forward_kl" and temperature == 1.0:
         # the usual case, in one buffer
-        gradient, log_normaliser, largest = _softmax(logits)
+        gradient, log_normaliser, largest = softmax(logits)
         soft_normaliser, value = log_normaliser, None
         gradient.sub_(teacher.probabilities, alpha=alpha)
     else:
@@ -394,7 +418,7 @@ def _student_chunk(
         value, soft_gradient = work.divergence.value_and_gradient(
             teacher.logits - teacher.log_normaliser, soft_logits - soft_normaliser
         )
-        gradient, log_normaliser, largest = _softmax(logits)
+        gradient, log_normaliser, largest = softmax(logits)
         gradient.mul_(1 - alpha).add_(soft_gradient, alpha=alpha * temperature)
     kl = weighted.unsqueeze(1) - teacher.log_normaliser + soft_normaliser
     sums[0] += ((log_normaliser - label_logits) * valid).sum()
@@ -402,4 +426,35 @@ def _student_chunk(
     sums[2] += (kl * valid).sum()
     sums[3] += ((at_teachers_best == largest) * valid).sum()
     gradient.scatter_add_(1, labels, torch.full_like(valid, alpha - 1.0))
+    return gradient.mul_(valid)
+
+
+def _sparse_chunk(
+    work: _Work,
+    logits: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    alpha: float,
+    signal: SparseSignal,
+    sums: Tensor,
+) -> Tensor:
+    """As _student_chunk, with what a cache kept of the teacher."""
+    temperature = work.temperature
+    label_logits = logits.gather(1, labels)
+    at_first = logits.gather(1, signal.words[:, :1])
+    soft_logits = logits if temperature == 1.0 else logits / temperature
+    term = sparse_term(soft_logits, signal, work.divergence)
+    gradient, weight = term.probabilities, alpha * temperature
+    if temperature == 1.0:
+        log_normaliser, largest = term.log_normaliser, term.largest
+        gradient.mul_(1 - alpha + alpha * term.scale)
+    else:
+        hard, log_normaliser, largest = softmax(logits)
+        gradient.mul_(weight * term.scale).add_(hard, alpha=1 - alpha)
+    gradient.scatter_add_(1, signal.words, weight * term.change)
+    gradient.scatter_add_(1, labels, torch.full_like(valid, alpha - 1.0))
+    sums[0] += ((log_normaliser - label_logits) * valid).sum()
+    sums[1] += (term.value * valid).sum()
+    sums[2] += (term.kl * valid).sum()
+    sums[3] += ((at_first == largest) * valid).sum()
     return gradient.mul_(valid)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from capgap.distill.losses import HeadInput
+from capgap.distill.sparse import SparseSignal
 from capgap.models.build import split
 
 
@@ -68,7 +69,7 @@ class TeacherSource(Protocol):
     def fetch(self, indices: NDArray[np.int64]) -> Tensor | None:
         """What has to be read for these windows [rows, ...]; called ahead, in another thread."""
 
-    def signal(self, batch: Batch, vocabulary: int) -> HeadInput:
+    def signal(self, batch: Batch, vocabulary: int) -> HeadInput | SparseSignal:
         """The teacher's side of the loss for a micro-batch, on the students' device."""
 
 

@@ -1,0 +1,152 @@
+"""What a cache keeps of every token, and its bytes.
+
+A token's record, little-endian, in this order:
+
+    words          (top_k + samples) x 2 or 3 bytes   token ids, the top_k first, likeliest first
+    shares         top_k x float16                    log-probability of each of the top_k
+    rest           float16                            log-probability of all other words together
+    label loss     float16                            the teacher's cross-entropy, nats
+    entropy        float16                            the teacher's, nats
+    soft entropy   float16                            only at a temperature other than 1
+
+Probabilities are at the cache's temperature, label loss and entropy at temperature 1. Without
+samples the rest is one bucket. With them it is drawn: each sample stands for rest / samples.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from capgap.distill.losses import CHUNK_ELEMENTS, HeadInput, softmax
+from capgap.distill.sparse import SparseSignal
+
+# The smallest log-probability told; exp of it is 0 in float32
+LOWEST = -1e4
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """How a token is kept. Raises ValueError for what cannot be."""
+
+    vocabulary: int
+    top_k: int = 12
+    samples: int = 16
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0 or self.samples < 0 or self.top_k + self.samples == 0:
+            raise ValueError(f"nothing to keep: top-k {self.top_k}, samples {self.samples}")
+        if self.top_k >= self.vocabulary:
+            raise ValueError(f"top-k {self.top_k} is not less than {self.vocabulary} words")
+        if self.vocabulary > 1 << 24:
+            raise ValueError(f"{self.vocabulary} words are more than 3 bytes can name")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature {self.temperature} is not above 0")
+
+    @property
+    def slots(self) -> int:
+        """Words of a token."""
+        return self.top_k + self.samples
+
+    @property
+    def word_bytes(self) -> int:
+        return 2 if self.vocabulary <= 1 << 16 else 3
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's record."""
+        return self.slots * self.word_bytes + 2 * self._floats
+
+    @property
+    def _floats(self) -> int:
+        return self.top_k + (3 if self.temperature == 1.0 else 4)
+
+    def encode(self, source: HeadInput, targets: Tensor, places: Tensor) -> Tensor:
+        """Records of a teacher's tokens, uint8 [tokens, token_bytes] on the CPU.
+
+        targets int64 [tokens]; places [tokens] in [0, 1) decide what is drawn.
+        """
+        source = source.ready()
+        records = []
+        budget = CHUNK_ELEMENTS.get(targets.device.type, CHUNK_ELEMENTS["cuda"])
+        chunk = max(16, budget // self.vocabulary)
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            records.append(self._encode(source.logits(rows), targets[rows], places[rows]))
+        return torch.cat(records)
+
+    def _encode(self, logits: Tensor, targets: Tensor, places: Tensor) -> Tensor:
+        probabilities, log_normaliser, _ = softmax(logits.clone())
+        label_loss = log_normaliser - logits.gather(1, targets.unsqueeze(1))
+        entropy = log_normaliser - _expected(probabilities, logits)
+        soft_entropy = entropy
+        if self.temperature != 1.0:
+            soft = logits / self.temperature
+            probabilities, log_normaliser, _ = softmax(soft.clone())
+            soft_entropy = log_normaliser - _expected(probabilities, soft)
+        best, words = probabilities.topk(self.top_k, dim=-1)
+        others = probabilities.scatter(1, words, 0.0)
+        rest = others.sum(-1, keepdim=True)
+        if self.samples:
+            words = torch.cat([words, _draw(others, places, self.samples)], dim=1)
+        floats = [best.log(), rest.log(), label_loss, entropy]
+        if self.temperature != 1.0:
+            floats.append(soft_entropy)
+        told = torch.cat(floats, dim=1).clamp(min=LOWEST).to(torch.float16).cpu()
+        return torch.cat([self._word_records(words.cpu()), told.view(torch.uint8)], dim=1)
+
+    def _word_records(self, words: Tensor) -> Tensor:
+        """The lowest bytes of int64 words, uint8 [tokens, slots x word_bytes]."""
+        little = np.ascontiguousarray(words.numpy().astype("<i8")).view(np.uint8)
+        little = little.reshape(*words.shape, 8)[..., : self.word_bytes]
+        return torch.from_numpy(np.ascontiguousarray(little).reshape(len(words), -1))
+
+    def decode(self, records: Tensor) -> SparseSignal:
+        """uint8 [..., token_bytes] to the signal of these tokens, on their device."""
+        records = records.reshape(-1, self.token_bytes)
+        end = self.slots * self.word_bytes
+        parts = records[:, :end].reshape(len(records), self.slots, self.word_bytes)
+        words = torch.zeros(parts.shape[:2], dtype=torch.int64, device=records.device)
+        for place in range(self.word_bytes):
+            words += parts[..., place].long() << (8 * place)
+        floats = records[:, end:].contiguous().view(torch.float16).float()
+        # rounded on the way to float16: what is told adds up to 1 again
+        shares = floats[:, : self.top_k + 1].exp()
+        shares = shares / shares.sum(-1, keepdim=True)
+        tail: Tensor | None = shares[:, self.top_k :]
+        shares = shares[:, : self.top_k]
+        if self.samples:
+            assert tail is not None
+            drawn = (tail / self.samples).expand(-1, self.samples)
+            shares, tail = torch.cat([shares, drawn], dim=1), None
+        label_loss, entropy, *more = floats[:, self.top_k + 1 :].split(1, dim=1)
+        return SparseSignal(
+            words=words,
+            shares=shares,
+            tail=tail,
+            label_loss=label_loss,
+            entropy=entropy,
+            soft_entropy=more[0] if more else entropy,
+            temperature=self.temperature,
+            vocabulary=self.vocabulary,
+            knows_best=self.top_k > 0,
+        )
+
+
+def _draw(others: Tensor, places: Tensor, samples: int) -> Tensor:
+    """Words [rows, samples] drawn from weights [rows, vocabulary]: systematic sampling.
+
+    The weights laid end to end are cut at `samples` points of equal distance, with one random
+    beginning a row (places [rows]). Every word is expected in proportion to its weight, and a
+    row's samples differ less from that than independent ones.
+    """
+    edges = others.double().cumsum(-1)
+    steps = torch.arange(samples, device=others.device, dtype=torch.float64)
+    points = (places.double().unsqueeze(1) + steps) / samples * edges[:, -1:]
+    return torch.searchsorted(edges, points, right=True).clamp_max(others.shape[1] - 1)
+
+
+def _expected(probabilities: Tensor, values: Tensor) -> Tensor:
+    return torch.linalg.vecdot(probabilities, values).unsqueeze(-1)

@@ -1,0 +1,99 @@
+"""The soft term from what a cache keeps of a teacher's distribution: a few words a token.
+
+Either the likeliest words exactly, and all others as one bucket: a divergence over k + 1 buckets,
+never above the whole one and 0 where the student's buckets equal the teacher's. Or words drawn so
+that every word's expected share is its probability (arXiv 2503.16870): the gradient of the forward
+KL is then unbiased, whatever was drawn.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from capgap.distill.divergences import Divergence
+
+
+@dataclass(frozen=True)
+class SparseSignal:
+    """A teacher's distribution by a few of its words, at the temperature it was kept for.
+
+    words int64 [tokens, slots], the likeliest first where `knows_best`; shares [tokens, slots] of
+    the probability; tail [tokens, 1] the probability of all other words, None where the words
+    were drawn: their shares sum to 1 and a word may come twice. label_loss and entropy [tokens, 1]
+    at temperature 1, soft_entropy [tokens, 1] at `temperature`; nats.
+    """
+
+    words: Tensor
+    shares: Tensor
+    tail: Tensor | None
+    label_loss: Tensor
+    entropy: Tensor
+    soft_entropy: Tensor
+    temperature: float
+    vocabulary: int
+    knows_best: bool
+
+    def rows(self, rows: slice, dtype: torch.dtype) -> "SparseSignal":
+        """Those tokens alone, with floats of the dtype that the loss computes in."""
+        return replace(
+            self,
+            words=self.words[rows],
+            shares=self.shares[rows].to(dtype),
+            tail=None if self.tail is None else self.tail[rows].to(dtype),
+            label_loss=self.label_loss[rows].to(dtype),
+            entropy=self.entropy[rows].to(dtype),
+            soft_entropy=self.soft_entropy[rows].to(dtype),
+        )
+
+
+@dataclass(frozen=True)
+class SparseTerm:
+    """The soft term of a chunk, its gradient by the soft logits left in parts.
+
+    value, kl [rows, 1]; the gradient is `scale` [rows, 1] x probabilities [rows, vocabulary], with
+    `change` [rows, slots] added at the signal's words. log_normaliser, largest [rows, 1].
+    """
+
+    value: Tensor
+    kl: Tensor
+    probabilities: Tensor
+    scale: Tensor | float
+    change: Tensor
+    log_normaliser: Tensor
+    largest: Tensor
+
+
+def sparse_term(soft_logits: Tensor, signal: SparseSignal, divergence: Divergence) -> SparseTerm:
+    """soft_logits [rows, vocabulary], overwritten with the student's probabilities."""
+    at_words = soft_logits.gather(1, signal.words)
+    largest = soft_logits.amax(-1, keepdim=True)
+    exponentials = soft_logits.sub_(largest).exp_()
+    if signal.tail is None:
+        total = exponentials.sum(-1, keepdim=True)
+        log_normaliser = total.log() + largest
+        # drawn words estimate the cross-entropy; the teacher's entropy is known
+        kl = (signal.shares * (log_normaliser - at_words)).sum(-1, keepdim=True)
+        kl = kl - signal.soft_entropy
+        return SparseTerm(
+            kl, kl, exponentials.div_(total), 1.0, -signal.shares, log_normaliser, largest
+        )
+    # the tail is summed by itself: 1 less the words' probabilities would cancel
+    words = exponentials.gather(1, signal.words)
+    tail = exponentials.scatter_(1, signal.words, 0.0).sum(-1, keepdim=True)
+    exponentials.scatter_(1, signal.words, words)
+    total = tail + words.sum(-1, keepdim=True)
+    log_total = total.log()
+    log_normaliser = log_total + largest
+    smallest = torch.finfo(tail.dtype).tiny
+    tail = tail.clamp_min(smallest)
+    log_q = torch.cat([at_words - log_normaliser, tail.log() - log_total], dim=1)
+    log_p = torch.cat([signal.shares, signal.tail], dim=1).clamp_min(smallest).log()
+    value, gradient = divergence.value_and_gradient(log_p, log_q)
+    kl = value
+    if divergence.name != "forward_kl":
+        kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q).unsqueeze(1)
+    # the tail's gradient goes to its words by their part of it
+    scale = gradient[:, -1:] * (total / tail)
+    change = gradient[:, :-1] - scale * (words / total)
+    return SparseTerm(value, kl, exponentials.div_(total), scale, change, log_normaliser, largest)
