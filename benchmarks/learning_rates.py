@@ -52,7 +52,7 @@ def measure(run: dict[str, Any], folder: str) -> dict[str, Any]:
     from capgap.models.shape import ladder_shape
     from capgap.prune.surgery import prune
     from capgap.train.learner import Learner
-from capgap.train.loop import LoopSettings, train
+    from capgap.train.loop import LoopSettings, train
 
     torch.set_num_threads(1)
     corpus = load_corpus(Path(folder) / "corpus", window=WINDOW)
@@ -80,7 +80,7 @@ def train_teacher(folder: Path) -> None:
     from capgap.models.build import build_model, save_model
     from capgap.models.shape import ladder_shape
     from capgap.train.learner import Learner
-from capgap.train.loop import LoopSettings, train
+    from capgap.train.loop import LoopSettings, train
 
     corpus = load_corpus(folder / "corpus", window=WINDOW)
     shape = ladder_shape("llama", CUT_FROM, vocabulary=corpus.vocabulary, positions=WINDOW)

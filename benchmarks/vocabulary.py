@@ -28,9 +28,9 @@ def measure(size: int, vocabulary: int, folder: str) -> dict[str, Any]:
     from capgap.models.build import build_model
     from capgap.models.shape import ladder_shape
     from capgap.sizes import training_flops
-    from capgap.train.learning_rate import auto_learning_rate
     from capgap.train.learner import Learner
-from capgap.train.loop import LoopSettings, train
+    from capgap.train.learning_rate import auto_learning_rate
+    from capgap.train.loop import LoopSettings, train
 
     torch.set_num_threads(1)
     path = Path(folder) / f"corpus-{vocabulary}"
