@@ -169,6 +169,142 @@ def corpus(
 
 
 @app.command()
+def cache(
+    teacher: Annotated[str, typer.Argument(help="A Hugging Face folder or name.")],
+    corpus: Annotated[Path, typer.Argument(help="A corpus that `capgap corpus` prepared.")],
+    out: Annotated[Path, typer.Option(help="Folder for the cache.")],
+    window: Annotated[int, typer.Option(help="Tokens of a training window.")] = 512,
+    top_k: Annotated[int, typer.Option(help="Likeliest words kept with their probability.")] = 12,
+    samples: Annotated[
+        int, typer.Option(help="Words drawn from the rest; 0 keeps the rest as one bucket.")
+    ] = 16,
+    temperature: Annotated[float, typer.Option(help="Of the probabilities kept.")] = 1.0,
+    document_mask: Annotated[
+        bool, typer.Option("--document-mask", help="No attention over document borders.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="The teacher's: stored, fp32 or bf16.")] = "stored",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Layers lie in host memory (needs accelerate).")
+    ] = False,
+    batch_windows: Annotated[int, typer.Option(help="Windows the teacher reads at once.")] = 8,
+    part: Annotated[
+        str, typer.Option(help="2/4: the second of four processes that share the work.")
+    ] = "1/1",
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Keep a teacher's signal on disk; the same command goes on with what is missing."""
+    from rich.console import Console
+
+    from capgap.stages.cache import CacheRequest, parse_part, run_cache
+    from capgap.sweep.progress import make_lines
+
+    _quieten_transformers()
+    request = CacheRequest(
+        teacher,
+        corpus,
+        out,
+        window=window,
+        top_k=top_k,
+        samples=samples,
+        temperature=temperature,
+        document_mask=document_mask,
+        dtype=dtype,
+        device=device,
+        offload=offload,
+        batch_windows=batch_windows,
+        part=parse_part(part),
+    )
+    try:
+        found = run_cache(request, make_lines(Console(stderr=True), quiet=quiet))
+    except KeyboardInterrupt:
+        _stopped(out, signal.SIGINT)
+    except SystemExit:
+        _stopped(out, signal.SIGTERM)
+    if json_:
+        _print_json(found)
+        return
+    size = found["bytes"] / 1e6
+    if found["complete"]:
+        print(
+            f"{found['tokens']:,} tokens at {found['token_bytes']} bytes each, {size:,.1f} MB, "
+            f"in {out}"
+        )
+    else:
+        missing, shards = found["missing_shards"], found["shards"]
+        print(f"this part is written; {missing} of {shards} shards are still missing in {out}")
+
+
+@app.command()
+def distill(
+    teacher: Annotated[str, typer.Argument(help="A Hugging Face folder or name.")],
+    students: Annotated[list[str], typer.Argument(help="One or several, fed by one pass.")],
+    corpus: Annotated[Path, typer.Option(help="A corpus that `capgap corpus` prepared.")],
+    tokens: Annotated[str, typer.Option(help="Training tokens, such as 10M.")],
+    out: Annotated[Path, typer.Option(help="Folder for students, metrics and record.")],
+    window: Annotated[int, typer.Option(help="Tokens of a training window.")] = 512,
+    cache_: Annotated[
+        Path | None, typer.Option("--cache", help="What `capgap cache` kept of the teacher.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak rate of all students; a rule per size if none.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides the order of the windows.")] = 0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="training.alpha=1, run.device=cpu."),
+    ] = None,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Let students learn from a teacher; the same command continues one that was stopped."""
+    from rich.console import Console
+
+    from capgap.config import stage_settings
+    from capgap.sizes import parse_count
+    from capgap.stages.distill import DistillRequest, run_distill
+    from capgap.sweep.progress import make_lines
+
+    _quieten_transformers()
+    request = DistillRequest(
+        teacher,
+        tuple(students),
+        corpus,
+        out,
+        parse_count(tokens),
+        window=window,
+        cache=cache_,
+        learning_rate=learning_rate,
+        seed=seed,
+        settings=stage_settings(set_ or []),
+    )
+    stopped = _StopFlag()
+    from capgap.train.loop import Interrupted
+
+    try:
+        found = run_distill(
+            request,
+            say=make_lines(Console(stderr=True), quiet=quiet),
+            should_stop=lambda: stopped.signal is not None,
+        )
+    except (Interrupted, KeyboardInterrupt):
+        _stopped(out, stopped.signal or signal.SIGINT)
+    if json_:
+        _print_json(found)
+    else:
+        for name, student in found["after"].items():
+            before = found["before"][name]["loss"]
+            if student["failure"]:
+                print(f"{name}: failed, {student['failure']['message']}")
+            else:
+                after = student["heldout"]["loss"]
+                print(f"{name}: held-out loss {before:.4f} -> {after:.4f}, {student['folder']}")
+    if all(student["failure"] for student in found["after"].values()):
+        _exit("no student was finished", FAILED)
+
+
+@app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or name.")],
     text: Annotated[str, typer.Argument(help="The beginning to continue.")] = "",
@@ -202,6 +338,20 @@ def sample(
         _print_json({"model": model, "prompt": text, "text": written})
     else:
         print(text + written)
+
+
+class _StopFlag:
+    """Ctrl-C and SIGTERM wait until the state is saved; the second one does not."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
 
 
 def _sweep(

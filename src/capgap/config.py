@@ -95,12 +95,15 @@ class TrainingSection(Section):
     document_mask: bool = False
     activation_checkpointing: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    teacher_dtype: Literal["stored", "fp32", "bf16"] = "stored"
 
 
 class RunSection(Section):
     """How the work is carried out; nothing here changes what is asked for."""
 
     device: str = "auto"
+    teacher_device: str = "same"
+    teacher_offload: bool = False
     workers: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 30.0
 
@@ -151,6 +154,24 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+class StageSettings(Section):
+    """The parts of a recipe that a single stage takes: `capgap distill --set training.alpha=1`."""
+
+    training: TrainingSection = TrainingSection()
+    run: RunSection = RunSection()
+
+
+def stage_settings(overrides: Sequence[str]) -> StageSettings:
+    """Defaults changed by overrides; UserError names the key, its value and what was expected."""
+    data: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        return StageSettings.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"--set: {_first_problem(error, StageSettings)}") from None
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a TOML recipe and applies overrides such as `students.tokens=["1M"]`.
 
@@ -175,7 +196,7 @@ def parse_recipe(data: dict[str, Any], *, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error)}") from None
+        raise UserError(f"{where}: {_first_problem(error, Recipe)}") from None
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -209,13 +230,13 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     table[leaf] = value
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, root: type[BaseModel]) -> str:
     # a misspelt key is also a missing one: the spelling is what to tell
     problems = error.errors()
     problem = min(problems, key=lambda found: found["type"] != "extra_forbidden")
     key = _key_of(problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(problem["loc"][:-1])
+        known = _keys_at(problem["loc"][:-1], root)
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"
@@ -243,8 +264,8 @@ def _is_branch(part: object) -> bool:
     )
 
 
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = Recipe
+def _keys_at(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
+    section = root
     for part in location:
         annotation = section.model_fields[str(part)].annotation
         assert isinstance(annotation, type)

@@ -242,6 +242,20 @@ class CachedTeacher:
             mapped = np.memmap(folder / _shard_name(shard), np.uint8, "r", shape=(rows, row))
             self._shards.append(mapped)
 
+    def check(self, temperature: float, divergence: str) -> None:
+        """UserError for a loss that this cache cannot serve."""
+        if temperature != self.format.temperature:
+            raise UserError(
+                f"the cache {self.folder} holds probabilities at temperature "
+                f"{self.format.temperature:g}, training.temperature is {temperature:g}: make one "
+                f"with `capgap cache --temperature {temperature:g}`"
+            )
+        if self.format.samples and divergence != "forward_kl":
+            raise UserError(
+                f"the cache {self.folder} holds drawn words, which estimate forward_kl alone: for "
+                f"{divergence} make one with `capgap cache --samples 0`"
+            )
+
     def fetch(self, indices: NDArray[np.int64]) -> Tensor:
         """Records of these windows, uint8 [rows, window, token_bytes], checked."""
         rows = []

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from capgap.distill.losses import CHUNK_ELEMENTS, HeadInput, softmax
 from capgap.distill.sparse import SparseSignal
 
 # The smallest log-probability told; exp of it is 0 in float32
 LOWEST = -1e4
+DRAW_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -135,17 +136,27 @@ class CacheFormat:
         )
 
 
-def _draw(others: Tensor, places: Tensor, samples: int) -> Tensor:
+def _draw(weights: Tensor, places: Tensor, samples: int) -> Tensor:
     """Words [rows, samples] drawn from weights [rows, vocabulary]: systematic sampling.
 
     The weights laid end to end are cut at `samples` points of equal distance, with one random
     beginning a row (places [rows]). Every word is expected in proportion to its weight, and a
-    row's samples differ less from that than independent ones.
+    row's samples differ less from that than independent ones. Blocks of words are searched first,
+    then those that were hit: summing all weights up in order would take most of the time.
     """
-    edges = others.double().cumsum(-1)
-    steps = torch.arange(samples, device=others.device, dtype=torch.float64)
+    rows, vocabulary = weights.shape
+    blocks = nn.functional.pad(weights, (0, -vocabulary % DRAW_BLOCK)).view(rows, -1, DRAW_BLOCK)
+    sums = blocks.sum(-1).double()
+    edges = sums.cumsum(-1)
+    steps = torch.arange(samples, device=weights.device, dtype=torch.float64)
     points = (places.double().unsqueeze(1) + steps) / samples * edges[:, -1:]
-    return torch.searchsorted(edges, points, right=True).clamp_max(others.shape[1] - 1)
+    hit = torch.searchsorted(edges, points, right=True).clamp_max(sums.shape[1] - 1)
+    into = (points - edges.gather(1, hit)) / sums.gather(1, hit) + 1
+    inside = blocks.gather(1, hit.unsqueeze(-1).expand(-1, -1, DRAW_BLOCK)).double().cumsum(-1)
+    # below the block's end, so that no word of weight 0 is drawn; nan where there is no weight
+    target = into.nan_to_num(0.0).clamp(0.0, 1 - 1e-12).unsqueeze(-1) * inside[..., -1:]
+    word = torch.searchsorted(inside, target, right=True).squeeze(-1)
+    return (hit * DRAW_BLOCK + word).clamp_max(vocabulary - 1)
 
 
 def _expected(probabilities: Tensor, values: Tensor) -> Tensor:

@@ -1,17 +1,21 @@
 """Where the teacher's signal comes from: a model that runs beside its students, or a cache."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from capgap.distill.losses import HeadInput
 from capgap.distill.sparse import SparseSignal
-from capgap.models.build import split
+from capgap.errors import UserError
+from capgap.models.build import load_model, split
+
+DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,10 @@ class OnlineTeacher:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.parts = split(model.eval().requires_grad_(False))
-        self.device = model.device
+        # not model.device: offloaded layers are on none
+        self.device = self.parts.head.weight.device
+        self.dtype = self.parts.head.weight.dtype
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
 
     def fetch(self, indices: NDArray[np.int64]) -> None:
         return None
@@ -92,3 +99,27 @@ class OnlineTeacher:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             source = HeadInput.of(self.parts, batch.inputs.to(self.device), vocabulary, positions)
         return source.to(batch.windows.device)
+
+
+def load_teacher(
+    path_or_name: str | Path, device: str, *, dtype: str = "stored", offload: bool = False
+) -> OnlineTeacher:
+    """A teacher from a folder or the hub, in that dtype (stored, fp32 or bf16) on that device.
+
+    With `offload` its layers lie in the host's memory, and each goes to the device for its part
+    of a pass (the library accelerate does it). Raises UserError as load_model, and where
+    accelerate is not installed.
+    """
+    model = load_model(path_or_name, dtype=DTYPES[dtype])
+    if not offload:
+        return OnlineTeacher(model.to(device))
+    try:
+        from accelerate import cpu_offload
+    except ImportError:
+        raise UserError("run.teacher_offload needs accelerate: pip install accelerate") from None
+    backbone = split(model).backbone
+    layers = [child for child in backbone.children() if isinstance(child, nn.ModuleList)]
+    model.to(device)
+    for layer in layers[0]:
+        cpu_offload(layer, execution_device=torch.device(device))
+    return OnlineTeacher(model)

@@ -7,10 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 from capgap.config import Recipe
+from capgap.machine import resolve_device
 from capgap.models.shape import Shape
 from capgap.sizes import format_count
 from capgap.sweep.checks import check_sources
-from capgap.sweep.context import resolve_device, resolve_workers
+from capgap.sweep.context import resolve_workers
 from capgap.sweep.given import given_teachers
 from capgap.sweep.plan import FLOP_PARTS, Cell, Column, Plan, Teacher, expected_baselines, make_plan
 from capgap.sweep.progress import clock_time

@@ -223,6 +223,11 @@ class LiveDisplay(Display):
         return Group(table, total)
 
 
+def make_lines(console: Console, *, quiet: bool) -> Callable[[str], None]:
+    """Where a single stage tells what it does: plain lines, or nothing if `quiet`."""
+    return (Display(console) if quiet else LineDisplay(console)).say
+
+
 def make_display(console: Console, *, quiet: bool) -> Display:
     """A live table on a terminal, lines elsewhere, nothing if `quiet`."""
     if quiet:

@@ -12,10 +12,11 @@ from capgap.config import Recipe
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.tokens import Corpus, check_epochs
 from capgap.errors import UserError
+from capgap.machine import machine, resolve_device, versions
 from capgap.records import RunRecord, read_records, write_json_atomically
 from capgap.sizes import format_count
 from capgap.sweep.checks import check_disk, check_records, check_sources, claimed, lost_teachers
-from capgap.sweep.context import Context, machine, resolve_device, resolve_workers, versions
+from capgap.sweep.context import Context, resolve_workers
 from capgap.sweep.given import given_teachers
 from capgap.sweep.plan import (
     Cell,
@@ -42,6 +43,8 @@ def run_sweep(recipe: Recipe, out: Path, display: Display) -> SweepResult:
     any work where they can be known.
     """
     device = resolve_device(recipe.run.device)
+    if recipe.run.teacher_device != "same":
+        resolve_device(recipe.run.teacher_device)
     given = given_teachers(recipe)
     tokenizer = recipe.corpus.tokenizer or (given[0].source if given else None)
     plan = make_plan(recipe, given)

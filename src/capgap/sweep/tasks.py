@@ -24,19 +24,20 @@ from capgap.config import Recipe
 from capgap.corpus.batches import batch_indices
 from capgap.corpus.tokens import Corpus, load_corpus
 from capgap.distill.divergences import Divergence
-from capgap.distill.teacher import OnlineTeacher
+from capgap.distill.teacher import load_teacher
 from capgap.errors import UserError
 from capgap.evaluate.heldout import HeldoutLoss, HeldoutSet, evaluate_heldout, heldout_set
+from capgap.machine import machine, resolve_device, versions
 from capgap.models.build import build_model, load_model, save_model
 from capgap.prune.importance import Importance, score
 from capgap.prune.surgery import cut
 from capgap.records import AfterCut, read_record, record_from_dict, write_record
-from capgap.sweep.context import Context, machine, versions
+from capgap.sweep.context import Context
 from capgap.sweep.plan import Cell, Column, Teacher
 from capgap.train.clock import StageClock
 from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, Progress, train
-from capgap.train.precision import autocast_dtype
+from capgap.train.settings import loop_settings
 
 # Teachers and students read the corpus in different orders, and importance is measured on a third.
 DATA_SEEDS = {"teacher": 1_000_003, "student": 2_000_003, "scoring": 3_000_017}
@@ -65,21 +66,11 @@ class Task:
 
     def settings(self, kind: str, seed: int) -> LoopSettings:
         recipe = self.context.recipe
-        training, window = recipe.training, recipe.corpus.window
-        micro = training.micro_batch_tokens or training.batch_tokens
-        return LoopSettings(
-            batch_windows=training.batch_tokens // window,
-            micro_batch_windows=micro // window,
+        return loop_settings(
+            recipe.training,
+            window=recipe.corpus.window,
             data_seed=DATA_SEEDS[kind] + seed,
-            temperature=training.temperature,
-            divergence=Divergence(training.divergence, training.divergence_mix),
-            warmup_fraction=training.warmup_fraction,
-            weight_decay=training.weight_decay,
-            decay_embeddings=training.decay_embeddings,
-            clip=training.clip,
-            document_mask=training.document_mask,
-            activation_checkpointing=training.activation_checkpointing,
-            autocast_dtype=autocast_dtype(training.precision, self.context.device),
+            device=self.context.device,
             checkpoint_seconds=recipe.run.checkpoint_seconds,
         )
 
@@ -187,8 +178,13 @@ def run_column(task: Task, column: Column) -> None:
 
     teacher = None
     if column.teacher is not None:
-        model = load_model(teacher_path(context, column.teacher)).to(context.device)
-        teacher = OnlineTeacher(model)
+        device = recipe.run.teacher_device
+        teacher = load_teacher(
+            teacher_path(context, column.teacher),
+            context.device if device == "same" else resolve_device(device),
+            dtype=recipe.training.teacher_dtype,
+            offload=recipe.run.teacher_offload,
+        )
     settings = task.settings("student", column.seed)
     task.run(learners, column.id, settings, teacher=teacher, on_end=finish)
 

@@ -1,0 +1,73 @@
+"""What this machine has: device, cores, versions of what runs."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from capgap import __version__
+from capgap.errors import UserError
+
+
+def resolve_device(asked: str) -> str:
+    """`auto` is the GPU where there is one; UserError for a device that is not there."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if asked == "auto":
+        return "cuda" if available else "cpu"
+    if asked.startswith("cuda") and not available:
+        raise UserError(f"device {asked!r}, but torch finds no CUDA device: use cpu or auto")
+    try:
+        return str(torch.device(asked))
+    except RuntimeError:
+        raise UserError(f"{asked!r} is no device: use auto, cpu or cuda") from None
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and a container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    if quota_file.exists():
+        quota, period = quota_file.read_text().split()
+        if quota != "max":
+            return max(1, min(cores or 1, int(quota) // int(period)))
+    return cores or 1
+
+
+def versions() -> dict[str, str]:
+    import tokenizers
+    import torch
+    import transformers
+
+    return {
+        "capgap": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+    }
+
+
+def machine(device: str, threads: int | None) -> dict[str, Any]:
+    import torch
+
+    described: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": usable_cores(),
+        "threads": threads,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device,
+    }
+    if device.startswith("cuda"):
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Single stages of the pipeline, each a function that a command calls."""

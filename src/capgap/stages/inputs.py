@@ -1,0 +1,54 @@
+"""What a stage is given by name: checked before any work."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capgap.corpus.tokens import Corpus, load_corpus
+from capgap.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def open_corpus(folder: Path, window: int) -> Corpus:
+    """A prepared corpus; UserError tells how to make one."""
+    if not (folder / "manifest.json").is_file():
+        raise UserError(
+            f"{folder} holds no prepared corpus: make one with `capgap corpus SOURCE --out "
+            f"{folder} --tokenizer TEACHER`"
+        )
+    return load_corpus(folder, window=window)
+
+
+def check_model(path_or_name: str, corpus: Corpus) -> "PreTrainedConfig":
+    """The config of a model that can read the corpus.
+
+    UserError: no such model, another tokenizer (the first token that differs), a table with fewer
+    rows than the tokenizer has tokens, a context shorter than the window.
+    """
+    from transformers import AutoConfig
+
+    from capgap.corpus.tokenizer import compare_tokenizers, load_tokenizer
+
+    difference = compare_tokenizers(corpus.tokenizer, load_tokenizer(path_or_name))
+    if difference is not None:
+        raise UserError(
+            f"the tokenizer of {path_or_name} is not that of the corpus {corpus.directory}: "
+            f"{difference}; prepare the corpus with `--tokenizer {path_or_name}`"
+        )
+    try:
+        config: Any = AutoConfig.from_pretrained(path_or_name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path_or_name!r}: {str(error).splitlines()[0]}") from None
+    if config.vocab_size < corpus.vocabulary:
+        raise UserError(
+            f"{path_or_name} has {config.vocab_size} tokens, its tokenizer {corpus.vocabulary}: "
+            "give a model with its own tokenizer"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < corpus.window:
+        raise UserError(
+            f"{path_or_name} reads at most {positions} tokens, the window has {corpus.window}: "
+            f"take --window {positions} or less"
+        )
+    return config
