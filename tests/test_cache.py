@@ -68,7 +68,7 @@ def test_a_student_learns_from_a_cache_as_from_the_teacher(small_corpus, teacher
     for online, cached in zip(*losses.values(), strict=True):
         for column in ("teacher_ce", "teacher_entropy"):
             assert cached.curve[column] == pytest.approx(online.curve[column], rel=2e-3)
-        assert cached.curve["ce"][0] == online.curve["ce"][0]
+        assert cached.curve["ce"][0] == pytest.approx(online.curve["ce"][0], rel=1e-6)
         assert cached.curve["ce"][-1] == pytest.approx(online.curve["ce"][-1], rel=5e-3)
         assert cached.curve["kl"][-1] == pytest.approx(online.curve["kl"][-1], abs=0.02)
         assert cached.curve["agreement"][-1] == pytest.approx(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from capgap.distill.losses import CHUNK_ELEMENTS, HeadInput, softmax
+from capgap.distill.losses import HeadInput, chunk_rows, softmax
 from capgap.distill.sparse import SparseSignal
 
 # The smallest log-probability told; exp of it is 0 in float32
@@ -71,8 +71,7 @@ class CacheFormat:
         """
         source = source.ready()
         records = []
-        budget = CHUNK_ELEMENTS.get(targets.device.type, CHUNK_ELEMENTS["cuda"])
-        chunk = max(16, budget // self.vocabulary)
+        chunk = chunk_rows(targets.device, self.vocabulary)
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
             records.append(self._encode(source.logits(rows), targets[rows], places[rows]))

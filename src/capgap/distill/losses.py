@@ -23,6 +23,9 @@ IGNORED_LABEL = -100
 FORWARD_KL = Divergence()
 # Logits of one chunk stay near the processor's cache on a CPU and fill the cores of a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
+# Matrix products of fewer rows run at half their speed or less.
+LEAST_ROWS = 128
+BEST_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,27 @@ class HeadInput:
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
 
-    def logits(self, rows: slice) -> Tensor:
-        """Logits [rows, vocabulary] of a source that is `ready`.
+    @torch.no_grad()
+    def logits(self, rows: slice, scratch: "Scratch | None" = None) -> Tensor:
+        """Logits [rows, vocabulary] of a source that is `ready`, in fresh memory or in `scratch`.
 
-        The product runs in the inputs' dtype, the rest in `wide`.
+        No gradient goes back. The product runs in the inputs' dtype, the rest in `wide`.
         """
-        logits = nn.functional.linear(self.hidden[rows], self.weight, self.bias).to(self.wide)
+        hidden = self.hidden[rows]
+        scratch = scratch or Scratch()
+        product = scratch.take("product" if hidden.dtype != self.wide else "logits", self, rows)
+        if self.bias is None:
+            torch.mm(hidden, self.weight.T, out=product)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.T, out=product)
+        logits = product
+        if hidden.dtype != self.wide:
+            logits = scratch.take("logits", self, rows, self.wide).copy_(product)
         if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        return logits if self.softcap is None else (logits / self.softcap).tanh_() * self.softcap
+            logits.mul_(self.logit_scale)
+        return (
+            logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        )
 
     def slope(self, logits: Tensor) -> Tensor | float:
         """d logits / d (head's product), from the logits: the scale, and the slope of the cap."""
@@ -103,6 +118,28 @@ class HeadInput:
     def wide(self) -> torch.dtype:
         """fp32, or float64 where the model is in float64."""
         return torch.promote_types(self.hidden.dtype, torch.float32)
+
+
+class Scratch:
+    """Memory of [rows, vocabulary] that every chunk uses again.
+
+    On a CPU the first touch of fresh memory costs more than the arithmetic on it.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(
+        self, name: str, head: HeadInput, rows: slice, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """[rows, vocabulary of the head], what it held of the last taking of that name lost."""
+        dtype = dtype or head.hidden.dtype
+        count, vocabulary = len(head.hidden[rows]), head.weight.shape[0]
+        memory = self._memory.get((name, dtype))
+        if memory is None or len(memory) < count:
+            memory = torch.empty(count, vocabulary, dtype=dtype, device=head.hidden.device)
+            self._memory[name, dtype] = memory
+        return memory[:count]
 
 
 @dataclass(frozen=True)
@@ -170,8 +207,7 @@ def column_loss(
         raise ValueError(f"heads of {sorted(words)} words: cut all to the vocabulary they share")
     (vocabulary,) = words
     if chunk_tokens is None:
-        budget = CHUNK_ELEMENTS.get(targets.device.type, CHUNK_ELEMENTS["cuda"])
-        chunk_tokens = max(16, budget // vocabulary)
+        chunk_tokens = chunk_rows(targets.device, vocabulary)
     settings = [(student.logit_scale, student.softcap, student.dtype) for student in students]
     work = _Work(targets, list(alphas), settings, teacher, temperature, divergence, chunk_tokens)
     tensors: list[Tensor | None] = []
@@ -204,11 +240,16 @@ def _check_signal(signal: SparseSignal, temperature: float, divergence: Divergen
         raise ValueError(f"drawn words estimate the forward KL alone, not {divergence}")
 
 
+def chunk_rows(device: torch.device, vocabulary: int) -> int:
+    """Tokens whose logits are computed at once: chosen by measurement (docs/benchmarks.md)."""
+    elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
+    return max(LEAST_ROWS, elements // vocabulary)
+
+
 def token_losses(source: HeadInput, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
     """Cross-entropy of every token [tokens], 0 where the target is IGNORED_LABEL; no gradient."""
     if chunk_tokens is None:
-        budget = CHUNK_ELEMENTS.get(targets.device.type, CHUNK_ELEMENTS["cuda"])
-        chunk_tokens = max(16, budget // source.weight.shape[0])
+        chunk_tokens = chunk_rows(targets.device, source.weight.shape[0])
     losses = torch.empty(targets.shape[0], device=targets.device, dtype=source.wide)
     with torch.no_grad():
         source = source.ready()
@@ -233,12 +274,17 @@ class _Work:
 
 @dataclass(frozen=True)
 class _TeacherChunk:
-    """The teacher's side of a chunk, shared by all students of the column."""
+    """The teacher's side of a chunk, shared by all students of the column.
 
-    logits: Tensor  # over the loss's temperature
-    probabilities: Tensor  # of those logits
-    log_normaliser: Tensor  # of those logits, [rows, 1]
-    best: Tensor  # likeliest word, [rows, 1]
+    At the loss's temperature, all [rows, 1] but the first two: logits less the largest, and
+    probabilities, 0 in rows that do not count.
+    """
+
+    shifted: Tensor  # [rows, vocabulary]
+    probabilities: Tensor  # [rows, vocabulary]
+    log_total: Tensor  # the logarithm of what exp(shifted) adds up to
+    expected: Tensor  # of `shifted`, by the probabilities
+    best: Tensor  # likeliest word
 
 
 class _ColumnLoss(torch.autograd.Function):
@@ -295,6 +341,7 @@ def _chunks(
     sums = torch.zeros(len(students), 4, device=device, dtype=wide)
     teacher_sums = torch.zeros(2, device=device, dtype=wide)
     teacher = work.teacher.ready() if isinstance(work.teacher, HeadInput) else work.teacher
+    scratch, teacher_scratch = Scratch(), Scratch()
     for start in range(0, work.targets.shape[0], work.chunk_tokens):
         rows = slice(start, start + work.chunk_tokens)
         valid = (work.targets[rows] != IGNORED_LABEL).to(wide).unsqueeze(1)
@@ -305,9 +352,11 @@ def _chunks(
             teacher_sums[0] += (teacher_chunk.label_loss * valid).sum()
             teacher_sums[1] += (teacher_chunk.entropy * valid).sum()
         elif teacher is not None:
-            teacher_chunk = _teacher_chunk(work, teacher, rows, labels, valid, teacher_sums)
+            logits = teacher.logits(rows, teacher_scratch)
+            probabilities = teacher_scratch.take("probabilities", teacher, rows, logits.dtype)
+            teacher_chunk = _teacher_chunk(work, logits, probabilities, labels, valid, teacher_sums)
         for index, student in enumerate(students):
-            logits = student.logits(rows)
+            logits = student.logits(rows, scratch)
             slope = student.slope(logits)
             soft = teacher_chunk if work.alphas[index] > 0 else None
             logit_gradient = _student_chunk(
@@ -316,7 +365,7 @@ def _chunks(
             if gradients is not None:
                 if not isinstance(slope, float) or slope != 1.0:
                     logit_gradient.mul_(slope)
-                gradients[index].add(student, rows, logit_gradient)
+                gradients[index].add(student, rows, logit_gradient, scratch)
     return sums, teacher_sums
 
 
@@ -336,17 +385,20 @@ class _Gradients:
             None if student.bias is None else torch.zeros_like(student.bias, dtype=student.wide),
         )
 
-    def add(self, student: HeadInput, rows: slice, logit_gradient: Tensor) -> None:
+    def add(
+        self, student: HeadInput, rows: slice, logit_gradient: Tensor, scratch: Scratch
+    ) -> None:
         """logit_gradient [rows, vocabulary]."""
         hidden = student.hidden[rows]
-        gradient = logit_gradient.to(hidden.dtype)
-        self.hidden[rows] = gradient @ student.weight
-        if hidden.dtype == self.weight.dtype:
-            self.weight.addmm_(gradient.T, hidden)
-        else:
-            self.weight.add_((gradient.T @ hidden).to(self.weight.dtype))
         if self.bias is not None:
             self.bias.add_(logit_gradient.sum(0))
+        if hidden.dtype == self.weight.dtype:
+            self.weight.addmm_(logit_gradient.T, hidden)
+            torch.mm(logit_gradient, student.weight, out=self.hidden[rows])
+            return
+        gradient = scratch.take("product", student, rows).copy_(logit_gradient)
+        self.weight.add_(gradient.T @ hidden)
+        torch.mm(gradient, student.weight, out=self.hidden[rows])
 
 
 def softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -361,24 +413,43 @@ def softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return probabilities.div_(total), total.log_().add_(largest), largest
 
 
+def _best(logits: Tensor) -> Tensor:
+    """The likeliest word of every row, the first of equals, [rows, 1]."""
+    rows, vocabulary = logits.shape
+    if logits.is_cuda or vocabulary % BEST_BLOCK:
+        return logits.argmax(-1, keepdim=True)
+    # on a CPU argmax takes far longer than amax: the best block is found first
+    blocks = logits.view(rows, -1, BEST_BLOCK)
+    block = blocks.amax(-1).argmax(-1, keepdim=True)
+    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BEST_BLOCK)).squeeze(1)
+    return block * BEST_BLOCK + inside.argmax(-1, keepdim=True)
+
+
 def _teacher_chunk(
     work: _Work,
-    teacher: HeadInput,
-    rows: slice,
+    logits: Tensor,
+    probabilities: Tensor,
     labels: Tensor,
     valid: Tensor,
     teacher_sums: Tensor,
 ) -> _TeacherChunk:
-    logits = teacher.logits(rows)
-    probabilities, log_normaliser, _ = softmax(logits.clone())
-    best = probabilities.argmax(-1, keepdim=True)
-    teacher_sums[0] += ((log_normaliser - logits.gather(1, labels)) * valid).sum()
-    entropy = log_normaliser.squeeze(1) - torch.linalg.vecdot(probabilities, logits)
-    teacher_sums[1] += (entropy * valid.squeeze(1)).sum()
+    """Adds (ce, entropy) to `teacher_sums`; overwrites `logits` and fills `probabilities`."""
+    best = _best(logits)
+    shifted = logits.sub_(logits.gather(1, best))
+    label = shifted.gather(1, labels)
+    log_total, expected = _normalise(shifted, probabilities, valid)
+    teacher_sums[0] += ((log_total - label) * valid).sum()
+    teacher_sums[1] += ((log_total - expected) * valid).sum()
     if work.temperature != 1.0:
-        logits = logits / work.temperature
-        probabilities, log_normaliser, _ = softmax(logits.clone())
-    return _TeacherChunk(logits, probabilities, log_normaliser, best)
+        log_total, expected = _normalise(shifted.div_(work.temperature), probabilities, valid)
+    return _TeacherChunk(shifted, probabilities, log_total, expected, best)
+
+
+def _normalise(shifted: Tensor, probabilities: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Fills the probabilities, 0 where rows do not count; (log_total, expected), [rows, 1]."""
+    total = probabilities.copy_(shifted).exp_().sum(-1, keepdim=True)
+    probabilities.mul_(valid / total)
+    return total.log_(), torch.linalg.vecdot(probabilities, shifted).unsqueeze(1)
 
 
 def _student_chunk(
@@ -394,39 +465,43 @@ def _student_chunk(
 
     Returns d loss / d logits, in the place of `logits`.
     """
-    label_logits = logits.gather(1, labels)
-    if teacher is None:
-        gradient, log_normaliser, _ = softmax(logits)
-        sums[0] += ((log_normaliser - label_logits) * valid).sum()
-        gradient.scatter_add_(1, labels, torch.full_like(valid, -1.0))
-        return gradient.mul_(valid)
-
     if isinstance(teacher, SparseSignal):
         return _sparse_chunk(work, logits, labels, valid, alpha, teacher, sums)
-    temperature = work.temperature
-    at_teachers_best = logits.gather(1, teacher.best)
-    soft_logits = logits if temperature == 1.0 else logits / temperature
-    # sum p_t (z_t - z_s) - lse_t + lse_s: the differences come first, so it is 0 at z_s = z_t
-    weighted = torch.linalg.vecdot(teacher.probabilities, teacher.logits - soft_logits)
-    if work.divergence.name == "forward_kl" and temperature == 1.0:
-        # the usual case, in one buffer
-        gradient, log_normaliser, largest = softmax(logits)
-        soft_normaliser, value = log_normaliser, None
-        gradient.sub_(teacher.probabilities, alpha=alpha)
+    best = None if teacher is None else logits.gather(1, teacher.best)
+    largest = logits.amax(-1, keepdim=True)
+    shifted = logits.sub_(largest)
+    label = shifted.gather(1, labels)
+    if teacher is None:
+        log_total = _exponentials(shifted, valid)
+    elif work.divergence.name == "forward_kl" and work.temperature == 1.0:
+        # the usual case, in one buffer; at equal logits both sides are the same sums, so it is 0
+        expected = torch.linalg.vecdot(teacher.probabilities, shifted).unsqueeze(1)
+        log_total = _exponentials(shifted, valid)
+        shifted.sub_(teacher.probabilities, alpha=alpha)
+        kl = value = (teacher.expected - expected) + (log_total - teacher.log_total)
     else:
-        soft_normaliser = torch.logsumexp(soft_logits, -1, keepdim=True)
+        soft = shifted / work.temperature
+        soft_total = torch.logsumexp(soft, -1, keepdim=True)
+        expected = torch.linalg.vecdot(teacher.probabilities, soft).unsqueeze(1)
+        kl = (teacher.expected - expected) + (soft_total - teacher.log_total)
         value, soft_gradient = work.divergence.value_and_gradient(
-            teacher.logits - teacher.log_normaliser, soft_logits - soft_normaliser
+            teacher.shifted - teacher.log_total, soft.sub_(soft_total)
         )
-        gradient, log_normaliser, largest = softmax(logits)
-        gradient.mul_(1 - alpha).add_(soft_gradient, alpha=alpha * temperature)
-    kl = weighted.unsqueeze(1) - teacher.log_normaliser + soft_normaliser
-    sums[0] += ((log_normaliser - label_logits) * valid).sum()
-    sums[1] += ((kl if value is None else value) * valid).sum()
-    sums[2] += (kl * valid).sum()
-    sums[3] += ((at_teachers_best == largest) * valid).sum()
-    gradient.scatter_add_(1, labels, torch.full_like(valid, alpha - 1.0))
-    return gradient.mul_(valid)
+        log_total = _exponentials(shifted, valid * (1 - alpha))
+        shifted.add_(soft_gradient.mul_(valid), alpha=alpha * work.temperature)
+    sums[0] += ((log_total - label) * valid).sum()
+    if teacher is not None:
+        sums[1] += (value * valid).sum()
+        sums[2] += (kl * valid).sum()
+        sums[3] += ((best == largest) * valid).sum()
+    return shifted.scatter_add_(1, labels, valid * (alpha - 1.0))
+
+
+def _exponentials(shifted: Tensor, weight: Tensor) -> Tensor:
+    """Overwrites `shifted` with `weight` [rows, 1] x its softmax; the logarithm of the total."""
+    total = shifted.exp_().sum(-1, keepdim=True)
+    shifted.mul_(weight / total)
+    return total.log_()
 
 
 def _sparse_chunk(
