@@ -281,6 +281,19 @@ def test_the_examples_run_and_everything_they_leave_is_told(tmp_path, monkeypatc
         "corpus": json_of("corpus", "text.txt", "--out", "tokens", "--vocabulary", "300"),
         "sample": json_of("sample", "runs/tiny/student", "Lo", "--tokens", "8"),
     }
+    teacher = str(next(iter(sorted(out.glob("teachers/*")))))
+    window = ("--window", "16")
+    answers["cache"] = json_of("cache", teacher, "runs/tiny/corpus", "--out", "cached", *window)
+    asked = ("--corpus", "runs/tiny/corpus", "--tokens", "4096", "--out", "runs/one", *window)
+    answers["distill"] = json_of("distill", teacher, "runs/tiny/student", *asked)
+    for when in ("before", "after"):
+        answers["distill"][when] = {"NAME": answers["distill"][when]["student"]}
+    with open("runs/one/metrics.jsonl") as lines:
+        assert {name for line in lines for name in json.loads(line)} <= set(
+            re.findall(
+                r"`(\w+)`", sections((DOCS / "output.md").read_text())["A distillation's folder"]
+            )
+        )
     for name, answer in answers.items():
         assert_told(answer, keys("cli.md", f"`--json` of {name}"))
 

@@ -26,6 +26,7 @@ CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
 # Matrix products of fewer rows run at half their speed or less.
 LEAST_ROWS = 128
 BEST_BLOCK = 64
+BLOCK_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,39 @@ class _TeacherChunk:
     expected: Tensor  # of `shifted`, by the probabilities
     best: Tensor  # likeliest word
 
+    @classmethod
+    def empty(cls, logits: Tensor, probabilities: Tensor) -> "_TeacherChunk":
+        """To be filled, block by block."""
+        row = torch.empty(len(logits), 1, dtype=logits.dtype, device=logits.device)
+        return cls(logits, probabilities, row, torch.empty_like(row), torch.empty_like(row).long())
+
+    def rows(self, rows: slice) -> "_TeacherChunk":
+        return _TeacherChunk(
+            self.shifted[rows],
+            self.probabilities[rows],
+            self.log_total[rows],
+            self.expected[rows],
+            self.best[rows],
+        )
+
+    def fill(self, work: "_Work", labels: Tensor, valid: Tensor, teacher_sums: Tensor) -> None:
+        """From logits in the place of `shifted`; adds (ce, entropy) to `teacher_sums`."""
+        self.best.copy_(_best(self.shifted))
+        shifted = self.shifted.sub_(self.shifted.gather(1, self.best))
+        label = shifted.gather(1, labels)
+        self._normalise(valid)
+        teacher_sums[0] += ((self.log_total - label) * valid).sum()
+        teacher_sums[1] += ((self.log_total - self.expected) * valid).sum()
+        if work.temperature != 1.0:
+            shifted.div_(work.temperature)
+            self._normalise(valid)
+
+    def _normalise(self, valid: Tensor) -> None:
+        total = self.probabilities.copy_(self.shifted).exp_().sum(-1, keepdim=True)
+        self.probabilities.mul_(valid / total)
+        torch.log(total, out=self.log_total)
+        self.expected.copy_(torch.linalg.vecdot(self.probabilities, self.shifted).unsqueeze(1))
+
 
 class _ColumnLoss(torch.autograd.Function):
     """Gradients are computed in the forward pass and only scaled in the backward pass."""
@@ -340,7 +374,9 @@ def _chunks(
     device, wide = work.targets.device, students[0].wide
     sums = torch.zeros(len(students), 4, device=device, dtype=wide)
     teacher_sums = torch.zeros(2, device=device, dtype=wide)
-    teacher = work.teacher.ready() if isinstance(work.teacher, HeadInput) else work.teacher
+    teacher = work.teacher
+    if teacher is not None:
+        teacher = teacher.ready() if isinstance(teacher, HeadInput) else teacher.to(wide)
     scratch, teacher_scratch = Scratch(), Scratch()
     for start in range(0, work.targets.shape[0], work.chunk_tokens):
         rows = slice(start, start + work.chunk_tokens)
@@ -348,25 +384,40 @@ def _chunks(
         labels = work.targets[rows].clamp_min(0).unsqueeze(1)
         teacher_chunk: _TeacherChunk | SparseSignal | None = None
         if isinstance(teacher, SparseSignal):
-            teacher_chunk = teacher.rows(rows, wide)
+            teacher_chunk = teacher.rows(rows)
             teacher_sums[0] += (teacher_chunk.label_loss * valid).sum()
             teacher_sums[1] += (teacher_chunk.entropy * valid).sum()
         elif teacher is not None:
             logits = teacher.logits(rows, teacher_scratch)
             probabilities = teacher_scratch.take("probabilities", teacher, rows, logits.dtype)
-            teacher_chunk = _teacher_chunk(work, logits, probabilities, labels, valid, teacher_sums)
+            teacher_chunk = _TeacherChunk.empty(logits, probabilities)
+            for block in _blocks(logits):
+                teacher_chunk.rows(block).fill(work, labels[block], valid[block], teacher_sums)
         for index, student in enumerate(students):
             logits = student.logits(rows, scratch)
-            slope = student.slope(logits)
-            soft = teacher_chunk if work.alphas[index] > 0 else None
-            logit_gradient = _student_chunk(
-                work, logits, labels, valid, work.alphas[index], soft, sums[index]
-            )
+            alpha = work.alphas[index]
+            soft = teacher_chunk if alpha > 0 else None
+            for block in _blocks(logits):
+                _student_block(
+                    work,
+                    student,
+                    logits[block],
+                    labels[block],
+                    valid[block],
+                    alpha,
+                    None if soft is None else soft.rows(block),
+                    sums[index],
+                )
             if gradients is not None:
-                if not isinstance(slope, float) or slope != 1.0:
-                    logit_gradient.mul_(slope)
-                gradients[index].add(student, rows, logit_gradient, scratch)
+                gradients[index].add(student, rows, logits, scratch)
     return sums, teacher_sums
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Rows of a chunk that stay in a CPU's cache from one pass over them to the next."""
+    rows, vocabulary = logits.shape
+    step = rows if logits.is_cuda else max(1, BLOCK_ELEMENTS // vocabulary)
+    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 @dataclass(frozen=True)
@@ -425,48 +476,39 @@ def _best(logits: Tensor) -> Tensor:
     return block * BEST_BLOCK + inside.argmax(-1, keepdim=True)
 
 
-def _teacher_chunk(
+def _student_block(
     work: _Work,
-    logits: Tensor,
-    probabilities: Tensor,
-    labels: Tensor,
-    valid: Tensor,
-    teacher_sums: Tensor,
-) -> _TeacherChunk:
-    """Adds (ce, entropy) to `teacher_sums`; overwrites `logits` and fills `probabilities`."""
-    best = _best(logits)
-    shifted = logits.sub_(logits.gather(1, best))
-    label = shifted.gather(1, labels)
-    log_total, expected = _normalise(shifted, probabilities, valid)
-    teacher_sums[0] += ((log_total - label) * valid).sum()
-    teacher_sums[1] += ((log_total - expected) * valid).sum()
-    if work.temperature != 1.0:
-        log_total, expected = _normalise(shifted.div_(work.temperature), probabilities, valid)
-    return _TeacherChunk(shifted, probabilities, log_total, expected, best)
-
-
-def _normalise(shifted: Tensor, probabilities: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Fills the probabilities, 0 where rows do not count; (log_total, expected), [rows, 1]."""
-    total = probabilities.copy_(shifted).exp_().sum(-1, keepdim=True)
-    probabilities.mul_(valid / total)
-    return total.log_(), torch.linalg.vecdot(probabilities, shifted).unsqueeze(1)
-
-
-def _student_chunk(
-    work: _Work,
+    student: HeadInput,
     logits: Tensor,
     labels: Tensor,
     valid: Tensor,
     alpha: float,
     teacher: _TeacherChunk | SparseSignal | None,
     sums: Tensor,
-) -> Tensor:
-    """Adds (ce, divergence, kl, agreement) of the chunk to `sums`.
+) -> None:
+    """Adds (ce, divergence, kl, agreement) of a block to `sums`.
 
-    Returns d loss / d logits, in the place of `logits`.
+    Leaves d loss / d (the head's product) in the place of `logits`.
     """
+    slope = student.slope(logits)
     if isinstance(teacher, SparseSignal):
-        return _sparse_chunk(work, logits, labels, valid, alpha, teacher, sums)
+        _sparse_gradient(work, logits, labels, valid, alpha, teacher, sums)
+    else:
+        _dense_gradient(work, logits, labels, valid, alpha, teacher, sums)
+    if not isinstance(slope, float) or slope != 1.0:
+        logits.mul_(slope)
+
+
+def _dense_gradient(
+    work: _Work,
+    logits: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    alpha: float,
+    teacher: _TeacherChunk | None,
+    sums: Tensor,
+) -> None:
+    """d loss / d logits in the place of `logits`, from all of the teacher's words."""
     best = None if teacher is None else logits.gather(1, teacher.best)
     largest = logits.amax(-1, keepdim=True)
     shifted = logits.sub_(largest)
@@ -494,7 +536,7 @@ def _student_chunk(
         sums[1] += (value * valid).sum()
         sums[2] += (kl * valid).sum()
         sums[3] += ((best == largest) * valid).sum()
-    return shifted.scatter_add_(1, labels, valid * (alpha - 1.0))
+    shifted.scatter_add_(1, labels, valid * (alpha - 1.0))
 
 
 def _exponentials(shifted: Tensor, weight: Tensor) -> Tensor:
@@ -504,7 +546,7 @@ def _exponentials(shifted: Tensor, weight: Tensor) -> Tensor:
     return total.log_()
 
 
-def _sparse_chunk(
+def _sparse_gradient(
     work: _Work,
     logits: Tensor,
     labels: Tensor,
@@ -512,24 +554,24 @@ def _sparse_chunk(
     alpha: float,
     signal: SparseSignal,
     sums: Tensor,
-) -> Tensor:
-    """As _student_chunk, with what a cache kept of the teacher."""
+) -> None:
+    """d loss / d logits in the place of `logits`, from what a cache kept of the teacher."""
     temperature = work.temperature
     label_logits = logits.gather(1, labels)
     at_first = logits.gather(1, signal.words[:, :1])
     soft_logits = logits if temperature == 1.0 else logits / temperature
     term = sparse_term(soft_logits, signal, work.divergence)
-    gradient, weight = term.probabilities, alpha * temperature
+    weight = alpha * temperature
     if temperature == 1.0:
         log_normaliser, largest = term.log_normaliser, term.largest
-        gradient.mul_(1 - alpha + alpha * term.scale)
+        logits.mul_((1 - alpha + alpha * term.scale) * (valid / term.total))
     else:
-        hard, log_normaliser, largest = softmax(logits)
-        gradient.mul_(weight * term.scale).add_(hard, alpha=1 - alpha)
-    gradient.scatter_add_(1, signal.words, weight * term.change)
-    gradient.scatter_add_(1, labels, torch.full_like(valid, alpha - 1.0))
+        largest = logits.amax(-1, keepdim=True)
+        log_normaliser = _exponentials(logits.sub_(largest), valid * (1 - alpha)) + largest
+        logits.add_(term.exponentials.mul_(weight * term.scale * (valid / term.total)))
+    logits.scatter_add_(1, signal.words, valid * weight * term.change)
+    logits.scatter_add_(1, labels, valid * (alpha - 1.0))
     sums[0] += ((log_normaliser - label_logits) * valid).sum()
     sums[1] += (term.value * valid).sum()
     sums[2] += (term.kl * valid).sum()
     sums[3] += ((at_first == largest) * valid).sum()
-    return gradient.mul_(valid)

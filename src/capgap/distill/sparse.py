@@ -34,16 +34,27 @@ class SparseSignal:
     vocabulary: int
     knows_best: bool
 
-    def rows(self, rows: slice, dtype: torch.dtype) -> "SparseSignal":
-        """Those tokens alone, with floats of the dtype that the loss computes in."""
+    def to(self, dtype: torch.dtype) -> "SparseSignal":
+        """With floats of the dtype that the loss computes in."""
+        return replace(
+            self,
+            shares=self.shares.to(dtype),
+            tail=None if self.tail is None else self.tail.to(dtype),
+            label_loss=self.label_loss.to(dtype),
+            entropy=self.entropy.to(dtype),
+            soft_entropy=self.soft_entropy.to(dtype),
+        )
+
+    def rows(self, rows: slice) -> "SparseSignal":
+        """Those tokens alone."""
         return replace(
             self,
             words=self.words[rows],
-            shares=self.shares[rows].to(dtype),
-            tail=None if self.tail is None else self.tail[rows].to(dtype),
-            label_loss=self.label_loss[rows].to(dtype),
-            entropy=self.entropy[rows].to(dtype),
-            soft_entropy=self.soft_entropy[rows].to(dtype),
+            shares=self.shares[rows],
+            tail=None if self.tail is None else self.tail[rows],
+            label_loss=self.label_loss[rows],
+            entropy=self.entropy[rows],
+            soft_entropy=self.soft_entropy[rows],
         )
 
 
@@ -51,13 +62,15 @@ class SparseSignal:
 class SparseTerm:
     """The soft term of a chunk, its gradient by the soft logits left in parts.
 
-    value, kl [rows, 1]; the gradient is `scale` [rows, 1] x probabilities [rows, vocabulary], with
-    `change` [rows, slots] added at the signal's words. log_normaliser, largest [rows, 1].
+    value, kl [rows, 1]; the gradient is `scale` [rows, 1] x exponentials [rows, vocabulary] / total
+    [rows, 1], with `change` [rows, slots] added at the signal's words. log_normaliser, largest
+    [rows, 1].
     """
 
     value: Tensor
     kl: Tensor
-    probabilities: Tensor
+    exponentials: Tensor
+    total: Tensor
     scale: Tensor | float
     change: Tensor
     log_normaliser: Tensor
@@ -65,7 +78,7 @@ class SparseTerm:
 
 
 def sparse_term(soft_logits: Tensor, signal: SparseSignal, divergence: Divergence) -> SparseTerm:
-    """soft_logits [rows, vocabulary], overwritten with the student's probabilities."""
+    """soft_logits [rows, vocabulary], overwritten with their exponentials less the largest."""
     at_words = soft_logits.gather(1, signal.words)
     largest = soft_logits.amax(-1, keepdim=True)
     exponentials = soft_logits.sub_(largest).exp_()
@@ -75,9 +88,7 @@ def sparse_term(soft_logits: Tensor, signal: SparseSignal, divergence: Divergenc
         # drawn words estimate the cross-entropy; the teacher's entropy is known
         kl = (signal.shares * (log_normaliser - at_words)).sum(-1, keepdim=True)
         kl = kl - signal.soft_entropy
-        return SparseTerm(
-            kl, kl, exponentials.div_(total), 1.0, -signal.shares, log_normaliser, largest
-        )
+        return SparseTerm(kl, kl, exponentials, total, 1.0, -signal.shares, log_normaliser, largest)
     # the tail is summed by itself: 1 less the words' probabilities would cancel
     words = exponentials.gather(1, signal.words)
     tail = exponentials.scatter_(1, signal.words, 0.0).sum(-1, keepdim=True)
@@ -96,4 +107,4 @@ def sparse_term(soft_logits: Tensor, signal: SparseSignal, divergence: Divergenc
     # the tail's gradient goes to its words by their part of it
     scale = gradient[:, -1:] * (total / tail)
     change = gradient[:, :-1] - scale * (words / total)
-    return SparseTerm(value, kl, exponentials.div_(total), scale, change, log_normaliser, largest)
+    return SparseTerm(value, kl, exponentials, total, scale, change, log_normaliser, largest)

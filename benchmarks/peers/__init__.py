@@ -1,0 +1,1 @@
+"""The harness of benchmarks/distillation.py: cases, engines, and the measurement of one."""

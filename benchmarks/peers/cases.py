@@ -1,0 +1,179 @@
+"""What is compared: engines, and the shapes, data and settings they share. Imports no torch."""
+
+import importlib.util
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from capgap.models.shape import Shape, ladder_shape
+from capgap.sizes import format_count, parse_count
+
+LEARNING_RATE = 1e-3
+BETA2 = 0.95
+WEIGHT_DECAY = 0.1
+CLIP = 1.0
+COLUMN_STUDENTS = 5
+# A Llama of 1B, and one of 2.5 times its non-embedding parameters
+GPU_SIZES: dict[str, dict[str, int]] = {
+    "1B": {
+        "hidden": 2048,
+        "layers": 16,
+        "heads": 32,
+        "kv_heads": 8,
+        "head_size": 64,
+        "ffn": 8192,
+    },
+    "2.5B": {
+        "hidden": 2560,
+        "layers": 28,
+        "heads": 20,
+        "kv_heads": 5,
+        "head_size": 128,
+        "ffn": 9216,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Something that is measured.
+
+    students: trained at once. package: what has to be installed for it. has_hard_loss: whether
+    labels can take part in its loss.
+    """
+
+    title: str
+    students: int = 1
+    package: str = "capgap"
+    has_hard_loss: bool = True
+
+    @property
+    def installed(self) -> bool:
+        return importlib.util.find_spec(self.package) is not None
+
+
+STEP_ENGINES = {
+    "ours": Engine("capgap"),
+    "ours-column": Engine(f"capgap, {COLUMN_STUDENTS} students", students=COLUMN_STUDENTS),
+    "plain": Engine("plain loop, full logits"),
+    "liger": Engine("plain loop, Liger's loss", package="liger_kernel"),
+    "trl-gkd": Engine("TRL GKDTrainer", package="trl", has_hard_loss=False),
+    "trl-distillation": Engine(
+        "TRL DistillationTrainer, off-policy", package="trl", has_hard_loss=False
+    ),
+}
+LOSS_ENGINES = {
+    "ours": Engine("capgap"),
+    "plain": Engine("full logits"),
+    "liger": Engine("Liger's chunked JSD", package="liger_kernel"),
+    "trl": Engine("TRL's chunked divergence", package="trl", has_hard_loss=False),
+}
+# Everything is told as a ratio to these
+BASE = {"step": "trl-gkd", "loss": "liger"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two shapes and the work of a step; every engine of a case does the same.
+
+    precision: "fp32", or "bf16" for autocast of a student with weights in fp32 and a teacher whose
+    weights are bf16. A batch is one micro-batch. alpha: share of the soft loss.
+    """
+
+    student: Shape
+    teacher: Shape
+    window: int
+    batch_windows: int
+    precision: str
+    device: str
+    threads: int
+    alpha: float
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.window * self.batch_windows
+
+    @property
+    def name(self) -> str:
+        student, teacher = (
+            shape.parameters().non_embedding for shape in (self.student, self.teacher)
+        )
+        return (
+            f"{format_count(student)} of {format_count(teacher)}, "
+            f"{self.student.vocabulary:,} words, {self.precision}"
+        )
+
+    @property
+    def token_flops(self) -> int:
+        """6 S + 2 T, S and T with the head; one student."""
+        return 6 * self.student.parameters().total + 2 * self.teacher.parameters().total
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Case":
+        shapes = {name: Shape(**data[name]) for name in ("student", "teacher")}
+        return cls(**(data | shapes))
+
+
+def cpu_cases(
+    *,
+    students: list[str],
+    ratios: list[float],
+    vocabularies: dict[int, str],
+    window: int,
+    batch_windows: int,
+    threads: int,
+    alpha: float,
+) -> list[Case]:
+    """Ladder students by non-embedding size, teachers that many times larger.
+
+    vocabularies: size to precision.
+    """
+
+    def shape(size: float, vocabulary: int) -> Shape:
+        return ladder_shape("llama", round(size), vocabulary=vocabulary, positions=window)
+
+    return [
+        Case(
+            shape(parse_count(student), vocabulary),
+            shape(parse_count(student) * ratio, vocabulary),
+            window,
+            batch_windows,
+            precision,
+            "cpu",
+            threads,
+            alpha,
+        )
+        for vocabulary, precision in vocabularies.items()
+        for student in students
+        for ratio in ratios
+    ]
+
+
+def gpu_cases(
+    *,
+    device: str,
+    vocabulary: int,
+    window: int,
+    batch_windows: int,
+    threads: int,
+    alpha: float,
+    shrink: int = 1,
+) -> list[Case]:
+    """A 1B student with teachers of 1B and 2.5B, bf16; `shrink` divides sizes, to try the code."""
+
+    def shape(name: str) -> Shape:
+        sizes = {
+            key: value if key == "head_size" else max(1, value // shrink)
+            for key, value in GPU_SIZES[name].items()
+        }
+        return Shape(
+            architecture="llama", vocabulary=vocabulary, positions=window, tied=True, **sizes
+        )
+
+    return [
+        Case(shape("1B"), shape(teacher), window, batch_windows, "bf16", device, threads, alpha)
+        for teacher in GPU_SIZES
+    ]

@@ -1,0 +1,183 @@
+"""The commands `cache` and `distill` as a user types them, on models of seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from capgap.distill.teacher import Batch, OnlineTeacher, load_teacher
+from capgap.models.build import build_model, load_model, save_model
+from capgap.models.shape import ladder_shape
+
+
+@pytest.fixture(scope="module")
+def folder(small_corpus, tmp_path_factory):
+    """A teacher with a padded table, two students and one of another tokenizer."""
+    place = tmp_path_factory.mktemp("models")
+    for name, size, words in (
+        ("teacher", 20_000, 320),
+        ("small", 8_000, 300),
+        ("large", 11_000, 300),
+    ):
+        shape = ladder_shape("llama", size, vocabulary=words, positions=16)
+        save_model(build_model(shape, seed=1), place / name, small_corpus.tokenizer)
+    return place
+
+
+def distill(typed, folder, corpus, out, *more, students=("small",), tokens="16k"):
+    return typed(
+        "distill",
+        folder / "teacher",
+        *(folder / name for name in students),
+        *("--corpus", corpus.directory, "--window", 16, "--tokens", tokens, "--out", out),
+        *("-s", "training.batch_tokens=256", *more),
+    )
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_students_learn_online_and_from_a_cache_alike(typed, small_corpus, folder, tmp_path):
+    online = distill(
+        typed, folder, small_corpus, tmp_path / "online", "--json", students=("small", "large")
+    )
+    assert online.code == 0, online.err
+    cached = typed(
+        *("cache", folder / "teacher", small_corpus.directory, "--window", 16),
+        *("--out", tmp_path / "cache", "--json"),
+    )
+    assert cached.code == 0, cached.err
+    assert json.loads(cached.out)["complete"]
+    second = distill(
+        typed,
+        folder,
+        small_corpus,
+        tmp_path / "cached",
+        *("--cache", tmp_path / "cache", "--json"),
+        students=("small", "large"),
+    )
+    assert second.code == 0, second.err
+    first, second = json.loads(online.out), json.loads(second.out)
+    for name in ("small", "large"):
+        before, after = first["before"][name]["loss"], first["after"][name]["heldout"]["loss"]
+        assert after < before - 0.5
+        assert second["after"][name]["heldout"]["loss"] == pytest.approx(after, rel=5e-3)
+        assert load_model(first["after"][name]["folder"]).config.vocab_size == 300
+    assert second["flops"] < first["flops"]
+    steps = lines_of(tmp_path / "online")
+    assert [line["step"] for line in steps] == list(range(62))
+    assert steps[0]["tokens_per_second"] is None
+    assert all(line["tokens_per_second"] > 0 and line["utilisation"] > 0 for line in steps[1:])
+    assert steps[-1]["students"]["small"]["kl"] > 0
+    # the same command again has nothing to do
+    again = distill(typed, folder, small_corpus, tmp_path / "online", students=("small", "large"))
+    assert again.code == 0
+    assert len(lines_of(tmp_path / "online")) == 62
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_stopped_and_continued_equals_uninterrupted(small_corpus, folder, tmp_path, number):
+    def start(out):
+        settings = ("-s", "training.batch_tokens=256", "-s", "run.checkpoint_seconds=0")
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "capgap", "distill", folder / "teacher", folder / "small"),
+                *("--corpus", small_corpus.directory, "--window", "16", "--tokens", "300k"),
+                *("--out", out, *settings),
+            ],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    whole = start(tmp_path / "whole")
+    stopped = start(tmp_path / "stopped")
+    until = time.monotonic() + 120
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 20:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    stopped.send_signal(number)
+    _, told = stopped.communicate(timeout=120)
+    if number != signal.SIGKILL:
+        assert stopped.returncode == 128 + number
+        assert "the same command continues" in told
+    assert not (tmp_path / "stopped" / "students").exists()
+    again = start(tmp_path / "stopped")
+    for process in (whole, again):
+        _, told = process.communicate(timeout=240)
+        assert process.returncode == 0, told
+    one, other = (
+        load_model(tmp_path / name / "students" / "small").state_dict()
+        for name in ("whole", "stopped")
+    )
+    for name, value in one.items():
+        assert torch.equal(value, other[name])
+    assert [line["step"] for line in lines_of(tmp_path / "stopped")] == list(range(1171))
+
+
+def test_mistakes_are_one_line(typed, small_corpus, folder, tmp_path):
+    other = typed(
+        *("cache", folder / "small", small_corpus.directory, "--window", 16),
+        *("--out", tmp_path / "other", "-q"),
+    )
+    assert other.code == 0, other.err
+    out = tmp_path / "out"
+    wrong = {
+        "another teacher": distill(typed, folder, small_corpus, out, "--cache", tmp_path / "other"),
+        "is not a multiple of --window": distill(
+            typed, folder, small_corpus, out, "-s", "training.batch_tokens=250"
+        ),
+        "did you mean 'alpha'": distill(typed, folder, small_corpus, out, "-s", "training.alpa=1"),
+        "is less than one batch": distill(typed, folder, small_corpus, out, tokens="100"),
+        "two students have one name": distill(
+            typed, folder, small_corpus, out, students=("small", "small")
+        ),
+        "no prepared corpus": typed(
+            *("cache", folder / "teacher", folder, "--out", tmp_path / "new", "--window", 16)
+        ),
+        "reads at most 16 tokens": typed(
+            *("cache", folder / "teacher", small_corpus.directory, "--out", tmp_path / "new")
+        ),
+        "--part '3/2'": typed(
+            *("cache", folder / "teacher", small_corpus.directory, "--window", 16),
+            *("--out", tmp_path / "new", "--part", "3/2"),
+        ),
+        "top-k 300 is not less": typed(
+            *("cache", folder / "teacher", small_corpus.directory, "--window", 16),
+            *("--out", tmp_path / "new", "--top-k", 300),
+        ),
+    }
+    for words, answer in wrong.items():
+        assert answer.code == 2, (words, answer.err)
+        assert words in answer.err
+        assert answer.err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_offloaded_teacher_says_the_same(folder):
+    windows = torch.randint(0, 300, (3, 17), generator=torch.Generator().manual_seed(0))
+    plain = load_teacher(folder / "teacher", "cpu")
+    away = load_teacher(folder / "teacher", "cpu", offload=True)
+    layer = next(iter(away.parts.backbone.layers))
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    batch = Batch(windows)
+    for one, other in ((plain, away), (away, plain)):
+        assert torch.equal(one.signal(batch, 300).hidden, other.signal(batch, 300).hidden)
+
+
+def test_a_teacher_computes_in_its_own_dtype_under_the_students_autocast(folder):
+    windows = torch.randint(0, 300, (3, 17), generator=torch.Generator().manual_seed(0))
+    teacher = load_teacher(folder / "teacher", "cpu")
+    expected = OnlineTeacher(load_model(folder / "teacher")).signal(Batch(windows), 300)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = teacher.signal(Batch(windows), 300)
+    assert torch.equal(found.hidden, expected.hidden)
+    assert found.dtype is None
+    assert load_teacher(folder / "teacher", "cpu", dtype="bf16").dtype == torch.bfloat16
