@@ -48,7 +48,7 @@ def measure(run: dict[str, Any], folder: str) -> dict[str, Any]:
 
     from capgap.corpus.tokens import load_corpus
     from capgap.evaluate.heldout import evaluate_heldout, heldout_set
-    from capgap.models.build import build_model, load_model
+    from capgap.models.build import Parts, build_model, load_model
     from capgap.models.shape import ladder_shape
     from capgap.prune.surgery import prune
     from capgap.train.learner import Learner
@@ -68,7 +68,7 @@ def measure(run: dict[str, Any], folder: str) -> dict[str, Any]:
     windows = run["batch_tokens"] // WINDOW
     learner = Learner("model", model, tokens // run["batch_tokens"], run["rate"])
     train([learner], corpus, LoopSettings(windows, windows, data_seed=0))
-    found = evaluate_heldout(model, heldout_set(corpus.heldout_documents(), WINDOW))
+    found = evaluate_heldout(Parts(model), heldout_set(corpus.heldout_documents(), WINDOW))
     return run | {"loss": found.loss, "stderr": found.loss_stderr, "failure": learner.failure}
 
 

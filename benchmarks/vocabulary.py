@@ -25,7 +25,7 @@ def measure(size: int, vocabulary: int, folder: str) -> dict[str, Any]:
 
     from capgap.corpus.tokens import load_corpus
     from capgap.evaluate.heldout import evaluate_heldout, heldout_set
-    from capgap.models.build import build_model
+    from capgap.models.build import Parts, build_model
     from capgap.models.shape import ladder_shape
     from capgap.sizes import training_flops
     from capgap.train.learner import Learner
@@ -45,7 +45,7 @@ def measure(size: int, vocabulary: int, folder: str) -> dict[str, Any]:
     start = time.process_time()
     train([learner], corpus, LoopSettings(BATCH_WINDOWS, BATCH_WINDOWS, data_seed=0))
     seconds = time.process_time() - start
-    found = evaluate_heldout(model, heldout_set(corpus.heldout_documents(), window))
+    found = evaluate_heldout(Parts(model), heldout_set(corpus.heldout_documents(), window))
     tokens = steps * BATCH_WINDOWS * window
     return {
         "size": size,

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 
 from capgap.errors import UserError
 from capgap.models.build import (
+    Parts,
     build_model,
     load_model,
     save_model,
     shape_of,
-    split,
     to_config,
 )
 from capgap.models.shape import ARCHITECTURES, Shape, ladder_shape
@@ -98,9 +98,9 @@ def test_save_load_and_split(architecture, tied, tmp_path):
     assert torch.equal(plain(windows).logits, expected)
     loaded = load_model(path)
     assert loaded.dtype == torch.float32
-    parts = split(loaded)
+    parts = Parts(loaded)
     assert isinstance(parts.head, nn.Linear)
-    assert torch.equal(parts.logits(parts.hidden(windows)), expected)
+    assert torch.equal(parts.logits(parts(windows)), expected)
     # generation with a key-value cache agrees with a fresh forward pass at each step
     text = loaded.generate(windows[:1], max_new_tokens=4, do_sample=False, eos_token_id=None)
     for length in range(20, 24):

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from capgap.corpus.tokens import HeldoutDocument
 from capgap.evaluate.heldout import evaluate_heldout, heldout_set, ratio_standard_error
-from capgap.models.build import build_model
+from capgap.models.build import Parts, build_model
 from capgap.models.shape import ladder_shape
 
 WINDOW = 8
@@ -31,7 +31,7 @@ def documents_of(lengths):
 
 def test_losses_equal_those_computed_document_by_document(model):
     documents = documents_of([1, 7, 8, 9, 30])
-    found = evaluate_heldout(model, heldout_set(documents, WINDOW))
+    found = evaluate_heldout(Parts(model), heldout_set(documents, WINDOW))
     for (tokens, _), total in zip(documents, found.document_losses, strict=True):
         expected = 0.0
         for start in range(0, len(tokens) - 1, WINDOW):

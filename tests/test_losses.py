@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from capgap.distill.losses import IGNORED_LABEL, HeadInput, column_loss, token_losses
-from capgap.models.build import build_model, split
+from capgap.models.build import Parts, build_model
 from capgap.models.shape import ladder_shape
 
 
@@ -185,8 +185,8 @@ def test_rows_that_pad_a_table_do_not_count():
         build_model(ladder_shape("llama", 20_000, vocabulary=rows, positions=16), seed=rows)
         for rows in (48, 40, 44)
     )
-    signal = HeadInput.of(split(teacher.requires_grad_(False)), inputs, words)
-    students = [HeadInput.of(split(model), inputs, words) for model in (first, second)]
+    signal = HeadInput.of(Parts(teacher.requires_grad_(False)), inputs, words)
+    students = [HeadInput.of(Parts(model), inputs, words) for model in (first, second)]
     result = column_loss(students, targets, alphas=[0.5, 1.0], teacher=signal, chunk_tokens=5)
     teacher_logits = teacher(inputs).logits[..., :words].flatten(0, 1)
     for model, alpha, found in zip((first, second), (0.5, 1.0), result.students, strict=True):

@@ -13,7 +13,7 @@ from transformers import (
 
 from capgap.corpus.batches import document_positions
 from capgap.distill.losses import HeadInput, column_loss
-from capgap.models.build import build_model, split
+from capgap.models.build import Parts, build_model
 from capgap.models.shape import ARCHITECTURES, ladder_shape
 
 SIZES = {
@@ -54,9 +54,9 @@ def windows():
 
 
 def test_parts_give_the_models_own_logits(model, windows):
-    parts = split(model)
+    parts = Parts(model)
     expected = model(windows).logits
-    torch.testing.assert_close(parts.logits(parts.hidden(windows)), expected)
+    torch.testing.assert_close(parts.logits(parts(windows)), expected)
     source = HeadInput.of(parts, windows)
     torch.testing.assert_close(source.logits(slice(None)), expected.flatten(0, 1))
 
@@ -68,7 +68,7 @@ def test_loss_and_gradients_are_those_on_the_models_own_logits(model, windows):
         torch.randn(30, 8, generator=generator), torch.randn(61, 8, generator=generator)
     )
     result = column_loss(
-        [HeadInput.of(split(model), inputs)],
+        [HeadInput.of(Parts(model), inputs)],
         targets,
         alphas=[0.5],
         teacher=teacher,
@@ -111,15 +111,14 @@ def test_documents_of_a_packed_row_do_not_see_each_other(kind, attention):
     else:
         model = build_model(ladder_shape(kind, 20_000, vocabulary=61, positions=16), seed=0)
         model.set_attn_implementation(attention)
-    parts = split(model.eval())
+    parts = Parts(model.eval())
     rows = torch.tensor([[token for document in row for token in document] for row in DOCUMENTS])
     positions = torch.from_numpy(document_positions(rows.numpy(), end_of_document=0))
     with torch.no_grad():
-        packed = parts.hidden(rows, positions)
+        packed = parts(rows, positions)
         alone = [
-            torch.cat([parts.hidden(torch.tensor([document]))[0] for document in row])
-            for row in DOCUMENTS
+            torch.cat([parts(torch.tensor([document]))[0] for document in row]) for row in DOCUMENTS
         ]
-        unmasked = parts.hidden(rows)
+        unmasked = parts(rows)
     torch.testing.assert_close(packed, torch.stack(alone), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(packed[:, -1], unmasked[:, -1], rtol=1e-4, atol=1e-5)

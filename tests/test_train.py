@@ -3,6 +3,7 @@ nothing."""
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -12,7 +13,13 @@ from capgap.distill.teacher import OnlineTeacher
 from capgap.models.build import build_model
 from capgap.models.shape import ladder_shape
 from capgap.train import metrics
-from capgap.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from capgap.train.checkpoint import (
+    Checkpoint,
+    find_best,
+    find_last,
+    read_tensors,
+    save_checkpoint,
+)
 from capgap.train.learner import Learner
 from capgap.train.loop import Interrupted, LoopSettings, train
 from capgap.train.optimizer import parameter_groups, schedule
@@ -245,7 +252,7 @@ def test_numbers_that_are_read_a_step_late_say_the_same(small_corpus, tmp_path, 
     def count(progress):
         nonlocal steps
         steps = progress.step
-        losses.append([one.loss for one in progress.reports.values()])
+        losses.append([one.loss for step in progress.reports for one in step.learners.values()])
 
     late = column()
     assert run(late, on_step=count) == ["broken", "short", "a"]
@@ -340,38 +347,55 @@ def test_weight_decay_spares_norms_biases_and_by_choice_embeddings(decay_embeddi
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
 
 
-def saved(folder, step):
-    tensors = {"a/weight/x": torch.arange(6.0).reshape(2, 3) + step}
-    save_checkpoint(folder, Checkpoint(step, tensors, {"a": {"curve": [1.5, None]}}))
+def saved(folder, step, heldout=None):
+    tensors = {"a/weight/x": torch.arange(6.0).reshape(2, 3) + step, "a/weight/y": torch.ones(3)}
+    save_checkpoint(folder, Checkpoint(step, {"a": {"curve": [1.5, None]}}, heldout), tensors)
     return folder / f"step-{step:010d}"
 
 
 def test_checkpoint_round_trip_and_absence(tmp_path):
     folder = tmp_path / "deep" / "run"
-    assert load_checkpoint(folder) is None
+    assert find_last(folder) is None
     saved(folder, 7)
-    found = load_checkpoint(folder)
+    found = find_last(folder)
     assert found.step == 7
     assert found.state == {"a": {"curve": [1.5, None]}}
-    assert torch.equal(found.tensors["a/weight/x"], torch.arange(6.0).reshape(2, 3) + 7)
+    tensor = torch.zeros(2, 3)
+    read_tensors(found, {"a/weight/x": tensor})
+    assert torch.equal(tensor, torch.arange(6.0).reshape(2, 3) + 7)
 
 
-def test_the_last_two_checkpoints_stay(tmp_path):
+def steps_kept(folder):
+    return sorted(int(entry.name.removeprefix("step-")) for entry in folder.iterdir())
+
+
+def test_the_last_two_checkpoints_and_the_best_stay(tmp_path):
+    assert find_best(tmp_path) is None
     for step in (7, 90, 1000):
         saved(tmp_path, step)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
-        "step-0000000090",
-        "step-0000001000",
-    ]
+    assert steps_kept(tmp_path) == [90, 1000]
+    assert find_best(tmp_path) is None
+    for step, heldout in ((1001, 3.0), (1002, 2.5), (1003, 2.5), (1004, 2.75), (1005, None)):
+        saved(tmp_path, step, heldout)
+    assert steps_kept(tmp_path) == [1003, 1004, 1005]
+    assert find_best(tmp_path).step == 1003
+    assert find_best(tmp_path).heldout == 2.5
+    truncated(tmp_path / "step-0000001003")
+    assert find_best(tmp_path).step == 1004
+
+
+def tensors_of(place):
+    (path,) = place.glob("*.safetensors")
+    return path
 
 
 def truncated(place):
-    path = place / "training.safetensors"
+    path = tensors_of(place)
     path.write_bytes(path.read_bytes()[:-5])
 
 
 def one_bit_changed(place):
-    path = place / "training.safetensors"
+    path = tensors_of(place)
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.write_bytes(data)
@@ -382,7 +406,12 @@ def without_its_mark(place):
 
 
 def without_tensors(place):
-    (place / "training.safetensors").unlink()
+    tensors_of(place).unlink()
+
+
+def of_an_older_version(place):
+    manifest = json.loads((place / "manifest.json").read_text())
+    (place / "manifest.json").write_text(json.dumps(manifest | {"schema": 1}))
 
 
 @pytest.mark.parametrize(
@@ -392,25 +421,27 @@ def without_tensors(place):
         (one_bit_changed, "sha256"),
         (without_its_mark, "manifest.json"),
         (without_tensors, "missing"),
+        (of_an_older_version, "version 1"),
     ],
 )
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(tmp_path, caplog, spoil, words):
     saved(tmp_path, 7)
     spoil(saved(tmp_path, 90))
-    assert load_checkpoint(tmp_path).step == 7
-    (message,) = [record.getMessage() for record in caplog.records]
+    assert find_last(tmp_path).step == 7
+    records = [record for record in caplog.records if record.name.startswith("capgap")]
+    (message,) = [record.getMessage() for record in records]
     assert "step-0000000090 is damaged" in message
     assert words in message
     # the same step again takes the place of the damaged one
     saved(tmp_path, 90)
-    assert load_checkpoint(tmp_path).step == 90
+    assert find_last(tmp_path).step == 90
 
 
 def test_what_a_killed_writer_left_is_no_checkpoint(tmp_path):
     saved(tmp_path, 7)
     (tmp_path / ".step-0000000090").mkdir()
-    (tmp_path / ".step-0000000090" / "training.safetensors").write_bytes(b"half")
-    assert load_checkpoint(tmp_path).step == 7
+    (tmp_path / ".step-0000000090" / "shard-00001.safetensors").write_bytes(b"half")
+    assert find_last(tmp_path).step == 7
     saved(tmp_path, 91)
-    assert load_checkpoint(tmp_path).step == 91
+    assert find_last(tmp_path).step == 91
     assert not (tmp_path / ".step-0000000090").exists()

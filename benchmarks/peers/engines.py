@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from capgap.corpus.batches import batch_indices
 from capgap.corpus.tokens import Corpus
 from capgap.distill.teacher import OnlineTeacher
-from capgap.models.build import split
+from capgap.models.build import Parts
 from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, Progress, train
 from peers.cases import BETA2, CLIP, LEARNING_RATE, WEIGHT_DECAY, Case
@@ -61,8 +61,7 @@ def ours(setup: Setup) -> list[float]:
 
     def on_step(progress: Progress) -> None:
         setup.watch.lap()
-        if "student-0" in progress.reports:
-            losses.append(progress.reports["student-0"].loss)
+        losses.extend(step.learners["student-0"].loss for step in progress.reports)
 
     learners = [
         Learner(f"student-{number}", model, setup.steps, LEARNING_RATE, case.alpha)
@@ -98,13 +97,13 @@ def plain(setup: Setup) -> list[float]:
 def liger(setup: Setup) -> list[float]:
     """The same loop with Liger's chunked loss in the place of the logits."""
     chunked = liger_loss(setup.case)
-    student, teacher = split(setup.students[0]), split(setup.teacher)
+    student, teacher = Parts(setup.students[0]), Parts(setup.teacher)
 
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher_hidden = teacher.hidden(inputs).flatten(0, 1)
+            teacher_hidden = teacher(inputs).flatten(0, 1)
         with setup.autocast():
-            hidden = student.hidden(inputs).flatten(0, 1)
+            hidden = student(inputs).flatten(0, 1)
             return chunked(
                 hidden, student.head.weight, teacher_hidden, teacher.head.weight, targets
             )

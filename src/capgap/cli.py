@@ -15,6 +15,7 @@ import typer
 
 from capgap import __version__
 from capgap.errors import UserError, is_disk_full
+from capgap.machine import started
 
 USER_ERROR = 2
 FAILED = 1
@@ -47,7 +48,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        _exit(str(error), USER_ERROR)
+        where = "" if error.rank in (None, 0) else f"rank {error.rank}: "
+        # what all processes of torchrun meet alike, the first one tells
+        told = error.rank is not None or started()[0] == 0
+        _exit(f"{where}{error}" if told else "", USER_ERROR)
     except OSError as error:
         if is_disk_full(error):
             _exit("no disk space left: free some and run the same command again", USER_ERROR)
@@ -57,7 +61,8 @@ def main() -> None:
 
 
 def _exit(line: str, code: int) -> NoReturn:
-    print(f"capgap: {line}", file=sys.stderr)
+    if line:
+        print(f"capgap: {line}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -189,8 +194,8 @@ def cache(
     ] = False,
     batch_windows: Annotated[int, typer.Option(help="Windows the teacher reads at once.")] = 8,
     part: Annotated[
-        str, typer.Option(help="2/4: the second of four processes that share the work.")
-    ] = "1/1",
+        str | None, typer.Option(help="2/4: the second of four processes that share the work.")
+    ] = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -214,7 +219,7 @@ def cache(
         device=device,
         offload=offload,
         batch_windows=batch_windows,
-        part=parse_part(part),
+        part=None if part is None else parse_part(part),
     )
     try:
         found = run_cache(request, make_lines(Console(stderr=True), quiet=quiet))
@@ -251,6 +256,10 @@ def distill(
         float | None, typer.Option(help="Peak rate of all students; a rule per size if none.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides the order of the windows.")] = 0,
+    heldout_steps: Annotated[
+        int | None,
+        typer.Option(help="Held-out loss every so many steps; the best checkpoint is kept."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", metavar="KEY=VALUE", help="training.alpha=1, run.device=cpu."),
@@ -277,6 +286,7 @@ def distill(
         cache=cache_,
         learning_rate=learning_rate,
         seed=seed,
+        heldout_steps=heldout_steps,
         settings=stage_settings(set_ or []),
     )
     stopped = _StopFlag()
@@ -290,16 +300,12 @@ def distill(
         )
     except (Interrupted, KeyboardInterrupt):
         _stopped(out, stopped.signal or signal.SIGINT)
+    if started()[0]:
+        return
     if json_:
         _print_json(found)
     else:
-        for name, student in found["after"].items():
-            before = found["before"][name]["loss"]
-            if student["failure"]:
-                print(f"{name}: failed, {student['failure']['message']}")
-            else:
-                after = student["heldout"]["loss"]
-                print(f"{name}: held-out loss {before:.4f} -> {after:.4f}, {student['folder']}")
+        _print_students(found)
     if all(student["failure"] for student in found["after"].values()):
         _exit("no student was finished", FAILED)
 
@@ -340,6 +346,20 @@ def sample(
         print(text + written)
 
 
+def _print_students(found: dict[str, Any]) -> None:
+    for name, student in found["after"].items():
+        before = found["before"][name]["loss"]
+        if student["failure"]:
+            where = f"at step {student['failure']['step']}"
+            print(f"{name}: failed {where}, {student['failure']['message']}")
+        else:
+            after = student["heldout"]["loss"]
+            print(f"{name}: held-out loss {before:.4f} -> {after:.4f}, {student['folder']}")
+    for name, student in (found["best"] or {"students": {}})["students"].items():
+        loss, step = student["heldout"]["loss"], found["best"]["step"]
+        print(f"{name}: held-out loss {loss:.4f} at step {step}, {student['folder']}")
+
+
 class _StopFlag:
     """Ctrl-C and SIGTERM wait until the state is saved; the second one does not."""
 
@@ -361,6 +381,8 @@ def _sweep(
 
     from capgap.config import find_recipe, load_recipe
 
+    if started()[1] > 1:
+        raise UserError("a sweep starts processes of its own: run it without torchrun")
     recipe = load_recipe(find_recipe(name), overrides)
     console = Console(stderr=True)
     if dry_run:
@@ -403,7 +425,8 @@ def _dry_run(recipe: Any, *, as_json: bool) -> None:
 
 
 def _stopped(folder: Path, number: signal.Signals) -> NoReturn:
-    _exit(f"stopped; what is done is kept in {folder}, the same command continues", 128 + number)
+    line = f"stopped; what is done is kept in {folder}, the same command continues"
+    _exit("" if started()[0] else line, 128 + number)
 
 
 def _quieten_transformers() -> None:

@@ -93,6 +93,7 @@ class TrainingSection(Section):
     decay_embeddings: bool = False
     clip: Annotated[float, Field(gt=0)] = 1.0
     document_mask: bool = False
+    ignored_tokens: tuple[str, ...] = ()
     activation_checkpointing: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     teacher_dtype: Literal["stored", "fp32", "bf16"] = "stored"
@@ -106,6 +107,7 @@ class RunSection(Section):
     teacher_offload: bool = False
     workers: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 30.0
+    checkpoints: Annotated[int, Field(ge=1)] = 2
 
 
 class Recipe(Section):

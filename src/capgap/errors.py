@@ -6,8 +6,11 @@ import errno
 class UserError(Exception):
     """A mistake in what the user gave: one line with the wrong value and the fix.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. `rank`: of the process
+    that met it, where several work together; None where all meet the same.
     """
+
+    rank: int | None = None
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -10,18 +10,26 @@ from capgap.errors import UserError
 
 
 def resolve_device(asked: str) -> str:
-    """`auto` is the GPU where there is one; UserError for a device that is not there."""
+    """`auto` is the GPU where there is one, every process's own under torchrun.
+
+    UserError for a device that is not there.
+    """
     import torch
 
     available = torch.cuda.is_available()
     if asked == "auto":
-        return "cuda" if available else "cpu"
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if available else "cpu"
     if asked.startswith("cuda") and not available:
         raise UserError(f"device {asked!r}, but torch finds no CUDA device: use cpu or auto")
     try:
         return str(torch.device(asked))
     except RuntimeError:
         raise UserError(f"{asked!r} is no device: use auto, cpu or cuda") from None
+
+
+def started() -> tuple[int, int]:
+    """(rank, world) as torchrun tells them; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def usable_cores() -> int:

@@ -58,7 +58,7 @@ class HeadInput:
         the first `vocabulary` words of the head count: the tables of models that share a
         tokenizer are padded to different sizes, with rows that stand for no token.
         """
-        hidden = parts.hidden(input_ids, positions)
+        hidden = parts(input_ids, positions)
         weight: Tensor = parts.head.weight
         bias: Tensor | None = parts.head.bias
         if vocabulary is not None and vocabulary < weight.shape[0]:

@@ -1,5 +1,7 @@
 """Where the teacher's signal comes from: a model that runs beside its students, or a cache."""
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -7,13 +9,14 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from capgap.distill.losses import HeadInput
+from capgap.distill.losses import IGNORED_LABEL, HeadInput
 from capgap.distill.sparse import SparseSignal
 from capgap.errors import UserError
-from capgap.models.build import load_model, split
+from capgap.models.build import Parts, load_model
+from capgap.models.parallel import ALONE, Ranks, parallelize
 
 DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -23,12 +26,14 @@ class Batch:
     """Windows of one step or micro-batch, on the device of the students.
 
     windows int64 [rows, window + 1]; positions [rows, window] within documents, or None; fetched:
-    what the teacher's source read for these rows, or None.
+    what the teacher's source read for these rows, or None; labels [rows, window]: the targets
+    where some do not count (IGNORED_LABEL), None where all do.
     """
 
     windows: Tensor
     positions: Tensor | None = None
     fetched: Tensor | None = None
+    labels: Tensor | None = None
 
     @property
     def inputs(self) -> Tensor:
@@ -38,33 +43,31 @@ class Batch:
     @property
     def targets(self) -> Tensor:
         """[rows x window]"""
-        return self.windows[:, 1:].reshape(-1)
+        return (self.windows[:, 1:] if self.labels is None else self.labels).reshape(-1)
+
+    @property
+    def counted(self) -> Tensor:
+        """How many targets count, a scalar on the batch's device."""
+        return (self.targets != IGNORED_LABEL).sum()
 
     def to(self, device: torch.device) -> "Batch":
         """On that device; from pinned memory the host does not wait until it is there."""
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return Batch(
-            move(self.windows),
-            None if self.positions is None else move(self.positions),
-            None if self.fetched is None else move(self.fetched),
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def micro_batches(self, rows: int) -> list["Batch"]:
         """Parts of at most `rows` windows, in order."""
-        parts = []
-        for start in range(0, len(self.windows), rows):
-            here = slice(start, start + rows)
-            parts.append(
-                Batch(
-                    self.windows[here],
-                    None if self.positions is None else self.positions[here],
-                    None if self.fetched is None else self.fetched[here],
-                )
-            )
-        return parts
+        starts = range(0, len(self.windows), rows)
+        parts = [slice(start, start + rows) for start in starts]
+        return [self._each(operator.itemgetter(part)) for part in parts]
+
+    def pinned(self) -> "Batch":
+        """In memory that a GPU can read while the host goes on."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = (self.windows, self.positions, self.fetched, self.labels)
+        return Batch(*(None if one is None else change(one) for one in tensors))  # type: ignore
 
 
 class TeacherSource(Protocol):
@@ -84,12 +87,13 @@ class OnlineTeacher:
     states and its head go over for every micro-batch.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.parts = split(model.eval().requires_grad_(False))
+    def __init__(self, model: PreTrainedModel | Parts) -> None:
+        self.parts = model if isinstance(model, Parts) else Parts(model)
+        self.parts.eval().requires_grad_(False)
         # not model.device: offloaded layers are on none
         self.device = self.parts.head.weight.device
         self.dtype = self.parts.head.weight.dtype
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.parameters = sum(parameter.numel() for parameter in self.parts.parameters())
 
     def fetch(self, indices: NDArray[np.int64]) -> None:
         return None
@@ -102,24 +106,28 @@ class OnlineTeacher:
 
 
 def load_teacher(
-    path_or_name: str | Path, device: str, *, dtype: str = "stored", offload: bool = False
+    path_or_name: str | Path,
+    device: str,
+    *,
+    dtype: str = "stored",
+    offload: bool = False,
+    ranks: Ranks = ALONE,
 ) -> OnlineTeacher:
     """A teacher from a folder or the hub, in that dtype (stored, fp32 or bf16) on that device.
 
-    With `offload` its layers lie in the host's memory, and each goes to the device for its part
-    of a pass (the library accelerate does it). Raises UserError as load_model, and where
-    accelerate is not installed.
+    Several ranks shard it. With `offload` every rank has all of it: its layers lie in the host's
+    memory, and each goes to the device for its part of a pass (the library accelerate does it).
+    Raises UserError as load_model, and where accelerate is not installed.
     """
-    model = load_model(path_or_name, dtype=DTYPES[dtype])
+    parts = Parts(load_model(path_or_name, dtype=DTYPES[dtype]))
     if not offload:
-        return OnlineTeacher(model.to(device))
+        return OnlineTeacher(parallelize(parts, ranks, torch.device(device)))
     try:
         from accelerate import cpu_offload
     except ImportError:
         raise UserError("run.teacher_offload needs accelerate: pip install accelerate") from None
-    backbone = split(model).backbone
-    layers = [child for child in backbone.children() if isinstance(child, nn.ModuleList)]
-    model.to(device)
-    for layer in layers[0]:
+    layers = parts.layers
+    parts.to(device)
+    for layer in layers:
         cpu_offload(layer, execution_device=torch.device(device))
-    return OnlineTeacher(model)
+    return OnlineTeacher(parts)

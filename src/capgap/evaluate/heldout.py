@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from capgap.corpus.tokens import HeldoutDocument
 from capgap.distill.losses import IGNORED_LABEL, HeadInput, token_losses
-from capgap.models.build import split
+from capgap.models.build import Parts
+from capgap.models.parallel import ALONE, Ranks, release
 
 BATCH_TOKENS = 4096
 
@@ -112,19 +112,27 @@ def heldout_set(
 
 
 @torch.no_grad()
-def evaluate_heldout(model: PreTrainedModel, heldout: HeldoutSet) -> HeldoutLoss:
-    """Every held-out token is predicted once, from the tokens before it in its row."""
-    was_training = model.training
-    parts = split(model.eval())
+def evaluate_heldout(parts: Parts, heldout: HeldoutSet, ranks: Ranks = ALONE) -> HeldoutLoss:
+    """Every held-out token is predicted once, from the tokens before it in its row.
+
+    Several ranks share the rows; all of them learn the result.
+    """
+    was_training = parts.training
+    parts.eval()
     rows_at_once = max(1, BATCH_TOKENS // heldout.inputs.shape[1])
     device = parts.head.weight.device
     sums = torch.zeros(len(heldout.document_tokens), dtype=torch.float64)
-    for start in range(0, len(heldout.inputs), rows_at_once):
-        rows = slice(start, start + rows_at_once)
+    count = len(heldout.inputs)
+    # past the end nothing counts, but all ranks have to run a sharded model equally often
+    mine = torch.arange(ranks.rank, -(-count // ranks.world) * ranks.world, ranks.world)
+    for places in mine.split(rows_at_once):
+        rows = places.clamp_max(count - 1)
         source = HeadInput.of(parts, heldout.inputs[rows].to(device), heldout.vocabulary)
         targets = heldout.targets[rows].to(device)
         losses = token_losses(source, targets.reshape(-1))
-        row_sums = losses.reshape(targets.shape).double().sum(1).cpu()
+        row_sums = losses.reshape(targets.shape).double().sum(1).cpu() * (places < count)
         sums.index_add_(0, heldout.document[rows], row_sums)
-    model.train(was_training)
+    release(parts)
+    parts.train(was_training)
+    sums = ranks.total(sums)
     return HeldoutLoss(sums.tolist(), heldout.document_tokens, heldout.document_bytes)

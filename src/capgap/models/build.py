@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -158,20 +157,38 @@ def initialise(model: PreTrainedModel, generator: torch.Generator) -> None:
             weight.normal_(std=std, generator=generator)
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(nn.Module):
     """A causal language model as backbone and head, and what it does to the head's logits.
 
-    logits = softcap * tanh(logit_scale * head(hidden) / softcap), without the cap where it is None
-    (Gemma 2 caps, Cohere and Granite scale).
+    Called with token ids it gives hidden states. logits = softcap * tanh(logit_scale *
+    head(hidden) / softcap), without the cap where it is None (Gemma 2 caps, Cohere and Granite
+    scale). A module, so that whatever wraps it (FSDP) has all weights at hand in one call.
     """
 
-    backbone: nn.Module
-    head: nn.Linear
-    logit_scale: float
-    softcap: float | None
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        config = model.config
+        # Cohere multiplies by logit_scale, Granite divides by logits_scaling
+        scale = getattr(config, "logit_scale", None) or 1.0
+        self.logit_scale = float(scale / (getattr(config, "logits_scaling", None) or 1.0))
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
-    def hidden(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    @property
+    def backbone(self) -> nn.Module:
+        """Everything below the head."""
+        return self.model.base_model
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The backbone's layers, in their order."""
+        return next(one for one in self.backbone.modules() if isinstance(one, nn.ModuleList))
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """input_ids [batch, seq] to the states after the final norm [batch, seq, width].
 
         positions [batch, seq] count from 0 within every document of a packed row; tokens then
@@ -185,20 +202,6 @@ class Parts:
         """hidden [..., width] to the model's own logits [..., vocabulary]."""
         logits = self.head(hidden) * self.logit_scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
-
-
-def split(model: PreTrainedModel) -> Parts:
-    """The parts of any causal language model of transformers."""
-    config = model.config
-    # Cohere multiplies by logit_scale, Granite divides by logits_scaling
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    return Parts(
-        backbone=model.base_model,
-        head=model.get_output_embeddings(),
-        logit_scale=float(scale),
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
 
 
 def load_model(path_or_name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -244,11 +247,16 @@ def load_model(path_or_name: str | Path, dtype: torch.dtype | None = None) -> Pr
 
 
 def save_model(
-    model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a Hugging Face folder; `path` never holds half a model.
 
     The folder is written beside `path` and then renamed; a folder already at `path` is replaced.
+    `weights` stand for the model's own, where those lie in parts on several ranks.
     """
     partial = path.with_name(f".{path.name}.partial")
     replaced = path.with_name(f".{path.name}.replaced")
@@ -256,12 +264,12 @@ def save_model(
         if leftover.exists():
             shutil.rmtree(leftover)
     path.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
-    for weights in partial.glob("*.safetensors"):
+    for file in partial.glob("*.safetensors"):
         # safetensors lets nobody but the owner read; the config has what the system gives
-        shutil.copymode(partial / "config.json", weights)
+        shutil.copymode(partial / "config.json", file)
     if path.exists():
         path.rename(replaced)
     partial.rename(path)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from capgap.errors import UserError
-from capgap.models.build import shape_of, split
+from capgap.models.build import Parts, shape_of
 from capgap.models.shape import Shape
 from capgap.prune.layout import LAYOUTS, layers_of
 from capgap.sizes import scoring_flops
@@ -135,9 +135,9 @@ def _norm(module: Any, values: Tensor, mask: Tensor) -> Tensor:
 
 def loss_of(model: PreTrainedModel, windows: Tensor) -> Tensor:
     """Mean cross-entropy, nats per token, of predicting `windows` [batch, seq + 1]."""
-    parts = split(model)
+    parts = Parts(model)
     # float32 at least: a sum over the vocabulary in bf16 loses digits
-    logits = parts.logits(parts.hidden(windows[:, :-1]))
+    logits = parts.logits(parts(windows[:, :-1]))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 

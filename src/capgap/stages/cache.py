@@ -13,7 +13,10 @@ from capgap.stages.inputs import check_model, open_corpus
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """Whose signal is kept, for which tokens, and how; part (i, n) writes every n-th shard."""
+    """Whose signal is kept, for which tokens, and how.
+
+    Part (i, n) writes every n-th shard; without one, every process of torchrun writes its own.
+    """
 
     teacher: str
     corpus: Path
@@ -27,7 +30,7 @@ class CacheRequest:
     device: str = "auto"
     offload: bool = False
     batch_windows: int = 8
-    part: tuple[int, int] = (0, 1)
+    part: tuple[int, int] | None = None
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -50,7 +53,7 @@ def run_cache(
     from capgap.distill.cache import CacheIdentity, CacheProgress, CacheWriter, write_cache
     from capgap.distill.cache_format import CacheFormat
     from capgap.distill.teacher import DTYPES, load_teacher
-    from capgap.machine import resolve_device
+    from capgap.machine import resolve_device, started
     from capgap.models.identity import model_hash
 
     if request.dtype not in DTYPES:
@@ -93,7 +96,7 @@ def run_cache(
         teacher,
         corpus,
         device=torch.device(device),
-        part=request.part,
+        part=request.part or started(),
         batch_windows=request.batch_windows,
         on_batch=on_batch,
     )

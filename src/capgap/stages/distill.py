@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +12,27 @@ from capgap.config import StageSettings
 from capgap.corpus.tokens import Corpus
 from capgap.errors import UserError
 from capgap.stages.inputs import check_model, open_corpus
+from capgap.stages.step_lines import StepLines
 
 if TYPE_CHECKING:
     from capgap.distill.teacher import TeacherSource
-    from capgap.train.loop import LoopSettings, Progress
+    from capgap.evaluate.heldout import HeldoutLoss
+    from capgap.models.parallel import Ranks
+    from capgap.train.learner import Learner
+    from capgap.train.loop import LoopSettings
 
 RECORD = "distill.json"
 METRICS = "metrics.jsonl"
-SAID_EVERY = 10.0  # seconds
 DATA_SEED = 2_000_003
 
 
 @dataclass(frozen=True)
 class DistillRequest:
-    """Who learns from whom, on which tokens, and how. `learning_rate` None is the rule per size."""
+    """Who learns from whom, on which tokens, and how. `learning_rate` None is the rule per size.
+
+    Every `heldout_steps` the held-out loss is taken and the best checkpoint kept; None: at the end
+    alone.
+    """
 
     teacher: str
     students: tuple[str, ...]
@@ -37,6 +43,7 @@ class DistillRequest:
     cache: Path | None = None
     learning_rate: float | None = None
     seed: int = 0
+    heldout_steps: int | None = None
     settings: StageSettings = field(default_factory=StageSettings)
 
     def names(self) -> list[str]:
@@ -56,6 +63,7 @@ class DistillRequest:
             "cache": None if self.cache is None else str(self.cache),
             "learning_rate": self.learning_rate,
             "seed": self.seed,
+            "heldout_steps": self.heldout_steps,
             "training": self.settings.training.model_dump(mode="json"),
         }
 
@@ -68,84 +76,174 @@ def run_distill(
 ) -> dict[str, Any]:
     """Trains the students and writes each as a Hugging Face folder; returns distill.json.
 
-    Stopped or killed, the same call continues from the last checkpoint. UserError for the user's
-    mistakes, before any work where they can be known; Interrupted when `should_stop` said so.
+    Stopped or killed, the same call continues from the last checkpoint. Started by torchrun, all
+    its processes share the work; the first one writes and says. UserError for the user's mistakes,
+    before any work where they can be known; Interrupted when `should_stop` said so.
     """
-    import torch
     from transformers.utils import logging as transformers_logging
 
-    from capgap.evaluate.heldout import evaluate_heldout, heldout_set
-    from capgap.machine import machine, resolve_device, versions
-    from capgap.models.build import load_model, save_model
-    from capgap.sizes import forward_flops, training_flops
-    from capgap.train.learner import Learner
-    from capgap.train.learning_rate import auto_learning_rate
-    from capgap.train.loop import train
+    from capgap.machine import resolve_device
+    from capgap.models.parallel import joined
 
     transformers_logging.disable_progress_bar()
     device = resolve_device(request.settings.run.device)
-    names = request.names()
+    request.names()
     corpus = open_corpus(request.corpus, request.window)
     for name in (request.teacher, *request.students):
         check_model(name, corpus)
-    settings = _settings(request, device)
-    steps = request.tokens // request.settings.training.batch_tokens
-    record = _begin(request, corpus)
-    if record.get("finished"):
+    settings = _settings(request, corpus, device)
+    with joined(device, settings.batch_windows) as ranks:
+        record = ranks.told(_begin(request, corpus) if ranks.is_first else {})
+        if not record["finished"]:
+            run = _Run(request, corpus, settings, device, ranks, record)
+            run.train(say if ranks.is_first else lambda text: None, should_stop)
+            run.finish()
         return record
-    heldout = heldout_set(corpus.heldout_documents(), corpus.window, corpus.vocabulary)
-    teacher, teacher_parameters = _teacher(request, corpus, device)
-    learners = []
-    for name, path in zip(names, request.students, strict=True):
-        model = load_model(path, dtype=torch.float32).to(device)
-        size = _non_embedding(model)
-        rate = request.learning_rate or auto_learning_rate(size, is_cut=True)
-        learners.append(Learner(name, model, steps, rate, request.settings.training.alpha))
-    if "before" not in record:
-        record["before"] = {
-            one.id: evaluate_heldout(one.model, heldout).as_dict() for one in learners
-        }
-        _write(request.out / RECORD, record)
-    flops = sum(training_flops(_total(one.model), 1) for one in learners)
-    flops += forward_flops(teacher_parameters, 1)
-    with _Metrics(request, flops, _peak(settings, device), say) as metrics:
-        train(
-            learners,
-            corpus,
-            settings,
-            teacher=teacher,
-            checkpoint_folder=request.out / "checkpoints",
-            should_stop=should_stop,
-            on_step=metrics.add,
+
+
+class _Run:
+    """One call's models, and what it adds to the record."""
+
+    def __init__(
+        self,
+        request: DistillRequest,
+        corpus: Corpus,
+        settings: "LoopSettings",
+        device: str,
+        ranks: "Ranks",
+        record: dict[str, Any],
+    ) -> None:
+        import torch
+
+        from capgap.evaluate.heldout import heldout_set
+        from capgap.models.build import load_model
+        from capgap.models.parallel import parallelize
+        from capgap.train.learner import Learner
+        from capgap.train.learning_rate import auto_learning_rate
+
+        self.request = request
+        self.corpus = corpus
+        self.settings = settings
+        self.device = device
+        self.ranks = ranks
+        self.record = record
+        self.heldout = heldout_set(corpus.heldout_documents(), corpus.window, corpus.vocabulary)
+        self.teacher, self.teacher_parameters = _teacher(request, corpus, device, ranks)
+        self.steps = request.tokens // request.settings.training.batch_tokens
+        self.learners: list[Learner] = []
+        for name, path in zip(request.names(), request.students, strict=True):
+            model = load_model(path, dtype=torch.float32)
+            rate = request.learning_rate or auto_learning_rate(_non_embedding(model), is_cut=True)
+            learner = Learner(name, model, self.steps, rate, request.settings.training.alpha)
+            parallelize(learner.parts, ranks, torch.device(device))
+            self.learners.append(learner)
+        self.last_losses: dict[str, HeldoutLoss] = {}
+
+    def train(self, say: Callable[[str], None], should_stop: Callable[[], bool]) -> None:
+        from capgap.train.loop import train
+
+        if "before" not in self.record:
+            self._record(before={one.id: self._evaluate(one).as_dict() for one in self.learners})
+
+        def heldout_loss(learner: "Learner") -> float:
+            self.last_losses[learner.id] = self._evaluate(learner)
+            return self.last_losses[learner.id].loss
+
+        peak = _peak(self.settings, self.device) * self.ranks.world
+        with StepLines(
+            self.request.out / METRICS, self.request.tokens, self._token_flops(), peak, say
+        ) as metrics:
+            train(
+                self.learners,
+                self.corpus,
+                self.settings,
+                teacher=self.teacher,
+                checkpoint_folder=self._checkpoints,
+                should_stop=should_stop,
+                on_step=metrics.add if self.ranks.is_first else lambda progress: None,
+                heldout_loss=None if self.settings.heldout_steps is None else heldout_loss,
+                ranks=self.ranks,
+            )
+
+    def finish(self) -> None:
+        """The students as folders, and the record."""
+        from capgap.machine import machine, versions
+
+        students = {}
+        for one in self.learners:
+            loss = None
+            if one.failure is None:
+                loss = self.last_losses.get(one.id) or self._evaluate(one)
+            students[one.id] = {
+                "folder": None if one.failure else self._save(one, "students"),
+                "failure": one.failure,
+                "parameters": _total(one.model),
+                "non_embedding": _non_embedding(one.model),
+                "learning_rate": one.learning_rate,
+                "heldout": None if loss is None else loss.as_dict(),
+                "curve": one.curve,
+            }
+        batch_tokens = self.request.settings.training.batch_tokens
+        self._record(
+            finished=True,
+            steps=self.steps,
+            flops=self._token_flops() * self.steps * batch_tokens,
+            after=students,
+            best=self._best(),
+            processes=self.ranks.world,
+            versions=versions(),
+            machine=machine(self.device, None),
         )
-    students = {}
-    for one in learners:
-        folder = request.out / "students" / one.id
-        if one.failure is None:
-            save_model(one.model, folder, corpus.tokenizer)
-        students[one.id] = {
-            "folder": None if one.failure else str(folder),
-            "failure": one.failure,
-            "parameters": _total(one.model),
-            "non_embedding": _non_embedding(one.model),
-            "learning_rate": one.learning_rate,
-            "heldout": None if one.failure else evaluate_heldout(one.model, heldout).as_dict(),
-            "curve": one.curve,
+        if self.ranks.is_first:
+            shutil.rmtree(self._checkpoints, ignore_errors=True)
+
+    def _best(self) -> dict[str, Any] | None:
+        """The students of the checkpoint with the lowest held-out loss, where it is not the last;
+        None where no loss was taken on the way."""
+        from capgap.train.loop import restore_best
+
+        step = restore_best(self.learners, self._checkpoints, self.ranks)
+        if step is None:
+            return None
+        sound = [one for one in self.learners if one.failure is None and step < self.steps]
+        students = {
+            one.id: {"folder": self._save(one, "best"), "heldout": self._evaluate(one).as_dict()}
+            for one in sound
         }
-    record |= {
-        "finished": True,
-        "steps": steps,
-        "flops": flops * steps * request.settings.training.batch_tokens,
-        "after": students,
-        "versions": versions(),
-        "machine": machine(device, None),
-    }
-    _write(request.out / RECORD, record)
-    shutil.rmtree(request.out / "checkpoints", ignore_errors=True)
-    return record
+        return {"step": step, "students": students}
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.request.out / "checkpoints"
+
+    def _evaluate(self, learner: "Learner") -> "HeldoutLoss":
+        from capgap.evaluate.heldout import evaluate_heldout
+
+        return evaluate_heldout(learner.parts, self.heldout, self.ranks)
+
+    def _save(self, learner: "Learner", name: str) -> str:
+        from capgap.models.build import save_model
+        from capgap.models.parallel import whole_weights
+
+        folder = self.request.out / name / learner.id
+        weights = whole_weights(learner.parts, self.ranks)
+        if self.ranks.is_first:
+            save_model(learner.model, folder, self.corpus.tokenizer, weights=weights)
+        return str(folder)
+
+    def _token_flops(self) -> int:
+        from capgap.sizes import forward_flops, training_flops
+
+        students = sum(training_flops(_total(one.model), 1) for one in self.learners)
+        return students + forward_flops(self.teacher_parameters, 1)
+
+    def _record(self, **values: Any) -> None:
+        self.record |= values
+        if self.ranks.is_first:
+            _write(self.request.out / RECORD, self.record)
 
 
-def _settings(request: DistillRequest, device: str) -> "LoopSettings":
+def _settings(request: DistillRequest, corpus: Corpus, device: str) -> "LoopSettings":
     from capgap.train.settings import loop_settings
 
     window, training = request.window, request.settings.training
@@ -159,12 +257,15 @@ def _settings(request: DistillRequest, device: str) -> "LoopSettings":
         raise UserError(
             f"--tokens {request.tokens} is less than one batch of {training.batch_tokens}"
         )
+    if request.heldout_steps is not None and request.heldout_steps < 1:
+        raise UserError(f"--heldout-steps {request.heldout_steps} must be above 0")
     return loop_settings(
         training,
-        window=window,
+        request.settings.run,
+        corpus,
         data_seed=DATA_SEED + request.seed,
         device=device,
-        checkpoint_seconds=request.settings.run.checkpoint_seconds,
+        heldout_steps=request.heldout_steps,
     )
 
 
@@ -189,7 +290,9 @@ def _begin(request: DistillRequest, corpus: Corpus) -> dict[str, Any]:
     return record
 
 
-def _teacher(request: DistillRequest, corpus: Corpus, device: str) -> "tuple[TeacherSource, int]":
+def _teacher(
+    request: DistillRequest, corpus: Corpus, device: str, ranks: "Ranks"
+) -> "tuple[TeacherSource, int]":
     """The teacher, and the parameters that work while students learn: none where it is cached."""
     from capgap.distill.cache import CachedTeacher
     from capgap.distill.teacher import load_teacher
@@ -206,11 +309,17 @@ def _teacher(request: DistillRequest, corpus: Corpus, device: str) -> "tuple[Tea
         )
         cached.check(training.temperature, training.divergence)
         return cached, 0
+    if ranks.world > 1 and run.teacher_device != "same":
+        raise UserError(
+            f"run.teacher_device {run.teacher_device!r}: with several processes the teacher is "
+            "sharded over the devices of its students; leave it at 'same'"
+        )
     teacher = load_teacher(
         request.teacher,
         device if run.teacher_device == "same" else resolve_device(run.teacher_device),
         dtype=training.teacher_dtype,
         offload=run.teacher_offload,
+        ranks=ranks,
     )
     return teacher, teacher.parameters
 
@@ -241,76 +350,3 @@ def _write(path: Path, record: dict[str, Any]) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     os.replace(aside, path)
-
-
-class _Metrics:
-    """One JSON line a step, and now and then a line for people. A context manager.
-
-    `flops` a token by 6 S + 2 T; `peak` FLOPs a second of the device.
-    """
-
-    def __init__(
-        self, request: DistillRequest, flops: int, peak: float, say: Callable[[str], None]
-    ) -> None:
-        self.path = request.out / METRICS
-        self.request = request
-        self.flops = flops
-        self.peak = peak
-        self.say = say
-        self.stream: Any = None
-        self.said = time.monotonic()
-
-    def __enter__(self) -> "_Metrics":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.stream is not None:
-            self.stream.close()
-
-    def add(self, progress: "Progress") -> None:
-        if not progress.reports:
-            return
-        reports = {name: dict(vars(report)) for name, report in progress.reports.items()}
-        first = next(iter(reports.values()))
-        step, tokens = first["step"], first["tokens"]
-        if self.stream is None:
-            self._keep_before(step)
-            self.stream = self.path.open("a", buffering=1)
-        rate = None if progress.seconds is None else tokens / progress.seconds
-        for report in reports.values():
-            del report["step"], report["tokens"]
-        line = {
-            "step": step,
-            "tokens": (step + 1) * tokens,
-            "tokens_per_second": rate,
-            "utilisation": None if rate is None else rate * self.flops / self.peak,
-            "students": reports,
-        }
-        self.stream.write(json.dumps(line) + "\n")
-        if time.monotonic() - self.said < SAID_EVERY:
-            return
-        self.said = time.monotonic()
-        losses = ", ".join(
-            f"{name}: CE {report['ce']:.3f}"
-            + ("" if report["kl"] is None else f" KL {report['kl']:.3f}")
-            for name, report in reports.items()
-        )
-        speed = (
-            "" if rate is None else f", {rate:,.0f} tokens/s ({line['utilisation']:.0%} of peak)"
-        )
-        self.say(f"{line['tokens'] / self.request.tokens:.0%}{speed}; {losses}")
-
-    def _keep_before(self, step: int) -> None:
-        """A run that goes on from a checkpoint takes some steps again."""
-        if not self.path.exists():
-            return
-        kept = []
-        for text in self.path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                break  # cut off by a kill
-            if line["step"] >= step:
-                break
-            kept.append(text + "\n")
-        self.path.write_text("".join(kept))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from capgap.distill.losses import HeadInput, column_loss
-from capgap.models.build import build_model, split
+from capgap.models.build import Parts, build_model
 from capgap.models.shape import Shape
 from capgap.train.optimizer import make_optimizer
 
@@ -53,7 +53,7 @@ def _seconds_a_token(
     shape: Shape, rows: int, window: int, device: str, dtype: torch.dtype | None
 ) -> float:
     model = build_model(shape, seed=0).to(device)
-    parts = split(model)
+    parts = Parts(model)
     optimizer = make_optimizer(model, weight_decay=0.1, decay_embeddings=False)
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(0, shape.vocabulary, (rows, window + 1), generator=generator)

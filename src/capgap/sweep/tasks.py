@@ -28,7 +28,7 @@ from capgap.distill.teacher import load_teacher
 from capgap.errors import UserError
 from capgap.evaluate.heldout import HeldoutLoss, HeldoutSet, evaluate_heldout, heldout_set
 from capgap.machine import machine, resolve_device, versions
-from capgap.models.build import build_model, load_model, save_model
+from capgap.models.build import Parts, build_model, load_model, save_model
 from capgap.prune.importance import Importance, score
 from capgap.prune.surgery import cut
 from capgap.records import AfterCut, read_record, record_from_dict, write_record
@@ -68,10 +68,10 @@ class Task:
         recipe = self.context.recipe
         return loop_settings(
             recipe.training,
-            window=recipe.corpus.window,
+            recipe.run,
+            self.corpus,
             data_seed=DATA_SEEDS[kind] + seed,
             device=self.context.device,
-            checkpoint_seconds=recipe.run.checkpoint_seconds,
         )
 
     def run(
@@ -91,7 +91,7 @@ class Task:
 
     def evaluate(self, model: PreTrainedModel) -> HeldoutLoss:
         with self.clock.stage("evaluation"):
-            return evaluate_heldout(model, self.heldout)
+            return evaluate_heldout(Parts(model), self.heldout)
 
 
 def run_teacher(task: Task, teacher: Teacher) -> None:

@@ -102,7 +102,7 @@ def _run(
         now = time.monotonic()
         if now - told > TOLD_EVERY:
             told = now
-            last = [*progress.reports.values()][-1:]
+            last = [one for step in progress.reports for one in step.learners.values()][-1:]
             loss = last[0].loss if last else None
             rate = learner_tokens / (now - start)
             messages.put(StepMessage(worker, asked.id, progress.tokens, rate, loss))

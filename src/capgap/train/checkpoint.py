@@ -1,10 +1,12 @@
 """Checkpoints of a training run: a folder for each, written aside and renamed, with checksums.
 
-    FOLDER/step-0000001200/training.safetensors   weights and moments; step and state in its header
-    FOLDER/step-0000001200/manifest.json          bytes and sha256 of every other file, written last
+    FOLDER/step-0000001200/shard-*.safetensors   weights and moments, a file of every rank
+    FOLDER/step-0000001200/state.json            step, curves, what the optimizers have counted
+    FOLDER/step-0000001200/manifest.json         bytes and sha256 of all other files, written last
 
 Batches are a pure function of (seed, step), so the weights, the optimizer's moments and the step
-are the whole state. No pickle: tensors in safetensors, the rest as JSON.
+are the whole state. torch.distributed.checkpoint writes the tensors, on one rank as on many: a
+checkpoint of any number of ranks can be read by any other number. No pickle.
 """
 
 import hashlib
@@ -12,88 +14,209 @@ import json
 import logging
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from capgap.models.parallel import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
+SCHEMA = 2
 MANIFEST = "manifest.json"
-TENSORS = "training.safetensors"
+STATE = "state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """All of a checkpoint but its tensors; heldout: the held-out loss then, where it was taken."""
+
     step: int
-    tensors: dict[str, Tensor]
     state: dict[str, Any]
+    heldout: float | None = None
+    place: Path | None = None
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> None:
-    """Adds a checkpoint to the folder, then deletes all but the last `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    place = folder / f"step-{checkpoint.step:010d}"
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
-    partial = folder / f".{place.name}"
-    partial.mkdir()
-    metadata = {"step": str(checkpoint.step), "state": json.dumps(checkpoint.state)}
+def save_checkpoint(
+    folder: Path,
+    checkpoint: Checkpoint,
+    tensors: dict[str, Tensor],
+    *,
+    keep: int = 2,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Adds a checkpoint; the last `keep` and the one with the lowest held-out loss stay.
+
+    All ranks call it, each with its own parts of the tensors.
+    """
+    name = f"step-{checkpoint.step:010d}"
+    place, partial = folder / name, folder / f".{name}"
+    if ranks.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".step-*"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+    ranks.wait()
     try:
-        save_file(checkpoint.tensors, partial / TENSORS, metadata=metadata)
-        _sync(partial / TENSORS)
-        (partial / MANIFEST).write_text(json.dumps({"schema": 1, "files": _checksums(partial)}))
-        _sync(partial / MANIFEST)
-        if place.exists():  # a damaged one, whose steps were taken again
-            shutil.rmtree(place)
-        partial.rename(place)
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        with _plainly():
+            save(tensors, storage_writer=writer, no_dist=ranks.mesh is None)
+        if ranks.is_first:
+            _write(partial / STATE, {"step": checkpoint.step, "state": checkpoint.state})
+        ranks.wait()
+        files = _checksums(partial, ranks)
+        if ranks.is_first:
+            manifest = {"schema": SCHEMA, "heldout": checkpoint.heldout, "files": files}
+            _write(partial / MANIFEST, manifest)
+            if place.exists():  # a damaged one, whose steps were taken again
+                shutil.rmtree(place)
+            partial.rename(place)
     finally:
-        # half a checkpoint must not go on filling a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+        if ranks.is_first:
+            # half a checkpoint must not go on filling a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+    if ranks.is_first:
+        for old in _superfluous(folder, keep):
+            shutil.rmtree(old)
+    ranks.wait()
 
 
-def load_checkpoint(folder: Path) -> Checkpoint | None:
+def find_last(folder: Path, ranks: Ranks = ALONE) -> Checkpoint | None:
     """The last whole checkpoint of the folder, None when there is none.
 
     A truncated or changed one is passed over with a warning, and the one before it is taken.
     """
-    for place in sorted(folder.glob("step-*"), reverse=True):
+    return _first_whole(sorted(folder.glob("step-*"), reverse=True), ranks)
+
+
+def find_best(folder: Path, ranks: Ranks = ALONE) -> Checkpoint | None:
+    """The whole checkpoint with the lowest held-out loss, None where none was taken."""
+    return _first_whole(_by_loss(folder), ranks)
+
+
+def read_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor], ranks: Ranks = ALONE) -> None:
+    """Fills these tensors, a part of those that were saved, each rank its own parts of them."""
+    with _plainly():
+        load(
+            tensors,
+            storage_reader=HuggingFaceStorageReader(str(checkpoint.place)),
+            no_dist=ranks.mesh is None,
+        )
+
+
+def training_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, prefix: str
+) -> dict[str, Tensor]:
+    """Weights and moments by parameter name; tied parameters appear once."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"{prefix}/weight/{name}"] = parameter.detach()
+        state = {} if optimizer is None else optimizer.state.get(parameter, {})
+        tensors |= {f"{prefix}/{key}/{name}": state[key] for key in MOMENTS if key in state}
+    return tensors
+
+
+def updates(optimizer: torch.optim.Optimizer) -> int:
+    """Steps that AdamW has taken: those of the loop, less refused ones. Waits for the device."""
+    return next((int(state["step"].item()) for state in optimizer.state.values()), 0)
+
+
+def set_updates(optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Moments to be filled, as AdamW has them after so many steps."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
+            step = torch.tensor(float(count), device=parameter.device)
+            optimizer.state[parameter] = {"step": step, **moments}
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Lets torch.distributed.checkpoint work on one rank, and raise what went wrong as it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error
+
+
+def _first_whole(places: list[Path], ranks: Ranks) -> Checkpoint | None:
+    # one rank looks for all, or they could choose differently
+    found = None
+    for place in places if ranks.is_first else []:
         problem = _damage(place)
         if problem is None:
-            with safe_open(place / TENSORS, framework="pt") as opened:
-                metadata = opened.metadata()
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return Checkpoint(int(metadata["step"]), tensors, json.loads(metadata["state"]))
+            found = place
+            break
         logger.warning("checkpoint %s is damaged (%s): going on from before it", place, problem)
-    return None
+    found = ranks.told(found)
+    if found is None:
+        return None
+    content = json.loads((found / STATE).read_text())
+    heldout = json.loads((found / MANIFEST).read_text())["heldout"]
+    return Checkpoint(content["step"], content["state"], heldout, found)
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as written:
-        os.fsync(written.fileno())
+def _by_loss(folder: Path) -> list[Path]:
+    """Those whose held-out loss was taken, the lowest first, the later one of equals."""
+    losses = []
+    for place in folder.glob("step-*"):
+        try:
+            heldout = json.loads((place / MANIFEST).read_text())["heldout"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if heldout is not None:
+            losses.append((heldout, place))
+    return [place for _, place in sorted(sorted(losses, reverse=True), key=lambda one: one[0])]
 
 
-def _checksums(place: Path) -> dict[str, dict[str, Any]]:
+def _superfluous(folder: Path, keep: int) -> list[Path]:
+    kept = _by_loss(folder)[:1] + sorted(folder.glob("step-*"))[-keep:]
+    return [place for place in folder.glob("step-*") if place not in kept]
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with path.open("w") as stream:
+        json.dump(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _checksums(place: Path, ranks: Ranks = ALONE) -> dict[str, dict[str, Any]]:
+    """Of all files but the manifest; the ranks share the reading."""
     found = {}
-    for path in sorted(place.iterdir()):
+    paths = sorted(path for path in place.iterdir() if path.name != MANIFEST)
+    for path in paths[ranks.rank :: ranks.world]:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         found[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    return found
+    return {name: entry for part in ranks.collect(found) for name, entry in part.items()}
 
 
 def _damage(place: Path) -> str | None:
     """What differs from the manifest, or None."""
     try:
-        expected = json.loads((place / MANIFEST).read_text())["files"]
+        manifest = json.loads((place / MANIFEST).read_text())
+        schema, expected = manifest["schema"], manifest["files"]
     except (OSError, ValueError, KeyError):
         return f"no readable {MANIFEST}"
+    if schema != SCHEMA:
+        return f"of version {schema}, not {SCHEMA}"
     found = _checksums(place)
     for name, entry in expected.items():
         if name not in found:
@@ -103,37 +226,3 @@ def _damage(place: Path) -> str | None:
         if found[name] != entry:
             return f"{name} has another sha256"
     return None
-
-
-def training_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, prefix: str
-) -> dict[str, Tensor]:
-    """Weights and moments by parameter name; tied parameters appear once."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"{prefix}/weight/{name}"] = parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{prefix}/{key}/{name}"] = value
-    return tensors
-
-
-def restore_training(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tensors: dict[str, Tensor],
-    prefix: str,
-) -> None:
-    """The reverse of `training_tensors`, in place."""
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        owner, kind, name = key.split("/", 2)
-        if owner == prefix:
-            by_parameter.setdefault(name, {})[kind] = tensor
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            state = by_parameter[name]
-            parameter.copy_(state.pop("weight"))
-            if state:
-                optimizer.state[parameter] = {
-                    key: value.to(parameter.device) for key, value in state.items()
-                }

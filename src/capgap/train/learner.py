@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from capgap.models.build import Parts
+
 CURVE_COLUMNS = (
     "step",
     "tokens",
@@ -20,7 +22,10 @@ CURVE_COLUMNS = (
 
 @dataclass
 class Learner:
-    """It ends after `steps`, or at its first non-finite loss or gradient."""
+    """It ends after `steps`, or at its first non-finite loss or gradient.
+
+    `parts` is the same model, as the loop calls it; `parallelize` may have sharded it.
+    """
 
     id: str
     model: PreTrainedModel
@@ -31,6 +36,10 @@ class Learner:
         default_factory=lambda: {column: [] for column in CURVE_COLUMNS}
     )
     failure: dict[str, Any] | None = None
+    parts: Parts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts = Parts(self.model)
 
     def active(self, step: int) -> bool:
         return self.failure is None and step < self.steps

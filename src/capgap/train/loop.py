@@ -4,8 +4,10 @@ It trains any number of models on the same batches: one model without a teacher 
 a baseline, several with a teacher are a column, whose teacher runs once for all of them.
 """
 
+import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +20,25 @@ from capgap.corpus.tokens import Corpus
 from capgap.distill.divergences import Divergence
 from capgap.distill.losses import FORWARD_KL, ColumnLoss, HeadInput, column_loss
 from capgap.distill.teacher import Batch, TeacherSource
-from capgap.models.build import split
+from capgap.models.parallel import ALONE, Ranks, whole
 from capgap.train.checkpoint import (
     Checkpoint,
-    load_checkpoint,
-    restore_training,
+    find_best,
+    find_last,
+    read_tensors,
     save_checkpoint,
+    set_updates,
     training_tensors,
+    updates,
 )
 from capgap.train.clock import StageClock
 from capgap.train.learner import Learner
 from capgap.train.metrics import (
-    SUMS,
+    COLUMNS,
     CurveSums,
     HostCopy,
     Reporter,
-    StepReport,
+    StepReports,
     Taken,
     column_sums,
 )
@@ -47,7 +52,12 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What all models of one loop share. Batches and micro-batches are counted in windows."""
+    """What all models of one loop share. Batches and micro-batches are counted in windows.
+
+    A batch is that of all ranks together, a micro-batch that of one. Labels in `ignored_labels`
+    do not count. Every `heldout_steps` the held-out loss is taken, and the checkpoint with the
+    lowest is kept.
+    """
 
     batch_windows: int
     micro_batch_windows: int
@@ -59,25 +69,29 @@ class LoopSettings:
     decay_embeddings: bool = False
     clip: float = 1.0
     document_mask: bool = False
+    ignored_labels: tuple[int, ...] = ()
     activation_checkpointing: bool = False
     autocast_dtype: torch.dtype | None = None
     checkpoint_seconds: float = 30.0
+    checkpoints: int = 2
+    heldout_steps: int | None = None
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Told after every step; `learner_tokens` counts the batch once for each model that took it.
+    """Told after every step; `learner_tokens` counts the batch once for each model that took it,
+    `tokens` those of all steps.
 
-    `reports` are those known by now, by learner: on a GPU those of the step before, since waiting
-    for the last one would leave the GPU without work. `seconds` is the time of the step that they
-    tell of, None where it is not known.
+    `reports` are those of the steps that have become known since the last time: on a GPU a step
+    late, since waiting for the last one would leave the GPU without work. `heldout`: losses after
+    this step by learner, empty where they were not taken.
     """
 
     step: int
     tokens: int
     learner_tokens: int
-    reports: dict[str, StepReport]
-    seconds: float | None
+    reports: list[StepReports]
+    heldout: dict[str, float]
 
 
 def train(
@@ -91,15 +105,20 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[Progress], None] = lambda progress: None,
     on_end: Callable[[Learner], None] = lambda learner: None,
+    heldout_loss: Callable[[Learner], float] | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Trains every learner to its own number of steps, in place; `on_end` is told of each.
 
     With a checkpoint folder it continues from its last whole checkpoint, saves every
     `checkpoint_seconds`, and when `should_stop` says so, saves and raises Interrupted. On one CPU
     process an interrupted run that continues equals an uninterrupted one bit for bit.
+
+    With several ranks every one calls this with its parts of the same models (`parallelize`), and
+    any of them can stop all. `heldout_loss` belongs to `settings.heldout_steps`.
     """
     clock = clock or StageClock()
-    column = _Column(learners, teacher, settings, clock, corpus.vocabulary)
+    column = _Column(learners, teacher, settings, clock, corpus.vocabulary, ranks)
     step = 0
     if checkpoint_folder is not None:
         step = column.restore(checkpoint_folder)
@@ -115,6 +134,8 @@ def train(
         teacher=teacher,
         device=column.device,
         last_step=max(learner.steps for learner in learners) - 1,
+        ignored_labels=settings.ignored_labels,
+        ranks=ranks,
     )
     with reader:
         while any(learner.active(step) for learner in learners):
@@ -123,21 +144,42 @@ def train(
             trained = [learner for learner in learners if learner.active(step)]
             reports = column.step(step, read)
             step += 1
-            tokens = read.batch.targets.numel()
-            seconds = column.reporter.seconds
-            on_step(Progress(step, step * tokens, tokens * len(trained), reports, seconds))
+            tokens = len(read.indices) * corpus.window
+            losses = {}
+            if heldout_loss is not None and column.is_measured(step):
+                with clock.stage("evaluation"):
+                    losses = {one.id: heldout_loss(one) for one in trained if one.failure is None}
+            progress = Progress(step, step * tokens, tokens * len(trained), reports, losses)
+            on_step(progress)
             for learner in trained:
                 if not learner.active(step):
                     on_end(learner)
             if checkpoint_folder is None:
                 continue
-            stopping = should_stop()
-            if stopping or time.monotonic() - saved_at > settings.checkpoint_seconds:
+            due = time.monotonic() - saved_at > settings.checkpoint_seconds
+            # the first rank's clock, or the ranks would save at different steps
+            stopping, due = ranks.agree(should_stop(), due and ranks.is_first)
+            if stopping or due or losses:
+                # a run that goes on from here does not take these steps again
+                late = column.reporter.read(all_steps=True)
+                if late:
+                    on_step(Progress(step, step * tokens, 0, late, {}))
                 with clock.stage("checkpoint"):
-                    column.save(checkpoint_folder, step)
+                    column.save(checkpoint_folder, step, losses)
                 saved_at = time.monotonic()
             if stopping:
                 raise Interrupted
+
+
+def restore_best(learners: Sequence[Learner], folder: Path, ranks: Ranks = ALONE) -> int | None:
+    """Gives the learners the weights of the checkpoint with the lowest held-out loss, the mean over
+    learners; returns its step, None where no loss was taken."""
+    checkpoint = find_best(folder, ranks)
+    if checkpoint is None:
+        return None
+    for learner in learners:
+        read_tensors(checkpoint, training_tensors(learner.model, None, learner.id), ranks)
+    return checkpoint.step
 
 
 class _Column:
@@ -150,16 +192,19 @@ class _Column:
         settings: LoopSettings,
         clock: StageClock,
         vocabulary: int,
+        ranks: Ranks,
     ) -> None:
         self.learners = learners
         self.teacher = teacher
         self.settings = settings
         self.clock = clock
         self.vocabulary = vocabulary
+        self.ranks = ranks
         if settings.activation_checkpointing:
             for learner in learners:
                 _checkpoint_activations(learner.model)
-        self.parts = {learner.id: split(learner.model.train()) for learner in learners}
+        for learner in learners:
+            learner.parts.train()
         self.optimizers = {
             learner.id: make_optimizer(
                 learner.model,
@@ -175,26 +220,40 @@ class _Column:
         }
         self.reporter = Reporter(learners, self.device, teacher is not None)
 
-    def step(self, step: int, read: ReadBatch) -> dict[str, StepReport]:
-        """One optimizer step of every active learner; returns the reports known by now."""
+    def step(self, step: int, read: ReadBatch) -> list[StepReports]:
+        """One optimizer step of every active learner; returns the reports that it made known."""
         active = [learner for learner in self.learners if learner.active(step)]
-        tokens = read.batch.targets.numel()
-        sums = torch.zeros(len(active), len(SUMS), dtype=torch.float64, device=self.device)
-        for batch in read.batch.micro_batches(self.settings.micro_batch_windows):
-            result = self._forward(active, batch)
-            with self.clock.stage("backward"):
-                torch.autograd.backward([one.loss / tokens for one in result.students])
-            sums += column_sums(result)
+        tokens = read.batch.windows[:, 1:].numel() * self.ranks.world
+        sums = torch.zeros(len(active), len(COLUMNS) - 1, dtype=torch.float64, device=self.device)
+        # of all micro-batches of all ranks; a batch in which none counts has loss and gradient 0
+        counted = self.ranks.total(read.batch.counted).clamp_min(1)
+        with random_state(self.settings.data_seed, step, self.ranks.rank, self.device):
+            for batch in read.batch.micro_batches(self.settings.micro_batch_windows):
+                result = self._forward(active, batch)
+                with self.clock.stage("backward"):
+                    torch.autograd.backward([one.loss / counted for one in result.students])
+                sums += column_sums(result)
         with self.clock.stage("optimizer"):
+            # of every rank, [ranks, learners, ...]: whose loss is not finite can then be said
+            every = self.ranks.gather(sums)
             norms = [
                 self._update(learner, step, loss)
-                for learner, loss in zip(active, sums[:, 0], strict=True)
+                for learner, loss in zip(active, every[:, :, 0].sum(0), strict=True)
             ]
-            values = torch.cat([sums, torch.stack(norms).unsqueeze(1)], dim=1)
+            norm = torch.stack(norms).double().expand(self.ranks.world, -1)
+            values = torch.cat([every, norm.unsqueeze(-1)], dim=-1)
             rates = [self.optimizers[learner.id].param_groups[0]["lr"] for learner in active]
             taken = Taken(step, tokens, active, rates, read.indices, HostCopy(values))
             self.reporter.add(taken)
-        return self.reporter.read(all_steps=any(step + 1 == one.steps for one in active))
+        return self.reporter.read(
+            all_steps=self.is_measured(step + 1) or any(step + 1 == one.steps for one in active)
+        )
+
+    def is_measured(self, steps: int) -> bool:
+        """Whether the held-out loss is taken after so many steps: the last one always."""
+        every = self.settings.heldout_steps
+        last = max(learner.steps for learner in self.learners)
+        return every is not None and (steps % every == 0 or steps == last)
 
     def _forward(self, active: Sequence[Learner], batch: Batch) -> ColumnLoss:
         signal = None
@@ -207,7 +266,7 @@ class _Column:
             torch.autocast(self.device.type, dtype, enabled=dtype is not None),
         ):
             students = [
-                HeadInput.of(self.parts[learner.id], batch.inputs, self.vocabulary, batch.positions)
+                HeadInput.of(learner.parts, batch.inputs, self.vocabulary, batch.positions)
                 for learner in active
             ]
         with self.clock.stage("loss"):
@@ -228,7 +287,8 @@ class _Column:
         for gradient scaling).
         """
         optimizer = self.optimizers[learner.id]
-        norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), self.settings.clip)
+        parameters = learner.model.parameters()
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip))
         stopped = self.stopped[learner.id]
         stopped.logical_or_(~(torch.isfinite(loss) & torch.isfinite(norm)))
         optimizer.found_inf = stopped.float()  # type: ignore[attr-defined]
@@ -240,8 +300,8 @@ class _Column:
         optimizer.zero_grad()
         return norm
 
-    def save(self, folder: Path, step: int) -> None:
-        self.reporter.read(all_steps=True)
+    def save(self, folder: Path, step: int, losses: dict[str, float]) -> None:
+        """losses: held-out losses after this step, empty where they were not taken."""
         tensors: dict[str, Tensor] = {}
         state: dict[str, Any] = {}
         for learner in self.learners:
@@ -251,22 +311,44 @@ class _Column:
             state[learner.id] = {
                 "curve": learner.curve,
                 "failure": learner.failure,
-                "sums": {"steps": sums.steps, "tokens": sums.tokens, "values": sums.values},
+                "sums": {"steps": sums.steps, "values": sums.values},
+                "updates": updates(optimizer),
             }
-        save_checkpoint(folder, Checkpoint(step, tensors, state))
+        heldout = sum(losses.values()) / len(losses) if losses else None
+        save_checkpoint(
+            folder,
+            Checkpoint(step, state, heldout),
+            tensors,
+            keep=self.settings.checkpoints,
+            ranks=self.ranks,
+        )
 
     def restore(self, folder: Path) -> int:
         """The step to go on from; 0 when there is no checkpoint, or one of other learners."""
-        checkpoint = load_checkpoint(folder)
+        checkpoint = find_last(folder, self.ranks)
         if checkpoint is None or any(one.id not in checkpoint.state for one in self.learners):
             return 0
+        tensors: dict[str, Tensor] = {}
         for learner in self.learners:
             state = checkpoint.state[learner.id]
             learner.curve, learner.failure = state["curve"], state["failure"]
             self.reporter.sums[learner.id] = CurveSums(**state["sums"])
             optimizer = self.optimizers[learner.id]
-            restore_training(learner.model, optimizer, checkpoint.tensors, learner.id)
+            set_updates(optimizer, state["updates"])
+            tensors |= training_tensors(learner.model, optimizer, learner.id)
+        read_tensors(checkpoint, tensors, self.ranks)
         return checkpoint.step
+
+
+@contextmanager
+def random_state(seed: int, step: int, rank: int, device: torch.device) -> Iterator[None]:
+    """Dropout, where a model has it, draws by (seed, step, rank), and a run that continues draws
+    what an uninterrupted one would. The caller's random state comes back at the end."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        digest = hashlib.blake2b(f"step {seed} {step} {rank}".encode(), digest_size=7).digest()
+        torch.manual_seed(int.from_bytes(digest, "little"))
+        yield
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:

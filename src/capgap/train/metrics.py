@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from capgap.distill.losses import ColumnLoss
 from capgap.train.learner import Learner
 
 CURVE_POINTS = 60
-# Sums over the tokens of one step, kept on the device until they are read
+# Sums over the labels of one step that count, kept on the device until they are read
 SUMS = ("loss", "ce", "kl", "agreement", "teacher_ce", "teacher_entropy")
+COLUMNS = (*SUMS, "counted", "gradient_norm")
 OF_A_TEACHER = ("kl", "agreement", "teacher_ce", "teacher_entropy")
 # Steps whose numbers are still under way: a CPU has no queue that waiting for them would empty
 LAG = {"cpu": 0}
@@ -24,7 +26,7 @@ LAG = {"cpu": 0}
 
 @dataclass(frozen=True)
 class StepReport:
-    """One learner's step: means in nats per token (`agreement` a share of the tokens), None for
+    """One learner's step: means in nats per counted label (`agreement` a share of them), None for
     what no teacher gave."""
 
     step: int
@@ -40,10 +42,20 @@ class StepReport:
 
 
 @dataclass(frozen=True)
+class StepReports:
+    """A step's reports by learner, and the seconds from the step before to it, None where they are
+    not known."""
+
+    seconds: float | None
+    learners: dict[str, StepReport]
+
+
+@dataclass(frozen=True)
 class Taken:
     """A step that was taken, its numbers perhaps still on their way.
 
-    `values` [learners, SUMS and the gradient norm].
+    `windows` are those of all ranks, in their order; `values` [ranks, learners, COLUMNS], the
+    gradient norm being the same on all.
     """
 
     step: int
@@ -63,45 +75,40 @@ class Reporter:
         self.sums = {learner.id: CurveSums() for learner in learners}
         self.unread: deque[Taken] = deque()
         self.read_at: float | None = None
-        self.seconds: float | None = None
 
     def add(self, taken: Taken) -> None:
         self.unread.append(taken)
 
-    def read(self, *, all_steps: bool) -> dict[str, StepReport]:
-        """Takes what has arrived; returns the last step's reports by learner.
-
-        `seconds` is then the time from the last step read before to this one. With `all_steps`
-        it waits for those under way too.
-        """
-        reports: dict[str, StepReport] = {}
+    def read(self, *, all_steps: bool) -> list[StepReports]:
+        """Takes the steps that have arrived; with `all_steps` it waits for those under way too."""
+        found = []
         while len(self.unread) > (0 if all_steps else self.lag):
             taken = self.unread.popleft()
-            reports = {}
+            reports: dict[str, StepReport] = {}
             rows = taken.values.read()
             now = time.perf_counter()
-            self.seconds = None if self.read_at is None else now - self.read_at
+            seconds = None if self.read_at is None else now - self.read_at
             self.read_at = now
-            for learner, rate, row in zip(taken.learners, taken.rates, rows, strict=True):
+            for place, (learner, rate) in enumerate(zip(taken.learners, taken.rates, strict=True)):
                 if learner.failure is not None:
                     continue
-                report = self._report(learner, taken, rate, row)
+                report = self._report(learner, taken, rate, rows[:, place])
                 if report is not None:
                     reports[learner.id] = report
-        return reports
+            found.append(StepReports(seconds, reports))
+        return found
 
     def _report(
-        self, learner: Learner, taken: Taken, rate: float, row: Sequence[float]
+        self, learner: Learner, taken: Taken, rate: float, rows: NDArray[np.float64]
     ) -> StepReport | None:
-        *sums, norm = row
-        tokens = taken.tokens
-        loss = sums[0] / tokens
+        """rows [ranks, COLUMNS]"""
+        *sums, counted, _ = (float(value) for value in rows.sum(0))
+        norm = float(rows[0, -1])
+        # a batch in which no label counts has no loss
+        counted = max(counted, 1.0)
+        loss = sums[0] / counted
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            learner.failure = {
-                "message": f"non-finite loss ({loss}) or gradient norm ({norm})",
-                "step": taken.step,
-                "windows": [int(index) for index in taken.windows],
-            }
+            learner.failure = _failure(taken, rows[:, 0], loss, norm)
             return None
         has_teacher = self.teacher and learner.alpha > 0
         values = {
@@ -109,15 +116,16 @@ class Reporter:
             for name, value in zip(SUMS, sums, strict=True)
             if has_teacher or name not in OF_A_TEACHER
         }
-        self._add_to_curve(learner, taken, rate, values | {"gradient_norm": norm})
-        means = {name: values[name] / tokens if name in values else None for name in SUMS}
-        return StepReport(taken.step, tokens, rate, norm, **means)  # type: ignore[arg-type]
+        values |= {"gradient_norm": norm, "counted": counted}
+        self._add_to_curve(learner, taken, rate, values)
+        means = {name: values[name] / counted if name in values else None for name in SUMS}
+        return StepReport(taken.step, taken.tokens, rate, norm, **means)  # type: ignore[arg-type]
 
     def _add_to_curve(
         self, learner: Learner, taken: Taken, rate: float, values: dict[str, float]
     ) -> None:
         so_far = self.sums[learner.id]
-        so_far.add(values, taken.tokens)
+        so_far.add(values)
         every = max(1, learner.steps // CURVE_POINTS)
         done = taken.step + 1
         if done % every and done != learner.steps:
@@ -130,8 +138,23 @@ class Reporter:
         self.sums[learner.id] = CurveSums()
 
 
+def _failure(taken: Taken, losses: NDArray[np.float64], loss: float, norm: float) -> dict[str, Any]:
+    """The step, and the ranks and windows it came from: of all ranks where only the gradient, which
+    all share, is not finite."""
+    ranks = [rank for rank, one in enumerate(losses) if not math.isfinite(one)]
+    ranks = ranks or list(range(len(losses)))
+    shares = np.split(taken.windows, len(losses))
+    where = "" if len(losses) == 1 else f" on rank {', '.join(map(str, ranks))}"
+    return {
+        "message": f"non-finite loss ({loss}) or gradient norm ({norm}){where}",
+        "step": taken.step,
+        "windows": [int(index) for rank in ranks for index in shares[rank]],
+    }
+
+
 def column_sums(column: ColumnLoss) -> Tensor:
-    """What SUMS names, [students, SUMS] in float64; 0 for what no teacher gave."""
+    """What SUMS names and the labels that count, [students, SUMS and 1] in float64; 0 for what no
+    teacher gave."""
     teacher = column.teacher
     rows = []
     for student in column.students:
@@ -142,10 +165,11 @@ def column_sums(column: ColumnLoss) -> Tensor:
             student.agreement,
             None if teacher is None else teacher.ce,
             None if teacher is None else teacher.entropy,
+            column.tokens,
         )
         zero = torch.zeros_like(student.ce)
-        rows.append(torch.stack([zero if value is None else value for value in found]))
-    return torch.stack(rows).double()
+        rows.append(torch.stack([(zero if value is None else value).double() for value in found]))
+    return torch.stack(rows)
 
 
 class HostCopy:
@@ -160,11 +184,11 @@ class HostCopy:
             self.arrived = torch.cuda.Event()
             self.arrived.record()
 
-    def read(self) -> list[list[float]]:
+    def read(self) -> NDArray[np.float64]:
         """Waits for these numbers alone, not for work that was given to the device after them."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.values.tolist()
+        return self.values.numpy()
 
 
 @dataclass
@@ -172,20 +196,18 @@ class CurveSums:
     """Sums over the steps since the curve's last point."""
 
     steps: int = 0
-    tokens: int = 0
     values: dict[str, float] = field(default_factory=dict)
 
-    def add(self, values: dict[str, float], tokens: int) -> None:
+    def add(self, values: dict[str, float]) -> None:
         self.steps += 1
-        self.tokens += tokens
         for name, value in values.items():
             self.values[name] = self.values.get(name, 0.0) + value
 
     def means(self) -> dict[str, float | None]:
-        """Means per token, the gradient norm per step; None for what no teacher gave."""
+        """Means per counted label, the gradient norm per step; None for what no teacher gave."""
         per_token = ("ce", "kl", "teacher_ce", "teacher_entropy", "agreement")
         means: dict[str, float | None] = {
-            name: self.values[name] / self.tokens if name in self.values else None
+            name: self.values[name] / self.values["counted"] if name in self.values else None
             for name in per_token
         }
         means["gradient_norm"] = self.values["gradient_norm"] / self.steps

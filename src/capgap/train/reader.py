@@ -1,23 +1,25 @@
 """The batches of a training run, read while the step before is still at work."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from capgap.corpus.batches import batch_indices, document_positions
 from capgap.corpus.tokens import Corpus
+from capgap.distill.losses import IGNORED_LABEL
 from capgap.distill.teacher import Batch, TeacherSource
+from capgap.models.parallel import ALONE, Ranks
 
 AHEAD = 3
 
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """A batch and the numbers of its windows."""
+    """This rank's part of a batch, and the numbers of the windows of all ranks."""
 
     indices: NDArray[np.int64]
     batch: Batch
@@ -36,6 +38,8 @@ class BatchReader:
         teacher: TeacherSource | None,
         device: torch.device,
         last_step: int,
+        ignored_labels: Sequence[int] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
         self.corpus = corpus
         self.batch_windows = batch_windows
@@ -44,6 +48,8 @@ class BatchReader:
         self.teacher = teacher
         self.device = device
         self.last_step = last_step
+        self.ignored_labels = ignored_labels
+        self.mine = ranks.share(batch_windows)
         self._pending: dict[int, Future[ReadBatch]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
@@ -54,7 +60,7 @@ class BatchReader:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def take(self, step: int) -> ReadBatch:
-        """The batch of this step on the device; what could not be read is raised here."""
+        """This rank's part of a step on the device; what could not be read is raised here."""
         for coming in range(step, min(step + AHEAD, self.last_step) + 1):
             if coming not in self._pending:
                 self._pending[coming] = self._thread.submit(self._read, coming)
@@ -69,19 +75,16 @@ class BatchReader:
             batch_windows=self.batch_windows,
             num_windows=self.corpus.windows,
         )
-        windows = self.corpus.train.windows_at(indices)
-        positions = None
+        mine = indices[self.mine]
+        windows = self.corpus.train.windows_at(mine)
+        positions = labels = None
         if self.document_mask:
-            positions = document_positions(windows[:, :-1], self.corpus.end_of_document)
-        fetched = None if self.teacher is None else self.teacher.fetch(indices)
-        return ReadBatch(
-            indices,
-            Batch(
-                self._pin(torch.from_numpy(windows)),
-                None if positions is None else self._pin(torch.from_numpy(positions)),
-                None if fetched is None else self._pin(fetched),
-            ),
-        )
-
-    def _pin(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+            found = document_positions(windows[:, :-1], self.corpus.end_of_document)
+            positions = torch.from_numpy(found)
+        if self.ignored_labels:
+            targets = windows[:, 1:]
+            ignored = np.isin(targets, self.ignored_labels)
+            labels = torch.from_numpy(np.where(ignored, IGNORED_LABEL, targets))
+        fetched = None if self.teacher is None else self.teacher.fetch(mine)
+        batch = Batch(torch.from_numpy(windows), positions, fetched, labels)
+        return ReadBatch(indices, batch.pinned() if self.device.type == "cuda" else batch)

@@ -1,0 +1,175 @@
+"""The processes that train together, and how models lie on them. The only file that names a mesh.
+
+Alone, every function here does nothing, so that the loop is the same for one process and for many:
+`torchrun --nproc-per-node 2 -m capgap distill ...`.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from capgap.errors import UserError
+from capgap.machine import started
+from capgap.models.build import Parts
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run."""
+
+    rank: int = 0
+    world: int = 1
+    mesh: DeviceMesh | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Who writes what is written once."""
+        return self.rank == 0
+
+    def share(self, count: int, rank: int | None = None) -> slice:
+        """A rank's part, by default one's own, of a batch of `count` windows.
+
+        All parts are equal, since every rank has to take part in every exchange of weights; raises
+        UserError where they cannot be.
+        """
+        if count % self.world:
+            raise UserError(
+                f"a batch of {count} windows cannot be shared evenly by {self.world} processes: "
+                "change training.batch_tokens or --nproc-per-node"
+            )
+        each = count // self.world
+        rank = self.rank if rank is None else rank
+        return slice(rank * each, (rank + 1) * each)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over ranks; on a GPU the host does not wait for it."""
+        if self.mesh is None:
+            return values
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """A tensor of every rank, [ranks, ...]."""
+        if self.mesh is None:
+            return values.unsqueeze(0)
+        found = values.new_empty(self.world, *values.shape)
+        dist.all_gather(list(found.unbind()), values.contiguous())
+        return found
+
+    def agree(self, *wishes: bool) -> list[bool]:
+        """For each, whether any rank wishes it. Hosts talk to each other; no device waits."""
+        if self.mesh is None:
+            return list(wishes)
+        found = torch.tensor(wishes, dtype=torch.int32)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [bool(one) for one in found.tolist()]
+
+    def told(self, value: T) -> T:
+        """The first rank's value, on all."""
+        if self.mesh is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        return box[0]
+
+    def collect(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on all."""
+        if self.mesh is None:
+            return [value]
+        found: list[T] = [value] * self.world
+        dist.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.agree()
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined(device: str, batch_windows: int) -> Iterator[Ranks]:
+    """All processes that torchrun has started, as one; `ALONE` without it.
+
+    UserError, the same in all of them, where they cannot share batches of so many windows.
+    """
+    _, world = started()
+    if world == 1:
+        yield ALONE
+        return
+    Ranks(world=world).share(batch_windows)
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(torch.device(device))
+    # the hosts agree among themselves without a device
+    dist.init_process_group("gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl")
+    try:
+        mesh = init_device_mesh(kind, (world,))
+        with warnings.catch_warnings():
+            # nothing changes hidden states in place
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+            yield Ranks(dist.get_rank(), world, mesh)
+    except UserError as error:
+        error.rank = dist.get_rank()
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def parallelize(parts: Parts, ranks: Ranks, device: torch.device) -> Parts:
+    """Puts a model of the CPU on the device, sharded over all ranks where there are several.
+
+    FSDP2: every rank keeps its part of every weight, gradient and moment. A layer's weights are
+    together while it computes; those outside of layers (tables, head) from the beginning of a
+    forward pass to the end of the backward pass, so that the loss finds the head whole. Gradients
+    are sums over ranks, as losses are. Returns the parts it was given.
+    """
+    if ranks.mesh is None:
+        parts.model.to(device)
+        return parts
+    for layer in parts.layers:
+        fully_shard(layer, mesh=ranks.mesh)
+    fully_shard(parts, mesh=ranks.mesh, reshard_after_forward=False)
+    for module in parts.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo knows no other
+            module.set_force_sum_reduction_for_comms(True)
+    return parts
+
+
+def release(parts: Parts) -> None:
+    """After a forward pass without a backward pass: every rank keeps its part alone again."""
+    if isinstance(parts, FSDPModule):
+        parts.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may lie in parts on all ranks; every rank has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weights(parts: Parts, ranks: Ranks) -> dict[str, Tensor]:
+    """The model's own state dict on the CPU of the first rank, empty on the others."""
+    found: dict[str, Tensor] = {}
+    seen: dict[int, Tensor] = {}
+    for name, weight in parts.model.state_dict(keep_vars=True).items():
+        # tied weights stay one tensor
+        if id(weight) not in seen:
+            gathered = whole(weight.detach())
+            seen[id(weight)] = gathered.cpu() if ranks.is_first else gathered.new_empty(0)
+        found[name] = seen[id(weight)]
+    return found if ranks.is_first else {}

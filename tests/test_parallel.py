@@ -1,0 +1,182 @@
+"""Several processes train as one does: the same weights, losses and failures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ranks as trial
+from capgap.models.build import build_model, load_model, save_model
+from capgap.models.parallel import ALONE
+from capgap.models.shape import ladder_shape
+
+
+def torchrun(processes, *command):
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-W", "error", "-m", "torch.distributed.run"),
+            *("--standalone", "--nproc-per-node", str(processes)),
+            *map(str, command),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(processes, asked):
+    """What the trial printed."""
+    if processes == 1:
+        return trial.run(asked, ALONE)
+    started = torchrun(processes, Path(trial.__file__), json.dumps(asked))
+    out, err = started.communicate(timeout=120)
+    assert started.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def corpus(small_corpus):
+    return str(small_corpus.directory)
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    """One process with one micro-batch."""
+    out = tmp_path_factory.mktemp("alone") / "weights"
+    return trial.run({"corpus": corpus, "out": str(out)}, ALONE), load_file(out)
+
+
+def assert_equal(found, out, alone):
+    expected, weights = alone
+    for name, value in load_file(out).items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-9, atol=1e-11, msg=name)
+    for name, curve in expected["curves"].items():
+        for column, values in curve.items():
+            assert found["curves"][name][column] == pytest.approx(values, rel=1e-9), column
+    for mine, its in zip(found["heldout"][::-1], expected["heldout"][::-1], strict=False):
+        assert mine == pytest.approx(its, rel=1e-9)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_ranks_with_two_micro_batches_equal_one_with_four(
+    corpus, alone, tmp_path, checkpointing
+):
+    one = run(1, {"corpus": corpus, "out": str(tmp_path / "one"), "micro": 2})
+    assert_equal(one, tmp_path / "one", alone)
+    asked = {"corpus": corpus, "out": str(tmp_path / "two"), "micro": 2}
+    two = run(2, asked | {"checkpointing": checkpointing})
+    assert len(two["heldout"]) == 3
+    assert_equal(two, tmp_path / "two", alone)
+
+
+@pytest.fixture(scope="module")
+def stopped(corpus, tmp_path_factory):
+    """The checkpoints of two ranks that were stopped in the middle."""
+    folder = tmp_path_factory.mktemp("stopped")
+    asked = {"corpus": corpus, "out": str(folder / "weights"), "stop_after": 5}
+    found = run(2, asked | {"checkpoints": str(folder / "checkpoints")})
+    assert found["stopped"]
+    assert found["steps"] == 5
+    return folder / "checkpoints"
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_checkpoint_of_two_ranks_goes_on_with_others(corpus, alone, stopped, tmp_path, processes):
+    checkpoints = tmp_path / "checkpoints"
+    subprocess.run(["cp", "-r", stopped, checkpoints], check=True)
+    asked = {"corpus": corpus, "out": str(tmp_path / "weights")}
+    found = run(processes, asked | {"checkpoints": str(checkpoints)})
+    assert not found["stopped"]
+    assert len(found["heldout"]) == 2
+    assert_equal(found, tmp_path / "weights", alone)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(corpus, alone, tmp_path):
+    asked = {"corpus": corpus, "out": str(tmp_path / "weights"), "spoil": True}
+    found = run(2, asked)
+    failure = found["failures"]["llama"]
+    assert failure["step"] == 0
+    assert failure["message"].endswith("on rank 1")
+    indices = trial.batch_indices(
+        seed=5, step=0, batch_windows=8, num_windows=alone_windows(corpus)
+    )
+    assert failure["windows"] == indices[4:].tolist()
+    # the other student went on as if nothing had been
+    assert found["failures"]["gpt2"] is None
+    for name, value in load_file(tmp_path / "weights").items():
+        if name.startswith("gpt2"):
+            torch.testing.assert_close(value, alone[1][name], rtol=1e-9, atol=1e-11)
+
+
+def alone_windows(corpus):
+    return trial.load_corpus(Path(corpus), window=trial.WINDOW).windows
+
+
+@pytest.fixture(scope="module")
+def models(small_corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, size in (("teacher", 20_000), ("student", 8_000)):
+        shape = ladder_shape("llama", size, vocabulary=300, positions=16)
+        save_model(build_model(shape, seed=1), folder / name, small_corpus.tokenizer)
+    return folder
+
+
+def distill(models, corpus, out, *more):
+    return (
+        *("-m", "capgap", "distill", models / "teacher", models / "student", "--corpus", corpus),
+        *("--window", 16, "--out", out, "-s", "training.batch_tokens=256", *more),
+    )
+
+
+def test_the_command_stopped_under_torchrun_goes_on_alone(models, corpus, tmp_path):
+    often = ("-s", "run.checkpoint_seconds=0", "--heldout-steps", 40)
+    command = distill(models, corpus, tmp_path / "out", "--tokens", "100k", *often)
+    started = torchrun(2, *command)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 50:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    started.send_signal(signal.SIGTERM)
+    _, told = started.communicate(timeout=120)
+    assert told.count("the same command continues") == 1
+    assert started.returncode != 0
+    before = len(metrics.read_text().splitlines())
+    assert list((tmp_path / "out" / "checkpoints").glob("step-*"))
+    again = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(390))
+    whole = distill(models, corpus, tmp_path / "whole", "--tokens", "100k", *often)
+    done = torchrun(2, *whole)
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    assert out.count("held-out loss") == 1
+    assert 50 <= before < 390
+    one, other = (
+        load_model(tmp_path / name / "students" / "student").state_dict()
+        for name in ("out", "whole")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4)
+
+
+def test_mistakes_are_told_once(models, corpus, tmp_path):
+    wrong = torchrun(3, *distill(models, corpus, tmp_path / "out", "--tokens", "10k"))
+    _, told = wrong.communicate(timeout=120)
+    assert wrong.returncode == 1  # torchrun's own
+    ours = [line for line in told.splitlines() if line.startswith("capgap:")]
+    assert ours == [
+        "capgap: a batch of 16 windows cannot be shared evenly by 3 processes: change "
+        "training.batch_tokens or --nproc-per-node"
+    ]
+    assert "exitcode  : 2" in told
+    assert not (tmp_path / "out").exists()
