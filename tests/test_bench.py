@@ -23,6 +23,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ("part", "engine"),
     [
         ("step", "ours-column"),
+        ("step", "ours-cached"),
         ("step", "liger"),
         ("step", "trl-gkd"),
         ("step", "trl-distillation"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from capgap.distill.divergences import Divergence
-from capgap.distill.losses import IGNORED_LABEL, HeadInput, column_loss
+from capgap.distill.head import IGNORED_LABEL, HeadInput
+from capgap.distill.losses import column_loss
 from capgap.errors import UserError
 
 ALL = [

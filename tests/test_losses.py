@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from capgap.distill.losses import IGNORED_LABEL, HeadInput, column_loss, token_losses
+from capgap.distill.head import IGNORED_LABEL, HeadInput, token_losses
+from capgap.distill.losses import column_loss
 from capgap.models.build import Parts, build_model
 from capgap.models.shape import ladder_shape
 

@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from capgap.corpus.batches import document_positions
-from capgap.distill.losses import HeadInput, column_loss
+from capgap.distill.head import HeadInput
+from capgap.distill.losses import column_loss
 from capgap.models.build import Parts, build_model
 from capgap.models.shape import ARCHITECTURES, ladder_shape
 
@@ -58,7 +59,7 @@ def test_parts_give_the_models_own_logits(model, windows):
     expected = model(windows).logits
     torch.testing.assert_close(parts.logits(parts(windows)), expected)
     source = HeadInput.of(parts, windows)
-    torch.testing.assert_close(source.logits(slice(None)), expected.flatten(0, 1))
+    torch.testing.assert_close(source.logits(source.product(slice(None))), expected.flatten(0, 1))
 
 
 def test_loss_and_gradients_are_those_on_the_models_own_logits(model, windows):

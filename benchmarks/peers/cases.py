@@ -38,13 +38,15 @@ class Engine:
     """Something that is measured.
 
     students: trained at once. package: what has to be installed for it. has_hard_loss: whether
-    labels can take part in its loss.
+    labels can take part in its loss. is_exact: whether its loss is that of the others, and not an
+    estimate.
     """
 
     title: str
     students: int = 1
     package: str = "capgap"
     has_hard_loss: bool = True
+    is_exact: bool = True
 
     @property
     def installed(self) -> bool:
@@ -53,6 +55,7 @@ class Engine:
 
 STEP_ENGINES = {
     "ours": Engine("capgap"),
+    "ours-cached": Engine("capgap, cached teacher", is_exact=False),
     "ours-column": Engine(f"capgap, {COLUMN_STUDENTS} students", students=COLUMN_STUDENTS),
     "plain": Engine("plain loop, full logits"),
     "liger": Engine("plain loop, Liger's loss", package="liger_kernel"),

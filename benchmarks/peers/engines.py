@@ -5,8 +5,10 @@ the same order, calls `setup.watch.lap()` after each, and returns the loss of ev
 token, that of the first student where there are several.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,13 +16,16 @@ from transformers import PreTrainedModel
 
 from capgap.corpus.batches import batch_indices
 from capgap.corpus.tokens import Corpus
-from capgap.distill.teacher import OnlineTeacher
+from capgap.distill.cache import CachedTeacher, CacheIdentity, CacheWriter, write_cache
+from capgap.distill.cache_format import CacheFormat
+from capgap.distill.teacher import OnlineTeacher, TeacherSource
 from capgap.models.build import Parts
+from capgap.train import compiling
 from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, Progress, train
 from peers.cases import BETA2, CLIP, LEARNING_RATE, WEIGHT_DECAY, Case
 from peers.losses import full_loss, liger_loss
-from peers.watch import Stopwatch
+from peers.watch import MemoryMeter, Stopwatch
 
 
 @dataclass
@@ -33,6 +38,7 @@ class Setup:
     corpus: Corpus
     steps: int
     watch: Stopwatch
+    memory: MemoryMeter
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -54,8 +60,10 @@ class Setup:
             yield torch.from_numpy(self.corpus.train.windows_at(indices)).to(self.case.device)
 
 
-def ours(setup: Setup) -> list[float]:
-    """`capgap.train.loop.train` with a teacher that runs beside its students."""
+def ours(setup: Setup, teacher: TeacherSource | None = None) -> list[float]:
+    """`capgap.train.loop.train`, by default with a teacher that runs beside its students."""
+    # as in a long run: layers are compiled where that is faster
+    compiling.WORTHWHILE_SECONDS = 0.0
     case = setup.case
     losses: list[float] = []
 
@@ -75,10 +83,37 @@ def ours(setup: Setup) -> list[float]:
         decay_embeddings=True,
         clip=CLIP,
         autocast_dtype=setup.dtype,
+        compile="auto",
     )
-    teacher = OnlineTeacher(setup.teacher)
+    teacher = teacher or OnlineTeacher(setup.teacher)
     train(learners, setup.corpus, settings, teacher=teacher, on_step=on_step)
     return losses
+
+
+def ours_cached(setup: Setup) -> list[float]:
+    """The same from what a cache keeps of the teacher; writing it is not timed.
+
+    The loss it reports is an estimate: most words of the tail are not in a cache.
+    """
+    kept = CacheFormat(setup.case.student.vocabulary)
+    corpus = setup.corpus
+    identity = CacheIdentity(
+        teacher="teacher",
+        teacher_hash="",
+        dtype="",
+        corpus_hash=corpus.corpus_hash,
+        tokenizer_hash=corpus.token_hash,
+        window=corpus.window,
+        windows=corpus.windows,
+        document_mask=False,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "cache"
+        teacher = OnlineTeacher(setup.teacher)
+        device = torch.device(setup.case.device)
+        write_cache(CacheWriter(folder, identity, kept), teacher, corpus, device=device)
+        setup.memory.begin()
+        return ours(setup, CachedTeacher(folder, corpus))
 
 
 def plain(setup: Setup) -> list[float]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from capgap.distill.losses import HeadInput, column_loss
+from capgap.distill.head import HeadInput
+from capgap.distill.losses import column_loss
 from peers.cases import Case
 
 

@@ -38,6 +38,7 @@ def step_engine(name: str) -> Callable[[engines.Setup], list[float]]:
         }[name]
     return {
         "ours": engines.ours,
+        "ours-cached": engines.ours_cached,
         "ours-column": engines.ours,
         "plain": engines.plain,
         "liger": engines.liger,
@@ -67,7 +68,7 @@ def measure_steps(
     manifest = json.loads((corpus_folder / "manifest.json").read_text())
     corpus = Corpus(corpus_folder, manifest, case.window)
     watch, memory = Stopwatch(case.device), MemoryMeter(case.device)
-    setup = engines.Setup(case, students, teacher, corpus, warmup + steps, watch)
+    setup = engines.Setup(case, students, teacher, corpus, warmup + steps, watch, memory)
     losses = run(setup)
     return {
         "seconds": watch.seconds(skip=warmup),

@@ -37,7 +37,11 @@ class MemoryMeter:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        if device == "cuda":
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what was held before."""
+        if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.held = torch.cuda.memory_allocated()
         else:

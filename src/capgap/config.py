@@ -108,6 +108,7 @@ class RunSection(Section):
     workers: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 30.0
     checkpoints: Annotated[int, Field(ge=1)] = 2
+    compile: Literal["auto", "on", "off"] = "auto"
 
 
 class Recipe(Section):

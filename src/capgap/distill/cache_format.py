@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from capgap.distill.losses import HeadInput, chunk_rows, softmax
+from capgap.distill.head import HeadInput, chunk_rows, chunks, softmax_
 from capgap.distill.sparse import SparseSignal
 
 # The smallest log-probability told; exp of it is 0 in float32
@@ -71,21 +71,21 @@ class CacheFormat:
         """
         source = source.ready()
         records = []
-        chunk = chunk_rows(targets.device, self.vocabulary)
-        for start in range(0, len(targets), chunk):
-            rows = slice(start, start + chunk)
-            records.append(self._encode(source.logits(rows), targets[rows], places[rows]))
+        for rows in chunks(len(targets), chunk_rows(targets.device, self.vocabulary)):
+            logits = source.logits(source.product(rows))
+            records.append(self._encode(logits, targets[rows], places[rows]))
         return torch.cat(records)
 
     def _encode(self, logits: Tensor, targets: Tensor, places: Tensor) -> Tensor:
-        probabilities, log_normaliser, _ = softmax(logits.clone())
-        label_loss = log_normaliser - logits.gather(1, targets.unsqueeze(1))
-        entropy = log_normaliser - _expected(probabilities, logits)
+        """Overwrites `logits`."""
+        probabilities = torch.empty_like(logits)
+        log_total = softmax_(logits, probabilities)
+        label_loss = log_total - logits.gather(1, targets.unsqueeze(1))
+        entropy = log_total - _expected(probabilities, logits)
         soft_entropy = entropy
         if self.temperature != 1.0:
-            soft = logits / self.temperature
-            probabilities, log_normaliser, _ = softmax(soft.clone())
-            soft_entropy = log_normaliser - _expected(probabilities, soft)
+            log_total = softmax_(logits.div_(self.temperature), probabilities)
+            soft_entropy = log_total - _expected(probabilities, logits)
         best, words = probabilities.topk(self.top_k, dim=-1)
         others = probabilities.scatter(1, words, 0.0)
         rest = others.sum(-1, keepdim=True)

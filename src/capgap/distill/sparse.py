@@ -59,52 +59,46 @@ class SparseSignal:
 
 
 @dataclass(frozen=True)
-class SparseTerm:
-    """The soft term of a chunk, its gradient by the soft logits left in parts.
+class SoftTerm:
+    """The soft term of some tokens, its gradient by the soft logits left in parts.
 
-    value, kl [rows, 1]; the gradient is `scale` [rows, 1] x exponentials [rows, vocabulary] / total
-    [rows, 1], with `change` [rows, slots] added at the signal's words. log_normaliser, largest
-    [rows, 1].
+    value, kl [rows, 1]; the gradient is `scale` [rows, 1] x the student's probabilities, with
+    `change` added: at the signal's words [rows, slots], or at all words [rows, vocabulary]; None
+    stands for the teacher's probabilities, taken off.
     """
 
     value: Tensor
     kl: Tensor
-    exponentials: Tensor
-    total: Tensor
     scale: Tensor | float
-    change: Tensor
-    log_normaliser: Tensor
-    largest: Tensor
+    change: Tensor | None
 
 
-def sparse_term(soft_logits: Tensor, signal: SparseSignal, divergence: Divergence) -> SparseTerm:
-    """soft_logits [rows, vocabulary], overwritten with their exponentials less the largest."""
-    at_words = soft_logits.gather(1, signal.words)
-    largest = soft_logits.amax(-1, keepdim=True)
-    exponentials = soft_logits.sub_(largest).exp_()
+def sparse_term(
+    logits: Tensor,
+    probabilities: Tensor,
+    log_total: Tensor,
+    signal: SparseSignal,
+    divergence: Divergence,
+) -> SoftTerm:
+    """logits, probabilities [rows, vocabulary] and log_total [rows, 1] as softmax_ leaves them, at
+    the signal's temperature."""
+    at_words = logits.gather(1, signal.words)
     if signal.tail is None:
-        total = exponentials.sum(-1, keepdim=True)
-        log_normaliser = total.log() + largest
         # drawn words estimate the cross-entropy; the teacher's entropy is known
-        kl = (signal.shares * (log_normaliser - at_words)).sum(-1, keepdim=True)
-        kl = kl - signal.soft_entropy
-        return SparseTerm(kl, kl, exponentials, total, 1.0, -signal.shares, log_normaliser, largest)
+        kl = (signal.shares * (log_total - at_words)).sum(-1, keepdim=True) - signal.soft_entropy
+        return SoftTerm(kl, kl, 1.0, -signal.shares)
     # the tail is summed by itself: 1 less the words' probabilities would cancel
-    words = exponentials.gather(1, signal.words)
-    tail = exponentials.scatter_(1, signal.words, 0.0).sum(-1, keepdim=True)
-    exponentials.scatter_(1, signal.words, words)
-    total = tail + words.sum(-1, keepdim=True)
-    log_total = total.log()
-    log_normaliser = log_total + largest
+    words = probabilities.gather(1, signal.words)
+    tail = probabilities.scatter_(1, signal.words, 0.0).sum(-1, keepdim=True)
+    probabilities.scatter_(1, signal.words, words)
     smallest = torch.finfo(tail.dtype).tiny
     tail = tail.clamp_min(smallest)
-    log_q = torch.cat([at_words - log_normaliser, tail.log() - log_total], dim=1)
+    log_q = torch.cat([at_words - log_total, tail.log()], dim=1)
     log_p = torch.cat([signal.shares, signal.tail], dim=1).clamp_min(smallest).log()
     value, gradient = divergence.value_and_gradient(log_p, log_q)
     kl = value
     if divergence.name != "forward_kl":
         kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q).unsqueeze(1)
     # the tail's gradient goes to its words by their part of it
-    scale = gradient[:, -1:] * (total / tail)
-    change = gradient[:, :-1] - scale * (words / total)
-    return SparseTerm(value, kl, exponentials, total, scale, change, log_normaliser, largest)
+    scale = gradient[:, -1:] / tail
+    return SoftTerm(value, kl, scale, gradient[:, :-1] - scale * words)

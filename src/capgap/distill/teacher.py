@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capgap.distill.losses import IGNORED_LABEL, HeadInput
+from capgap.distill.head import IGNORED_LABEL, HeadInput
 from capgap.distill.sparse import SparseSignal
 from capgap.errors import UserError
 from capgap.models.build import Parts, load_model
@@ -93,6 +93,7 @@ class OnlineTeacher:
         # not model.device: offloaded layers are on none
         self.device = self.parts.head.weight.device
         self.dtype = self.parts.head.weight.dtype
+        self.is_offloaded = any(parameter.is_meta for parameter in self.parts.parameters())
         self.parameters = sum(parameter.numel() for parameter in self.parts.parameters())
 
     def fetch(self, indices: NDArray[np.int64]) -> None:

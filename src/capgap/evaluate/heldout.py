@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from capgap.corpus.tokens import HeldoutDocument
-from capgap.distill.losses import IGNORED_LABEL, HeadInput, token_losses
+from capgap.distill.head import IGNORED_LABEL, HeadInput, token_losses
 from capgap.models.build import Parts
 from capgap.models.parallel import ALONE, Ranks, release
 

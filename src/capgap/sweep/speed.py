@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from capgap.distill.losses import HeadInput, column_loss
+from capgap.distill.head import HeadInput
+from capgap.distill.losses import column_loss
 from capgap.models.build import Parts, build_model
 from capgap.models.shape import Shape
 from capgap.train.optimizer import make_optimizer

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 
 from capgap.corpus.tokens import Corpus
 from capgap.distill.divergences import Divergence
-from capgap.distill.losses import FORWARD_KL, ColumnLoss, HeadInput, column_loss
-from capgap.distill.teacher import Batch, TeacherSource
+from capgap.distill.head import HeadInput
+from capgap.distill.losses import FORWARD_KL, ColumnLoss, column_loss
+from capgap.distill.teacher import Batch, OnlineTeacher, TeacherSource
 from capgap.models.parallel import ALONE, Ranks, whole
+from capgap.train import compiling
 from capgap.train.checkpoint import (
     Checkpoint,
     find_best,
@@ -75,6 +77,7 @@ class LoopSettings:
     checkpoint_seconds: float = 30.0
     checkpoints: int = 2
     heldout_steps: int | None = None
+    compile: Literal["auto", "on", "off"] = "off"
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,8 @@ def train(
         ranks=ranks,
     )
     with reader:
+        if any(learner.active(step) for learner in learners):
+            column.settle_compiling(reader.take(step), step, checkpoint_folder)
         while any(learner.active(step) for learner in learners):
             with clock.stage("batches"):
                 read = reader.take(step)
@@ -247,6 +252,34 @@ class _Column:
             self.reporter.add(taken)
         return self.reporter.read(
             all_steps=self.is_measured(step + 1) or any(step + 1 == one.steps for one in active)
+        )
+
+    def settle_compiling(self, read: ReadBatch, step: int, folder: Path | None) -> None:
+        """Compiles layers, or does not: see `compiling.settle`."""
+        active = [learner for learner in self.learners if learner.active(step)]
+        batch, *others = read.batch.micro_batches(self.settings.micro_batch_windows)
+
+        def trial() -> None:
+            with random_state(self.settings.data_seed, step, self.ranks.rank, self.device):
+                result = self._forward(active, batch)
+                torch.autograd.backward([one.loss for one in result.students])
+            for learner in active:
+                self.optimizers[learner.id].zero_grad()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+        models = [learner.parts for learner in self.learners]
+        if isinstance(self.teacher, OnlineTeacher) and not self.teacher.is_offloaded:
+            models.append(self.teacher.parts)
+        steps = max(learner.steps for learner in active) - step
+        compiling.settle(
+            self.settings.compile,
+            models,
+            trial,
+            trials_left=steps * (1 + len(others)),
+            folder=folder,
+            device=self.device,
+            ranks=self.ranks,
         )
 
     def is_measured(self, steps: int) -> bool:

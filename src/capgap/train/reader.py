@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from capgap.corpus.batches import batch_indices, document_positions
 from capgap.corpus.tokens import Corpus
-from capgap.distill.losses import IGNORED_LABEL
+from capgap.distill.head import IGNORED_LABEL
 from capgap.distill.teacher import Batch, TeacherSource
 from capgap.models.parallel import ALONE, Ranks
 
@@ -64,9 +64,11 @@ class BatchReader:
         for coming in range(step, min(step + AHEAD, self.last_step) + 1):
             if coming not in self._pending:
                 self._pending[coming] = self._thread.submit(self._read, coming)
-        read = self._pending.pop(step).result()
-        batch = read.batch
-        return ReadBatch(read.indices, batch.to(self.device))
+        # a step may be asked for again, until a later one is
+        for past in [one for one in self._pending if one < step]:
+            del self._pending[past]
+        read = self._pending[step].result()
+        return ReadBatch(read.indices, read.batch.to(self.device))
 
     def _read(self, step: int) -> ReadBatch:
         indices = batch_indices(

@@ -39,6 +39,7 @@ def loop_settings(
         checkpoint_seconds=run.checkpoint_seconds,
         checkpoints=run.checkpoints,
         heldout_steps=heldout_steps,
+        compile=run.compile,
     )
 
 

@@ -1,0 +1,97 @@
+"""torch.compile for the layers of models, where it is measured to pay.
+
+Compiling fuses what lies between the matrix products of a layer; it takes half a minute and more,
+and what it gains depends on machine and sizes, so a long run tries both ways at its beginning.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from capgap.errors import UserError
+from capgap.models.build import Parts
+from capgap.models.parallel import Ranks
+
+# A run that is expected to take less is not worth a trial
+WORTHWHILE_SECONDS = 600.0
+# What a compiled step may take of a plain one
+LEAST_GAIN = 0.97
+REPEATS = 3
+DECISION = "compiled.json"
+
+
+def compile_layers(models: Sequence[Parts]) -> None:
+    for layer in _layers(models):
+        layer.forward = torch.compile(layer.forward)
+
+
+def undo(models: Sequence[Parts]) -> None:
+    for layer in _layers(models):
+        del layer.forward
+
+
+def settle(
+    asked: str,
+    models: Sequence[Parts],
+    trial: Callable[[], None],
+    *,
+    trials_left: int,
+    folder: Path | None,
+    device: torch.device,
+    ranks: Ranks,
+) -> None:
+    """Leaves the models' layers compiled or not: `on`, `off`, or `auto`, by measurement.
+
+    trial: a piece of the work that changes nothing; trials_left: how many the run has before it.
+    What was found is kept in the folder, so that a run that continues computes as it began. Raises
+    UserError where compiling is asked for, and what it needs is not there.
+    """
+    missing = _missing(device)
+    if asked == "on" and missing is not None:
+        raise UserError(f"run.compile = 'on' needs {missing}: install it, or take 'off'")
+    if asked == "off" or (asked == "auto" and missing is not None):
+        return
+    kept = None if folder is None else folder / DECISION
+    if asked == "auto" and kept is not None and kept.exists():
+        asked = "on" if json.loads(kept.read_text())["compiled"] else "off"
+    if asked != "auto":
+        if asked == "on":
+            compile_layers(models)
+        return
+    pays = False
+    if ranks.told(_seconds(trial) * trials_left > WORTHWHILE_SECONDS):
+        plain = min(_seconds(trial) for _ in range(REPEATS))
+        compile_layers(models)
+        trial()
+        compiled = min(_seconds(trial) for _ in range(REPEATS))
+        pays = ranks.told(compiled < LEAST_GAIN * plain)
+        if not pays:
+            undo(models)
+    if kept is not None and ranks.is_first:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        aside = kept.with_name(f".{kept.name}")
+        aside.write_text(json.dumps({"compiled": pays}))
+        os.replace(aside, kept)
+
+
+def _layers(models: Sequence[Parts]) -> list[torch.nn.Module]:
+    return [layer for parts in models for layer in parts.layers]
+
+
+def _missing(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        compiler = os.environ.get("CXX", "g++")
+        return None if shutil.which(compiler) else f"the C++ compiler {compiler}"
+    return None if importlib.util.find_spec("triton") else "triton"
+
+
+def _seconds(trial: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    trial()
+    return time.perf_counter() - start
