@@ -68,18 +68,20 @@ def test_without_a_compiler_nothing_is_tried(parts, monkeypatch):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_compiled_layers_compute_the_same(parts):
-    parts.double()
-    ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(300, (2, 16), generator=generator)
+    probe = torch.randn(parts(ids).shape, generator=generator)
 
     def gradients():
         parts.zero_grad()
         hidden = parts(ids)
-        hidden.square().sum().backward()
-        return hidden, {name: one.grad.clone() for name, one in parts.named_parameters()}
+        (hidden * probe).sum().backward()
+        return [hidden.detach(), *(one.grad.clone() for one in parts.parameters())]
 
     plain = gradients()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own compiler
         settle("on", parts, lambda: None)
         compiled = gradients()
-    torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-11)
+    for mine, its in zip(compiled, plain, strict=True):
+        assert (mine - its).norm() < 1e-5 * its.norm()
