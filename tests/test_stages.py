@@ -45,7 +45,12 @@ def lines_of(out):
 
 def test_students_learn_online_and_from_a_cache_alike(typed, small_corpus, folder, tmp_path):
     online = distill(
-        typed, folder, small_corpus, tmp_path / "online", "--json", students=("small", "large")
+        typed,
+        folder,
+        small_corpus,
+        tmp_path / "online",
+        *("--json", "--heldout-steps", 25),
+        students=("small", "large"),
     )
     assert online.code == 0, online.err
     cached = typed(
@@ -75,8 +80,21 @@ def test_students_learn_online_and_from_a_cache_alike(typed, small_corpus, folde
     assert steps[0]["tokens_per_second"] is None
     assert all(line["tokens_per_second"] > 0 and line["utilisation"] > 0 for line in steps[1:])
     assert steps[-1]["students"]["small"]["kl"] > 0
+    told = [line["step"] for line in steps if "heldout" in line["students"]["small"]]
+    assert told == [24, 49, 61]
+    assert first["best"] == {"step": 62, "students": {}}
+    assert second["best"] is None
+    last = first["after"]["large"]["heldout"]["loss"]
+    assert steps[-1]["students"]["large"]["heldout"] == last
     # the same command again has nothing to do
-    again = distill(typed, folder, small_corpus, tmp_path / "online", students=("small", "large"))
+    again = distill(
+        typed,
+        folder,
+        small_corpus,
+        tmp_path / "online",
+        *("--heldout-steps", 25),
+        students=("small", "large"),
+    )
     assert again.code == 0
     assert len(lines_of(tmp_path / "online")) == 62
 
@@ -136,6 +154,10 @@ def test_mistakes_are_one_line(typed, small_corpus, folder, tmp_path):
         ),
         "did you mean 'alpha'": distill(typed, folder, small_corpus, out, "-s", "training.alpa=1"),
         "is less than one batch": distill(typed, folder, small_corpus, out, tokens="100"),
+        "'<|pad|>' is no token": distill(
+            typed, folder, small_corpus, out, "-s", 'training.ignored_tokens=["<|pad|>"]'
+        ),
+        "--heldout-steps 0": distill(typed, folder, small_corpus, out, "--heldout-steps", 0),
         "two students have one name": distill(
             typed, folder, small_corpus, out, students=("small", "small")
         ),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from capgap.corpus.batches import batch_indices
 from capgap.distill.teacher import OnlineTeacher
 from capgap.models.build import build_model
 from capgap.models.shape import ladder_shape
@@ -21,7 +22,7 @@ from capgap.train.checkpoint import (
     save_checkpoint,
 )
 from capgap.train.learner import Learner
-from capgap.train.loop import Interrupted, LoopSettings, train
+from capgap.train.loop import Interrupted, LoopSettings, restore_best, train
 from capgap.train.optimizer import parameter_groups, schedule
 
 SETTINGS = LoopSettings(batch_windows=8, micro_batch_windows=8, data_seed=5, checkpoint_seconds=1e9)
@@ -168,6 +169,91 @@ def test_going_on_from_before_a_damaged_checkpoint_equals_uninterrupted(small_co
     assert first[0] == 5
     assert_same(weights(whole), weights(continued))
     assert whole.curve == continued.curve
+
+
+def test_a_student_with_dropout_is_continued_exactly(small_corpus, tmp_path):
+    def with_dropout():
+        one = learner("a", architecture="gpt2", steps=6)
+        for module in one.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.2
+        return one
+
+    whole, plain = with_dropout(), learner("a", architecture="gpt2", steps=6)
+    train([whole], small_corpus, SETTINGS)
+    train([plain], small_corpus, SETTINGS)
+    assert whole.curve["ce"] != plain.curve["ce"]
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    stop = iter([False, False, True])
+    with pytest.raises(Interrupted):
+        train(
+            [with_dropout()],
+            small_corpus,
+            SETTINGS,
+            checkpoint_folder=tmp_path,
+            should_stop=lambda: next(stop),
+        )
+    continued = with_dropout()
+    train([continued], small_corpus, SETTINGS, checkpoint_folder=tmp_path)
+    assert_same(weights(whole), weights(continued))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_checkpoint_with_the_lowest_heldout_loss_is_kept(small_corpus, tmp_path):
+    settings = dataclasses.replace(SETTINGS, heldout_steps=3, checkpoints=1)
+    losses = iter([3.0, 1.0, 2.0, 2.5])
+    told, after = [], {}
+
+    def note(progress):
+        told.append(progress.heldout)
+        after[progress.step] = weights(one)
+
+    one = learner("a", steps=11)
+    train(
+        [one],
+        small_corpus,
+        settings,
+        checkpoint_folder=tmp_path,
+        on_step=note,
+        heldout_loss=lambda _: next(losses),
+    )
+    assert {step + 1: one for step, one in enumerate(told) if one} == {
+        3: {"a": 3.0},
+        6: {"a": 1.0},
+        9: {"a": 2.0},
+        11: {"a": 2.5},
+    }
+    assert steps_kept(tmp_path) == [6, 11]
+    assert restore_best([one], tmp_path) == 6
+    assert_same(weights(one), after[6])
+
+
+def test_labels_that_are_ignored_do_not_count(small_corpus):
+    """The loss is a mean over the others, whatever share of a micro-batch they are."""
+    ignored = tuple(range(100, 290))
+    settings = dataclasses.replace(SETTINGS, ignored_labels=ignored, micro_batch_windows=3)
+    one = learner("a", steps=1)
+    indices = batch_indices(seed=5, step=0, batch_windows=8, num_windows=small_corpus.windows)
+    windows = torch.from_numpy(small_corpus.train.windows_at(indices))
+    logits = one.model(windows[:, :-1]).logits.flatten(0, 1)
+    targets = windows[:, 1:].flatten()
+    counts = ~torch.isin(targets, torch.tensor(ignored))
+    assert 0 < counts.sum() < len(targets)
+    expected = torch.nn.functional.cross_entropy(logits[counts], targets[counts])
+    train([one], small_corpus, settings)
+    assert one.curve["ce"] == pytest.approx([expected.item()], rel=1e-5)
+    assert one.curve["tokens"] == [8 * 16]
+
+
+def test_a_batch_in_which_no_label_counts_changes_nothing_but_by_decay(small_corpus):
+    settings = dataclasses.replace(SETTINGS, ignored_labels=tuple(range(300)), weight_decay=0.0)
+    one = learner("a", steps=2)
+    before = weights(one)
+    train([one], small_corpus, settings)
+    assert one.failure is None
+    assert one.curve["ce"] == [0.0, 0.0]
+    assert_same(weights(one), before)
 
 
 def test_a_student_that_has_ended_is_told_of_once_and_not_trained_again(small_corpus, tmp_path):

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Setup:
     steps: int
     watch: Stopwatch
     memory: MemoryMeter
+    compile: Literal["auto", "off"] = "auto"
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -83,7 +85,7 @@ def ours(setup: Setup, teacher: TeacherSource | None = None) -> list[float]:
         decay_embeddings=True,
         clip=CLIP,
         autocast_dtype=setup.dtype,
-        compile="auto",
+        compile=setup.compile,
     )
     teacher = teacher or OnlineTeacher(setup.teacher)
     train(learners, setup.corpus, settings, teacher=teacher, on_step=on_step)

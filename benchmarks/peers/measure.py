@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -56,19 +56,27 @@ def make_model(shape: Shape, device: str, dtype: torch.dtype, *, seed: int) -> P
 
 
 def measure_steps(
-    engine: str, case: Case, corpus_folder: Path, *, steps: int, warmup: int
+    engine: str,
+    case: Case,
+    corpus_folder: Path,
+    *,
+    steps: int,
+    warmup: int,
+    students: int | None = None,
+    compile: Literal["auto", "off"] = "auto",
 ) -> dict[str, Any]:
+    """students: how many, by default those of the engine."""
     run = step_engine(engine)
     low = torch.bfloat16 if case.precision == "bf16" else torch.float32
     teacher = make_model(case.teacher, case.device, low, seed=1)
     students = [
         make_model(case.student, case.device, torch.float32, seed=2 + number)
-        for number in range(STEP_ENGINES[engine].students)
+        for number in range(students or STEP_ENGINES[engine].students)
     ]
     manifest = json.loads((corpus_folder / "manifest.json").read_text())
     corpus = Corpus(corpus_folder, manifest, case.window)
     watch, memory = Stopwatch(case.device), MemoryMeter(case.device)
-    setup = engines.Setup(case, students, teacher, corpus, warmup + steps, watch, memory)
+    setup = engines.Setup(case, students, teacher, corpus, warmup + steps, watch, memory, compile)
     losses = run(setup)
     return {
         "seconds": watch.seconds(skip=warmup),
@@ -119,7 +127,8 @@ def main() -> None:
         case = Case.from_dict(asked["case"])
         counts = {"steps": asked["steps"], "warmup": asked["warmup"]}
         if asked["part"] == "step":
-            result = measure_steps(asked["engine"], case, Path(asked["corpus"]), **counts)
+            more = {name: asked[name] for name in ("students", "compile") if name in asked}
+            result = measure_steps(asked["engine"], case, Path(asked["corpus"]), **counts, **more)
         else:
             result = measure_loss(asked["engine"], case, **counts)
     print("\n" + json.dumps(result))

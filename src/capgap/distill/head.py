@@ -15,7 +15,7 @@ from capgap.models.build import Parts
 IGNORED_LABEL = -100
 # Words x tokens of a chunk, and its tokens: matrix products of fewer rows are slower, and what is
 # done once a chunk is done less often; by measurement on CPUs (docs/benchmarks.md)
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 CHUNK_ROWS = {"cpu": (128, 512), "cuda": (128, 2**20)}
 # Words x tokens of a block
 BLOCK_ELEMENTS = 2**19

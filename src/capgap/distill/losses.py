@@ -158,6 +158,7 @@ class _Memory:
         self.logits = torch.empty(self.block, vocabulary, dtype=student.wide, device=device)
         self.words = torch.empty_like(self.logits)
         self._products: dict[torch.dtype, Tensor] = {}
+        self._weights: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         online = isinstance(work.teacher, HeadInput)
         self.teacher_words = self._chunk(student.wide) if online else None
         self.teacher_logs = self._chunk(student.wide) if online and work.needs_log_p else None
@@ -168,6 +169,13 @@ class _Memory:
         if dtype not in self._products:
             self._products[dtype] = self._chunk(dtype)
         return source.product(rows, self._products[dtype][: rows.stop - rows.start])
+
+    def weight(self, student: HeadInput) -> Tensor:
+        """Of the shape and dtype of a student's head."""
+        key = (student.weight.shape, student.weight.dtype)
+        if key not in self._weights:
+            self._weights[key] = torch.empty_like(student.weight)
+        return self._weights[key]
 
     def _chunk(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(self._size, dtype=dtype, device=self._device)
@@ -226,9 +234,10 @@ class _TeacherChunk:
         torch.cat([log_total - logits.gather(1, labels), log_total - expected], 1, out=told)
         if work.temperature != 1.0:
             log_total = softmax_(logits.div_(work.temperature), self.probabilities)
+            expected = _expected(self.probabilities, logits)
         self.log_total.copy_(log_total)
+        torch.mul(expected, valid, out=self.expected)
         self.probabilities.mul_(valid)
-        self.expected.copy_(_expected(self.probabilities, logits))
         if self.logs is not None:
             torch.sub(logits, log_total, out=self.logs)
 
@@ -251,7 +260,7 @@ class _ColumnLoss(torch.autograd.Function):
             if any(ctx.needs_input_grad):
                 gradients = [_Gradients(student) for student in students]
             sums, teacher_sums = _chunks(work, students, gradients)
-        ctx.gradients = gradients
+        ctx.gradients = gradients and [(one.hidden, one.weight, one.bias) for one in gradients]
         # no tensor of the alphas: making one on a GPU would wait for the copy
         losses = torch.stack(
             [
@@ -265,12 +274,10 @@ class _ColumnLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Any, ...]:
         outputs: list[Tensor | None] = [None]
-        for index, gradient in enumerate(ctx.gradients):
-            scale = grad_losses[index]
+        for scale, gradients in zip(grad_losses, ctx.gradients, strict=True):
             outputs += [
-                gradient.hidden.mul_(scale.to(gradient.hidden.dtype)),
-                gradient.weight.mul_(scale.to(gradient.weight.dtype)),
-                None if gradient.bias is None else gradient.bias.mul_(scale),
+                None if gradient is None else gradient.mul_(scale.to(gradient.dtype))
+                for gradient in gradients
             ]
         return tuple(outputs)
 
@@ -286,20 +293,18 @@ class _Gradients:
         self.bias = None
         if student.bias is not None:
             self.bias = torch.zeros_like(student.bias, dtype=student.wide)
-        is_narrow = student.weight.dtype != student.wide
-        self._part = torch.empty_like(student.weight) if is_narrow else None
         self._begun = False
 
-    def add(self, rows: slice, product_gradient: Tensor) -> None:
+    def add(self, rows: slice, product_gradient: Tensor, memory: _Memory) -> None:
         """product_gradient [rows, vocabulary], in the dtype of the student's product."""
         hidden = self.student.hidden[rows]
         torch.mm(product_gradient, self.student.weight, out=self.hidden[rows])
         if self.bias is not None:
             self.bias.add_(product_gradient.sum(0, dtype=self.bias.dtype))
-        if self._part is None:
+        if self.weight.dtype == hidden.dtype:
             self.weight.addmm_(product_gradient.T, hidden, beta=1.0 if self._begun else 0.0)
         else:
-            part = torch.mm(product_gradient.T, hidden, out=self._part)
+            part = torch.mm(product_gradient.T, hidden, out=memory.weight(self.student))
             if self._begun:
                 self.weight.add_(part)
             else:
@@ -357,7 +362,7 @@ def _chunks(
                 product[block].copy_(gradient)
             sums[index].add_((rows_sums * valid).sum(0))
             if gradients is not None:
-                gradients[index].add(rows, product)
+                gradients[index].add(rows, product, memory)
     return sums, teacher_sums
 
 
