@@ -10,6 +10,10 @@ SHAPES = {
     "llama": Shape("llama", 24, 2, 4, 2, 6, 20, 31, 16, True),
     "gpt_neox": Shape("gpt_neox", 24, 2, 4, 4, 6, 20, 31, 16, True),
     "gpt2": Shape("gpt2", 24, 2, 4, 4, 6, 20, 31, 16, True),
+    **{
+        name: Shape(name, 24, 2, 4, 2, 6, 20, 31, 16, True)
+        for name in ("mistral", "qwen2", "qwen3", "gemma2", "olmo2", "phi3")
+    },
 }
 
 

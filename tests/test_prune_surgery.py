@@ -20,6 +20,20 @@ CASES = {
         Shape("llama", 36, 4, 6, 3, 8, 40, 53, 24, False),
         {"hidden": 24, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 27},
     ),
+    **{
+        name: (
+            Shape(name, 36, 4, 6, 3, 8, 40, 53, 24, tied),
+            {"hidden": 24, "layers": 3, "heads": 4, "kv_heads": 2, "ffn": 27},
+        )
+        for name, tied in (
+            ("mistral", False),
+            ("qwen2", True),
+            ("qwen3", True),
+            ("gemma2", True),
+            ("olmo2", False),
+            ("phi3", False),
+        )
+    },
     "gpt_neox": (
         Shape("gpt_neox", 32, 4, 4, 4, 8, 40, 53, 24, True),
         {"hidden": 24, "layers": 3, "heads": 3, "kv_heads": 3, "ffn": 27},
@@ -82,7 +96,7 @@ def masks_that_keep(importance, own, shape):
         for case in CASES
         for only in ("all", "hidden", "heads", "ffn", "layers")
         # gpt_neox and gpt2 have hidden = heads x head_size: cut together or not at all
-        if case.startswith("llama") or only not in ("hidden", "heads")
+        if not case.startswith("gpt") or only not in ("hidden", "heads")
     ],
 )
 def test_pruned_forward_is_the_masked_forward(case, only):

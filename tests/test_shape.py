@@ -14,15 +14,28 @@ MINIMA_3B = Shape("llama", 3072, 24, 24, 24, 128, 8192, 49216, 4096, False)
 GPT2_SMALL = Shape("gpt2", 768, 12, 12, 12, 64, 3072, 50257, 1024, True)
 PYTHIA_70M = Shape("gpt_neox", 512, 6, 8, 8, 64, 2048, 50304, 2048, False)
 
+MISTRAL_7B = Shape("mistral", 4096, 32, 32, 8, 128, 14336, 32000, 32768, False)
+QWEN2_HALF_B = Shape("qwen2", 896, 24, 14, 2, 64, 4864, 151936, 131072, True)
+QWEN3_0_6B = Shape("qwen3", 1024, 28, 16, 8, 128, 3072, 151936, 40960, True)
+GEMMA2_2B = Shape("gemma2", 2304, 26, 8, 4, 256, 9216, 256000, 8192, True)
+OLMO2_7B = Shape("olmo2", 4096, 32, 32, 32, 128, 11008, 100352, 4096, False)
+PHI3_MINI = Shape("phi3", 3072, 32, 32, 32, 96, 8192, 32064, 4096, False)
+
 
 @pytest.mark.parametrize(
     ("shape", "part", "count"),
     [
-        # published counts: model cards of the four models
+        # published counts: the models' cards
         (LLAMA_2_7B, "total", 6_738_415_616),
         (GPT2_SMALL, "total", 124_439_808),
         (PYTHIA_70M, "total", 70_426_624),
         (PYTHIA_70M, "non_embedding", 18_915_328),
+        (MISTRAL_7B, "total", 7_241_732_096),
+        (QWEN2_HALF_B, "total", 494_032_768),
+        (QWEN3_0_6B, "total", 596_049_920),
+        (GEMMA2_2B, "total", 2_614_341_888),
+        (OLMO2_7B, "total", 7_298_617_344),
+        (PHI3_MINI, "total", 3_821_079_552),
     ],
 )
 def test_published_counts(shape, part, count):

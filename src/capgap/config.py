@@ -26,7 +26,9 @@ Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 LearningRate = Literal["auto"] | Annotated[float, Field(gt=0)]
 Init = Literal["pruned", "fixed", "scratch"]
-Architecture = Literal["llama", "gpt_neox", "gpt2"]
+Architecture = Literal[
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "phi3", "gpt_neox", "gpt2"
+]
 
 
 class Section(BaseModel):

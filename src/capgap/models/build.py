@@ -11,74 +11,58 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from capgap.errors import UserError
-from capgap.models.shape import ARCHITECTURES, Shape
+from capgap.models.families import FAMILIES
+from capgap.models.shape import Shape
 
-# Settings of a transformers config that would give the model other tensors, or other arithmetic,
-# than a Shape tells, each with the only value a Shape stands for.
-_SUPPORTED_SETTINGS: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": False, "mlp_bias": False},
-    "gpt_neox": {"attention_bias": True},
-    "gpt2": {"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False},
+# What most configs call the sizes of a Shape
+_SIZE_NAMES = {
+    "hidden": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "ffn": "intermediate_size",
+    "vocabulary": "vocab_size",
+    "positions": "max_position_embeddings",
+    "tied": "tie_word_embeddings",
 }
-# The matrices whose output is added to the residual stream
-_RESIDUAL_WRITES = (
-    "o_proj.weight",
-    "down_proj.weight",
-    "attention.dense.weight",
-    "dense_4h_to_h.weight",
-    "c_proj.weight",
-)
 
 
 def size_fields(shape: Shape) -> dict[str, Any]:
     """The sizes of a shape under the names that its transformers config gives them."""
-    if shape.architecture == "gpt2":
-        return {
-            "n_embd": shape.hidden,
-            "n_layer": shape.layers,
-            "n_head": shape.heads,
-            "n_inner": shape.ffn,
-            "vocab_size": shape.vocabulary,
-            "n_positions": shape.positions,
-            "tie_word_embeddings": shape.tied,
-        }
-    fields = {
-        "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "intermediate_size": shape.ffn,
-        "vocab_size": shape.vocabulary,
-        "max_position_embeddings": shape.positions,
-        "tie_word_embeddings": shape.tied,
-    }
-    if shape.architecture == "llama":
-        fields |= {"num_key_value_heads": shape.kv_heads, "head_dim": shape.head_size}
-    return fields
+    family = shape.family
+    names = _SIZE_NAMES | family.size_names
+    told = set(names)
+    if not family.grouped_heads:
+        told.remove("kv_heads")
+    if not family.free_width:
+        told.remove("head_size")
+    return {names[size]: getattr(shape, size) for size in names if size in told}
 
 
 def to_config(shape: Shape) -> PreTrainedConfig:
     """The transformers config of a shape: no dropout, float32, token 0 as bos, eos and pad.
 
-    Rotary positions (llama, gpt_neox) turn the whole head: a quarter of it, GPT-NeoX's own
-    default, leaves heads of size 16 only two frequencies.
+    Rotary positions turn the whole head: a quarter of it, GPT-NeoX's own default, leaves heads of
+    size 16 only two frequencies.
     """
-    fields: dict[str, Any] = size_fields(shape)
+    fields = size_fields(shape) | shape.family.fixed
     fields |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "dtype": "float32"}
-    if shape.architecture == "gpt2":
-        return GPT2Config(**fields, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    rotary = {"rope_type": "default", "rope_theta": 10000.0}
-    if shape.architecture == "gpt_neox":
-        return GPTNeoXConfig(**fields, rope_parameters={**rotary, "partial_rotary_factor": 1.0})
-    return LlamaConfig(**fields, rope_parameters=rotary)
+    if shape.architecture != "gpt2":
+        rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+        if shape.architecture == "gpt_neox":
+            rotary["partial_rotary_factor"] = 1.0
+        fields["rope_parameters"] = rotary
+    if shape.architecture == "gemma2":
+        # attention is scaled by this and not by the head size
+        fields["query_pre_attn_scalar"] = shape.head_size
+    return AutoConfig.for_model(shape.architecture, **fields)
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:
@@ -87,32 +71,25 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     Raises UserError for an architecture or a setting that a Shape cannot describe.
     """
     architecture = config.model_type
-    if architecture not in ARCHITECTURES:
+    if architecture not in FAMILIES:
         raise UserError(
-            f"architecture {architecture!r} has no shape here: take one of "
-            f"{', '.join(ARCHITECTURES)}"
+            f"architecture {architecture!r} is not among {', '.join(FAMILIES)}: docs/families.md "
+            "shows how to add one"
         )
-    for name, supported in _SUPPORTED_SETTINGS[architecture].items():
+    family = FAMILIES[architecture]
+    for name, supported in family.settings.items():
         if getattr(config, name) != supported:
             raise UserError(
                 f"a {architecture} model with {name}={getattr(config, name)} is not supported: "
                 f"only {name}={supported}"
             )
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    ffn = (config.n_inner or 4 * hidden) if architecture == "gpt2" else config.intermediate_size
-    is_llama = architecture == "llama"
-    return Shape(
-        architecture=architecture,
-        hidden=hidden,
-        layers=config.num_hidden_layers,
-        heads=heads,
-        kv_heads=config.num_key_value_heads if is_llama else heads,
-        head_size=config.head_dim if is_llama else hidden // heads,
-        ffn=ffn,
-        vocabulary=config.vocab_size,
-        positions=config.max_position_embeddings,
-        tied=config.tie_word_embeddings,
-    )
+    names = _SIZE_NAMES | family.size_names
+    found = {size: getattr(config, name, None) for size, name in names.items()}
+    found["kv_heads"] = found["kv_heads"] or found["heads"]
+    found["head_size"] = found["head_size"] or found["hidden"] // found["heads"]
+    # GPT-2's way of saying four times the hidden width
+    found["ffn"] = found["ffn"] or 4 * found["hidden"]
+    return Shape(architecture=architecture, **found)
 
 
 def build_model(shape: Shape, *, seed: int) -> PreTrainedModel:
@@ -121,9 +98,7 @@ def build_model(shape: Shape, *, seed: int) -> PreTrainedModel:
     The random state of the caller is left alone. How the weights are drawn: see `initialise`.
     """
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(
-            to_config(shape), dtype=torch.float32, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_config(to_config(shape), dtype=torch.float32)
     initialise(model, torch.Generator().manual_seed(seed))
     return model
 
@@ -139,20 +114,22 @@ def initialise(model: PreTrainedModel, generator: torch.Generator) -> None:
     - tables of tokens and positions, and an untied head: normal, std 0.8 / sqrt(hidden). The
       usual 0.02 drowns the tokens of a narrow model in what its layers add: measured on 0.1M
       models of each architecture and a 0.4M llama it cost 0.2 to 0.5 nats after 200 steps;
-    - biases 0, norm weights 1.
+    - biases 0, norms that change no scale.
     """
+    family = FAMILIES[model.config.model_type]
     residual_scale = 1 / math.sqrt(2 * model.config.num_hidden_layers)
+    writes = tuple(f"{name}.weight" for name in (family.head_inputs, family.neuron_inputs))
     tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
-            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            weight.fill_(0.0 if name.endswith("bias") else 1.0 - family.norm_offset)
         elif id(weight) in tables or name.endswith("wpe.weight"):
             weight.normal_(std=0.8 / math.sqrt(model.config.hidden_size), generator=generator)
         else:
             # GPT-2 stores its matrices [inputs, outputs], the others [outputs, inputs]
             inputs = weight.shape[0 if model.config.model_type == "gpt2" else 1]
             std = 0.7 / math.sqrt(inputs)
-            if name.endswith(_RESIDUAL_WRITES):
+            if name.endswith(writes):
                 std *= residual_scale
             weight.normal_(std=std, generator=generator)
 

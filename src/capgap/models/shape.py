@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 
 from capgap.errors import UserError
+from capgap.models.families import FAMILIES, HEAD, Family, Tensors
 from capgap.sizes import ParameterCounts, format_count
 
-ARCHITECTURES = ("llama", "gpt_neox", "gpt2")
+ARCHITECTURES = tuple(FAMILIES)
 
 _SMALLEST_HIDDEN = 16
 _SMALLEST_LAYERS = 2
@@ -37,19 +38,24 @@ class Shape:
         if problem:
             raise UserError(f"impossible {self.architecture} shape: {problem}")
 
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.architecture]
+
     def parameters(self) -> ParameterCounts:
         """Parameters by part, exactly those of the built model."""
-        attention, ffn, norms = layer_parameters(
+        attention, ffn, norms, final_norm = layer_parameters(
             self.architecture, self.hidden, self.heads, self.kv_heads, self.head_size, self.ffn
         )
-        # GPT-2 alone learns a table of positions; the others rotate queries and keys
-        rows = self.vocabulary + (self.positions if self.architecture == "gpt2" else 0)
+        tables = dict(self.family.tables)
+        head = tables.pop(HEAD)
+        sizes = {"words": self.vocabulary, "positions": self.positions, "hidden": self.hidden}
         return ParameterCounts(
-            embedding=rows * self.hidden,
+            embedding=_count(tables, sizes),
             attention=self.layers * attention,
             ffn=self.layers * ffn,
-            norms=self.layers * norms + norms // 2,
-            head=0 if self.tied else self.vocabulary * self.hidden,
+            norms=self.layers * norms + final_norm,
+            head=0 if self.tied else _count({HEAD: head}, sizes),
         )
 
 
@@ -61,34 +67,50 @@ def _problem(shape: Shape) -> str | None:
             return f"{name} is {getattr(shape, name)}, it must be at least 1"
     if shape.positions < 1:
         return f"positions is {shape.positions}, it must be at least 1"
-    if shape.architecture != "gpt2" and shape.head_size % 2:
+    family = shape.family
+    has_table = any("positions" in axes for axes in family.tables.values())
+    if not has_table and shape.head_size % 2:
         return f"head_size {shape.head_size} is odd, rotary positions need an even one"
-    if shape.architecture == "llama":
-        if shape.heads % shape.kv_heads:
-            return f"{shape.heads} heads do not share {shape.kv_heads} kv_heads evenly"
-        if shape.hidden % shape.heads:
-            # transformers refuses it, although the head size is a field of its own
-            return f"hidden {shape.hidden} is no multiple of {shape.heads} heads"
-        return None
-    if shape.heads != shape.kv_heads:
+    if not family.grouped_heads and shape.heads != shape.kv_heads:
         return f"kv_heads {shape.kv_heads} must equal heads {shape.heads}"
-    if shape.hidden != shape.heads * shape.head_size:
+    if shape.heads % shape.kv_heads:
+        return f"{shape.heads} heads do not share {shape.kv_heads} kv_heads evenly"
+    if not family.free_width and shape.hidden != shape.heads * shape.head_size:
         return (
             f"hidden {shape.hidden} must be heads x head_size = {shape.heads} x {shape.head_size}"
         )
+    if shape.hidden % shape.heads:
+        # transformers refuses it, although the head size is a field of its own
+        return f"hidden {shape.hidden} is no multiple of {shape.heads} heads"
     return None
 
 
 def layer_parameters(
     architecture: str, hidden: int, heads: int, kv_heads: int, head_size: int, ffn: int
-) -> tuple[int, int, int]:
-    """Parameters of one layer: attention, FFN, norms.
+) -> tuple[int, int, int, int]:
+    """Parameters of one layer: attention, FFN, norms; and of the norm behind all layers."""
+    family = FAMILIES[architecture]
+    sizes = {
+        "hidden": hidden,
+        "neurons": ffn,
+        "gate_up": 2 * ffn,
+        "query": heads * head_size,
+        "key": kv_heads * head_size,
+        "head_qkv": 3 * heads * head_size,
+        "qkv": (heads + 2 * kv_heads) * head_size,
+        "head": head_size,
+    }
+    norm = (2 if family.norm_bias else 1) * hidden
+    return (
+        _count(family.attention, sizes),
+        _count(family.ffn, sizes),
+        len(family.layer_norms) * norm,
+        norm,
+    )
 
-    A layer has two norms, so the final norm of the model has half the third number.
-    """
-    if architecture == "llama":
-        return 2 * hidden * head_size * (heads + kv_heads), 3 * hidden * ffn, 2 * hidden
-    return 4 * hidden * hidden + 4 * hidden, 2 * hidden * ffn + ffn + hidden, 4 * hidden
+
+def _count(tensors: Tensors, sizes: dict[str, int]) -> int:
+    return sum(math.prod(sizes[axis] for axis in axes) for axes in tensors.values())
 
 
 def ffn_for(
@@ -102,11 +124,11 @@ def ffn_for(
     head_size: int,
 ) -> float:
     """The FFN width that gives a model `non_embedding` parameters; not rounded, may be negative."""
-    attention, bias, norms = layer_parameters(
+    attention, bias, norms, final_norm = layer_parameters(
         architecture, hidden, heads, kv_heads, head_size, ffn=0
     )
-    _, one_neuron, _ = layer_parameters(architecture, hidden, heads, kv_heads, head_size, ffn=1)
-    without = layers * (attention + bias + norms) + norms // 2
+    _, one_neuron, *_ = layer_parameters(architecture, hidden, heads, kv_heads, head_size, ffn=1)
+    without = layers * (attention + bias + norms) + final_norm
     return (non_embedding - without) / (layers * (one_neuron - bias))
 
 
@@ -133,12 +155,12 @@ def ladder_shape(
     - a layer has about 12 hidden^2 parameters, so hidden* = sqrt(S / (12 layers));
     - heads of size 16 up to hidden* 192, 32 up to 512, 64 up to 2048, then 128. Their number is
       hidden* / size rounded, at least 2;
-    - llama, whose head size is a field of its own, takes the multiple of heads nearest to hidden*.
+    - families whose head size is a field of its own take the multiple of heads nearest to hidden*.
       A student cut out of any teacher of the same head size then has the ladder's own shape;
     - for the others hidden = heads x size, and the size is moved in eighths of itself, so that
       hidden stays close to hidden* and neighbours on the ladder look alike;
-    - the FFN takes what is left: about 8/3 hidden (llama) or 4 hidden, rounded to a power of two
-      of at most hidden/32.
+    - the FFN takes what is left: about 8/3 hidden where it has a gate, or 4 hidden, rounded to a
+      power of two of at most hidden/32.
     Raises UserError if the architecture is unknown or the count too small.
     """
     if architecture not in ARCHITECTURES:
@@ -157,7 +179,7 @@ def ladder_shape(
         (size for size, limit in ((16, 192), (32, 512), (64, 2048)) if wanted_hidden < limit), 128
     )
     heads = max(2, round(wanted_hidden / head_size))
-    if architecture == "llama":
+    if FAMILIES[architecture].free_width:
         step = math.lcm(heads, max(2, power_of_two_within(wanted_hidden / 64)))
         hidden = step * round(wanted_hidden / step)
     else:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from transformers import PreTrainedModel
 
 from capgap.errors import UserError
 from capgap.models.build import Parts, shape_of
+from capgap.models.families import FAMILIES
 from capgap.models.shape import Shape
-from capgap.prune.layout import LAYOUTS, layers_of
 from capgap.sizes import scoring_flops
 
 
@@ -73,7 +74,7 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[None]:
     masked wherever they are written (embeddings, norms, the two writes of a layer), and norms
     take their statistics over the kept units alone.
     """
-    layout = LAYOUTS[model.config.model_type]
+    family = FAMILIES[model.config.model_type]
 
     # The hooks index the masks when they run, so that every forward pass has its own graph.
     def mask_inputs(units: Tensor, index: int) -> Any:
@@ -94,32 +95,48 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[None]:
         return output * masks.hidden.to(output.dtype)
 
     def mask_norm(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return _norm(module, inputs[0], masks.hidden).to(output.dtype)
+        return norm(module, inputs[0], masks.hidden).to(output.dtype)
 
+    def mask_head_norm(index: int) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            width = inputs[0].shape[-1] // masks.heads.shape[1]
+            mask = masks.heads[index].repeat_interleave(width)
+            return norm(module, inputs[0], mask).to(output.dtype)
+
+        return hook
+
+    norm = partial(_norm, offset=family.norm_offset)
     handles = []
     try:
-        for name in layout.embeddings:
+        for name in family.embeddings:
             embedding = model.get_submodule(name)
             handles.append(embedding.register_forward_hook(mask_embedding))
-        norms = [model.get_submodule(layout.final_norm)]
-        for index, layer in layers_of(model, layout):
-            norms += [layer.get_submodule(name) for name in layout.norms]
+        final_norm = model.get_submodule(family.final_norm)
+        handles.append(final_norm.register_forward_hook(mask_norm))
+        for index, layer in enumerate(model.get_submodule(family.layers).children()):
+            for name in family.layer_norms:
+                handles.append(layer.get_submodule(name).register_forward_hook(mask_norm))
+            for name in family.head_norms:
+                module = layer.get_submodule(name)
+                handles.append(module.register_forward_hook(mask_head_norm(index)))
             for name, units in (
-                (layout.attention_write, masks.heads),
-                (layout.ffn_write, masks.neurons),
+                (family.head_inputs, masks.heads),
+                (family.neuron_inputs, masks.neurons),
             ):
-                write = layer.get_submodule(name)
-                handles.append(write.register_forward_pre_hook(mask_inputs(units, index)))
-                handles.append(write.register_forward_hook(mask_write(index)))
-        handles += [norm.register_forward_hook(mask_norm) for norm in norms]
+                module = layer.get_submodule(name)
+                handles.append(module.register_forward_pre_hook(mask_inputs(units, index)))
+            # last: a write may be a norm, whose own hook comes before
+            for name in family.writes:
+                handles.append(layer.get_submodule(name).register_forward_hook(mask_write(index)))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _norm(module: Any, values: Tensor, mask: Tensor) -> Tensor:
-    """LayerNorm or RMSNorm of `values` [..., hidden] over the units that `mask` [hidden] keeps."""
+def _norm(module: Any, values: Tensor, mask: Tensor, *, offset: float) -> Tensor:
+    """LayerNorm or RMSNorm of `values` [..., units] over the units that `mask` [units] keeps, with
+    weights that count from `offset`."""
     # half precision is too coarse for the statistics
     wide = torch.promote_types(values.dtype, torch.float32)
     values, weight = values.to(wide), mask.to(wide) / mask.sum()
@@ -127,9 +144,10 @@ def _norm(module: Any, values: Tensor, mask: Tensor) -> Tensor:
         values = values - (weight * values).sum(-1, keepdim=True)
         epsilon, bias = module.eps, module.bias
     else:
-        epsilon, bias = module.variance_epsilon, None
+        # Gemma has a name of its own
+        epsilon, bias = getattr(module, "variance_epsilon", None) or module.eps, None
     variance = (weight * values.square()).sum(-1, keepdim=True)
-    normed = module.weight * values * torch.rsqrt(variance + epsilon)
+    normed = (module.weight + offset) * values * torch.rsqrt(variance + epsilon)
     return (normed if bias is None else normed + bias) * mask
 
 

@@ -124,7 +124,7 @@ def _widths(teacher: Shape) -> Iterator[tuple[int, int, int]]:
     grain = max(2, power_of_two_within(teacher.hidden / 64))
     for kv_heads in range(1, teacher.kv_heads + 1):
         heads = kv_heads * group
-        if teacher.architecture != "llama":
+        if not teacher.family.free_width:
             yield heads * teacher.head_size, heads, kv_heads
             continue
         step = math.lcm(heads, grain)

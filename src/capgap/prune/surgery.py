@@ -1,6 +1,7 @@
 """The cut: a smaller plain transformers model from the most important units of a larger one."""
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,9 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from capgap.errors import UserError
 from capgap.models.build import shape_of, size_fields
+from capgap.models.families import HEAD, Axes
 from capgap.models.shape import Shape
 from capgap.prune.importance import Importance, score
-from capgap.prune.layout import LAYOUTS, Axes
 from capgap.prune.shape import pruned_shape, why_no_cut
 
 
@@ -60,20 +61,22 @@ def cut(model: PreTrainedModel, importance: Importance, shape: Shape) -> PreTrai
     """
     own = shape_of(model.config)
     _check(own, importance, shape)
-    smaller = _empty_like(model, shape)
     kept = choose(importance, shape)
-    layout = LAYOUTS[own.architecture]
+    smaller = _empty_like(model, shape, kept)
+    family = own.family
     weights = model.state_dict()
     cuts = {}
     with torch.no_grad():
-        for name, axes in layout.tensors.items():
+        for name, axes in family.tensors.items():
             cuts[name] = _select(weights[name], axes, _axis_indices(own, shape, kept, layer=0))
         for new_layer, old_layer in enumerate(kept.layers.tolist()):
             indices = _axis_indices(own, shape, kept, layer=new_layer)
-            for name, axes in layout.layer_tensors.items():
-                weight = weights[f"{layout.layers}.{old_layer}.{name}"]
-                cuts[f"{layout.layers}.{new_layer}.{name}"] = _select(weight, axes, indices)
-    # strict: a tensor that the layout does not name is an error, not a random weight
+            for name, axes in family.layer_tensors.items():
+                weight = weights[f"{family.layers}.{old_layer}.{name}"]
+                cuts[f"{family.layers}.{new_layer}.{name}"] = _select(weight, axes, indices)
+        if family.scaled_embedding and shape.hidden != own.hidden:
+            _keep_scale(cuts, own, shape)
+    # strict: a tensor that the family does not name is an error, not a random weight
     smaller.load_state_dict(cuts, strict=True)
     return smaller
 
@@ -101,11 +104,14 @@ def _check(own: Shape, importance: Importance, shape: Shape) -> None:
         raise UserError("the importance was measured on a model of another shape")
 
 
-def _empty_like(model: PreTrainedModel, shape: Shape) -> PreTrainedModel:
+def _empty_like(model: PreTrainedModel, shape: Shape, kept: Kept) -> PreTrainedModel:
     """A model of `shape` with the settings of `model`; its weights are still to be filled."""
     config = copy.deepcopy(model.config)
     for name, value in size_fields(shape).items():
         setattr(config, name, value)
+    # a layer keeps its kind: sliding or full attention
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in kept.layers.tolist()]
     with torch.random.fork_rng(devices=[]):
         smaller = AutoModelForCausalLM.from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
@@ -114,18 +120,32 @@ def _empty_like(model: PreTrainedModel, shape: Shape) -> PreTrainedModel:
     return smaller.to(model.device).train(model.training)
 
 
+def _keep_scale(cuts: dict[str, Tensor], own: Shape, shape: Shape) -> None:
+    """Such a model multiplies token embeddings by sqrt(hidden), the new one by less: its table
+    makes up for it, and where that is the head too, the last norm makes up for the table."""
+    family, ratio = own.family, math.sqrt(own.hidden / shape.hidden)
+    table, norm = f"{family.embeddings[0]}.weight", f"{family.final_norm}.weight"
+    cuts[table] = cuts[table] * ratio
+    if own.tied:
+        cuts[HEAD] = cuts[table]
+        cuts[norm] = (cuts[norm] + family.norm_offset) / ratio - family.norm_offset
+
+
 def _axis_indices(own: Shape, shape: Shape, kept: Kept, *, layer: int) -> dict[str, Tensor]:
     """For every kind of axis the indices to keep, in the kept layer number `layer`."""
-    heads = kept.heads[layer]
+    heads, neurons = kept.heads[layer], kept.neurons[layer]
     one_kind = _blocks(heads, own.head_size)
+    query = _blocks(heads, own.heads // own.kv_heads * own.head_size)
+    queries, keys = own.heads * own.head_size, own.kv_heads * own.head_size
     return {
         "words": torch.arange(shape.vocabulary),
         "hidden": kept.hidden,
-        "neurons": kept.neurons[layer],
-        "query": _blocks(heads, own.heads // own.kv_heads * own.head_size),
+        "neurons": neurons,
+        "gate_up": torch.cat([neurons, neurons + own.ffn]),
+        "query": query,
         "key": one_kind,
         "head_qkv": _blocks(heads, 3 * own.head_size),
-        "qkv_head": torch.cat([one_kind + kind * own.hidden for kind in range(3)]),
+        "qkv": torch.cat([query, one_kind + queries, one_kind + queries + keys]),
     }
 
 
@@ -136,6 +156,6 @@ def _blocks(indices: Tensor, width: int) -> Tensor:
 
 def _select(weight: Tensor, axes: Axes, indices: dict[str, Tensor]) -> Tensor:
     for axis, kind in enumerate(axes):
-        if kind != "all":
+        if kind in indices:
             weight = weight.index_select(axis, indices[kind].to(weight.device))
     return weight

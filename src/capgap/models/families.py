@@ -1,0 +1,224 @@
+"""The model families: what the tensors of each run over. Imports no torch.
+
+A `Family` is all that sizes, parameter counts, importance and cuts know of an architecture. What an
+axis of a tensor runs over, as the surgery indexes it:
+
+    hidden      the shared hidden width
+    neurons     the FFN neurons of the layer
+    gate_up     the gate's rows for all neurons, then the others' (Phi-3)
+    query       the rows of all query heads, head by head
+    key         the rows of all key (or value) heads, head by head
+    head_qkv    head by head the rows of its query, key and value (GPT-NeoX)
+    qkv         the rows of all queries, then all keys, then all values (GPT-2, Phi-3)
+    head        one head's own width, never cut
+    words       the rows of the vocabulary's table, of which the first stay
+    positions   the rows of a table of positions, never cut
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+HEAD = "lm_head.weight"
+Axes = tuple[str, ...]
+Tensors = dict[str, Axes]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture, by the model_type of its transformers config.
+
+    Tensors and modules of a layer are named relative to `layers`.<index>. `layer_norms` and
+    `final_norm` run over the hidden width; `head_norms` over all heads together. `head_inputs` and
+    `neuron_inputs` are the modules whose inputs are heads and neurons; `writes` those whose output
+    is added to the residual stream. `output_norms`: `writes` are norms behind them.
+
+    grouped_heads: query heads may share key-value heads. free_width: the head size is a field of
+    its own, so that the hidden width need not be heads x head_size. size_names: what the config
+    calls a size where it differs from most. settings: of the config, with the only values that
+    this declaration is true for. fixed: settings of models that are built here. norm_offset: added
+    to a norm's weight. scaled_embedding: token embeddings are multiplied by sqrt(hidden).
+    """
+
+    architecture: str
+    layers: str
+    embeddings: tuple[str, ...]
+    tables: Tensors
+    final_norm: str
+    layer_norms: tuple[str, ...]
+    attention: Tensors
+    ffn: Tensors
+    head_inputs: str
+    neuron_inputs: str
+    writes: tuple[str, str]
+    norm_bias: bool = False
+    head_norms: tuple[str, ...] = ()
+    output_norms: bool = False
+    grouped_heads: bool = True
+    free_width: bool = True
+    size_names: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+
+    @property
+    def tensors(self) -> Tensors:
+        """Those outside of the layers."""
+        return self.tables | self._norm(self.final_norm)
+
+    @property
+    def layer_tensors(self) -> Tensors:
+        """Those of a layer."""
+        norms: Tensors = {}
+        for name in self.layer_norms:
+            norms |= self._norm(name)
+        return norms | self.attention | self.ffn
+
+    def _norm(self, module: str) -> Tensors:
+        names = ("weight", "bias") if self.norm_bias else ("weight",)
+        return {f"{module}.{name}": ("hidden",) for name in names}
+
+
+def _linear(module: str, outputs: str, inputs: str, *, bias: bool = False) -> Tensors:
+    weight: Tensors = {f"{module}.weight": (outputs, inputs)}
+    return weight | ({f"{module}.bias": (outputs,)} if bias else {})
+
+
+def _transposed(module: str, outputs: str, inputs: str) -> Tensors:
+    """GPT-2 keeps its matrices as [inputs, outputs]."""
+    return {f"{module}.weight": (inputs, outputs), f"{module}.bias": (outputs,)}
+
+
+def _attention(*, bias: bool = False) -> Tensors:
+    return (
+        _linear("self_attn.q_proj", "query", "hidden", bias=bias)
+        | _linear("self_attn.k_proj", "key", "hidden", bias=bias)
+        | _linear("self_attn.v_proj", "key", "hidden", bias=bias)
+        | _linear("self_attn.o_proj", "hidden", "query")
+    )
+
+
+GATED_FFN = (
+    _linear("mlp.gate_proj", "neurons", "hidden")
+    | _linear("mlp.up_proj", "neurons", "hidden")
+    | _linear("mlp.down_proj", "hidden", "neurons")
+)
+
+
+def _like_llama(architecture: str, **changes: Any) -> Family:
+    """Most families differ from Llama in little."""
+    same: dict[str, Any] = {
+        "layers": "model.layers",
+        "embeddings": ("model.embed_tokens",),
+        "tables": {
+            "model.embed_tokens.weight": ("words", "hidden"),
+            HEAD: ("words", "hidden"),
+        },
+        "final_norm": "model.norm",
+        "layer_norms": ("input_layernorm", "post_attention_layernorm"),
+        "attention": _attention(),
+        "ffn": GATED_FFN,
+        "head_inputs": "self_attn.o_proj",
+        "neuron_inputs": "mlp.down_proj",
+        "writes": ("self_attn.o_proj", "mlp.down_proj"),
+    }
+    return Family(architecture, **(same | changes))
+
+
+_ALL = (
+    _like_llama("llama", settings={"attention_bias": False, "mlp_bias": False}),
+    _like_llama("mistral"),
+    _like_llama("qwen2", attention=_attention(bias=True)),
+    _like_llama(
+        "qwen3",
+        attention=_attention()
+        | {"self_attn.q_norm.weight": ("head",), "self_attn.k_norm.weight": ("head",)},
+        settings={"attention_bias": False},
+    ),
+    _like_llama(
+        "gemma2",
+        layer_norms=(
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        ),
+        writes=("post_attention_layernorm", "post_feedforward_layernorm"),
+        output_norms=True,
+        settings={"attention_bias": False},
+        norm_offset=1.0,
+        scaled_embedding=True,
+    ),
+    _like_llama(
+        "olmo2",
+        layer_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        attention=_attention()
+        | {"self_attn.q_norm.weight": ("query",), "self_attn.k_norm.weight": ("key",)},
+        head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+        writes=("post_attention_layernorm", "post_feedforward_layernorm"),
+        output_norms=True,
+        settings={"attention_bias": False},
+    ),
+    _like_llama(
+        "phi3",
+        attention=_linear("self_attn.qkv_proj", "qkv", "hidden")
+        | _linear("self_attn.o_proj", "hidden", "query"),
+        ffn=_linear("mlp.gate_up_proj", "gate_up", "hidden")
+        | _linear("mlp.down_proj", "hidden", "neurons"),
+    ),
+    Family(
+        "gpt_neox",
+        layers="gpt_neox.layers",
+        embeddings=("gpt_neox.embed_in",),
+        tables={
+            "gpt_neox.embed_in.weight": ("words", "hidden"),
+            HEAD: ("words", "hidden"),
+        },
+        final_norm="gpt_neox.final_layer_norm",
+        layer_norms=("input_layernorm", "post_attention_layernorm"),
+        attention=_linear("attention.query_key_value", "head_qkv", "hidden", bias=True)
+        | _linear("attention.dense", "hidden", "query", bias=True),
+        ffn=_linear("mlp.dense_h_to_4h", "neurons", "hidden", bias=True)
+        | _linear("mlp.dense_4h_to_h", "hidden", "neurons", bias=True),
+        head_inputs="attention.dense",
+        neuron_inputs="mlp.dense_4h_to_h",
+        writes=("attention.dense", "mlp.dense_4h_to_h"),
+        norm_bias=True,
+        grouped_heads=False,
+        free_width=False,
+        settings={"attention_bias": True},
+    ),
+    Family(
+        "gpt2",
+        layers="transformer.h",
+        embeddings=("transformer.wte", "transformer.wpe"),
+        tables={
+            "transformer.wte.weight": ("words", "hidden"),
+            "transformer.wpe.weight": ("positions", "hidden"),
+            HEAD: ("words", "hidden"),
+        },
+        final_norm="transformer.ln_f",
+        layer_norms=("ln_1", "ln_2"),
+        attention=_transposed("attn.c_attn", "qkv", "hidden")
+        | _transposed("attn.c_proj", "hidden", "query"),
+        ffn=_transposed("mlp.c_fc", "neurons", "hidden")
+        | _transposed("mlp.c_proj", "hidden", "neurons"),
+        head_inputs="attn.c_proj",
+        neuron_inputs="mlp.c_proj",
+        writes=("attn.c_proj", "mlp.c_proj"),
+        norm_bias=True,
+        grouped_heads=False,
+        free_width=False,
+        size_names={
+            "hidden": "n_embd",
+            "layers": "n_layer",
+            "heads": "n_head",
+            "ffn": "n_inner",
+            "positions": "n_positions",
+        },
+        settings={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False},
+        fixed={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+)
+
+FAMILIES = {family.architecture: family for family in _ALL}
