@@ -163,6 +163,24 @@ def test_bf16_inputs_accumulate_in_fp32():
     assert student.hidden.grad.dtype == torch.bfloat16
 
 
+def test_bf16_gradients_are_summed_in_fp32_and_scaled_alike():
+    """In bf16, 75 chunks would be off by a percent, and 1/600 by 0.2 percent."""
+    generator = torch.Generator().manual_seed(8)
+    hidden = torch.randn(600, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(32, 16, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 32, (600,), generator=generator)
+    student = HeadInput(hidden, weight, dtype=torch.bfloat16)
+    result = column_loss([student], targets, alphas=[0.0], chunk_tokens=8)
+    (result.students[0].loss / 600).backward()
+    exact = [one.detach().bfloat16().double().requires_grad_() for one in (hidden, weight)]
+    functional.cross_entropy(exact[0] @ exact[1].T, targets).backward()
+    # the hidden states' own is told in bf16
+    for found, reference, far in zip((hidden, weight), exact, (6e-3, 3e-3), strict=True):
+        found, reference = found.grad.double().flatten(), reference.grad.flatten()
+        assert (found - reference).norm() < far * reference.norm()
+        assert (found @ reference / (reference @ reference)).item() == pytest.approx(1, abs=5e-4)
+
+
 def test_token_losses_are_zero_at_ignored_positions():
     generator = torch.Generator().manual_seed(4)
     source = make_head(generator, 21, 8, 40)

@@ -82,7 +82,17 @@ def test_students_learn_online_and_from_a_cache_alike(typed, small_corpus, folde
     assert steps[-1]["students"]["small"]["kl"] > 0
     told = [line["step"] for line in steps if "heldout" in line["students"]["small"]]
     assert told == [24, 49, 61]
-    assert first["best"] == {"step": 62, "students": {}}
+    best = first["best"]
+    means = {
+        line["step"] + 1: sum(one["heldout"] for one in line["students"].values()) / 2
+        for line in steps
+        if line["step"] in told
+    }
+    assert best["step"] == min(means, key=means.get)
+    for name, one in best["students"].items():
+        found = steps[best["step"] - 1]["students"][name]["heldout"]
+        assert one["heldout"]["loss"] == pytest.approx(found, rel=1e-6)
+        assert load_model(one["folder"]).config.vocab_size == 300
     assert second["best"] is None
     last = first["after"]["large"]["heldout"]["loss"]
     assert steps[-1]["students"]["large"]["heldout"] == last
@@ -137,7 +147,24 @@ def test_stopped_and_continued_equals_uninterrupted(small_corpus, folder, tmp_pa
     )
     for name, value in one.items():
         assert torch.equal(value, other[name])
-    assert [line["step"] for line in lines_of(tmp_path / "stopped")] == list(range(1171))
+    lines = lines_of(tmp_path / "stopped")
+    assert [line["step"] for line in lines] == list(range(1171))
+    # it did not begin anew: a process does not know how long its first step took
+    first = [line["step"] for line in lines if line["tokens_per_second"] is None]
+    assert first[-1] > 0
+
+
+def test_a_student_that_its_last_step_spoils_has_failed(typed, small_corpus, folder, tmp_path):
+    found = distill(
+        *(typed, folder, small_corpus, tmp_path / "out", "--learning-rate", "1e38", "--json"),
+        *("--heldout-steps", 1),
+        tokens="256",
+    )
+    assert found.code == 1
+    record = json.loads((tmp_path / "out" / "distill.json").read_text())
+    assert record["finished"]
+    assert "non-finite held-out loss" in record["after"]["small"]["failure"]["message"]
+    assert record["after"]["small"]["heldout"] is None
 
 
 def test_mistakes_are_one_line(typed, small_corpus, folder, tmp_path):

@@ -131,8 +131,16 @@ def test_interrupted_and_continued_equals_uninterrupted(small_corpus, tmp_path, 
             on_step=count,
             should_stop=lambda: steps == stop_after,
         )
-    continued = column()
-    train(continued, small_corpus, SETTINGS, teacher=OnlineTeacher(teacher), checkpoint_folder=path)
+    continued, taken = column(), []
+    train(
+        continued,
+        small_corpus,
+        SETTINGS,
+        teacher=OnlineTeacher(teacher),
+        checkpoint_folder=path,
+        on_step=lambda progress: taken.append(progress.step),
+    )
+    assert taken == list(range(stop_after + 1, 13))
     for one, other in zip(whole, continued, strict=True):
         assert_same(weights(one), weights(other))
         assert one.curve == other.curve
@@ -315,13 +323,13 @@ def test_numbers_that_are_read_a_step_late_say_the_same(small_corpus, tmp_path, 
         broken.learning_rate = float("inf")  # its first step spoils it, its second finds out
         return [learner("a", alpha=0.5), learner("short", steps=5, alpha=0.5), broken]
 
-    def run(models, **more):
+    def run(models, settings=SETTINGS, **more):
         ended = []
         teacher = model_of(20_000, seed=1)
         train(
             models,
             small_corpus,
-            SETTINGS,
+            settings,
             teacher=OnlineTeacher(teacher),
             on_end=lambda one: ended.append(one.id),
             **more,
@@ -348,7 +356,11 @@ def test_numbers_that_are_read_a_step_late_say_the_same(small_corpus, tmp_path, 
         run(column(), on_step=count, checkpoint_folder=folder, should_stop=lambda: steps == 3)
     continued = column()
     assert run(continued, checkpoint_folder=folder) == ["broken", "short", "a"]
-    for models in (late, continued):
+    often = dataclasses.replace(SETTINGS, checkpoint_seconds=0.0)
+    saved_often = column()
+    told = run(saved_often, checkpoint_folder=tmp_path / "often", settings=often)
+    assert sorted(told) == ["a", "broken", "short"]
+    for models in (late, continued, saved_often):
         for one, other in zip(whole, models, strict=True):
             assert one.curve == other.curve
             assert one.failure == other.failure
@@ -435,7 +447,8 @@ def test_weight_decay_spares_norms_biases_and_by_choice_embeddings(decay_embeddi
 
 def saved(folder, step, heldout=None):
     tensors = {"a/weight/x": torch.arange(6.0).reshape(2, 3) + step, "a/weight/y": torch.ones(3)}
-    save_checkpoint(folder, Checkpoint(step, {"a": {"curve": [1.5, None]}}, heldout), tensors)
+    losses = {} if heldout is None else {"a": heldout}
+    save_checkpoint(folder, Checkpoint(step, {"a": {"curve": [1.5, None]}}, losses), tensors)
     return folder / f"step-{step:010d}"
 
 
@@ -465,9 +478,26 @@ def test_the_last_two_checkpoints_and_the_best_stay(tmp_path):
         saved(tmp_path, step, heldout)
     assert steps_kept(tmp_path) == [1003, 1004, 1005]
     assert find_best(tmp_path).step == 1003
-    assert find_best(tmp_path).heldout == 2.5
+    assert find_best(tmp_path).heldout == {"a": 2.5}
     truncated(tmp_path / "step-0000001003")
     assert find_best(tmp_path).step == 1004
+
+
+def test_the_best_is_so_for_the_students_that_are_left(tmp_path):
+    tensors = {"a/weight/x": torch.ones(2)}
+    for step, losses in ((1, {"a": 2.0, "b": 9.0}), (2, {"a": 3.0, "b": 4.0}), (3, {"a": 2.5})):
+        save_checkpoint(tmp_path, Checkpoint(step, {}, losses), tensors, keep=3)
+    assert find_best(tmp_path).step == 1
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_later_work(tmp_path):
+    for step in (7, 90):
+        saved(tmp_path, step)
+    truncated(tmp_path / "step-0000000090")
+    # going on from 7, with one checkpoint kept
+    save_checkpoint(tmp_path, Checkpoint(8, {}, {}), {"a/weight/x": torch.ones(2)}, keep=1)
+    assert find_last(tmp_path).step == 8
+    assert steps_kept(tmp_path) == [8]
 
 
 def tensors_of(place):

@@ -350,8 +350,9 @@ def _print_students(found: dict[str, Any]) -> None:
     for name, student in found["after"].items():
         before = found["before"][name]["loss"]
         if student["failure"]:
-            where = f"at step {student['failure']['step']}"
-            print(f"{name}: failed {where}, {student['failure']['message']}")
+            step = student["failure"].get("step")
+            where = "" if step is None else f" at step {step}"
+            print(f"{name}: failed{where}, {student['failure']['message']}")
         else:
             after = student["heldout"]["loss"]
             print(f"{name}: held-out loss {before:.4f} -> {after:.4f}, {student['folder']}")

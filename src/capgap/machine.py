@@ -10,21 +10,30 @@ from capgap.errors import UserError
 
 
 def resolve_device(asked: str) -> str:
-    """`auto` is the GPU where there is one, every process's own under torchrun.
+    """`auto` is the GPU where there is one; `cuda` is every process's own under torchrun.
 
-    UserError for a device that is not there.
+    UserError for a device that is not there, and for one GPU for several processes.
     """
     import torch
 
     available = torch.cuda.is_available()
     if asked == "auto":
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if available else "cpu"
+        asked = "cuda" if available else "cpu"
     if asked.startswith("cuda") and not available:
         raise UserError(f"device {asked!r}, but torch finds no CUDA device: use cpu or auto")
     try:
-        return str(torch.device(asked))
+        device = torch.device(asked)
     except RuntimeError:
         raise UserError(f"{asked!r} is no device: use auto, cpu or cuda") from None
+    if device.type != "cuda":
+        return str(device)
+    if device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    elif started()[1] > 1:
+        raise UserError(f"device {asked!r} for {started()[1]} processes: use cuda or auto")
+    if device.index >= torch.cuda.device_count():
+        raise UserError(f"device {str(device)!r}, but there are {torch.cuda.device_count()} GPUs")
+    return str(device)
 
 
 def started() -> tuple[int, int]:

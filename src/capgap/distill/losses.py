@@ -275,8 +275,13 @@ class _ColumnLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Any, ...]:
         outputs: list[Tensor | None] = [None]
         for scale, gradients in zip(grad_losses, ctx.gradients, strict=True):
+            # in the dtype of the scale: rounded to bf16 it would be off for all tokens alike
             outputs += [
-                None if gradient is None else gradient.mul_(scale.to(gradient.dtype))
+                None
+                if gradient is None
+                else gradient.mul_(scale)
+                if gradient.dtype == scale.dtype
+                else (gradient.to(scale.dtype) * scale).to(gradient.dtype)
                 for gradient in gradients
             ]
         return tuple(outputs)

@@ -16,8 +16,10 @@ from capgap.distill.head import IGNORED_LABEL, HeadInput
 from capgap.distill.sparse import SparseSignal
 from capgap.errors import UserError
 from capgap.models.build import Parts, load_model
-from capgap.models.parallel import ALONE, Ranks, parallelize
+from capgap.models.parallel import ALONE, Ranks, parallelize, release
 
+# Forward passes, after which FSDP is made to forget them: it waits for backward passes to do so
+RELEASE_EVERY = 1000
 DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -84,7 +86,8 @@ class OnlineTeacher:
     """A causal language model that runs in its own dtype, on its own device.
 
     Autocast of the students does not reach it. Where its device is not the students', its hidden
-    states and its head go over for every micro-batch.
+    states and its head go over for every micro-batch. Sharded, every rank still has the tables and
+    the head whole.
     """
 
     def __init__(self, model: PreTrainedModel | Parts) -> None:
@@ -93,6 +96,7 @@ class OnlineTeacher:
         # not model.device: offloaded layers are on none
         self.device = self.parts.head.weight.device
         self.dtype = self.parts.head.weight.dtype
+        self._signals = 0
         self.is_offloaded = any(parameter.is_meta for parameter in self.parts.parameters())
         self.parameters = sum(parameter.numel() for parameter in self.parts.parameters())
 
@@ -100,6 +104,9 @@ class OnlineTeacher:
         return None
 
     def signal(self, batch: Batch, vocabulary: int) -> HeadInput:
+        self._signals += 1
+        if self._signals % RELEASE_EVERY == 0:
+            release(self.parts)
         positions = None if batch.positions is None else batch.positions.to(self.device)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             source = HeadInput.of(self.parts, batch.inputs.to(self.device), vocabulary, positions)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from capgap.errors import UserError
@@ -94,7 +94,7 @@ class Ranks:
 
     def wait(self) -> None:
         """Until all ranks are here."""
-        self.agree()
+        self.agree(False)
 
 
 ALONE = Ranks()
@@ -116,32 +116,38 @@ def joined(device: str, batch_windows: int) -> Iterator[Ranks]:
         torch.cuda.set_device(torch.device(device))
     # the hosts agree among themselves without a device
     dist.init_process_group("gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl")
-    try:
-        mesh = init_device_mesh(kind, (world,))
-        with warnings.catch_warnings():
-            # nothing changes hidden states in place
-            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-            yield Ranks(dist.get_rank(), world, mesh)
-    except UserError as error:
-        error.rank = dist.get_rank()
-        raise
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh(kind, (world,))
+    with warnings.catch_warnings():
+        # nothing changes hidden states in place
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        yield Ranks(dist.get_rank(), world, mesh)
+    # not after an error: NCCL would wait for ranks that are still at work. Without a barrier gloo's
+    # threads may still let go of a tensor when Python ends, which aborts the process
+    dist.barrier(device_ids=None if kind == "cpu" else [torch.cuda.current_device()])
+    dist.destroy_process_group()
 
 
-def parallelize(parts: Parts, ranks: Ranks, device: torch.device) -> Parts:
+def parallelize(
+    parts: Parts, ranks: Ranks, device: torch.device, dtype: torch.dtype | None = None
+) -> Parts:
     """Puts a model of the CPU on the device, sharded over all ranks where there are several.
 
     FSDP2: every rank keeps its part of every weight, gradient and moment. A layer's weights are
     together while it computes; those outside of layers (tables, head) from the beginning of a
-    forward pass to the end of the backward pass, so that the loss finds the head whole. Gradients
-    are sums over ranks, as losses are. Returns the parts it was given.
+    forward pass to the end of the backward pass, so that the loss finds the head whole, and until
+    `release` where there is no backward pass. `dtype` is that of autocast: layers are gathered in
+    it, or every rank would keep copies of all of them for the backward pass. Gradients are sums
+    over ranks in fp32, as losses are. Returns the parts it was given.
     """
     if ranks.mesh is None:
         parts.model.to(device)
         return parts
+    policy = MixedPrecisionPolicy()
+    if dtype is not None:
+        # activations keep the dtype that autocast gives them
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for layer in parts.layers:
-        fully_shard(layer, mesh=ranks.mesh)
+        fully_shard(layer, mesh=ranks.mesh, mp_policy=policy)
     fully_shard(parts, mesh=ranks.mesh, reshard_after_forward=False)
     for module in parts.modules():
         if isinstance(module, FSDPModule):
@@ -152,9 +158,11 @@ def parallelize(parts: Parts, ranks: Ranks, device: torch.device) -> Parts:
 
 
 def release(parts: Parts) -> None:
-    """After a forward pass without a backward pass: every rank keeps its part alone again."""
+    """After forward passes without a backward pass: every rank keeps its part alone again, and FSDP
+    forgets what it noted for a backward pass."""
     if isinstance(parts, FSDPModule):
-        parts.reshard()
+        # torch 2.11 has no reset_iter_state
+        getattr(parts, "reset_iter_state", parts.reshard)()
 
 
 def whole(tensor: Tensor) -> Tensor:

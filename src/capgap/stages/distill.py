@@ -1,6 +1,7 @@
 """The stage `distill`: students learn from one teacher, or from what a cache keeps of it."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -93,10 +94,15 @@ def run_distill(
         check_model(name, corpus)
     settings = _settings(request, corpus, device)
     with joined(device, settings.batch_windows) as ranks:
-        record = ranks.told(_begin(request, corpus) if ranks.is_first else {})
+        record = _begin_together(request, corpus, ranks)
         if not record["finished"]:
             run = _Run(request, corpus, settings, device, ranks, record)
-            run.train(say if ranks.is_first else lambda text: None, should_stop)
+            try:
+                run.train(say if ranks.is_first else lambda text: None, should_stop)
+            except UserError as error:
+                # a damaged window of a cache, say: one rank may meet it alone
+                error.rank = ranks.rank
+                raise
             run.finish()
         return record
 
@@ -135,7 +141,7 @@ class _Run:
             model = load_model(path, dtype=torch.float32)
             rate = request.learning_rate or auto_learning_rate(_non_embedding(model), is_cut=True)
             learner = Learner(name, model, self.steps, rate, request.settings.training.alpha)
-            parallelize(learner.parts, ranks, torch.device(device))
+            parallelize(learner.parts, ranks, torch.device(device), settings.autocast_dtype)
             self.learners.append(learner)
         self.last_losses: dict[str, HeldoutLoss] = {}
 
@@ -168,12 +174,15 @@ class _Run:
     def finish(self) -> None:
         """The students as folders, and the record."""
         from capgap.machine import machine, versions
+        from capgap.train.learner import NOT_FINITE
 
         students = {}
         for one in self.learners:
             loss = None
             if one.failure is None:
                 loss = self.last_losses.get(one.id) or self._evaluate(one)
+                if not math.isfinite(loss.loss):
+                    loss, one.failure = None, NOT_FINITE
             students[one.id] = {
                 "folder": None if one.failure else self._save(one, "students"),
                 "failure": one.failure,
@@ -269,6 +278,20 @@ def _settings(request: DistillRequest, corpus: Corpus, device: str) -> "LoopSett
     )
 
 
+def _begin_together(request: DistillRequest, corpus: Corpus, ranks: "Ranks") -> dict[str, Any]:
+    """What the first rank finds, on all; its UserError too."""
+    outcome: dict[str, Any] | UserError = {}
+    if ranks.is_first:
+        try:
+            outcome = _begin(request, corpus)
+        except UserError as error:
+            outcome = error
+    outcome = ranks.told(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
+
+
 def _begin(request: DistillRequest, corpus: Corpus) -> dict[str, Any]:
     """The record of this run, found or new; UserError where the folder holds something else."""
     asked = request.asked() | {"corpus_hash": corpus.corpus_hash}
@@ -282,12 +305,17 @@ def _begin(request: DistillRequest, corpus: Corpus) -> dict[str, Any]:
                     f"{value}): choose another --out"
                 )
         return found
-    if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
+    if request.out.exists() and not (request.out.is_dir() and _is_empty(request.out)):
         raise UserError(f"{request.out} is no empty folder and no run: choose another --out")
     request.out.mkdir(parents=True, exist_ok=True)
     record = {"schema": 1, "finished": False, "asked": asked}
     _write(path, record)
     return record
+
+
+def _is_empty(folder: Path) -> bool:
+    """But for a record that a kill has left half written."""
+    return all(path.name.startswith(f".{RECORD}.") for path in folder.iterdir())
 
 
 def _teacher(

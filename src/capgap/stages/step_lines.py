@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON line a step, and now and then a line for people."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,4 +91,6 @@ class StepLines:
             if line["step"] >= step:
                 break
             kept.append(text + "\n")
-        self.path.write_text("".join(kept))
+        aside = self.path.with_name(f".{self.path.name}")
+        aside.write_text("".join(kept))
+        os.replace(aside, self.path)

@@ -35,14 +35,12 @@ from capgap.records import AfterCut, read_record, record_from_dict, write_record
 from capgap.sweep.context import Context
 from capgap.sweep.plan import Cell, Column, Teacher
 from capgap.train.clock import StageClock
-from capgap.train.learner import Learner
+from capgap.train.learner import NOT_FINITE, Learner
 from capgap.train.loop import LoopSettings, Progress, train
 from capgap.train.settings import loop_settings
 
 # Teachers and students read the corpus in different orders, and importance is measured on a third.
 DATA_SEEDS = {"teacher": 1_000_003, "student": 2_000_003, "scoring": 3_000_017}
-# What the last step of a training can do, after which no other notices
-NOT_FINITE = {"message": "non-finite held-out loss after the last step"}
 
 
 @dataclass

@@ -43,11 +43,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All of a checkpoint but its tensors; heldout: the held-out loss then, where it was taken."""
+    """All of a checkpoint but its tensors; heldout: held-out losses by learner, where they were
+    taken."""
 
     step: int
     state: dict[str, Any]
-    heldout: float | None = None
+    heldout: dict[str, float]
     place: Path | None = None
 
 
@@ -61,7 +62,8 @@ def save_checkpoint(
 ) -> None:
     """Adds a checkpoint; the last `keep` and the one with the lowest held-out loss stay.
 
-    All ranks call it, each with its own parts of the tensors.
+    Those of later steps go: a run that takes them again has passed them over. All ranks call it,
+    each with its own parts of the tensors.
     """
     name = f"step-{checkpoint.step:010d}"
     place, partial = folder / name, folder / f".{name}"
@@ -82,8 +84,10 @@ def save_checkpoint(
         if ranks.is_first:
             manifest = {"schema": SCHEMA, "heldout": checkpoint.heldout, "files": files}
             _write(partial / MANIFEST, manifest)
-            if place.exists():  # a damaged one, whose steps were taken again
-                shutil.rmtree(place)
+            # damaged ones, whose steps were taken again
+            for passed_over in folder.glob("step-*"):
+                if passed_over.name >= name:
+                    shutil.rmtree(passed_over)
             partial.rename(place)
     finally:
         if ranks.is_first:
@@ -104,7 +108,10 @@ def find_last(folder: Path, ranks: Ranks = ALONE) -> Checkpoint | None:
 
 
 def find_best(folder: Path, ranks: Ranks = ALONE) -> Checkpoint | None:
-    """The whole checkpoint with the lowest held-out loss, None where none was taken."""
+    """The whole checkpoint with the lowest held-out loss, None where none was taken.
+
+    It is the mean over the learners that the last one knows: a learner that failed is in none.
+    """
     return _first_whole(_by_loss(folder), ranks)
 
 
@@ -173,16 +180,22 @@ def _first_whole(places: list[Path], ranks: Ranks) -> Checkpoint | None:
 
 
 def _by_loss(folder: Path) -> list[Path]:
-    """Those whose held-out loss was taken, the lowest first, the later one of equals."""
-    losses = []
-    for place in folder.glob("step-*"):
+    """Those whose held-out losses were taken, the lowest mean first, the later one of equals."""
+    found = []
+    for place in sorted(folder.glob("step-*"), reverse=True):
         try:
-            heldout = json.loads((place / MANIFEST).read_text())["heldout"]
+            losses = json.loads((place / MANIFEST).read_text())["heldout"]
         except (OSError, ValueError, KeyError):
             continue
-        if heldout is not None:
-            losses.append((heldout, place))
-    return [place for _, place in sorted(sorted(losses, reverse=True), key=lambda one: one[0])]
+        if losses:
+            found.append((place, losses))
+    learners = found[0][1] if found else {}
+    means = [
+        (sum(losses[name] for name in learners) / len(learners), place)
+        for place, losses in found
+        if learners.keys() <= losses.keys()
+    ]
+    return [place for _, place in sorted(means, key=lambda one: one[0])]
 
 
 def _superfluous(folder: Path, keep: int) -> list[Path]:

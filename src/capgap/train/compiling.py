@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ DECISION = "compiled.json"
 
 def compile_layers(models: Sequence[Parts]) -> None:
     for layer in _layers(models):
-        layer.forward = torch.compile(layer.forward)
+        # a short last micro-batch has kernels of its own
+        layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
 def undo(models: Sequence[Parts]) -> None:
@@ -52,17 +54,17 @@ def settle(
     What was found is kept in the folder, so that a run that continues computes as it began. Raises
     UserError where compiling is asked for, and what it needs is not there.
     """
-    missing = _missing(device)
-    if asked == "on" and missing is not None:
-        raise UserError(f"run.compile = 'on' needs {missing}: install it, or take 'off'")
-    if asked == "off" or (asked == "auto" and missing is not None):
-        return
     kept = None if folder is None else folder / DECISION
     if asked == "auto" and kept is not None and kept.exists():
         asked = "on" if json.loads(kept.read_text())["compiled"] else "off"
-    if asked != "auto":
-        if asked == "on":
-            compile_layers(models)
+    missing = _missing(device)
+    if asked == "on" and missing is not None:
+        raise UserError(
+            f"compiled layers (run.compile) need {missing}: install it, or begin with 'off'"
+        )
+    if asked == "on":
+        compile_layers(models)
+    if asked != "auto" or missing is not None:
         return
     pays = False
     if ranks.told(_seconds(trial) * trials_left > WORTHWHILE_SECONDS):
@@ -85,10 +87,17 @@ def _layers(models: Sequence[Parts]) -> list[torch.nn.Module]:
 
 
 def _missing(device: torch.device) -> str | None:
-    if device.type == "cpu":
-        compiler = os.environ.get("CXX", "g++")
-        return None if shutil.which(compiler) else f"the C++ compiler {compiler}"
-    return None if importlib.util.find_spec("triton") else "triton"
+    """What torch.compile would ask for in vain."""
+    # triton compiles its launchers in C
+    variable, usual = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")
+    compiler = os.environ.get(variable, usual)
+    if shutil.which(compiler) is None:
+        return f"the compiler {compiler}"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "the headers of Python (Python.h)"
+    if device.type != "cpu" and importlib.util.find_spec("triton") is None:
+        return "triton"
+    return None
 
 
 def _seconds(trial: Callable[[], None]) -> float:

@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 
 from capgap.models.build import Parts
 
+# What the last step of a training can do, after which no other notices
+NOT_FINITE = {"message": "non-finite held-out loss after the last step"}
 CURVE_COLUMNS = (
     "step",
     "tokens",

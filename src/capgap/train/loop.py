@@ -5,6 +5,7 @@ a baseline, several with a teacher are a column, whose teacher runs once for all
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -153,27 +154,38 @@ def train(
             losses = {}
             if heldout_loss is not None and column.is_measured(step):
                 with clock.stage("evaluation"):
-                    losses = {one.id: heldout_loss(one) for one in trained if one.failure is None}
+                    losses = _finite_losses(trained, heldout_loss)
             progress = Progress(step, step * tokens, tokens * len(trained), reports, losses)
             on_step(progress)
-            for learner in trained:
-                if not learner.active(step):
-                    on_end(learner)
-            if checkpoint_folder is None:
-                continue
-            due = time.monotonic() - saved_at > settings.checkpoint_seconds
-            # the first rank's clock, or the ranks would save at different steps
-            stopping, due = ranks.agree(should_stop(), due and ranks.is_first)
-            if stopping or due or losses:
+            stopping = due = False
+            if checkpoint_folder is not None:
+                due = time.monotonic() - saved_at > settings.checkpoint_seconds
+                # the first rank's clock, or the ranks would save at different steps
+                stopping, due = ranks.agree(should_stop(), due and ranks.is_first)
+            saving = checkpoint_folder is not None and (stopping or due or bool(losses))
+            if saving:
                 # a run that goes on from here does not take these steps again
                 late = column.reporter.read(all_steps=True)
                 if late:
                     on_step(Progress(step, step * tokens, 0, late, {}))
+            for learner in trained:
+                if not learner.active(step):
+                    on_end(learner)
+            if saving:
+                assert checkpoint_folder is not None
                 with clock.stage("checkpoint"):
                     column.save(checkpoint_folder, step, losses)
                 saved_at = time.monotonic()
             if stopping:
                 raise Interrupted
+
+
+def _finite_losses(
+    learners: Sequence[Learner], heldout_loss: Callable[[Learner], float]
+) -> dict[str, float]:
+    """Of the sound learners; a loss that is not finite is as good as not taken."""
+    losses = {one.id: heldout_loss(one) for one in learners if one.failure is None}
+    return {name: loss for name, loss in losses.items() if math.isfinite(loss)}
 
 
 def restore_best(learners: Sequence[Learner], folder: Path, ranks: Ranks = ALONE) -> int | None:
@@ -347,10 +359,9 @@ class _Column:
                 "sums": {"steps": sums.steps, "values": sums.values},
                 "updates": updates(optimizer),
             }
-        heldout = sum(losses.values()) / len(losses) if losses else None
         save_checkpoint(
             folder,
-            Checkpoint(step, state, heldout),
+            Checkpoint(step, state, losses),
             tensors,
             keep=self.settings.checkpoints,
             ranks=self.ranks,

@@ -182,7 +182,7 @@ class HostCopy:
             self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self.values.copy_(values, non_blocking=True)
             self.arrived = torch.cuda.Event()
-            self.arrived.record()
+            self.arrived.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> NDArray[np.float64]:
         """Waits for these numbers alone, not for work that was given to the device after them."""
