@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
 from capgap.errors import UserError
 from capgap.models.build import (

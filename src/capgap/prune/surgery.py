@@ -15,6 +15,7 @@ from capgap.models.families import HEAD, Axes
 from capgap.models.shape import Shape
 from capgap.prune.importance import Importance, score
 from capgap.prune.shape import pruned_shape, why_no_cut
+from capgap.prune.units import unit_of_rows
 
 
 @dataclass(frozen=True)
@@ -132,26 +133,18 @@ def _keep_scale(cuts: dict[str, Tensor], own: Shape, shape: Shape) -> None:
 
 
 def _axis_indices(own: Shape, shape: Shape, kept: Kept, *, layer: int) -> dict[str, Tensor]:
-    """For every kind of axis the indices to keep, in the kept layer number `layer`."""
-    heads, neurons = kept.heads[layer], kept.neurons[layer]
-    one_kind = _blocks(heads, own.head_size)
-    query = _blocks(heads, own.heads // own.kv_heads * own.head_size)
-    queries, keys = own.heads * own.head_size, own.kv_heads * own.head_size
-    return {
-        "words": torch.arange(shape.vocabulary),
-        "hidden": kept.hidden,
-        "neurons": neurons,
-        "gate_up": torch.cat([neurons, neurons + own.ffn]),
-        "query": query,
-        "key": one_kind,
-        "head_qkv": _blocks(heads, 3 * own.head_size),
-        "qkv": torch.cat([query, one_kind + queries, one_kind + queries + keys]),
+    """For every kind of axis that is cut the rows to keep, in the kept layer number `layer`."""
+    units = {"hidden": kept.hidden, "heads": kept.heads[layer], "neurons": kept.neurons[layer]}
+    indices = {"words": torch.arange(shape.vocabulary)}
+    kinds = {
+        kind for axes in (own.family.tensors | own.family.layer_tensors).values() for kind in axes
     }
-
-
-def _blocks(indices: Tensor, width: int) -> Tensor:
-    """Positions covered by blocks of `width`: [1, 3] and 2 -> [2, 3, 6, 7]."""
-    return (indices[:, None] * width + torch.arange(width)).flatten()
+    for kind in kinds:
+        found = unit_of_rows(kind, own)
+        if found is not None:
+            unit, rows = found
+            indices[kind] = torch.isin(rows, units[unit]).nonzero().squeeze(1)
+    return indices
 
 
 def _select(weight: Tensor, axes: Axes, indices: dict[str, Tensor]) -> Tensor:
