@@ -1,6 +1,5 @@
 """Scores of units beside the first-order one on masks: each against its own formula."""
 
-
 import pytest
 import torch
 

@@ -84,7 +84,7 @@ def shape_of(config: PreTrainedConfig) -> Shape:
                 f"only {name}={supported}"
             )
     names = _SIZE_NAMES | family.size_names
-    found = {size: getattr(config, name, None) for size, name in names.items()}
+    found: dict[str, Any] = {size: getattr(config, name, None) for size, name in names.items()}
     found["kv_heads"] = found["kv_heads"] or found["heads"]
     found["head_size"] = found["head_size"] or found["hidden"] // found["heads"]
     # GPT-2's way of saying four times the hidden width

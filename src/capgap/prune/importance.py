@@ -195,7 +195,8 @@ def score(
     and `norm` sum over all of a layer's weights.
 
     Scores are divided by their L2 norm over a layer (heads, neurons) or over all. The model is left
-    as it was. Raises UserError for an unknown method, if there is no batch, or a loss is not finite.
+    as it was. Raises UserError for an unknown method, for no batch where text is needed, or a loss
+    that is not finite.
     """
     for name, asked, known in (("method", method, METHODS), ("depth", depth, (None, *DEPTHS))):
         if asked not in known:
