@@ -112,6 +112,9 @@ def draw(points: Sequence[Point], path: Path) -> None:
         )
         panel.set(xscale="log", yscale="log", xlabel=title, ylabel="µs a token of the batch")
         panel.set_xticks([one.place for one in mine], [_tick(one) for one in mine])
+        low, high = (f(one.microseconds for one in mine) for f in (min, max))
+        steps = [50 * 2**step for step in range(8) if 0.7 * low < 50 * 2**step < 1.4 * high]
+        panel.set_yticks(steps, [f"{step:,}" for step in steps])
         panel.minorticks_off()
         panel.grid(color="0.9")
     panels.flat[0].legend(frameon=False)
