@@ -169,6 +169,26 @@ def test_the_command_stopped_under_torchrun_goes_on_alone(models, corpus, tmp_pa
         torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4)
 
 
+def test_autocast_does_the_same_to_sharded_weights(models, corpus, tmp_path):
+    """Held-out loss before and after, and the step's in between."""
+    found = {}
+    for name, processes in (("one", 1), ("two", 2)):
+        more = ("--tokens", "2k", "-s", "training.precision=bf16", "--learning-rate", "0.001")
+        started = torchrun(processes, *distill(models, corpus, tmp_path / name, *more))
+        _, err = started.communicate(timeout=120)
+        assert started.returncode == 0, err
+        found[name] = json.loads((tmp_path / name / "distill.json").read_text())
+    one, two = found["one"], found["two"]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    before, after = (
+        [record[when]["student"] for record in (one, two)] for when in ("before", "after")
+    )
+    assert before[1]["loss"] == pytest.approx(before[0]["loss"], rel=1e-6)
+    losses = [record["heldout"]["loss"] for record in after]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[0] < before[0]["loss"]
+
+
 def test_mistakes_are_told_once(models, corpus, tmp_path):
     wrong = torchrun(3, *distill(models, corpus, tmp_path / "out", "--tokens", "10k"))
     _, told = wrong.communicate(timeout=120)

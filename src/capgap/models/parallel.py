@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from capgap.errors import UserError
@@ -127,27 +127,21 @@ def joined(device: str, batch_windows: int) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def parallelize(
-    parts: Parts, ranks: Ranks, device: torch.device, dtype: torch.dtype | None = None
-) -> Parts:
+def parallelize(parts: Parts, ranks: Ranks, device: torch.device) -> Parts:
     """Puts a model of the CPU on the device, sharded over all ranks where there are several.
 
     FSDP2: every rank keeps its part of every weight, gradient and moment. A layer's weights are
     together while it computes; those outside of layers (tables, head) from the beginning of a
     forward pass to the end of the backward pass, so that the loss finds the head whole, and until
-    `release` where there is no backward pass. `dtype` is that of autocast: layers are gathered in
-    it, or every rank would keep copies of all of them for the backward pass. Gradients are sums
-    over ranks in fp32, as losses are. Returns the parts it was given.
+    `release` where there is no backward pass. Weights are gathered as they are stored; what
+    autocast makes of them is every rank's own from the forward to the backward pass. Gradients
+    are sums over ranks, as losses are. Returns the parts it was given.
     """
     if ranks.mesh is None:
         parts.model.to(device)
         return parts
-    policy = MixedPrecisionPolicy()
-    if dtype is not None:
-        # activations keep the dtype that autocast gives them
-        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for layer in parts.layers:
-        fully_shard(layer, mesh=ranks.mesh, mp_policy=policy)
+        fully_shard(layer, mesh=ranks.mesh)
     fully_shard(parts, mesh=ranks.mesh, reshard_after_forward=False)
     for module in parts.modules():
         if isinstance(module, FSDPModule):

@@ -141,7 +141,7 @@ class _Run:
             model = load_model(path, dtype=torch.float32)
             rate = request.learning_rate or auto_learning_rate(_non_embedding(model), is_cut=True)
             learner = Learner(name, model, self.steps, rate, request.settings.training.alpha)
-            parallelize(learner.parts, ranks, torch.device(device), settings.autocast_dtype)
+            parallelize(learner.parts, ranks, torch.device(device))
             self.learners.append(learner)
         self.last_losses: dict[str, HeldoutLoss] = {}
 
