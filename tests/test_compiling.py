@@ -58,7 +58,12 @@ def test_a_short_run_is_not_worth_a_trial(compiler, parts):
     assert not is_compiled(parts)
 
 
-def test_without_a_compiler_nothing_is_tried(parts, monkeypatch):
+def test_without_a_compiler_nothing_is_tried(parts, monkeypatch, tmp_path):
+    with monkeypatch.context() as patched:
+        patched.setattr(compiling, "_missing", lambda device: "a compiler")
+        settle("auto", parts, lambda: pytest.fail("tried"), folder=tmp_path)
+    # and a run that continues where there is one computes as it began
+    settle("auto", parts, lambda: pytest.fail("tried"), folder=tmp_path)
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     settle("auto", parts, lambda: pytest.fail("tried"))
     with pytest.raises(UserError, match=r"\(run\.compile\) need the compiler g\+\+"):

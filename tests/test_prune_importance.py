@@ -3,9 +3,9 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from capgap.errors import UserError
-from capgap.models.build import build_model
 from capgap.models.shape import Shape
 from capgap.prune.importance import Masks, loss_of, masked, score
+from lively import lively
 
 SHAPES = {
     "llama": Shape("llama", 24, 2, 4, 2, 6, 20, 31, 16, True),
@@ -18,23 +18,13 @@ SHAPES = {
 }
 
 
-def lively(architecture, dtype=torch.float64):
-    """A tiny model whose every weight matters, biases and norms too."""
-    model = build_model(SHAPES[architecture], seed=3).to(dtype)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.1 * torch.randn(weight.shape, generator=generator, dtype=dtype)
-    return model
-
-
 def windows(seed, batch=3):
     return torch.randint(31, (batch, 11), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("architecture", SHAPES)
 def test_masks_of_ones_change_nothing(architecture):
-    model = lively(architecture, torch.float32)
+    model = lively(SHAPES[architecture], torch.float32)
     ids = windows(0)
     expected = model(ids).logits
     masks = Masks.ones(SHAPES[architecture], dtype=torch.float32, device=model.device)
@@ -68,7 +58,7 @@ def nothing_rounds(monkeypatch):
 @pytest.mark.usefixtures("nothing_rounds")
 @pytest.mark.parametrize("architecture", SHAPES)
 def test_importance_is_the_finite_difference_of_the_loss(architecture):
-    model, ids = lively(architecture), windows(0)
+    model, ids = lively(SHAPES[architecture], torch.float64), windows(0)
     importance = score(model, [ids])
 
     @torch.no_grad()
@@ -93,7 +83,7 @@ def test_importance_is_the_finite_difference_of_the_loss(architecture):
 
 
 def test_importance_is_the_mean_of_absolute_values_over_batches():
-    model = lively("llama")
+    model = lively(SHAPES["llama"], torch.float64)
     first, second = score(model, [windows(0)]), score(model, [windows(1)])
     both = score(model, [windows(0), windows(1)])
     assert both.tokens == 60
@@ -106,7 +96,7 @@ def test_importance_is_the_mean_of_absolute_values_over_batches():
 
 
 def test_shapes_norms_and_dtype():
-    importance = score(lively("llama", torch.bfloat16), [windows(0)])
+    importance = score(lively(SHAPES["llama"], torch.bfloat16), [windows(0)])
     assert importance.heads.shape == (2, 2)
     assert importance.neurons.shape == (2, 20)
     assert importance.hidden.shape == (24,)
@@ -118,7 +108,7 @@ def test_shapes_norms_and_dtype():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_left_as_it_was(training):
-    model = lively("gpt_neox").train(training)
+    model = lively(SHAPES["gpt_neox"], torch.float64).train(training)
     model.gpt_neox.embed_in.weight.requires_grad_(False)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     trainable = [weight.requires_grad for weight in model.parameters()]
@@ -131,7 +121,7 @@ def test_the_model_is_left_as_it_was(training):
 
 
 def test_mistakes():
-    model = lively("llama")
+    model = lively(SHAPES["llama"], torch.float64)
     with pytest.raises(UserError, match="at least one batch"):
         score(model, [])
     with torch.no_grad():

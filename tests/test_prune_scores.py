@@ -1,24 +1,18 @@
 """Scores of units beside the first-order one on masks: each against its own formula."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from capgap.errors import UserError
-from capgap.models.build import build_model
 from capgap.models.families import FAMILIES
 from capgap.models.shape import Shape
 from capgap.prune.importance import DEPTHS, METHODS, loss_of, score
+from capgap.prune.surgery import cut
+from lively import lively
 
 OWN = Shape("llama", 24, 3, 4, 2, 6, 20, 31, 16, True)
-
-
-def lively(shape=OWN):
-    model = build_model(shape, seed=3)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    return model
 
 
 @pytest.fixture
@@ -32,7 +26,7 @@ def assert_proportional(found, expected):
 
 
 def test_weights_are_worth_their_gradient(batches):
-    model = lively()
+    model = lively(OWN)
     found = score(model, batches, method="weights")
     neurons, heads, layers = torch.zeros(3, 20), torch.zeros(3, 2), torch.zeros(3)
     for windows in batches:
@@ -59,7 +53,7 @@ def test_weights_are_worth_their_gradient(batches):
 
 
 def test_activations_of_neurons_and_hidden_units(batches):
-    model = lively()
+    model = lively(OWN)
     found = score(model, batches, method="activation")
     neurons, hidden = torch.zeros(20), torch.zeros(24)
     windows = torch.cat(batches)
@@ -86,55 +80,58 @@ def test_activations_of_neurons_and_hidden_units(batches):
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_every_weight_of_a_unit_counts_in_its_norm(architecture):
-    grouped = FAMILIES[architecture].grouped_heads
-    shape = Shape(architecture, 24, 2, 4, 2 if grouped else 4, 6, 20, 31, 16, True)
+def test_the_norm_of_a_unit_is_that_of_the_weights_a_cut_keeps_of_it(architecture):
+    family = FAMILIES[architecture]
+    shape = Shape(architecture, 24, 2, 4, 2 if family.grouped_heads else 4, 6, 20, 31, 16, True)
     model = lively(shape)
     found = score(model, [], method="norm")
-    family = FAMILIES[architecture]
-    layer = next(iter(model.get_submodule(family.layers).children()))
-    kinds = {"neurons": {"neurons", "gate_up"}, "heads": {"query", "key", "qkv", "head_qkv"}}
-    for unit, names in kinds.items():
-        whole = sum(
+    cuts = [("neurons", {"neurons", "gate_up"}, {"ffn": 1})]
+    # the others have hidden = heads x head_size, so that a cut of heads takes hidden units too
+    if family.free_width:
+        one_head = {"kv_heads": 1, "heads": shape.heads // shape.kv_heads}
+        cuts.append(("heads", {"query", "key", "qkv"}, one_head))
+
+    def squares(of, kinds):
+        """In the first layer, of the tensors that these units have rows in."""
+        layer = next(iter(of.get_submodule(family.layers).children()))
+        return sum(
             layer.get_parameter(name).square().sum()
             for name, axes in family.layer_tensors.items()
-            if names & set(axes)
+            if kinds & set(axes)
         )
-        scores = getattr(found, unit)[0]
-        assert scores.norm() == pytest.approx(1.0)
-        # one unit switched off takes just its own weights away
-        with torch.no_grad():
-            before = [one.clone() for one in layer.parameters()]
-            layer.get_submodule(family.neuron_inputs).weight.zero_()
-            again = score(model, [], method="norm").neurons[0]
-            for one, value in zip(layer.parameters(), before, strict=True):
-                one.copy_(value)
-        assert whole > 0
-        assert not torch.equal(again, found.neurons[0])
+
+    for unit, kinds, sizes in cuts:
+        scores = getattr(found, unit)
+        for place in range(scores.shape[1]):
+            wanted = torch.zeros_like(scores)
+            wanted[:, place] = 1.0
+            alone = cut(model, replace(found, **{unit: wanted}), replace(shape, **sizes))
+            share = squares(alone, kinds) / squares(model, kinds)
+            assert scores[0, place] ** 2 == pytest.approx(share.item(), rel=1e-4)
     assert (found.tokens, found.flops) == (0, 0)
 
 
 def test_a_layer_that_does_nothing_has_no_influence(batches):
-    model = lively()
+    model = lively(OWN)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
         model.model.layers[1].self_attn.o_proj.weight.zero_()
     for method in METHODS:
-        found = score(model, batches, method=method, depth="influence").layers
+        importance = score(model, batches, method=method, depth="influence")
+        found, passes = importance.layers, {"first_order": 6, "weights": 8}.get(method, 2)
+        assert importance.flops == passes * OWN.parameters().total * 40
         assert found[1] == pytest.approx(0.0, abs=1e-4)
         assert min(found[0], found[2]) > 0.01
 
 
 def test_the_ends_go_first():
-    found = score(
-        lively(Shape("llama", 24, 5, 4, 2, 6, 20, 31, 16, True)), [], method="random", depth="ends"
-    )
+    found = score(lively(replace(OWN, layers=5)), [], method="random", depth="ends")
     assert found.layers.argsort(descending=True)[:1].tolist() == [2]
     assert found.layers[0] == found.layers[4] < found.layers[1] == found.layers[3]
 
 
 def test_random_scores_are_drawn_by_their_seed():
-    model = lively()
+    model = lively(OWN)
     one, same, other = (score(model, [], method="random", seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one.neurons, same.neurons)
     assert not torch.equal(one.neurons, other.neurons)
@@ -143,7 +140,7 @@ def test_random_scores_are_drawn_by_their_seed():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("depth", [None, *DEPTHS])
 def test_the_model_is_left_as_it_was(batches, method, depth):
-    model = lively().train()
+    model = lively(OWN).train()
     model.model.embed_tokens.weight.requires_grad_(False)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     found = score(model, batches, method=method, depth=depth)
@@ -159,8 +156,8 @@ def test_the_model_is_left_as_it_was(batches, method, depth):
 
 def test_unknown_scores_and_no_text(batches):
     with pytest.raises(UserError, match="no importance method 'best'"):
-        score(lively(), batches, method="best")
+        score(lively(OWN), batches, method="best")
     with pytest.raises(UserError, match="no importance depth 'deep'"):
-        score(lively(), batches, depth="deep")
+        score(lively(OWN), batches, depth="deep")
     with pytest.raises(UserError, match="at least one batch"):
-        score(lively(), [], method="norm", depth="influence")
+        score(lively(OWN), [], method="norm", depth="influence")

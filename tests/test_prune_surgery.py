@@ -9,6 +9,7 @@ from capgap.models.build import build_model, load_model, save_model, shape_of
 from capgap.models.shape import Shape, ladder_shape
 from capgap.prune.importance import Importance, Masks, masked, score
 from capgap.prune.surgery import choose, cut, prune
+from lively import lively
 
 # teacher and what is cut out of it: every dimension shrinks
 CASES = {
@@ -47,16 +48,6 @@ CASES = {
         {"hidden": 24, "layers": 3, "heads": 3, "kv_heads": 3, "ffn": 27},
     ),
 }
-
-
-def lively(shape):
-    """A model whose biases and norm weights are not at their defaults."""
-    model = build_model(shape, seed=3)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    return model
 
 
 def windows(length=20):

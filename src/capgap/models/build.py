@@ -54,7 +54,7 @@ def to_config(shape: Shape) -> PreTrainedConfig:
     """
     fields = size_fields(shape) | shape.family.fixed
     fields |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "dtype": "float32"}
-    if shape.architecture != "gpt2":
+    if not shape.family.learns_positions:
         rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
         if shape.architecture == "gpt_neox":
             rotary["partial_rotary_factor"] = 1.0

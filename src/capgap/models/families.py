@@ -62,6 +62,11 @@ class Family:
     scaled_embedding: bool = False
 
     @property
+    def learns_positions(self) -> bool:
+        """By a table; the others rotate queries and keys."""
+        return any("positions" in axes for axes in self.tables.values())
+
+    @property
     def tensors(self) -> Tensors:
         """Those outside of the layers."""
         return self.tables | self._norm(self.final_norm)

@@ -68,8 +68,7 @@ def _problem(shape: Shape) -> str | None:
     if shape.positions < 1:
         return f"positions is {shape.positions}, it must be at least 1"
     family = shape.family
-    has_table = any("positions" in axes for axes in family.tables.values())
-    if not has_table and shape.head_size % 2:
+    if not family.learns_positions and shape.head_size % 2:
         return f"head_size {shape.head_size} is odd, rotary positions need an even one"
     if not family.grouped_heads and shape.heads != shape.kv_heads:
         return f"kv_heads {shape.kv_heads} must equal heads {shape.heads}"

@@ -21,9 +21,11 @@ Method = Literal["first_order", "weights", "activation", "norm", "random"]
 Depth = Literal["first_order", "influence", "ends"]
 METHODS = get_args(Method)
 DEPTHS = get_args(Depth)
+# The method that a depth is measured with; `ends` needs none
+DEPTH_METHODS: dict[str, Method] = {"first_order": "first_order", "influence": "activation"}
 # Operations of what reads text, by parameter and token: forward, and backward to the activations
 # or to the weights too
-FLOPS = {"first_order": 4, "weights": 6, "activation": 2, "influence": 2}
+FLOPS = {"first_order": 4, "weights": 6, "activation": 2}
 
 
 @dataclass(frozen=True)
@@ -203,29 +205,29 @@ def score(
             told = ", ".join(str(one) for one in known if one)
             raise UserError(f"no importance {name} {asked!r}: take one of {told}")
     shape = shape_of(model.config)
-    batches = list(batches)
-    if not batches and (method in FLOPS or depth in FLOPS):
+    layers_by = DEPTH_METHODS.get(depth or "", method)
+    operations = sum(FLOPS.get(one, 0) for one in {method, layers_by})
+    batches = list(batches) if operations else []
+    if operations and not batches:
         raise UserError("importance needs at least one batch of tokens, there was none")
-    scores = {
+    scorers = {
         "first_order": _first_order,
         "weights": _weight_gradients,
         "activation": _activations,
         "norm": _weight_norms,
         "random": lambda *_: _random(shape, seed),
-    }[method](model, shape, batches)
+    }
+    scores = scorers[method](model, shape, batches)
     if depth == "ends":
         places = torch.arange(shape.layers)
         scores["layers"] = (torch.minimum(places, places.flip(0)) + 1).float()
-    elif depth == "first_order" and method != "first_order":
-        scores["layers"] = _first_order(model, shape, batches)["layers"]
-    elif depth == "influence" and method != "activation":
-        scores["layers"] = _activations(model, shape, batches)["layers"]
+    elif layers_by != method:
+        scores["layers"] = scorers[layers_by](model, shape, batches)["layers"]
     tokens = sum(windows[:, 1:].numel() for windows in batches)
-    passes = {method, *([] if depth is None else [depth])}
     return Importance(
         **{name: _normalised(scores[name]) for name in ("heads", "neurons", "hidden", "layers")},
         tokens=tokens,
-        flops=sum(FLOPS.get(one, 0) for one in passes) * shape.parameters().total * tokens,
+        flops=operations * shape.parameters().total * tokens,
     )
 
 

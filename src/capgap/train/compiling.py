@@ -64,10 +64,10 @@ def settle(
         )
     if asked == "on":
         compile_layers(models)
-    if asked != "auto" or missing is not None:
+    if asked != "auto":
         return
     pays = False
-    if ranks.told(_seconds(trial) * trials_left > WORTHWHILE_SECONDS):
+    if missing is None and ranks.told(_seconds(trial) * trials_left > WORTHWHILE_SECONDS):
         plain = min(_seconds(trial) for _ in range(REPEATS))
         compile_layers(models)
         trial()
