@@ -238,7 +238,7 @@ def cache(
         )
     else:
         missing, shards = found["missing_shards"], found["shards"]
-        print(f"this part is written; {missing} of {shards} shards are still missing in {out}")
+        print(f"this part is written; other parts lack {missing} of {shards} shards in {out}")
 
 
 @app.command()
