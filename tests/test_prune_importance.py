@@ -4,7 +4,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from capgap.errors import UserError
 from capgap.models.shape import Shape
-from capgap.prune.importance import Masks, loss_of, masked, score
+from capgap.prune.importance import loss_of, score
+from capgap.prune.masks import Masks, masked
 from lively import lively
 
 SHAPES = {

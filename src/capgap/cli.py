@@ -9,13 +9,17 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
 from capgap import __version__
 from capgap.errors import UserError, is_disk_full
 from capgap.machine import started
+
+if TYPE_CHECKING:
+    from capgap.prune.methods import Depth, Method
+    from capgap.stages.prune import Prefer
 
 USER_ERROR = 2
 FAILED = 1
@@ -239,6 +243,137 @@ def cache(
     else:
         missing, shards = found["missing_shards"], found["shards"]
         print(f"this part is written; other parts lack {missing} of {shards} shards in {out}")
+
+
+@app.command()
+def score(
+    teacher: Annotated[str, typer.Argument(help="A Hugging Face folder or name.")],
+    out: Annotated[Path, typer.Option(help="File for the scores (safetensors).")],
+    corpus: Annotated[
+        Path | None, typer.Option(help="A corpus that `capgap corpus` prepared.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="first_order, weights, activation, norm or random.")
+    ] = "first_order",
+    depth: Annotated[
+        str | None,
+        typer.Option(help="For layers: first_order, influence or ends; none is as the method."),
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Tokens to score on.")] = "32768",
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    batch_windows: Annotated[int, typer.Option(help="Windows read at once.")] = 8,
+    seed: Annotated[int, typer.Option(help="Decides the windows, and random scores.")] = 0,
+    dtype: Annotated[str, typer.Option(help="The teacher's: stored, fp32 or bf16.")] = "stored",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Less memory, more time.")
+    ] = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Measure how much every unit of a model matters, once for many cuts."""
+    from rich.console import Console
+
+    from capgap.sizes import parse_count
+    from capgap.stages.score import ScoreRequest, run_score
+    from capgap.sweep.progress import make_lines
+
+    _quieten_transformers()
+    request = ScoreRequest(
+        teacher,
+        out,
+        corpus,
+        method=cast("Method", method),
+        depth=cast("Depth | None", depth),
+        tokens=parse_count(tokens),
+        window=window,
+        batch_windows=batch_windows,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        activation_checkpointing=activation_checkpointing,
+    )
+    stopped = _StopFlag()
+    from capgap.train.loop import Interrupted
+
+    try:
+        found = run_score(
+            request,
+            say=make_lines(Console(stderr=True), quiet=quiet),
+            should_stop=lambda: stopped.signal is not None,
+        )
+    except (Interrupted, KeyboardInterrupt):
+        _stopped(out, stopped.signal or signal.SIGINT)
+    if json_:
+        _print_json(found)
+    else:
+        read = f" on {found['tokens']:,} tokens" if found["tokens"] else ""
+        print(f"{found['method']} scores of {teacher}{read}, in {out}")
+
+
+@app.command()
+def prune(
+    teacher: Annotated[str, typer.Argument(help="A Hugging Face folder or name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the student; it must not exist.")],
+    scores: Annotated[
+        Path | None, typer.Option(help="What `capgap score` measured of the teacher.")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the non-embedding parameters, such as 0.4.")
+    ] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Non-embedding parameters, such as 3B.")
+    ] = None,
+    total_params: Annotated[str | None, typer.Option(help="All parameters, such as 3B.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="hidden=3072,heads=24,ffn=8192,layers=24: some of these, or all."),
+    ] = None,
+    multiple: Annotated[
+        int, typer.Option(help="Hidden and FFN width are multiples of it; 64 or 128 for a GPU.")
+    ] = 8,
+    prefer: Annotated[
+        str | None,
+        typer.Option(help="Of shapes of one size: axes (for --keep), ladder (else) or score."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Shape, parameters, memory and time; read no weights.")
+    ] = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Cut a student of an exact size out of a teacher."""
+    from rich.console import Console
+
+    from capgap.sizes import parse_count
+    from capgap.stages.prune import PruneRequest, parse_sizes, plan_prune, print_cut, run_prune
+    from capgap.sweep.progress import make_lines
+
+    _quieten_transformers()
+    request = PruneRequest(
+        teacher,
+        out,
+        scores,
+        keep=keep,
+        params=None if params is None else parse_count(params),
+        total_params=None if total_params is None else parse_count(total_params),
+        sizes={} if shape is None else parse_sizes(shape),
+        multiple=multiple,
+        prefer=cast("Prefer | None", prefer),
+    )
+    if dry_run:
+        found = plan_prune(request)
+    else:
+        try:
+            found = run_prune(request, make_lines(Console(stderr=True), quiet=quiet))
+        except KeyboardInterrupt:
+            _exit("stopped; nothing was written", 128 + signal.SIGINT)
+        except SystemExit:
+            _exit("stopped; nothing was written", 128 + signal.SIGTERM)
+    if json_:
+        _print_json(found)
+    else:
+        print_cut(found, Console(highlight=False))
 
 
 @app.command()

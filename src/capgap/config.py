@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from capgap.errors import UserError
+from capgap.prune.methods import Depth, Method
 from capgap.sizes import parse_count
 
 
@@ -122,6 +123,8 @@ class Recipe(Section):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     baselines: Literal["all", "best_and_largest"] = "all"
     scoring_tokens: Count = 32_768
+    scoring_method: Method = "first_order"
+    scoring_depth: Depth | None = None
     corpus: CorpusSection = CorpusSection()
     teachers: TeachersSection
     students: StudentsSection

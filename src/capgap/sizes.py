@@ -40,6 +40,23 @@ def format_count(count: int | float) -> str:
     return f"{rounded:g}"
 
 
+def format_bytes(count: int | float) -> str:
+    """Write bytes with three significant digits: 2.36e6 -> "2.36 MB"."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def clock_time(seconds: float | None) -> str:
+    """Minutes and seconds, "7:05"; hours before them where there are some."""
+    if seconds is None:
+        return "--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 @dataclass(frozen=True)
 class ParameterCounts:
     """Parameters of a language model by part.
@@ -77,11 +94,3 @@ def training_flops(total: int, tokens: int) -> int:
 def forward_flops(total: int, tokens: int) -> int:
     """Floating-point operations of a forward pass: 2 per parameter and token (2001.08361)."""
     return 2 * total * tokens
-
-
-def scoring_flops(total: int, tokens: int) -> int:
-    """Floating-point operations of first-order importance: forward, and backward to activations.
-
-    The weights are frozen, so their gradients, a third of a training step, are not computed.
-    """
-    return 4 * total * tokens

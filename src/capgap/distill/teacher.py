@@ -15,12 +15,11 @@ from transformers import PreTrainedModel
 from capgap.distill.head import IGNORED_LABEL, HeadInput
 from capgap.distill.sparse import SparseSignal
 from capgap.errors import UserError
-from capgap.models.build import Parts, load_model
+from capgap.models.build import DTYPES, Parts, load_model
 from capgap.models.parallel import ALONE, Ranks, parallelize, release
 
 # Forward passes, after which FSDP is made to forget them: it waits for backward passes to do so
 RELEASE_EVERY = 1000
-DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Hugging Face models: build one of a shape, load, save, split into backbone and head."""
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,10 @@ from transformers import (
 from capgap.errors import UserError
 from capgap.models.families import FAMILIES
 from capgap.models.shape import Shape
+from capgap.models.stored import refuse_quantised, written_beside
 
+# What weights can be loaded as
+DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 # What most configs call the sizes of a Shape
 _SIZE_NAMES = {
     "hidden": "hidden_size",
@@ -181,6 +183,13 @@ class Parts(nn.Module):
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keeps the inputs of every layer alone; the backward pass computes the rest again."""
+    # transformers renamed it, and warns of the old name
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def load_model(path_or_name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load a causal language model from a folder or, by its name, from the Hugging Face Hub.
 
@@ -201,8 +210,7 @@ def load_model(path_or_name: str | Path, dtype: torch.dtype | None = None) -> Pr
         raise UserError(f"{name} is no model folder")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if getattr(config, "quantization_config", None) is not None:
-            raise UserError(f"{name} is quantised: give the unquantised model")
+        refuse_quantised(name, config)
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -235,20 +243,7 @@ def save_model(
     The folder is written beside `path` and then renamed; a folder already at `path` is replaced.
     `weights` stand for the model's own, where those lie in parts on several ranks.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    replaced = path.with_name(f".{path.name}.replaced")
-    for leftover in (partial, replaced):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(partial, state_dict=weights)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    for file in partial.glob("*.safetensors"):
-        # safetensors lets nobody but the owner read; the config has what the system gives
-        shutil.copymode(partial / "config.json", file)
-    if path.exists():
-        path.rename(replaced)
-    partial.rename(path)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    with written_beside(path) as partial:
+        model.save_pretrained(partial, state_dict=weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)

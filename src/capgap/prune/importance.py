@@ -1,10 +1,9 @@
 """Importance of heads, neurons, hidden units and layers, by several scores."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,50 +12,20 @@ from transformers import PreTrainedModel
 
 from capgap.errors import UserError
 from capgap.models.build import Parts, shape_of
-from capgap.models.families import FAMILIES
 from capgap.models.shape import Shape
+from capgap.prune.masks import Masks, masked
+from capgap.prune.methods import (
+    Depth,
+    Method,
+    check_methods,
+    layers_by,
+    reading_methods,
+    scoring_flops,
+)
 from capgap.prune.units import layer_weights, sums_by_unit, unit_of_rows
 
-Method = Literal["first_order", "weights", "activation", "norm", "random"]
-Depth = Literal["first_order", "influence", "ends"]
-METHODS = get_args(Method)
-DEPTHS = get_args(Depth)
-# The method that a depth is measured with; `ends` needs none
-DEPTH_METHODS: dict[str, Method] = {"first_order": "first_order", "influence": "activation"}
-# Operations of what reads text, by parameter and token: forward, and backward to the activations
-# or to the weights too
-FLOPS = {"first_order": 4, "weights": 6, "activation": 2}
-
-
-@dataclass(frozen=True)
-class Masks:
-    """A factor on every unit: 1 keeps it, 0 removes it.
-
-    heads [layers, kv_heads]: a key-value head with all its query heads; neurons [layers, ffn];
-    hidden [hidden], shared by all layers; layers [layers], on what a layer adds to the residual.
-    """
-
-    heads: Tensor
-    neurons: Tensor
-    hidden: Tensor
-    layers: Tensor
-
-    @staticmethod
-    def ones(shape: Shape, *, dtype: torch.dtype, device: torch.device) -> "Masks":
-        """The masks that change nothing."""
-
-        def one(*size: int) -> Tensor:
-            return torch.ones(size, dtype=dtype, device=device)
-
-        return Masks(
-            heads=one(shape.layers, shape.kv_heads),
-            neurons=one(shape.layers, shape.ffn),
-            hidden=one(shape.hidden),
-            layers=one(shape.layers),
-        )
-
-    def as_list(self) -> list[Tensor]:
-        return [self.heads, self.neurons, self.hidden, self.layers]
+UNITS = ("heads", "neurons", "hidden", "layers")
+Scores = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,7 +34,7 @@ class Importance:
 
     heads [layers, kv_heads] and neurons [layers, ffn] have L2 norm 1 in each layer, hidden
     [hidden] and layers [layers] overall; all in float32 on the CPU. `tokens` were scored with
-    `flops` floating-point operations.
+    `flops` floating-point operations. `provenance` says of what model, text and method.
     """
 
     heads: Tensor
@@ -74,91 +43,19 @@ class Importance:
     layers: Tensor
     tokens: int
     flops: int
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
-@contextmanager
-def masked(model: PreTrainedModel, masks: Masks) -> Iterator[None]:
-    """While inside, `model` computes with `masks`; afterwards it is as before.
+@dataclass
+class ScoringState:
+    """Sums over the batches read so far, by method and unit: a scoring that stops goes on from it.
 
-    With masks of zeros and ones the model computes what the cut model would: hidden units are
-    masked wherever they are written (embeddings, norms, the two writes of a layer), and norms
-    take their statistics over the kept units alone.
+    The tensors have the shapes of an Importance, float32 on the model's device.
     """
-    family = FAMILIES[model.config.model_type]
 
-    # The hooks index the masks when they run, so that every forward pass has its own graph.
-    def mask_inputs(units: Tensor, index: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-            # a head's mask covers its neighbouring inputs, a neuron's just one
-            width = inputs[0].shape[-1] // units.shape[1]
-            return (inputs[0] * units[index].repeat_interleave(width).to(inputs[0].dtype),)
-
-        return hook
-
-    def mask_write(index: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-            return output * (masks.hidden * masks.layers[index]).to(output.dtype)
-
-        return hook
-
-    def mask_embedding(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output * masks.hidden.to(output.dtype)
-
-    def mask_norm(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return norm(module, inputs[0], masks.hidden).to(output.dtype)
-
-    def mask_head_norm(index: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-            width = inputs[0].shape[-1] // masks.heads.shape[1]
-            mask = masks.heads[index].repeat_interleave(width)
-            return norm(module, inputs[0], mask).to(output.dtype)
-
-        return hook
-
-    norm = partial(_norm, offset=family.norm_offset)
-    handles = []
-    try:
-        for name in family.embeddings:
-            embedding = model.get_submodule(name)
-            handles.append(embedding.register_forward_hook(mask_embedding))
-        final_norm = model.get_submodule(family.final_norm)
-        handles.append(final_norm.register_forward_hook(mask_norm))
-        for index, layer in enumerate(model.get_submodule(family.layers).children()):
-            for name in family.layer_norms:
-                handles.append(layer.get_submodule(name).register_forward_hook(mask_norm))
-            for name in family.head_norms:
-                module = layer.get_submodule(name)
-                handles.append(module.register_forward_hook(mask_head_norm(index)))
-            for name, units in (
-                (family.head_inputs, masks.heads),
-                (family.neuron_inputs, masks.neurons),
-            ):
-                module = layer.get_submodule(name)
-                handles.append(module.register_forward_pre_hook(mask_inputs(units, index)))
-            # last: a write may be a norm, whose own hook comes before
-            for name in family.writes:
-                handles.append(layer.get_submodule(name).register_forward_hook(mask_write(index)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _norm(module: Any, values: Tensor, mask: Tensor, *, offset: float) -> Tensor:
-    """LayerNorm or RMSNorm of `values` [..., units] over the units that `mask` [units] keeps, with
-    weights that count from `offset`."""
-    # half precision is too coarse for the statistics
-    wide = torch.promote_types(values.dtype, torch.float32)
-    values, weight = values.to(wide), mask.to(wide) / mask.sum()
-    if isinstance(module, nn.LayerNorm):
-        values = values - (weight * values).sum(-1, keepdim=True)
-        epsilon, bias = module.eps, module.bias
-    else:
-        # Gemma has a name of its own
-        epsilon, bias = getattr(module, "variance_epsilon", None) or module.eps, None
-    variance = (weight * values.square()).sum(-1, keepdim=True)
-    normed = (module.weight + offset) * values * torch.rsqrt(variance + epsilon)
-    return (normed if bias is None else normed + bias) * mask
+    sums: dict[str, Scores] = field(default_factory=dict)
+    batches: int = 0
+    tokens: int = 0
 
 
 def loss_of(model: PreTrainedModel, windows: Tensor) -> Tensor:
@@ -177,6 +74,8 @@ def score(
     method: Method = "first_order",
     depth: Depth | None = None,
     seed: int = 0,
+    state: ScoringState | None = None,
+    on_batch: Callable[[ScoringState], None] = lambda state: None,
 ) -> Importance:
     """Importance of every unit of `model`, from batches [batch, seq + 1] of token ids.
 
@@ -197,94 +96,86 @@ def score(
     and `norm` sum over all of a layer's weights.
 
     Scores are divided by their L2 norm over a layer (heads, neurons) or over all. The model is left
-    as it was. Raises UserError for an unknown method, for no batch where text is needed, or a loss
-    that is not finite.
+    as it was. `state` are the sums over batches before these, `on_batch` is told of them after
+    every batch. Raises UserError for an unknown method, for no batch where text is needed, or a
+    loss that is not finite.
     """
-    for name, asked, known in (("method", method, METHODS), ("depth", depth, (None, *DEPTHS))):
-        if asked not in known:
-            told = ", ".join(str(one) for one in known if one)
-            raise UserError(f"no importance {name} {asked!r}: take one of {told}")
+    check_methods(method, depth)
     shape = shape_of(model.config)
-    layers_by = DEPTH_METHODS.get(depth or "", method)
-    operations = sum(FLOPS.get(one, 0) for one in {method, layers_by})
-    batches = list(batches) if operations else []
-    if operations and not batches:
+    reading = reading_methods(method, depth)
+    state = state or ScoringState()
+    for name in reading:
+        state.sums.setdefault(name, _no_scores(shape, model.device))
+    for windows in batches if reading else ():
+        for name in reading:
+            _READERS[name](model, shape, windows.to(model.device), state)
+        state.batches += 1
+        state.tokens += windows[:, 1:].numel()
+        on_batch(state)
+    if reading and not state.batches:
         raise UserError("importance needs at least one batch of tokens, there was none")
-    scorers = {
-        "first_order": _first_order,
-        "weights": _weight_gradients,
-        "activation": _activations,
-        "norm": _weight_norms,
-        "random": lambda *_: _random(shape, seed),
-    }
-    scores = scorers[method](model, shape, batches)
+    scores = dict(_scores_by(method, model, shape, state, seed))
     if depth == "ends":
         places = torch.arange(shape.layers)
         scores["layers"] = (torch.minimum(places, places.flip(0)) + 1).float()
-    elif layers_by != method:
-        scores["layers"] = scorers[layers_by](model, shape, batches)["layers"]
-    tokens = sum(windows[:, 1:].numel() for windows in batches)
+    else:
+        by = layers_by(method, depth)
+        scores["layers"] = _scores_by(by, model, shape, state, seed)["layers"]
     return Importance(
-        **{name: _normalised(scores[name]) for name in ("heads", "neurons", "hidden", "layers")},
-        tokens=tokens,
-        flops=operations * shape.parameters().total * tokens,
+        heads=_normalised(scores["heads"]),
+        neurons=_normalised(scores["neurons"]),
+        hidden=_normalised(scores["hidden"]),
+        layers=_normalised(scores["layers"]),
+        tokens=state.tokens,
+        flops=scoring_flops(method, depth, shape.parameters().total, state.tokens),
     )
 
 
-Scores = dict[str, Tensor]
+def _scores_by(
+    method: str, model: PreTrainedModel, shape: Shape, state: ScoringState, seed: int
+) -> Scores:
+    if method in state.sums:
+        return state.sums[method]
+    return _weight_norms(model, shape) if method == "norm" else _random(shape, seed)
 
 
-def _first_order(model: PreTrainedModel, shape: Shape, batches: Sequence[Tensor]) -> Scores:
+def _first_order(
+    model: PreTrainedModel, shape: Shape, windows: Tensor, state: ScoringState
+) -> None:
     dtype = torch.promote_types(model.dtype, torch.float32)
     masks = Masks.ones(shape, dtype=dtype, device=model.device)
     for mask in masks.as_list():
         mask.requires_grad_()
-    sums = [torch.zeros_like(mask) for mask in masks.as_list()]
     # frozen weights: their gradients would cost a third of the work for nothing
     with _measuring(model, weights=False), masked(model, masks):
-        for number, windows in enumerate(batches):
-            loss = _sound_loss(model, windows, number)
-            gradients = torch.autograd.grad(loss, masks.as_list())
-            for total, gradient in zip(sums, gradients, strict=True):
-                total += gradient.abs()
-    return dict(zip(("heads", "neurons", "hidden", "layers"), sums, strict=True))
+        loss = _sound_loss(model, windows, state)
+        gradients = torch.autograd.grad(loss, masks.as_list())
+    for name, gradient in zip(UNITS, gradients, strict=True):
+        state.sums["first_order"][name] += gradient.abs()
 
 
-def _weight_gradients(model: PreTrainedModel, shape: Shape, batches: Sequence[Tensor]) -> Scores:
-    scores = _no_scores(shape)
+def _weight_gradients(
+    model: PreTrainedModel, shape: Shape, windows: Tensor, state: ScoringState
+) -> None:
     with _measuring(model, weights=True):
         tensors = list(layer_weights(model, shape))
-        for number, windows in enumerate(batches):
-            loss = _sound_loss(model, windows, number)
-            gradients = torch.autograd.grad(loss, [weight for _, weight, _ in tensors])
-            for (layer, weight, axes), gradient in zip(tensors, gradients, strict=True):
-                _add_by_unit(scores, shape, layer, (weight * gradient).detach().abs(), axes)
-    return scores
+        loss = _sound_loss(model, windows, state)
+        gradients = torch.autograd.grad(loss, [weight for _, weight, _ in tensors])
+    for (layer, weight, axes), gradient in zip(tensors, gradients, strict=True):
+        worth = (weight.detach().float() * gradient.float()).abs()
+        _add_by_unit(state.sums["weights"], shape, layer, worth, axes)
 
 
-def _weight_norms(model: PreTrainedModel, shape: Shape, batches: Sequence[Tensor]) -> Scores:
-    scores = _no_scores(shape)
-    for layer, weight, axes in layer_weights(model, shape):
-        _add_by_unit(scores, shape, layer, weight.detach().float().square(), axes)
-    return {name: total.sqrt() for name, total in scores.items()}
-
-
-def _random(shape: Shape, seed: int) -> Scores:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(zeros.shape, generator=generator)
-        for name, zeros in _no_scores(shape).items()
-    }
-
-
-def _activations(model: PreTrainedModel, shape: Shape, batches: Sequence[Tensor]) -> Scores:
-    family, scores = shape.family, _no_scores(shape)
+def _activations(
+    model: PreTrainedModel, shape: Shape, windows: Tensor, state: ScoringState
+) -> None:
+    family, scores = shape.family, state.sums["activation"]
     handles = []
 
     def add(name: str, index: int | None, values: Tensor) -> None:
         """values [..., units], to be summed over tokens"""
         total = scores[name] if index is None else scores[name][index]
-        total += values.flatten(0, -2).sum(0).cpu()
+        total += values.flatten(0, -2).sum(0)
 
     def heads(index: int) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -306,7 +197,7 @@ def _activations(model: PreTrainedModel, shape: Shape, batches: Sequence[Tensor]
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Any) -> None:
             after = output[0] if isinstance(output, tuple) else output
             cosine = functional.cosine_similarity(inputs[0].float(), after.float(), dim=-1)
-            scores["layers"][index] += (1 - cosine).sum().cpu()
+            scores["layers"][index] += (1 - cosine).sum()
 
         return hook
 
@@ -320,20 +211,40 @@ def _activations(model: PreTrainedModel, shape: Shape, batches: Sequence[Tensor]
                 handles.append(layer.get_submodule(name).register_forward_hook(hidden))
             handles.append(layer.register_forward_hook(influence(index)))
         with _measuring(model, weights=False), torch.no_grad():
-            for number, windows in enumerate(batches):
-                _sound_loss(model, windows, number)
+            _sound_loss(model, windows, state)
     finally:
         for handle in handles:
             handle.remove()
-    return scores
 
 
-def _no_scores(shape: Shape) -> Scores:
+_READERS = {
+    "first_order": _first_order,
+    "weights": _weight_gradients,
+    "activation": _activations,
+}
+
+
+def _weight_norms(model: PreTrainedModel, shape: Shape) -> Scores:
+    scores = _no_scores(shape, model.device)
+    for layer, weight, axes in layer_weights(model, shape):
+        _add_by_unit(scores, shape, layer, weight.detach().float().square(), axes)
+    return {name: total.sqrt() for name, total in scores.items()}
+
+
+def _random(shape: Shape, seed: int) -> Scores:
+    generator = torch.Generator().manual_seed(seed)
     return {
-        "heads": torch.zeros(shape.layers, shape.kv_heads),
-        "neurons": torch.zeros(shape.layers, shape.ffn),
-        "hidden": torch.zeros(shape.hidden),
-        "layers": torch.zeros(shape.layers),
+        name: torch.rand(zeros.shape, generator=generator)
+        for name, zeros in _no_scores(shape, torch.device("cpu")).items()
+    }
+
+
+def _no_scores(shape: Shape, device: torch.device) -> Scores:
+    return {
+        "heads": torch.zeros(shape.layers, shape.kv_heads, device=device),
+        "neurons": torch.zeros(shape.layers, shape.ffn, device=device),
+        "hidden": torch.zeros(shape.hidden, device=device),
+        "layers": torch.zeros(shape.layers, device=device),
     }
 
 
@@ -341,7 +252,6 @@ def _add_by_unit(
     scores: Scores, shape: Shape, layer: int, values: Tensor, axes: tuple[str, ...]
 ) -> None:
     """Adds what a tensor's weights are worth to the units that own its rows, and to its layer."""
-    values = values.float().cpu()
     scores["layers"][layer] += values.sum()
     for axis, kind in enumerate(axes):
         found = unit_of_rows(kind, shape)
@@ -353,24 +263,31 @@ def _add_by_unit(
 
 @contextmanager
 def _measuring(model: PreTrainedModel, *, weights: bool) -> Iterator[None]:
-    """Evaluation, with gradients of the weights or without; then as it was."""
-    was_training = model.training
+    """Without dropout, with gradients of the weights or without; then as it was.
+
+    Where activations are checkpointed the layers stay in training, because transformers does it
+    only there; what lies inside them does not, so that nothing is dropped.
+    """
+    was_training = [module.training for module in model.modules()]
     asked = [weight.requires_grad for weight in model.parameters()]
     try:
         model.eval().requires_grad_(weights)
+        for layer in Parts(model).layers:
+            layer.training = getattr(layer, "gradient_checkpointing", False)
         with torch.enable_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, training in zip(model.modules(), was_training, strict=True):
+            module.training = training
         for weight, wanted in zip(model.parameters(), asked, strict=True):
             weight.requires_grad_(wanted)
 
 
-def _sound_loss(model: PreTrainedModel, windows: Tensor, number: int) -> Tensor:
-    loss = loss_of(model, windows.to(model.device))
+def _sound_loss(model: PreTrainedModel, windows: Tensor, state: ScoringState) -> Tensor:
+    loss = loss_of(model, windows)
     if not torch.isfinite(loss):
         raise UserError(
-            f"the loss on importance batch {number} is {loss.item()}: the model to prune is "
+            f"the loss on importance batch {state.batches} is {loss.item()}: the model to prune is "
             "broken, take a sound one"
         )
     return loss

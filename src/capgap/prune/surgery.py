@@ -4,17 +4,18 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from capgap.errors import UserError
 from capgap.models.build import shape_of, size_fields
 from capgap.models.families import HEAD, Axes
 from capgap.models.shape import Shape
 from capgap.prune.importance import Importance, score
-from capgap.prune.shape import pruned_shape, why_no_cut
+from capgap.prune.shape import Distance, pruned_shape, why_no_cut
 from capgap.prune.units import unit_of_rows
 
 
@@ -53,6 +54,29 @@ def _top(scores: Tensor, number: int) -> Tensor:
     return order[..., :number].sort(dim=-1).values
 
 
+def score_lost(importance: Importance) -> Distance:
+    """How much score a shape gives up: minus the logarithm of the share that stays, multiplied over
+    layers, hidden units, heads and neurons (of these two the mean share over layers)."""
+
+    def shares(scores: Tensor) -> Tensor:
+        """What share of all the 0, 1, 2, ... most important units have, [units + 1]."""
+        ranked = scores.reshape(-1, scores.shape[-1]).double().sort(-1, descending=True).values
+        kept = (ranked.cumsum(-1) / ranked.sum(-1, keepdim=True)).mean(0)
+        return torch.cat([kept.new_zeros(1), kept])
+
+    by_size = {
+        "layers": shares(importance.layers),
+        "hidden": shares(importance.hidden),
+        "kv_heads": shares(importance.heads),
+        "ffn": shares(importance.neurons),
+    }
+
+    def lost(shape: Shape) -> float:
+        return -sum(math.log(kept[getattr(shape, name)]) for name, kept in by_size.items())
+
+    return lost
+
+
 def cut(model: PreTrainedModel, importance: Importance, shape: Shape) -> PreTrainedModel:
     """A new model of `shape` from the most important units of `model`, which stays as it is.
 
@@ -61,25 +85,121 @@ def cut(model: PreTrainedModel, importance: Importance, shape: Shape) -> PreTrai
     Raises UserError if `shape` does not fit inside the model.
     """
     own = shape_of(model.config)
-    _check(own, importance, shape)
+    check_cut(own, importance, shape)
     kept = choose(importance, shape)
-    smaller = _empty_like(model, shape, kept)
-    family = own.family
+    with torch.random.fork_rng(devices=[]):
+        smaller = AutoModelForCausalLM.from_config(
+            cut_config(model.config, shape, kept),
+            dtype=model.dtype,
+            attn_implementation=model.config._attn_implementation,
+        )
+    smaller.generation_config = copy.deepcopy(model.generation_config)
     weights = model.state_dict()
-    cuts = {}
+    surgery = Surgery(own, shape, kept)
     with torch.no_grad():
-        for name, axes in family.tensors.items():
-            cuts[name] = _select(weights[name], axes, _axis_indices(own, shape, kept, layer=0))
-        for new_layer, old_layer in enumerate(kept.layers.tolist()):
-            indices = _axis_indices(own, shape, kept, layer=new_layer)
-            for name, axes in family.layer_tensors.items():
-                weight = weights[f"{family.layers}.{old_layer}.{name}"]
-                cuts[f"{family.layers}.{new_layer}.{name}"] = _select(weight, axes, indices)
-        if family.scaled_embedding and shape.hidden != own.hidden:
-            _keep_scale(cuts, own, shape)
+        cuts = {name: surgery.tensor(name, weights) for name in surgery.sources}
+    if own.tied:
+        cuts[HEAD] = cuts[f"{own.family.embeddings[0]}.weight"]
     # strict: a tensor that the family does not name is an error, not a random weight
     smaller.load_state_dict(cuts, strict=True)
-    return smaller
+    return smaller.to(model.device).train(model.training)
+
+
+def cut_config(config: PreTrainedConfig, shape: Shape, kept: Kept) -> PreTrainedConfig:
+    """A copy of `config` that says the sizes of `shape`."""
+    config = copy.deepcopy(config)
+    for name, value in size_fields(shape).items():
+        setattr(config, name, value)
+    # a layer keeps its kind: sliding or full attention
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in kept.layers.tolist()]
+    return config
+
+
+def check_cut(own: Shape, importance: Importance, shape: Shape) -> None:
+    """UserError if `shape` is no cut of `own`, or the importance is of another model."""
+    problem = why_no_cut(own, shape)
+    if problem:
+        raise UserError(problem)
+    measured = (importance.layers.shape[0], importance.heads.shape[1], importance.neurons.shape[1])
+    if (*measured, importance.hidden.shape[0]) != (own.layers, own.kv_heads, own.ffn, own.hidden):
+        raise UserError(
+            "the scores were measured on a model of another shape: make some of this one with "
+            "`capgap score`"
+        )
+
+
+class Weights(Protocol):
+    """Tensors by name: a state dict, or what is stored in files."""
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor of the cut model comes from: a name in the whole model, what its axes run
+    over, and the layer of the cut model it belongs to (0 for those outside of layers)."""
+
+    name: str
+    axes: Axes
+    layer: int
+
+
+class Surgery:
+    """The tensors of the cut model, each made from one tensor of the whole model.
+
+    sources: of every tensor of the cut model, by name; a tied head is not among them.
+    """
+
+    def __init__(self, own: Shape, shape: Shape, kept: Kept) -> None:
+        self.own = own
+        self.shape = shape
+        self.kept = kept
+        family = own.family
+        self.sources = {
+            name: Source(name, axes, 0)
+            for name, axes in family.tensors.items()
+            if not (own.tied and name == HEAD)
+        }
+        for layer, old_layer in enumerate(kept.layers.tolist()):
+            for name, axes in family.layer_tensors.items():
+                source = Source(f"{family.layers}.{old_layer}.{name}", axes, layer)
+                self.sources[f"{family.layers}.{layer}.{name}"] = source
+
+    def tensor(self, name: str, weights: Weights) -> Tensor:
+        """The tensor `name` of the cut model, in memory of its own."""
+        source = self.sources[name]
+        whole = weights[source.name]
+        weight = whole
+        for axis, kind in enumerate(source.axes):
+            rows = self._rows(kind, source.layer)
+            if rows is not None:
+                weight = weight.index_select(axis, rows.to(weight.device))
+        return self._rescaled(name, whole.clone() if weight is whole else weight)
+
+    def _rows(self, kind: str, layer: int) -> Tensor | None:
+        """The rows that stay of an axis that runs over `kind`; None where all do."""
+        if kind == "words":
+            return torch.arange(self.shape.vocabulary)
+        found = unit_of_rows(kind, self.own)
+        if found is None:
+            return None
+        unit, units_of_rows = found
+        kept = self.kept.hidden if unit == "hidden" else getattr(self.kept, unit)[layer]
+        return torch.isin(units_of_rows, kept).nonzero().squeeze(1)
+
+    def _rescaled(self, name: str, weight: Tensor) -> Tensor:
+        """Some models multiply token embeddings by sqrt(hidden), the cut one by less: its table
+        makes up for it, and where that is the head too, the last norm makes up for the table."""
+        family, own = self.own.family, self.own
+        if not family.scaled_embedding or self.shape.hidden == own.hidden:
+            return weight
+        ratio = math.sqrt(own.hidden / self.shape.hidden)
+        if name == f"{family.embeddings[0]}.weight":
+            return weight * ratio
+        if own.tied and name == f"{family.final_norm}.weight":
+            return (weight + family.norm_offset) / ratio - family.norm_offset
+        return weight
 
 
 def prune(
@@ -94,61 +214,3 @@ def prune(
     shape = pruned_shape(shape_of(model.config), non_embedding)
     importance = batches if isinstance(batches, Importance) else score(model, batches)
     return cut(model, importance, shape)
-
-
-def _check(own: Shape, importance: Importance, shape: Shape) -> None:
-    problem = why_no_cut(own, shape)
-    if problem:
-        raise UserError(problem)
-    measured = (importance.layers.shape[0], importance.heads.shape[1], importance.neurons.shape[1])
-    if (*measured, importance.hidden.shape[0]) != (own.layers, own.kv_heads, own.ffn, own.hidden):
-        raise UserError("the importance was measured on a model of another shape")
-
-
-def _empty_like(model: PreTrainedModel, shape: Shape, kept: Kept) -> PreTrainedModel:
-    """A model of `shape` with the settings of `model`; its weights are still to be filled."""
-    config = copy.deepcopy(model.config)
-    for name, value in size_fields(shape).items():
-        setattr(config, name, value)
-    # a layer keeps its kind: sliding or full attention
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in kept.layers.tolist()]
-    with torch.random.fork_rng(devices=[]):
-        smaller = AutoModelForCausalLM.from_config(
-            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-        )
-    smaller.generation_config = copy.deepcopy(model.generation_config)
-    return smaller.to(model.device).train(model.training)
-
-
-def _keep_scale(cuts: dict[str, Tensor], own: Shape, shape: Shape) -> None:
-    """Such a model multiplies token embeddings by sqrt(hidden), the new one by less: its table
-    makes up for it, and where that is the head too, the last norm makes up for the table."""
-    family, ratio = own.family, math.sqrt(own.hidden / shape.hidden)
-    table, norm = f"{family.embeddings[0]}.weight", f"{family.final_norm}.weight"
-    cuts[table] = cuts[table] * ratio
-    if own.tied:
-        cuts[HEAD] = cuts[table]
-        cuts[norm] = (cuts[norm] + family.norm_offset) / ratio - family.norm_offset
-
-
-def _axis_indices(own: Shape, shape: Shape, kept: Kept, *, layer: int) -> dict[str, Tensor]:
-    """For every kind of axis that is cut the rows to keep, in the kept layer number `layer`."""
-    units = {"hidden": kept.hidden, "heads": kept.heads[layer], "neurons": kept.neurons[layer]}
-    indices = {"words": torch.arange(shape.vocabulary)}
-    kinds = {
-        kind for axes in (own.family.tensors | own.family.layer_tensors).values() for kind in axes
-    }
-    for kind in kinds:
-        found = unit_of_rows(kind, own)
-        if found is not None:
-            unit, rows = found
-            indices[kind] = torch.isin(rows, units[unit]).nonzero().squeeze(1)
-    return indices
-
-
-def _select(weight: Tensor, axes: Axes, indices: dict[str, Tensor]) -> Tensor:
-    for axis, kind in enumerate(axes):
-        if kind in indices:
-            weight = weight.index_select(axis, indices[kind].to(weight.device))
-    return weight

@@ -52,8 +52,9 @@ def run_cache(
 
     from capgap.distill.cache import CacheIdentity, CacheProgress, CacheWriter, write_cache
     from capgap.distill.cache_format import CacheFormat
-    from capgap.distill.teacher import DTYPES, load_teacher
+    from capgap.distill.teacher import load_teacher
     from capgap.machine import resolve_device, started
+    from capgap.models.build import DTYPES
     from capgap.models.identity import model_hash
 
     if request.dtype not in DTYPES:

@@ -10,8 +10,9 @@ from typing import Literal
 from capgap.config import Recipe
 from capgap.errors import UserError
 from capgap.models.shape import Shape, ladder_shape
+from capgap.prune.methods import scoring_flops
 from capgap.prune.shape import pruned_shape
-from capgap.sizes import format_count, forward_flops, scoring_flops, training_flops
+from capgap.sizes import format_count, forward_flops, training_flops
 from capgap.train.learning_rate import auto_learning_rate
 
 FLOP_PARTS = ("teacher_training", "teacher_forward", "pruning", "student", "evaluation")
@@ -60,14 +61,14 @@ class Cell:
     teacher: Teacher | None
     cut_from: Teacher | None
 
-    def flops(self, scoring_tokens: int, heldout_tokens: int) -> dict[str, int]:
+    def flops(self, recipe: Recipe, heldout_tokens: int) -> dict[str, int]:
         """What this cell would cost alone; the columns of a sweep share teacher passes."""
         total = self.shape.parameters().total
         forward = pruning = 0
         if self.teacher is not None and self.alpha > 0:
             forward = forward_flops(self.teacher.shape.parameters().total, self.tokens)
         if self.cut_from is not None:
-            pruning = scoring_flops(self.cut_from.shape.parameters().total, scoring_tokens)
+            pruning = _scoring_flops(recipe, self.cut_from.shape)
         return _flops(
             teacher_forward=forward,
             pruning=pruning,
@@ -122,14 +123,13 @@ class Plan:
         total = _flops()
         for teacher in self.teachers:
             _add(total, teacher.flops(heldout))
-            parameters = teacher.shape.parameters().total
-            total["pruning"] += scoring_flops(parameters, recipe.scoring_tokens)
+            total["pruning"] += _scoring_flops(recipe, teacher.shape)
         for column in (*self.columns, *baselines):
             if column.teacher is not None:
                 parameters = column.teacher.shape.parameters().total
                 total["teacher_forward"] += forward_flops(parameters, column.tokens)
             for cell in column.cells:
-                own = cell.flops(recipe.scoring_tokens, heldout)
+                own = cell.flops(recipe, heldout)
                 total["student"] += own["student"]
                 total["evaluation"] += own["evaluation"]
         return total
@@ -323,6 +323,16 @@ def _rate(asked: float | Literal["auto"], shape: Shape, *, is_cut: bool = False)
     if asked != "auto":
         return asked
     return auto_learning_rate(shape.parameters().non_embedding, is_cut=is_cut)
+
+
+def _scoring_flops(recipe: Recipe, shape: Shape) -> int:
+    """Of the units of one teacher."""
+    return scoring_flops(
+        recipe.scoring_method,
+        recipe.scoring_depth,
+        shape.parameters().total,
+        recipe.scoring_tokens,
+    )
 
 
 def _label(count: int) -> str:

@@ -9,12 +9,11 @@ from rich.table import Table
 from capgap.config import Recipe
 from capgap.machine import resolve_device
 from capgap.models.shape import Shape
-from capgap.sizes import format_count
+from capgap.sizes import clock_time, format_count, training_flops
 from capgap.sweep.checks import check_sources
 from capgap.sweep.context import resolve_workers
 from capgap.sweep.given import given_teachers
 from capgap.sweep.plan import FLOP_PARTS, Cell, Column, Plan, Teacher, expected_baselines, make_plan
-from capgap.sweep.progress import clock_time
 from capgap.sweep.speed import LARGEST_PROBE, Speed, measure_speed
 from capgap.train.precision import autocast_dtype
 
@@ -79,7 +78,10 @@ def _teacher_seconds(teacher: Teacher, speed: Speed) -> float:
 
 def _column_seconds(column: Column, speed: Speed) -> float:
     """A forward pass has a third of the overhead of a training step, and is done once."""
-    seconds = sum(speed.seconds(cell.tokens, cell.flops(0, 0)["student"]) for cell in column.cells)
+    seconds = sum(
+        speed.seconds(cell.tokens, training_flops(cell.shape.parameters().total, cell.tokens))
+        for cell in column.cells
+    )
     if column.teacher is not None:
         total = column.teacher.shape.parameters().total
         seconds += speed.seconds(column.tokens, 2 * total * column.tokens)
@@ -102,7 +104,7 @@ def _teacher_row(teacher: Teacher, plan: Plan, speed: Speed) -> dict[str, Any]:
 
 def _cell_row(cell: Cell, plan: Plan, speed: Speed) -> dict[str, Any]:
     recipe = plan.recipe
-    flops = cell.flops(recipe.scoring_tokens, recipe.corpus.heldout_tokens)
+    flops = cell.flops(recipe, recipe.corpus.heldout_tokens)
     return {
         "id": cell.id,
         "kind": cell.kind,

@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from capgap.sizes import format_count
+from capgap.sizes import clock_time, format_count
 from capgap.sweep.plan import Column, Teacher
 from capgap.sweep.schedule import relative_cost
 from capgap.sweep.worker import EndMessage, StepMessage
@@ -110,14 +110,6 @@ def describe(task: Teacher | Column) -> str:
     names = f"{len(task.cells)} {'baseline' if task.teacher is None else 'student'}"
     names += "s" if len(task.cells) > 1 else ""
     return f"{task.id} ({names})"
-
-
-def clock_time(seconds: float | None) -> str:
-    if seconds is None:
-        return "--:--"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Display:

@@ -12,7 +12,7 @@ from capgap.law.fit import fit_law
 from capgap.law.table import write_grid
 from capgap.records import read_records, write_json_atomically
 from capgap.report.page import write_report
-from capgap.sweep.progress import clock_time
+from capgap.sizes import clock_time
 
 STAGE_NAMES = {
     "corpus": "corpus",

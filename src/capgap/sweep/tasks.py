@@ -5,7 +5,6 @@ is already recorded is left alone.
 """
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from capgap.config import Recipe
-from capgap.corpus.batches import batch_indices
 from capgap.corpus.tokens import Corpus, load_corpus
 from capgap.distill.divergences import Divergence
 from capgap.distill.teacher import load_teacher
@@ -29,8 +24,10 @@ from capgap.errors import UserError
 from capgap.evaluate.heldout import HeldoutLoss, HeldoutSet, evaluate_heldout, heldout_set
 from capgap.machine import machine, resolve_device, versions
 from capgap.models.build import Parts, build_model, load_model, save_model
-from capgap.prune.importance import Importance, score
+from capgap.prune.importance import score
+from capgap.prune.scores import load_importance, save_importance
 from capgap.prune.surgery import cut
+from capgap.prune.text import scoring_batches
 from capgap.records import AfterCut, read_record, record_from_dict, write_record
 from capgap.sweep.context import Context
 from capgap.sweep.plan import Cell, Column, Teacher
@@ -39,8 +36,8 @@ from capgap.train.learner import NOT_FINITE, Learner
 from capgap.train.loop import LoopSettings, Progress, train
 from capgap.train.settings import loop_settings
 
-# Teachers and students read the corpus in different orders, and importance is measured on a third.
-DATA_SEEDS = {"teacher": 1_000_003, "student": 2_000_003, "scoring": 3_000_017}
+# Teachers and students read the corpus in different orders; scores are measured in a third.
+DATA_SEEDS = {"teacher": 1_000_003, "student": 2_000_003}
 
 
 @dataclass
@@ -113,14 +110,19 @@ def run_teacher(task: Task, teacher: Teacher) -> None:
     if failure is None:
         try:
             with task.clock.stage("pruning"):
-                importance = score(model, _scoring_batches(task))
+                importance = score(
+                    model,
+                    scoring_batches(task.corpus, recipe.scoring_tokens),
+                    method=recipe.scoring_method,
+                    depth=recipe.scoring_depth,
+                )
         except UserError as error:
             if teacher.source is not None:
                 raise
             # a ladder's teacher is not the user's: it diverged in its last step
             heldout, failure = None, {"message": str(error)}
     if failure is None:
-        _save_importance(context.importance_file(teacher.id), importance)
+        save_importance(context.importance_file(teacher.id), importance)
         if teacher.source is None:
             save_model(model, context.teacher_folder(teacher.id), task.corpus.tokenizer)
     run.record(
@@ -212,7 +214,7 @@ def _student(task: Task, cell: Cell) -> PreTrainedModel:
         return build_model(cell.shape, seed=cell.seed).to(context.device)
     with task.clock.stage("pruning"):
         teacher = load_model(teacher_path(context, cell.cut_from), dtype=torch.float32)
-        importance = _load_importance(context.importance_file(cell.cut_from.id))
+        importance = load_importance(context.importance_file(cell.cut_from.id))
         return cut(teacher, importance, cell.shape).to(context.device)
 
 
@@ -240,7 +242,7 @@ def _record_cell(
         tokens=cell.tokens,
         learning_rate=cell.learning_rate,
         alpha=cell.alpha,
-        flops=cell.flops(task.context.recipe.scoring_tokens, task.heldout.tokens),
+        flops=cell.flops(task.context.recipe, task.heldout.tokens),
         heldout=heldout,
         failure=learner.failure,
         curve=learner.curve,
@@ -285,32 +287,3 @@ class _Run:
             **fields,
         }
         write_record(context.record_folder(id), record_from_dict(values, source=id))
-
-
-def _scoring_batches(task: Task) -> list[torch.Tensor]:
-    """The windows that importance is measured on, in small batches: |gradient| is meaned over
-    batches, so many small ones say more than few large ones."""
-    recipe: Recipe = task.context.recipe
-    rows = max(1, recipe.scoring_tokens // recipe.corpus.window)
-    indices = batch_indices(
-        seed=DATA_SEEDS["scoring"], step=0, batch_windows=rows, num_windows=task.corpus.windows
-    )
-    return list(torch.from_numpy(task.corpus.train.windows_at(indices)).split(8))
-
-
-def _save_importance(path: Path, importance: Importance) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    tensors = {name: getattr(importance, name) for name in ("heads", "neurons", "hidden", "layers")}
-    counts = {"tokens": str(importance.tokens), "flops": str(importance.flops)}
-    save_file(tensors, aside, metadata=counts)
-    os.replace(aside, path)
-
-
-def _load_importance(path: Path) -> Importance:
-    if not path.exists():
-        raise UserError(f"{path} is missing: delete the teacher's record to have it made again")
-    with safe_open(path, framework="pt") as opened:
-        counts = opened.metadata()
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    return Importance(**tensors, tokens=int(counts["tokens"]), flops=int(counts["flops"]))

@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from capgap.corpus.tokens import Corpus
 from capgap.distill.divergences import Divergence
 from capgap.distill.head import HeadInput
 from capgap.distill.losses import FORWARD_KL, ColumnLoss, column_loss
 from capgap.distill.teacher import Batch, OnlineTeacher, TeacherSource
+from capgap.models.build import checkpoint_activations
 from capgap.models.parallel import ALONE, Ranks, whole
 from capgap.train import compiling
 from capgap.train.checkpoint import (
@@ -219,7 +219,7 @@ class _Column:
         self.ranks = ranks
         if settings.activation_checkpointing:
             for learner in learners:
-                _checkpoint_activations(learner.model)
+                checkpoint_activations(learner.model)
         for learner in learners:
             learner.parts.train()
         self.optimizers = {
@@ -393,10 +393,3 @@ def random_state(seed: int, step: int, rank: int, device: torch.device) -> Itera
         digest = hashlib.blake2b(f"step {seed} {step} {rank}".encode(), digest_size=7).digest()
         torch.manual_seed(int.from_bytes(digest, "little"))
         yield
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keeps the inputs of every layer alone; the backward pass computes the rest again."""
-    # transformers renamed it, and warns of the old name
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -1,0 +1,83 @@
+"""Scores of units on disk: safetensors with where they come from."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from capgap.errors import UserError
+from capgap.prune.importance import UNITS, Importance, ScoringState
+
+SCHEMA = 1
+
+
+def save_importance(path: Path, importance: Importance) -> None:
+    """Writes it in one step, with its provenance in the file's metadata."""
+    tensors = {name: getattr(importance, name) for name in UNITS}
+    facts = {"tokens": importance.tokens, "flops": importance.flops}
+    _save(path, tensors, {"schema": SCHEMA, **facts, "provenance": importance.provenance})
+
+
+def load_importance(path: Path) -> Importance:
+    """What `save_importance` wrote; UserError where there is none or it is no such file."""
+    tensors, facts = _load(path)
+    if set(tensors) != set(UNITS) or facts.get("schema") != SCHEMA:
+        raise UserError(f"{path} holds no scores of units of this version: make it anew")
+    return Importance(
+        **tensors,
+        tokens=facts["tokens"],
+        flops=facts["flops"],
+        provenance=facts["provenance"],
+    )
+
+
+def save_state(path: Path, state: ScoringState, provenance: dict[str, Any]) -> None:
+    """A scoring that is not finished, in one step."""
+    tensors = {
+        f"{method}.{name}": sums[name].cpu()
+        for method, sums in state.sums.items()
+        for name in UNITS
+    }
+    counts = {"batches": state.batches, "tokens": state.tokens}
+    _save(path, tensors, {"schema": SCHEMA, **counts, "provenance": provenance})
+
+
+def load_state(path: Path, provenance: dict[str, Any], device: torch.device) -> ScoringState | None:
+    """The scoring to go on from; None where there is none, or one of something else."""
+    if not path.exists():
+        return None
+    tensors, facts = _load(path)
+    if facts.get("schema") != SCHEMA or facts["provenance"] != provenance:
+        return None
+    state = ScoringState(batches=facts["batches"], tokens=facts["tokens"])
+    for key, tensor in tensors.items():
+        method, _, name = key.partition(".")
+        state.sums.setdefault(method, {})[name] = tensor.to(device)
+    return state
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, aside, metadata={"capgap": json.dumps(facts, sort_keys=True)})
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"no file of scores {path}: make one with `capgap score`")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            facts = json.loads((opened.metadata() or {}).get("capgap", "{}"))
+            # copies: what is mapped would keep the file open
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is no file of scores ({error}): make it anew") from None
+    return tensors, facts
