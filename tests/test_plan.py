@@ -94,7 +94,7 @@ def test_flops_by_part_count_shared_work_once(tiny_recipe):
     assert flops["teacher_training"] == sum(
         6 * one.shape.parameters().total * 5120 for one in plan.teachers
     )
-    alone = sum(cell.flops(512, 1000)["teacher_forward"] for cell in plan.cells)
+    alone = sum(cell.flops(plan.recipe, 1000)["teacher_forward"] for cell in plan.cells)
     assert alone == 2 * forwards  # two students a column
 
 

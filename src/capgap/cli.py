@@ -253,8 +253,8 @@ def score(
         Path | None, typer.Option(help="A corpus that `capgap corpus` prepared.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="first_order, weights, activation, norm or random.")
-    ] = "first_order",
+        str, typer.Option(help="weights, first_order, activation, norm or random.")
+    ] = "weights",
     depth: Annotated[
         str | None,
         typer.Option(help="For layers: first_order, influence or ends; none is as the method."),

@@ -26,7 +26,7 @@ def _count(value: Any) -> int:
 Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 LearningRate = Literal["auto"] | Annotated[float, Field(gt=0)]
-Init = Literal["pruned", "fixed", "scratch"]
+Init = Literal["pruned", "fixed", "scratch", "chain"]
 Architecture = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "phi3", "gpt_neox", "gpt2"
 ]
@@ -77,6 +77,7 @@ class StudentsSection(Section):
     sizes: Annotated[tuple[Count, ...], Field(min_length=1)]
     tokens: Annotated[tuple[Count, ...], Field(min_length=1)]
     inits: Annotated[tuple[Init, ...], Field(min_length=1)] = ("pruned",)
+    assistant_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     learning_rate: LearningRate = "auto"
 
 

@@ -113,6 +113,19 @@ class AfterCut:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class AssistantRun:
+    """The model between teacher and student in a chain; losses are held out, nats per token."""
+
+    parameters: Parameters
+    shape: dict[str, Any]
+    tokens: int
+    learning_rate: float
+    after_cut: float | None = None
+    loss: float | None = None
+    loss_stderr: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainingCurve:
     """Training metrics, each the mean since the point before; null where no teacher took part."""
 
@@ -132,7 +145,9 @@ class RunRecord:
     """One run: a teacher's training, a cell (a distilled student) or its CE-only baseline.
 
     `student_size` and `teacher_size` are the non-embedding sizes asked for in the recipe, which
-    group runs into curves; the sizes reached are in `parameters` and `teacher_parameters`.
+    group runs into curves; the sizes reached are in `parameters` and `teacher_parameters`. `tokens`
+    are those asked for, `steps` x `batch_tokens` those that the run itself took: less than asked
+    where an assistant took a part of the same FLOPs.
     """
 
     schema: Literal[1] = SCHEMA
@@ -142,7 +157,7 @@ class RunRecord:
     failure: Failure | None = None
     architecture: str
     seed: int
-    init: Literal["pruned", "fixed", "scratch"] | None = None
+    init: Literal["pruned", "fixed", "scratch", "chain"] | None = None
     student_size: int | None = None
     teacher_size: int | None = None
     teacher: str | None = None
@@ -161,6 +176,7 @@ class RunRecord:
     flops: Flops
     heldout: Heldout | None = None
     after_cut: AfterCut | None = None
+    assistant: AssistantRun | None = None
     curve: TrainingCurve
     wall_seconds: float | None = None
     versions: dict[str, str]

@@ -70,7 +70,7 @@ class CurveData:
 def baseline_key(record: RunRecord) -> BaselineKey:
     """What a cell and its baseline share: architecture, init, tokens, student, seed and, for
     init `pruned`, the teacher that the weights were cut out of."""
-    cut_from = record.teacher_size if record.init == "pruned" else None
+    cut_from = record.teacher_size if record.init in ("pruned", "chain") else None
     return (
         record.architecture,
         record.init,

@@ -28,7 +28,7 @@ class ScoreRequest:
     teacher: str
     out: Path
     corpus: Path | None = None
-    method: Method = "first_order"
+    method: Method = "weights"
     depth: Depth | None = None
     tokens: int = 32_768
     window: int = 512

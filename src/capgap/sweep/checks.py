@@ -129,6 +129,11 @@ def check_disk(context: Context, plan: Plan) -> None:
         for run in (*stored, *plan.cells)
         if not context.is_recorded(run.id)
     ]
+    missing += [
+        cell.assistant.shape.parameters().total
+        for cell in plan.cells
+        if cell.assistant is not None and not context.is_recorded(cell.id)
+    ]
     needed = sum(missing) * BYTES_PER_PARAMETER
     free = shutil.disk_usage(context.out).free
     if free < needed:
@@ -140,7 +145,7 @@ def check_disk(context: Context, plan: Plan) -> None:
 
 def lost_teachers(context: Context, plan: Plan, columns: Sequence[Column]) -> list[Teacher]:
     """Recorded teachers that the columns need, but whose files were deleted since."""
-    needed = {teacher for column in columns for teacher in column.needs}
+    needed = {teacher for column in columns for teacher in column.teachers}
     return [
         teacher
         for teacher in plan.teachers

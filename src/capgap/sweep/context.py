@@ -32,6 +32,12 @@ class Context:
     def student_folder(self, cell_id: str) -> Path:
         return self.out / "work" / "students" / cell_id
 
+    def assistant_folder(self, assistant_id: str) -> Path:
+        return self.out / "work" / "assistants" / assistant_id
+
+    def assistant_outcome(self, assistant_id: str) -> Path:
+        return self.out / "work" / "assistants" / f"{assistant_id}.json"
+
     def checkpoint_folder(self, task_id: str) -> Path:
         return self.out / "work" / "checkpoints" / task_id
 

@@ -3,8 +3,9 @@
 Pure: nothing is read, trained or timed here, and torch is not imported.
 """
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from capgap.config import Recipe
@@ -44,9 +45,27 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class Assistant:
+    """The model between in a chain (arXiv 1902.03393): cut out of the cell's teacher and distilled
+    from it for `tokens`; then the student is cut out of it and distilled from it."""
+
+    id: str
+    shape: Shape
+    tokens: int
+    learning_rate: float
+
+    @property
+    def column_id(self) -> str:
+        """Of the column that makes it."""
+        return f"column-{self.id}"
+
+
+@dataclass(frozen=True)
 class Cell:
     """One student's run. A baseline has alpha 0 and, for the inits that are the same for every
-    teacher, no teacher. `cut_from` is the teacher whose weights the student starts from."""
+    teacher, no teacher. `cut_from` is the teacher whose weights the student starts from, by way of
+    the `assistant` where there is one. `budget` are the tokens asked for; a chain has the FLOPs of
+    a direct cell with as many, and its student sees `tokens`."""
 
     id: str
     kind: Literal["cell", "baseline"]
@@ -54,25 +73,39 @@ class Cell:
     student_size: int
     shape: Shape
     init: str
+    budget: int
     tokens: int
     seed: int
     learning_rate: float
     alpha: float
     teacher: Teacher | None
     cut_from: Teacher | None
+    assistant: Assistant | None = None
 
     def flops(self, recipe: Recipe, heldout_tokens: int) -> dict[str, int]:
-        """What this cell would cost alone; the columns of a sweep share teacher passes."""
+        """What this cell would cost alone; the columns of a sweep share teacher passes.
+
+        A chain's assistant counts among the students."""
         total = self.shape.parameters().total
-        forward = pruning = 0
-        if self.teacher is not None and self.alpha > 0:
-            forward = forward_flops(self.teacher.shape.parameters().total, self.tokens)
+        above = None if self.teacher is None else self.teacher.shape
+        student, forward, pruning = training_flops(total, self.tokens), 0, 0
         if self.cut_from is not None:
             pruning = _scoring_flops(recipe, self.cut_from.shape)
+        if self.assistant is not None and self.cut_from is not None:
+            between = self.assistant.shape
+            student += training_flops(between.parameters().total, self.assistant.tokens)
+            pruning += _scoring_flops(recipe, between)
+            if recipe.training.alpha > 0:
+                forward = forward_flops(
+                    self.cut_from.shape.parameters().total, self.assistant.tokens
+                )
+            above = between
+        if above is not None and self.alpha > 0:
+            forward += forward_flops(above.parameters().total, self.tokens)
         return _flops(
             teacher_forward=forward,
             pruning=pruning,
-            student=training_flops(total, self.tokens),
+            student=student,
             evaluation=forward_flops(total, heldout_tokens),
         )
 
@@ -87,15 +120,28 @@ class Column:
     cells: tuple[Cell, ...]
 
     @property
-    def needs(self) -> set[str]:
-        """Ids of the teachers that must be there before the column starts."""
+    def teachers(self) -> set[str]:
+        """Ids of the teachers that the column takes."""
         found = {cell.cut_from.id for cell in self.cells if cell.cut_from is not None}
         return found | ({self.teacher.id} if self.teacher is not None else set())
 
     @property
+    def needs(self) -> set[str]:
+        """Ids of what must be there before the column starts: teachers, and for the baseline of a
+        chain the column that makes its assistant."""
+        assistants = (cell.assistant for cell in self.cells if cell.kind == "baseline")
+        return self.teachers | {one.column_id for one in assistants if one is not None}
+
+    @property
+    def assistant(self) -> Assistant | None:
+        """What the column makes first."""
+        return None if self.teacher is None else self.cells[0].assistant
+
+    @property
     def tokens(self) -> int:
-        """Tokens of the longest cell: what the teacher reads."""
-        return max(cell.tokens for cell in self.cells)
+        """Tokens of the longest cell, after those of the assistant: what the column reads."""
+        longest = max(cell.tokens for cell in self.cells)
+        return longest + (0 if self.assistant is None else self.assistant.tokens)
 
 
 @dataclass(frozen=True)
@@ -125,13 +171,20 @@ class Plan:
             _add(total, teacher.flops(heldout))
             total["pruning"] += _scoring_flops(recipe, teacher.shape)
         for column in (*self.columns, *baselines):
+            if column.assistant is not None:
+                # nothing is shared but the scores of the teacher, which are counted above
+                (cell,) = column.cells
+                assert cell.cut_from is not None
+                _add(total, cell.flops(recipe, heldout))
+                total["pruning"] -= _scoring_flops(recipe, cell.cut_from.shape)
+                continue
             if column.teacher is not None:
                 parameters = column.teacher.shape.parameters().total
                 total["teacher_forward"] += forward_flops(parameters, column.tokens)
             for cell in column.cells:
-                own = cell.flops(recipe, heldout)
-                total["student"] += own["student"]
-                total["evaluation"] += own["evaluation"]
+                parameters = cell.shape.parameters().total
+                total["student"] += training_flops(parameters, cell.tokens)
+                total["evaluation"] += forward_flops(parameters, heldout)
         return total
 
 
@@ -151,7 +204,14 @@ def make_plan(recipe: Recipe, given: Sequence[Teacher] = ()) -> Plan:
             cells = _cells(recipe, teachers, teacher, seed)
             _refuse_twins([cell.id for cell in cells], "students")
             suffix = f"-seed{seed}" if teacher.source is not None else ""
-            columns.append(Column(f"column-{teacher.id}{suffix}", teacher, seed, tuple(cells)))
+            direct = tuple(cell for cell in cells if cell.assistant is None)
+            if direct:
+                columns.append(Column(f"column-{teacher.id}{suffix}", teacher, seed, direct))
+            columns += [
+                Column(cell.assistant.column_id, teacher, seed, (cell,))
+                for cell in cells
+                if cell.assistant is not None
+            ]
             matched = [_baseline(cell) for cell in cells]
             baselines += _baseline_columns(f"{teacher.id}{suffix}", seed, matched)
     plan = Plan(recipe, teachers, tuple(columns), _without_repeats(baselines))
@@ -192,7 +252,7 @@ def expected_baselines(plan: Plan) -> Sequence[Column]:
 
 def curve_key(cell: Cell) -> tuple[str, str, int, int]:
     """What the cells of one curve have in common."""
-    return cell.architecture, cell.init, cell.tokens, cell.student_size
+    return cell.architecture, cell.init, cell.budget, cell.student_size
 
 
 def _largest(cells: Sequence[Cell]) -> Cell:
@@ -233,30 +293,64 @@ def _cells(recipe: Recipe, teachers: Sequence[Teacher], teacher: Teacher, seed: 
     smallest = min(family, key=lambda other: other.shape.parameters().non_embedding)
     cells = []
     for init in recipe.students.inits:
-        cut_from = {"pruned": teacher, "fixed": smallest, "scratch": None}[init]
+        cut_from = {"pruned": teacher, "chain": teacher, "fixed": smallest, "scratch": None}[init]
         for size in sorted(recipe.students.sizes):
             shape = _student_shape(recipe, teacher, cut_from, size)
             for tokens in sorted(recipe.students.tokens):
                 name = f"{teacher.architecture}-s{_label(size)}-t{_teacher_label(teacher)}"
-                cells.append(
-                    Cell(
-                        id=f"{name}-{init}-{_label(tokens)}-seed{seed}",
-                        kind="cell",
-                        architecture=teacher.architecture,
-                        student_size=size,
-                        shape=shape,
-                        init=init,
-                        tokens=_whole_batches(recipe, tokens),
-                        seed=seed,
-                        learning_rate=_rate(
-                            recipe.students.learning_rate, shape, is_cut=cut_from is not None
-                        ),
-                        alpha=recipe.training.alpha,
-                        teacher=teacher,
-                        cut_from=cut_from,
-                    )
+                cell = Cell(
+                    id=f"{name}-{init}-{_label(tokens)}-seed{seed}",
+                    kind="cell",
+                    architecture=teacher.architecture,
+                    student_size=size,
+                    shape=shape,
+                    init=init,
+                    budget=_whole_batches(recipe, tokens),
+                    tokens=_whole_batches(recipe, tokens),
+                    seed=seed,
+                    learning_rate=_rate(
+                        recipe.students.learning_rate, shape, is_cut=cut_from is not None
+                    ),
+                    alpha=recipe.training.alpha,
+                    teacher=teacher,
+                    cut_from=cut_from,
                 )
+                cells.append(_chained(recipe, cell) if init == "chain" else cell)
     return cells
+
+
+def _chained(recipe: Recipe, direct: Cell) -> Cell:
+    """A cell of the same FLOPs whose student learns from an assistant: of the geometric mean of
+    teacher's and student's size, trained with `students.assistant_share` of the FLOPs."""
+    assert direct.teacher is not None
+    teacher, student = direct.teacher.shape, direct.shape
+    sizes = [one.parameters().non_embedding for one in (teacher, student)]
+    between = pruned_shape(
+        teacher, round(math.sqrt(sizes[0] * sizes[1])), vocabulary=student.vocabulary
+    )
+    shape = pruned_shape(between, sizes[1])
+    reads = 2 if direct.alpha > 0 else 0
+
+    def token_flops(above: Shape, below: Shape) -> int:
+        return 6 * below.parameters().total + reads * above.parameters().total
+
+    budget = direct.budget * token_flops(teacher, student)
+    first = token_flops(teacher, between)
+    assistant = Assistant(
+        id=f"{direct.id}-assistant",
+        shape=between,
+        tokens=_whole_batches(recipe, recipe.students.assistant_share * budget / first),
+        learning_rate=_rate(recipe.students.learning_rate, between, is_cut=True),
+    )
+    left = budget - assistant.tokens * first - _scoring_flops(recipe, between)
+    tokens = left / token_flops(between, shape)
+    if tokens < recipe.training.batch_tokens:
+        raise UserError(
+            f"students.tokens {direct.budget} are too few for the chain {direct.id}: its assistant "
+            "and its scores leave less than one batch; give more tokens, a smaller "
+            "students.assistant_share or fewer scoring_tokens"
+        )
+    return replace(direct, shape=shape, tokens=_whole_batches(recipe, tokens), assistant=assistant)
 
 
 def _student_shape(recipe: Recipe, teacher: Teacher, cut_from: Teacher | None, size: int) -> Shape:
@@ -280,23 +374,16 @@ def _student_shape(recipe: Recipe, teacher: Teacher, cut_from: Teacher | None, s
 
 def _baseline(cell: Cell) -> Cell:
     """Same init, same tokens, cross-entropy only."""
-    teacher = cell.teacher if cell.init == "pruned" else None
+    teacher = cell.teacher if cell.init in ("pruned", "chain") else None
     label = f"-t{_teacher_label(teacher)}" if teacher is not None else ""
     name = f"{cell.architecture}-s{_label(cell.student_size)}{label}"
     tokens = cell.id.split("-")[-2]
-    return Cell(
+    return replace(
+        cell,
         id=f"baseline-{name}-{cell.init}-{tokens}-seed{cell.seed}",
         kind="baseline",
-        architecture=cell.architecture,
-        student_size=cell.student_size,
-        shape=cell.shape,
-        init=cell.init,
-        tokens=cell.tokens,
-        seed=cell.seed,
-        learning_rate=cell.learning_rate,
         alpha=0.0,
         teacher=teacher,
-        cut_from=cell.cut_from,
     )
 
 
@@ -314,7 +401,7 @@ def _without_repeats(columns: Sequence[Column]) -> tuple[Column, ...]:
     return tuple({column.id: column for column in columns}.values())
 
 
-def _whole_batches(recipe: Recipe, tokens: int) -> int:
+def _whole_batches(recipe: Recipe, tokens: float) -> int:
     batch = recipe.training.batch_tokens
     return max(1, round(tokens / batch)) * batch
 

@@ -82,7 +82,13 @@ def _column_seconds(column: Column, speed: Speed) -> float:
         speed.seconds(cell.tokens, training_flops(cell.shape.parameters().total, cell.tokens))
         for cell in column.cells
     )
-    if column.teacher is not None:
+    if column.assistant is not None and column.teacher is not None:
+        between, (cell,) = column.assistant, column.cells
+        own = between.shape.parameters().total
+        above = column.teacher.shape.parameters().total
+        flops = (6 * own + 2 * above) * between.tokens + 2 * own * cell.tokens
+        seconds += speed.seconds(between.tokens, flops)
+    elif column.teacher is not None:
         total = column.teacher.shape.parameters().total
         seconds += speed.seconds(column.tokens, 2 * total * column.tokens)
         seconds -= column.tokens * speed.overhead * 2 / 3

@@ -59,7 +59,7 @@ def run_sweep(recipe: Recipe, out: Path, display: Display) -> SweepResult:
         with display, Workers(context, number) as workers:
             with log.stage("corpus"):
                 corpus = _prepare(recipe, context, tokenizer, records, display)
-            _check_corpus(recipe, corpus)
+            _check_corpus(plan, corpus)
             log.corpus = _corpus_summary(corpus)
             try:
                 _run_plan(context, plan, workers, log, display)
@@ -85,6 +85,8 @@ def _run_plan(
         if isinstance(task, Teacher):
             return task.id in finished
         return all(context.is_recorded(cell.id) for cell in task.cells)
+
+    finished.update(column.id for column in plan.columns if is_done(column))
 
     def ended(task: Teacher | Column, message: EndMessage) -> None:
         display.ended(task, message)
@@ -228,8 +230,11 @@ def _prepare(
     return corpus
 
 
-def _check_corpus(recipe: Recipe, corpus: Corpus) -> None:
-    longest = max(recipe.teachers.tokens or 0, *recipe.students.tokens)
+def _check_corpus(plan: Plan, corpus: Corpus) -> None:
+    recipe = plan.recipe
+    assistants = [cell.assistant.tokens for cell in plan.cells if cell.assistant is not None]
+    students = [cell.tokens for cell in plan.cells]
+    longest = max(recipe.teachers.tokens or 0, *students, *assistants)
     check_epochs(corpus, longest, recipe.corpus.max_epochs)
     if recipe.teachers.sizes and corpus.vocabulary != recipe.corpus.vocabulary:
         raise UserError(

@@ -36,7 +36,11 @@ def relative_cost(task: Teacher | Column) -> float:
             return 1.0
         return task.tokens * (6 * task.shape.parameters().total + overhead)
     cost = 0.0
-    if task.teacher is not None:
+    if task.assistant is not None and task.teacher is not None:
+        teacher, assistant = task.teacher.shape.parameters(), task.assistant.shape.parameters()
+        cost += task.assistant.tokens * (6 * assistant.total + 2 * teacher.total + overhead)
+        cost += task.cells[0].tokens * 2 * assistant.total
+    elif task.teacher is not None:
         cost += task.tokens * (2 * task.teacher.shape.parameters().total + overhead / 3)
     for cell in task.cells:
         cost += cell.tokens * (6 * cell.shape.parameters().total + overhead)

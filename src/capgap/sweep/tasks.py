@@ -5,88 +5,25 @@ is already recorded is left alone.
 """
 
 import math
-import shutil
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
-from capgap.corpus.tokens import Corpus, load_corpus
 from capgap.distill.divergences import Divergence
-from capgap.distill.teacher import load_teacher
 from capgap.errors import UserError
-from capgap.evaluate.heldout import HeldoutLoss, HeldoutSet, evaluate_heldout, heldout_set
-from capgap.machine import machine, resolve_device, versions
-from capgap.models.build import Parts, build_model, load_model, save_model
-from capgap.prune.importance import score
-from capgap.prune.scores import load_importance, save_importance
-from capgap.prune.surgery import cut
-from capgap.prune.text import scoring_batches
+from capgap.evaluate.heldout import HeldoutLoss
+from capgap.machine import machine, versions
+from capgap.models.build import build_model, load_model, save_model
 from capgap.records import AfterCut, read_record, record_from_dict, write_record
+from capgap.sweep.chain import assistant_run, cut_from, failed_assistant, make_assistant
 from capgap.sweep.context import Context
 from capgap.sweep.plan import Cell, Column, Teacher
-from capgap.train.clock import StageClock
+from capgap.sweep.task import Task, teacher_path
 from capgap.train.learner import NOT_FINITE, Learner
-from capgap.train.loop import LoopSettings, Progress, train
-from capgap.train.settings import loop_settings
-
-# Teachers and students read the corpus in different orders; scores are measured in a third.
-DATA_SEEDS = {"teacher": 1_000_003, "student": 2_000_003}
-
-
-@dataclass
-class Task:
-    """What the tasks of one worker share."""
-
-    context: Context
-    clock: StageClock
-    should_stop: Callable[[], bool]
-    on_step: Callable[[Progress], None]
-
-    @cached_property
-    def corpus(self) -> Corpus:
-        window = self.context.recipe.corpus.window
-        return load_corpus(self.context.corpus_folder, window=window)
-
-    @cached_property
-    def heldout(self) -> HeldoutSet:
-        corpus = self.corpus
-        return heldout_set(corpus.heldout_documents(), corpus.window, corpus.vocabulary)
-
-    def settings(self, kind: str, seed: int) -> LoopSettings:
-        recipe = self.context.recipe
-        return loop_settings(
-            recipe.training,
-            recipe.run,
-            self.corpus,
-            data_seed=DATA_SEEDS[kind] + seed,
-            device=self.context.device,
-        )
-
-    def run(
-        self, learners: Sequence[Learner], name: str, settings: LoopSettings, **more: Any
-    ) -> None:
-        train(
-            learners,
-            self.corpus,
-            settings,
-            clock=self.clock,
-            checkpoint_folder=self.context.checkpoint_folder(name),
-            should_stop=self.should_stop,
-            on_step=self.on_step,
-            **more,
-        )
-        shutil.rmtree(self.context.checkpoint_folder(name), ignore_errors=True)
-
-    def evaluate(self, model: PreTrainedModel) -> HeldoutLoss:
-        with self.clock.stage("evaluation"):
-            return evaluate_heldout(Parts(model), self.heldout)
 
 
 def run_teacher(task: Task, teacher: Teacher) -> None:
@@ -109,22 +46,14 @@ def run_teacher(task: Task, teacher: Teacher) -> None:
         heldout, failure = None, NOT_FINITE
     if failure is None:
         try:
-            with task.clock.stage("pruning"):
-                importance = score(
-                    model,
-                    scoring_batches(task.corpus, recipe.scoring_tokens),
-                    method=recipe.scoring_method,
-                    depth=recipe.scoring_depth,
-                )
+            task.score(model, teacher.id)
         except UserError as error:
             if teacher.source is not None:
                 raise
             # a ladder's teacher is not the user's: it diverged in its last step
             heldout, failure = None, {"message": str(error)}
-    if failure is None:
-        save_importance(context.importance_file(teacher.id), importance)
-        if teacher.source is None:
-            save_model(model, context.teacher_folder(teacher.id), task.corpus.tokenizer)
+    if failure is None and teacher.source is None:
+        save_model(model, context.teacher_folder(teacher.id), task.corpus.tokenizer)
     run.record(
         kind="teacher",
         id=teacher.id,
@@ -134,6 +63,7 @@ def run_teacher(task: Task, teacher: Teacher) -> None:
         parameters=teacher.shape.parameters().as_dict(),
         shape=vars(teacher.shape),
         tokens=teacher.tokens,
+        steps=teacher.tokens // recipe.training.batch_tokens,
         learning_rate=teacher.learning_rate,
         alpha=0.0,
         flops=teacher.flops(task.heldout.tokens),
@@ -151,19 +81,22 @@ def run_column(task: Task, column: Column) -> None:
         return
     run = _Run(task)
     lost = _failed_teacher(context, column)
-    if lost is not None:
-        for cell in cells.values():
-            failure = {"message": f"its teacher {lost} failed", "step": None, "windows": None}
-            learner = _Unstarted(failure)
-            _record_cell(task, run, cell, learner, None, None)
-        return
+    if lost is None and column.assistant is not None:
+        make_assistant(task, column)
     after_cuts: dict[str, HeldoutLoss | None] = {}
     learners = []
     for cell in cells.values():
+        problem = lost or failed_assistant(context, cell)
+        if problem is not None:
+            failure = {"message": problem, "step": None, "windows": None}
+            _record_cell(task, run, cell, _Unstarted(failure), None, None)
+            continue
         model = _student(task, cell)
         after_cuts[cell.id] = task.evaluate(model) if cell.cut_from is not None else None
         steps = cell.tokens // recipe.training.batch_tokens
         learners.append(Learner(cell.id, model, steps, cell.learning_rate, cell.alpha))
+    if not learners:
+        return
 
     def finish(learner: Learner) -> None:
         cell = cells[learner.id]
@@ -177,20 +110,12 @@ def run_column(task: Task, column: Column) -> None:
         _record_cell(task, run, cell, learner, heldout, after_cuts[cell.id])
 
     teacher = None
-    if column.teacher is not None:
-        device = recipe.run.teacher_device
-        teacher = load_teacher(
-            teacher_path(context, column.teacher),
-            context.device if device == "same" else resolve_device(device),
-            dtype=recipe.training.teacher_dtype,
-            offload=recipe.run.teacher_offload,
-        )
+    if column.assistant is not None:
+        teacher = task.load_teacher(context.assistant_folder(column.assistant.id))
+    elif column.teacher is not None:
+        teacher = task.load_teacher(teacher_path(context, column.teacher))
     settings = task.settings("student", column.seed)
     task.run(learners, column.id, settings, teacher=teacher, on_end=finish)
-
-
-def teacher_path(context: Context, teacher: Teacher) -> Path | str:
-    return teacher.source if teacher.source is not None else context.teacher_folder(teacher.id)
 
 
 @dataclass(frozen=True)
@@ -202,9 +127,9 @@ class _Unstarted:
 
 
 def _failed_teacher(context: Context, column: Column) -> str | None:
-    for teacher in sorted(column.needs):
+    for teacher in sorted(column.teachers):
         if read_record(context.record_folder(teacher)).status == "failed":
-            return teacher
+            return f"its teacher {teacher} failed"
     return None
 
 
@@ -212,10 +137,10 @@ def _student(task: Task, cell: Cell) -> PreTrainedModel:
     context = task.context
     if cell.cut_from is None:
         return build_model(cell.shape, seed=cell.seed).to(context.device)
-    with task.clock.stage("pruning"):
-        teacher = load_model(teacher_path(context, cell.cut_from), dtype=torch.float32)
-        importance = load_importance(context.importance_file(cell.cut_from.id))
-        return cut(teacher, importance, cell.shape).to(context.device)
+    if cell.assistant is not None:
+        place: Path | str = context.assistant_folder(cell.assistant.id)
+        return cut_from(task, place, cell.assistant.id, cell.shape)
+    return cut_from(task, teacher_path(context, cell.cut_from), cell.cut_from.id, cell.shape)
 
 
 def _record_cell(
@@ -239,13 +164,15 @@ def _record_cell(
         parameters=cell.shape.parameters().as_dict(),
         teacher_parameters=None if teacher is None else teacher.shape.parameters().as_dict(),
         shape=vars(cell.shape),
-        tokens=cell.tokens,
+        tokens=cell.budget,
+        steps=cell.tokens // task.context.recipe.training.batch_tokens,
         learning_rate=cell.learning_rate,
         alpha=cell.alpha,
         flops=cell.flops(task.context.recipe, task.heldout.tokens),
         heldout=heldout,
         failure=learner.failure,
         curve=learner.curve,
+        assistant=None if cell.assistant is None else assistant_run(task.context, cell.assistant),
         after_cut=None
         if after_cut is None or not math.isfinite(after_cut.loss)
         else vars(AfterCut(loss=after_cut.loss, loss_stderr=after_cut.loss_stderr)),
@@ -260,17 +187,13 @@ class _Run:
         self.started = datetime.now(UTC)
         self.start = time.monotonic()
 
-    def record(
-        self, *, id: str, tokens: int, heldout: HeldoutLoss | None, failure: Any, **fields: Any
-    ) -> None:
+    def record(self, *, id: str, heldout: HeldoutLoss | None, failure: Any, **fields: Any) -> None:
         context, recipe = self.task.context, self.task.context.recipe
         values = {
             "schema": 1,
             "id": id,
             "status": "failed" if failure else "done",
             "failure": failure,
-            "tokens": tokens,
-            "steps": tokens // recipe.training.batch_tokens,
             "batch_tokens": recipe.training.batch_tokens,
             "temperature": recipe.training.temperature,
             "divergence": str(

@@ -88,7 +88,8 @@ def _run(
     stop: Event,
     parent: int,
 ) -> EndMessage:
-    from capgap.sweep.tasks import Task, run_column, run_teacher
+    from capgap.sweep.task import Task
+    from capgap.sweep.tasks import run_column, run_teacher
     from capgap.train.clock import StageClock
     from capgap.train.loop import Interrupted, Progress
 
