@@ -16,6 +16,7 @@ COUNT_COLUMNS = (
     "student_parameters",
     "teacher_size",
     "teacher_parameters",
+    "assistant_parameters",
     "flops_total",
 )
 COLUMNS = (
@@ -30,6 +31,7 @@ COLUMNS = (
     "student_parameters",
     "teacher_size",
     "teacher_parameters",
+    "assistant_parameters",
     "loss",
     "loss_stderr",
     "bits_per_byte",
@@ -85,6 +87,9 @@ def _row(
         "student_parameters": record.parameters.non_embedding if student else None,
         "teacher_size": record.teacher_size,
         "teacher_parameters": above.non_embedding if above else None,
+        "assistant_parameters": None
+        if record.assistant is None
+        else record.assistant.parameters.non_embedding,
         "teacher_loss": teacher.heldout.loss if teacher and teacher.heldout else None,
         "after_cut_loss": record.after_cut.loss if record.after_cut else None,
         "kl": _last(record.curve.kl),

@@ -41,6 +41,7 @@ def verdict(
         sentences.append(_curse(law.kind, [curves[i] for i in own]))
         sentences.append(_gain(law.kind, [curves[i] for i in own], [gains[i] for i in own]))
     sentences += _pruned_against_fixed(curves, confidence)
+    sentences += _chain_against_pruned(curves)
     sentences += [_law(law, confidence) for law in laws]
     ladders = [w.where for w in record_warnings if w.name == "teacher_loss_not_falling"]
     if ladders:
@@ -170,15 +171,11 @@ def _gain(kind: Kind, curves: Sequence[Curve], gains: Sequence[Sequence[Gain | N
 
 def _pruned_against_fixed(curves: Sequence[Curve], confidence: float) -> list[str]:
     """Where both inits were run: does the optimum stay when pruning is taken out of the curve?"""
-    fixed = {
-        (c.points.data.kind.architecture, c.points.data.kind.tokens, c.points.data.student_size): c
-        for c in curves
-        if c.points.data.kind.init == "fixed"
-    }
+    fixed = {_place(curve): curve for curve in curves if curve.points.data.kind.init == "fixed"}
     sentences = []
     for curve in curves:
         data = curve.points.data
-        other = fixed.get((data.kind.architecture, data.kind.tokens, data.student_size))
+        other = fixed.get(_place(curve))
         if data.kind.init == "pruned" and other is not None:
             where = (
                 f"{data.kind.architecture}, {format_count(data.kind.tokens)} tokens, student "
@@ -186,6 +183,53 @@ def _pruned_against_fixed(curves: Sequence[Curve], confidence: float) -> list[st
             )
             sentences.append(f"{where}: {_moved(curve, other, confidence)}.")
     return sentences
+
+
+def _chain_against_pruned(curves: Sequence[Curve]) -> list[str]:
+    """Where both were run: what an assistant between teacher and student brings for the same
+    FLOPs, over all pairs of teacher and seed."""
+    chains = {_place(curve): curve for curve in curves if curve.points.data.kind.init == "chain"}
+    sentences = []
+    for curve in curves:
+        chain = chains.get(_place(curve))
+        if curve.points.data.kind.init != "pruned" or chain is None:
+            continue
+        direct, through = _losses(curve), _losses(chain)
+        pairs = sorted(direct.keys() & through.keys())
+        if not pairs:
+            continue
+        differences = [through[pair] - direct[pair] for pair in pairs]
+        mean = float(np.mean(differences))
+        error = (
+            "" if len(pairs) < 2 else f" ± {np.std(differences, ddof=1) / len(pairs) ** 0.5:.4f}"
+        )
+        wins = sum(difference < 0 for difference in differences)
+        data = curve.points.data
+        sentences.append(
+            f"{data.kind.architecture}, {format_count(data.kind.tokens)} tokens, student "
+            f"{format_count(curve.student_parameters)}, through an assistant against the direct "
+            f"cut at equal FLOPs: the chain's loss is {abs(mean):.4f}{error} nats "
+            f"{'lower' if mean < 0 else 'higher'} on average, and lower in {wins} of "
+            f"{len(pairs)} pairs of teacher and seed."
+        )
+    return sentences
+
+
+def _place(curve: Curve) -> tuple[str, int, int]:
+    """What curves of several inits have in common."""
+    data = curve.points.data
+    return data.kind.architecture, data.kind.tokens, data.student_size
+
+
+def _losses(curve: Curve) -> dict[tuple[int, int], float]:
+    """Nats per token of every cell, by size of teacher and seed."""
+    data = curve.points.data
+    losses = data.cell_documents.sum(1) / data.document_tokens.sum()
+    places = zip(data.cell_teacher, data.cell_seed, strict=True)
+    return {
+        (data.teacher_sizes[teacher], int(seed)): float(loss)
+        for (teacher, seed), loss in zip(places, losses, strict=True)
+    }
 
 
 def _moved(pruned: Curve, fixed: Curve, confidence: float) -> str:

@@ -37,7 +37,8 @@ GLOSSARY = (
     (
         "init",
         "where the student's first weights come from: pruned = cut out of this teacher, "
-        "fixed = the same weights with every teacher, scratch = random",
+        "fixed = the same weights with every teacher, scratch = random, chain = cut out of an "
+        "assistant that was cut out of this teacher and distilled from it",
     ),
     ("cross-entropy (CE)", "how surprised a model is by the real next token, in nats"),
     ("held-out loss", "cross-entropy on documents no model was trained on"),

@@ -104,10 +104,12 @@ def model_card(context: Context, best: RunRecord, records: Sequence[RunRecord]) 
         if record.heldout is not None
     )
     recipe = context.recipe
+    tokens = format_count(best.steps * best.batch_tokens)
     began = {
         "pruned": f"cut out of {best.teacher}",
         "fixed": "cut out of the smallest teacher",
         "scratch": "random weights",
+        "chain": _by_way_of(best),
     }[str(best.init)]
     return f"""---
 library_name: transformers
@@ -118,7 +120,7 @@ tags: [distillation, capgap]
 
 A {best.architecture} student of {format_count(best.parameters.non_embedding)} non-embedding \
 parameters ({format_count(best.parameters.total)} in all), distilled from `{best.teacher}` \
-({format_count(teacher_parameters.non_embedding)}) on {format_count(best.tokens)} tokens of \
+({format_count(teacher_parameters.non_embedding)}) on {tokens} tokens of \
 `{recipe.corpus.source}` by the capgap recipe `{recipe.name}`.
 
 - start: {began}
@@ -133,6 +135,17 @@ temperature {best.temperature:g}
 It is a small model made to measure how students learn from teachers. It inherits the licence and \
 the limits of the text and the teacher it was made from.
 """
+
+
+def _by_way_of(best: RunRecord) -> str:
+    """How a chain went; empty for a direct cell."""
+    if best.assistant is None:
+        return ""
+    size = format_count(best.assistant.parameters.non_embedding)
+    return (
+        f"cut out of an assistant of {size}, which was cut out of {best.teacher}, distilled from "
+        f"it on {format_count(best.assistant.tokens)} tokens, and then was the teacher"
+    )
 
 
 def _number(value: float | None) -> str:
