@@ -219,7 +219,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             teacher = _mean(
                 [run for run in results if run["family"] == family], lambda run: run["teacher"]
             )
-            place.axhline(teacher, color="black", linewidth=0.8, linestyle=":")
+            place.axhline(teacher, color="black", linewidth=0.8, linestyle=":", label="teacher")
             told = "after the cut" if what == "after_cut" else "after distillation"
             place.set_title(f"{family}, {kind}: {told}", fontsize=10)
             place.grid(alpha=0.25)
