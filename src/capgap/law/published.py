@@ -1,7 +1,9 @@
-"""Published lines of the law of capacity gap, as data to set beside a measured one."""
+"""What is published of the capacity gap, as data to set beside what is measured."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from capgap.law.surface import DistillationSurface, SupervisedSurface
 
 
 @dataclass(frozen=True)
@@ -34,4 +36,18 @@ PUBLISHED_LINES = (
             "T*/S lies between 2.0 and 3.33."
         ),
     ),
+)
+
+# Busbridge et al., arXiv 2502.08606: models of 143M to 12.6B parameters, about 1% error
+PUBLISHED_SURFACE = DistillationSurface(
+    supervised=SupervisedSurface(E=1.220, A=3355, B=18186, alpha=0.408, beta=0.431, gamma=0.452),
+    A=2243,
+    B=24181,
+    alpha=0.321,
+    beta=0.637,
+    gamma=0.764,
+    c0=2.549,
+    c1=522.6,
+    f1=0.090,
+    d1=1.315,
 )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from capgap.prune.importance import Importance
+    from capgap.prune.surgery import Kept
 
 PROVENANCE = "pruning.json"
 MULTIPLE = 8
@@ -149,27 +150,33 @@ def run_prune(
         config.save_pretrained(folder)
         write_weights(folder, skeleton, make)
         copy_companions(source, folder)
-        found = _told(request, plan)
-        provenance = {
-            "schema": 1,
-            "teacher": request.teacher,
-            "teacher_hash": teacher_hash,
-            "teacher_shape": vars(plan.own),
-            "shape": vars(plan.shape),
-            "parameters": plan.shape.parameters().as_dict(),
-            "rule": plan.rule,
-            "scores": {
-                "sha256": hashlib.sha256(request.scores.read_bytes()).hexdigest(),
-                "tokens": plan.importance.tokens,
-                **plan.importance.provenance,
-            },
-            "kept": {
-                name: getattr(kept, name).tolist()
-                for name in ("layers", "hidden", "heads", "neurons")
-            },
-        }
-        write_json_atomically(folder / PROVENANCE, provenance)
-    return found | {"written": True, "seconds": time.monotonic() - began}
+        write_json_atomically(folder / PROVENANCE, _provenance(request, plan, kept, teacher_hash))
+    return _told(request, plan) | {"written": True, "seconds": time.monotonic() - began}
+
+
+def _provenance(
+    request: PruneRequest, plan: _Plan, kept: "Kept", teacher_hash: str
+) -> dict[str, Any]:
+    """What was cut out of what, and why these units."""
+    assert request.scores is not None
+    assert plan.importance is not None
+    return {
+        "schema": 1,
+        "teacher": request.teacher,
+        "teacher_hash": teacher_hash,
+        "teacher_shape": vars(plan.own),
+        "shape": vars(plan.shape),
+        "parameters": plan.shape.parameters().as_dict(),
+        "rule": plan.rule,
+        "scores": {
+            "sha256": hashlib.sha256(request.scores.read_bytes()).hexdigest(),
+            "tokens": plan.importance.tokens,
+            **plan.importance.provenance,
+        },
+        "kept": {
+            name: getattr(kept, name).tolist() for name in ("layers", "hidden", "heads", "neurons")
+        },
+    }
 
 
 def _plan(request: PruneRequest) -> _Plan:

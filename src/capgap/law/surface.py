@@ -1,0 +1,113 @@
+"""Loss surfaces: what a model's loss is as a function of its size, its tokens and its teacher.
+
+N parameters (non-embedding), D training tokens, L a loss in nats per token, L_T the teacher's;
+the letters of the formulas are those of arXiv 2502.08606.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.floating[Any]]
+
+
+def _power_sum(first: float, a: float, n: Floats, second: float, b: float, d: Floats) -> Floats:
+    """log(first / n^a + second / d^b), without overflow."""
+    return np.logaddexp(np.log(first) - a * np.log(n), np.log(second) - b * np.log(d))
+
+
+@dataclass(frozen=True)
+class SupervisedSurface:
+    """L(N, D) = E + (A / N^alpha + B / D^beta)^gamma, a model trained without a teacher."""
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+    gamma: float = 1.0
+
+    def loss(self, parameters: ArrayLike, tokens: ArrayLike) -> Floats:
+        """Nats per token, of the broadcast shape of both."""
+        n, d = np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float)
+        powers = _power_sum(self.A, self.alpha, n, self.B, self.beta, d)
+        return self.E + np.exp(self.gamma * powers)
+
+    def compute_optimal_tokens(self, parameters: ArrayLike) -> Floats:
+        """Tokens at which the loss is the lowest for its FLOPs, 6 N D: where both terms fall alike,
+        alpha A / N^alpha = beta B / D^beta."""
+        n = np.asarray(parameters, dtype=float)
+        ratio = np.log(self.beta * self.B / (self.alpha * self.A)) + self.alpha * np.log(n)
+        return np.exp(ratio / self.beta)
+
+
+@dataclass(frozen=True)
+class DistillationSurface:
+    """The loss of a student of N parameters that learns from a teacher on D tokens:
+
+    L_S = L_T + L_T^-c0 (1 + (L_T / (d1 L))^(1/f1))^(-c1 f1) (A / N^alpha + B / D^beta)^gamma
+
+    with L = supervised.loss(N, D), what the student would reach alone. Students from scratch, pure
+    forward KL at temperature 1 (arXiv 2502.08606, eq. 8).
+    """
+
+    supervised: SupervisedSurface
+    A: float
+    B: float
+    alpha: float
+    beta: float
+    gamma: float
+    c0: float
+    c1: float
+    f1: float
+    d1: float
+
+    def loss(self, parameters: ArrayLike, tokens: ArrayLike, teacher_loss: ArrayLike) -> Floats:
+        """Nats per token, of the broadcast shape of the three."""
+        n, d = np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float)
+        above = np.asarray(teacher_loss, dtype=float)
+        ratio = np.log(above / (self.d1 * self.supervised.loss(n, d)))
+        powers = _power_sum(self.A, self.alpha, n, self.B, self.beta, d)
+        gap = self.c1 * self.f1 * np.logaddexp(0.0, ratio / self.f1)
+        return above + np.exp(-self.c0 * np.log(above) - gap + self.gamma * powers)
+
+    def best_teacher(
+        self,
+        parameters: float,
+        tokens: float,
+        *,
+        tokens_per_parameter: float | None = None,
+        ratios: tuple[float, float] = (0.25, 1000.0),
+    ) -> "BestTeacher":
+        """The teacher under which this student is the best, of teachers trained on so many tokens
+        for each of their parameters, by default as many as are compute-optimal.
+
+        Looked for between `ratios` times the student, to 0.1%. `within` are the ratios whose loss
+        is at most 0.1% above the lowest: the minimum is flat.
+        """
+        grid = np.geomspace(*ratios, 8001)
+        sizes = grid * parameters
+        read = (
+            self.supervised.compute_optimal_tokens(sizes)
+            if tokens_per_parameter is None
+            else tokens_per_parameter * sizes
+        )
+        losses = self.loss(parameters, tokens, self.supervised.loss(sizes, read))
+        best = int(losses.argmin())
+        near = grid[losses <= 1.001 * losses[best]]
+        return BestTeacher(
+            ratio=float(grid[best]),
+            loss=float(losses[best]),
+            within=(float(near[0]), float(near[-1])),
+        )
+
+
+@dataclass(frozen=True)
+class BestTeacher:
+    """T/S of the best teacher, the student's loss under it, and the ratios that are as good."""
+
+    ratio: float
+    loss: float
+    within: tuple[float, float]
