@@ -60,6 +60,7 @@ def test_the_table_on_disk(tmp_path):
         "student_parameters",
         "teacher_size",
         "teacher_parameters",
+        "assistant_parameters",
         "loss",
         "loss_stderr",
         "bits_per_byte",
