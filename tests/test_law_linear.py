@@ -6,7 +6,7 @@ from scipy.optimize import minimize
 from scipy.stats import norm
 
 from capgap.law.fit import fit_law
-from capgap.law.linear import _Evidence, _fit_draws
+from capgap.law.linear import Evidence, fit_draws
 from capgap.law.published import PUBLISHED_LINES
 from law_surface import ladder, sweep
 
@@ -125,7 +125,7 @@ def test_bounds_are_fitted_by_maximum_likelihood():
     students, optima = np.array([1.0, 2.0, 3.0]), np.array([2.0, 5.0, 7.0])
     deviation, bound_deviation = np.array([0.3, 0.5, 0.7]), np.array([0.8, 0.4])
     bound_students, bounds, side = np.array([4.0, 0.5]), np.array([7.5, 1.4]), np.array([1.0, -1.0])
-    evidence = _Evidence(
+    evidence = Evidence(
         students=students,
         optima=np.stack([optima, optima + 0.1]),
         deviation=deviation,
@@ -144,7 +144,7 @@ def test_bounds_are_fitted_by_maximum_likelihood():
     expected = minimize(negative_log_likelihood, [2.0, 0.0], method="Nelder-Mead").x
     free = np.polyfit(students, optima, 1, w=1 / deviation)
     assert abs(free[0] - expected[0]) > 0.1  # the bounds matter here
-    assert _fit_draws(evidence, intercept=True)[0] == pytest.approx(expected, abs=1e-3)
+    assert fit_draws(evidence, intercept=True)[0] == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_published_line():

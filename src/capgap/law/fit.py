@@ -9,6 +9,7 @@ import numpy as np
 from capgap.errors import UserError
 from capgap.law.cells import CurveData, Floats, curves_from_records, excluded_records
 from capgap.law.curve import Curve, Optimum, fit_curve
+from capgap.law.forms import FormFit, compare_forms
 from capgap.law.linear import Estimate, LinearLaw, fit_linear
 from capgap.law.noise import document_counts, draw_points, mean_losses, resampled_losses
 from capgap.law.published import PUBLISHED_LINES
@@ -46,6 +47,7 @@ def fit_law(
     grid_shift = rng.uniform(-1, 1, resamples)
     curves: list[Curve] = []
     laws: list[LinearLaw] = []
+    forms: list[list[FormFit]] = []
     for _, members in groupby(curves_from_records(records), key=lambda data: data.kind):
         of_kind = list(members)
         of_documents = counts[len(of_kind[0].document_tokens)]
@@ -55,6 +57,7 @@ def fit_law(
         ]
         curves += fitted
         laws.append(fit_linear(fitted, confidence=confidence, grid_shift=grid_shift))
+        forms.append(compare_forms(fitted, confidence=confidence, grid_shift=grid_shift))
 
     gains = [
         _gains(curve.points.data, counts[len(curve.points.data.document_tokens)])
@@ -72,11 +75,14 @@ def fit_law(
         "scale": "non_embedding",
         "confidence": confidence,
         "curves": described,
-        "laws": [_describe_law(law) for law in laws],
+        "laws": [
+            _describe_law(law) | {"forms": [form.as_dict() for form in own]}
+            for law, own in zip(laws, forms, strict=True)
+        ],
         "published": [line.as_dict() for line in PUBLISHED_LINES],
         "excluded": excluded_records(records),
         "validity": [warned.as_dict() for warned in warnings],
-        "verdict": verdict(curves, gains, laws, about_records, confidence=confidence),
+        "verdict": verdict(curves, gains, laws, forms, about_records, confidence=confidence),
     }
 
 

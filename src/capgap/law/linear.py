@@ -59,7 +59,7 @@ class LinearLaw:
 
 
 @dataclass(frozen=True)
-class _Evidence:
+class Evidence:
     """Located optima, and bounds for those at an edge of the grid.
 
     `optima` [1 + resamples, located] in parameters, the estimate itself in the first row;
@@ -86,7 +86,7 @@ def fit_linear(curves: Sequence[Curve], *, confidence: float, grid_shift: Floats
     the cells of their grids, so averaging over students does not make up for a coarse grid.
     Where the optima scatter about the law by more than their noise, intervals widen to match.
     """
-    evidence = _evidence(curves, confidence, grid_shift)
+    evidence = gather_evidence(curves, confidence, grid_shift)
     located, bounded = len(evidence.students), len(evidence.bounds)
     ratio = _ratio(evidence, confidence) if located else None
     kind, students = curves[0].points.data.kind, located + bounded
@@ -94,9 +94,9 @@ def fit_linear(curves: Sequence[Curve], *, confidence: float, grid_shift: Floats
         reason = _too_few(curves)
         return LinearLaw(kind, "not_identified", reason, students, None, None, ratio, None)
 
-    draws = _fit_draws(evidence, intercept=True)
-    slope = _estimate(draws[:, 0], confidence)
-    intercept = _estimate(draws[:, 1], confidence)
+    draws = fit_draws(evidence, intercept=True)
+    slope = to_estimate(draws[:, 0], confidence)
+    intercept = to_estimate(draws[:, 1], confidence)
     band = _band(evidence, draws, confidence)
     written = f"the slope is {slope.value:.2f} with interval {slope.low:.2f} to {slope.high:.2f}"
     if slope.low <= 0:
@@ -117,7 +117,7 @@ def fit_linear(curves: Sequence[Curve], *, confidence: float, grid_shift: Floats
     )
 
 
-def _evidence(curves: Sequence[Curve], confidence: float, grid_shift: Floats) -> _Evidence:
+def gather_evidence(curves: Sequence[Curve], confidence: float, grid_shift: Floats) -> Evidence:
     tail = (1 - confidence) / 2
     students, optima, deviation = [], [], []
     bound_students, bounds, bound_deviation, side = [], [], [], []
@@ -138,7 +138,7 @@ def _evidence(curves: Sequence[Curve], confidence: float, grid_shift: Floats) ->
             bounds.append(bound)
             bound_deviation.append(bound * optimum.half_spacing)
             side.append(1.0 if optimum.status == "smallest" else -1.0)
-    return _Evidence(
+    return Evidence(
         students=np.array(students, dtype=np.float64),
         optima=np.array(optima).T if optima else np.empty((1 + len(grid_shift), 0)),
         deviation=np.array(deviation),
@@ -149,7 +149,7 @@ def _evidence(curves: Sequence[Curve], confidence: float, grid_shift: Floats) ->
     )
 
 
-def _fit_draws(evidence: _Evidence, *, intercept: bool) -> Floats:
+def fit_draws(evidence: Evidence, *, intercept: bool) -> Floats:
     """Coefficients [1 + resamples, 1 or 2] (slope, then intercept), the estimate first.
 
     Expectation-maximisation: an optimum known only by a bound stands at its expected place given
@@ -181,7 +181,7 @@ def _fit_draws(evidence: _Evidence, *, intercept: bool) -> Floats:
     return coefficients / np.array([unit, 1.0])[: coefficients.shape[1]]
 
 
-def _expected_places(evidence: _Evidence, line: Floats) -> Floats:
+def _expected_places(evidence: Evidence, line: Floats) -> Floats:
     """Mean of a normal about the line [draws, bounded], cut off at each bound."""
     z = evidence.side * (evidence.bounds - line) / evidence.bound_deviation
     log_density = -0.5 * z * z - 0.5 * np.log(2 * np.pi)
@@ -197,17 +197,17 @@ def _weighted_solve(design: Floats, deviation: Floats) -> Floats:
     return np.linalg.pinv(design / deviation[:, None]) / deviation
 
 
-def _ratio(evidence: _Evidence, confidence: float) -> Estimate:
-    return _estimate(_fit_draws(evidence, intercept=False)[:, 0], confidence)
+def _ratio(evidence: Evidence, confidence: float) -> Estimate:
+    return to_estimate(fit_draws(evidence, intercept=False)[:, 0], confidence)
 
 
-def _estimate(draws: Floats, confidence: float) -> Estimate:
+def to_estimate(draws: Floats, confidence: float) -> Estimate:
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws[1:], [tail, 1 - tail])
     return Estimate(float(draws[0]), float(low), float(high))
 
 
-def _band(evidence: _Evidence, draws: Floats, confidence: float) -> Band:
+def _band(evidence: Evidence, draws: Floats, confidence: float) -> Band:
     students = np.concatenate([evidence.students, evidence.bound_students])
     grid = np.geomspace(students.min(), students.max(), BAND_POINTS)
     lines = draws[:, :1] * grid + draws[:, 1:]

@@ -7,6 +7,7 @@ import numpy as np
 
 from capgap.law.cells import Kind
 from capgap.law.curve import Curve
+from capgap.law.forms import FormFit
 from capgap.law.linear import LinearLaw
 from capgap.law.published import PUBLISHED_LINES
 from capgap.law.validity import Warned
@@ -25,6 +26,7 @@ def verdict(
     curves: Sequence[Curve],
     gains: Sequence[Sequence[Gain | None]],
     laws: Sequence[LinearLaw],
+    forms: Sequence[Sequence[FormFit]],
     record_warnings: Sequence[Warned],
     *,
     confidence: float,
@@ -43,6 +45,9 @@ def verdict(
     sentences += _pruned_against_fixed(curves, confidence)
     sentences += _chain_against_pruned(curves)
     sentences += [_law(law, confidence) for law in laws]
+    sentences += [
+        _best_form(law.kind, own) for law, own in zip(laws, forms, strict=True) if _compared(own)
+    ]
     ladders = [w.where for w in record_warnings if w.name == "teacher_loss_not_falling"]
     if ladders:
         sentences.append(
@@ -296,4 +301,32 @@ def _law(law: LinearLaw, confidence: float) -> str:
         f"{format_count(abs(law.intercept.value))}, slope {law.slope.low:.2f} to "
         f"{law.slope.high:.2f} at {confidence:.0%} confidence; the published {line.slope} lies "
         f"{'inside' if inside else 'outside'}.{ratio}"
+    )
+
+
+def _compared(forms: Sequence[FormFit]) -> bool:
+    return sum(form.prediction_error is not None for form in forms) > 1
+
+
+def _best_form(kind: Kind, forms: Sequence[FormFit]) -> str:
+    """Which form predicts a student that it has not seen, and is T* linear in S?"""
+    written = {"linear": "T* = a S + b", "ratio": "T* = r S", "power": "T* = k S^m"}
+    errors = [
+        f"{written[form.form]} {form.prediction_error:.1%}"
+        for form in forms
+        if form.prediction_error is not None
+    ]
+    sentence = (
+        f"{kind}: of a student left out, the best teacher is predicted best by "
+        f"{written[forms[0].form]} (typical errors: {', '.join(errors)})"
+    )
+    power = next((form for form in forms if form.form == "power"), None)
+    if power is None:
+        return f"{sentence}."
+    exponent = power.coefficients["exponent"]
+    bent = not exponent.low <= 1 <= exponent.high
+    return (
+        f"{sentence}; the exponent m is {exponent.value:.2f} ({exponent.low:.2f} to "
+        f"{exponent.high:.2f}), so T* is {'not ' if bent else ''}"
+        f"{'proportional to S' if bent else 'compatible with being proportional to S'}."
     )
