@@ -132,6 +132,17 @@ def test_the_published_line_says_how_far_it_reaches():
     assert "extrapolation" in tiny.caution
 
 
+def test_a_folder_is_counted_by_its_config(tmp_path):
+    from capgap.models.build import to_config
+    from capgap.models.shape import Shape
+
+    shape = Shape("llama", 64, 2, 4, 4, 16, 96, 500, 32, False)
+    to_config(shape).save_pretrained(tmp_path / "own")
+    (found,) = candidates_of(None, [str(tmp_path / "own")])
+    counts = shape.parameters()
+    assert found == Candidate("own", counts.non_embedding, counts.total, None)
+
+
 @pytest.mark.parametrize(
     ("asked", "told"),
     [

@@ -135,7 +135,8 @@ def recommend(
         str | None, typer.Option(help="Choose among its members: llama2, qwen2.5, pythia, ...")
     ] = None,
     teachers: Annotated[
-        str | None, typer.Option(help="Choose among these: names or sizes, parted by commas.")
+        str | None,
+        typer.Option(help="Choose among these: names, folders or sizes, parted by commas."),
     ] = None,
     law: Annotated[Path | None, typer.Option(help="The law.json of a sweep of your own.")] = None,
     gpus: Annotated[str | None, typer.Option(help="For the time: 16xA100.")] = None,

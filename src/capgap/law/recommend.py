@@ -55,7 +55,8 @@ class LinearRule:
 
 
 def candidates_of(family: str | None, teachers: Sequence[str]) -> list[Candidate]:
-    """The members of a family, and teachers by their published name or a size such as 7B.
+    """The members of a family, and teachers by their published name, a Hugging Face folder (whose
+    config is read), or a size such as 7B.
 
     UserError for names that are none, and where nothing is asked for.
     """
@@ -63,7 +64,12 @@ def candidates_of(family: str | None, teachers: Sequence[str]) -> list[Candidate
     found = [_published(model) for model in models]
     for name in teachers:
         known = _find_model(name)
-        found.append(_published(known) if known is not None else _by_size(name))
+        if known is not None:
+            found.append(_published(known))
+        elif Path(name.strip()).is_dir():
+            found.append(_by_folder(name.strip()))
+        else:
+            found.append(_by_size(name))
     if not found:
         raise UserError(
             "no teachers to choose from: give --family (" + ", ".join(published_families()) + ") "
@@ -197,13 +203,23 @@ def _find_model(name: str) -> PublishedModel | None:
     return None
 
 
+def _by_folder(name: str) -> Candidate:
+    # the only teachers for which transformers, and with it torch, is loaded
+    from capgap.models.build import shape_of
+    from capgap.models.stored import read_config
+
+    counts = shape_of(read_config(name)).parameters()
+    return Candidate(Path(name).name, counts.non_embedding, counts.total, None)
+
+
 def _by_size(name: str) -> Candidate:
     try:
         size = parse_count(name)
     except UserError:
         known = ", ".join(find_family("llama2").models[i].name for i in range(2))
         raise UserError(
-            f"--teachers: {name!r} is no published model (such as {known}) and no size (such as 7B)"
+            f"--teachers: {name!r} is no published model (such as {known}), no folder and no size "
+            "(such as 7B)"
         ) from None
     return Candidate(name.strip(), size, size, None)
 
