@@ -29,8 +29,12 @@ def compute_chart(results: Results, architecture: str, *, teacher_training: bool
     for size in sorted({run["student_size"] for run in students}):
         for kind in ("cell", "baseline"):
             held = [r for r in students if (r["kind"], r["student_size"]) == (kind, size)]
-            if held:
-                series.append(_compute_points(results, kind, size, held))
+            chains = [r for r in held if kind == "cell" and r["init"] == "chain"]
+            direct = [r for r in held if r not in chains]
+            if direct:
+                series.append(_compute_points(results, kind, size, direct))
+            if chains:
+                series.append(_compute_points(results, "chain", size, chains))
     teachers = [run for run in drawn if run["kind"] == "teacher"]
     if teachers:
         series.append(_compute_points(results, "teacher", 0, teachers))
@@ -120,6 +124,8 @@ def _compute_points(
         hollow = kind == "baseline"
         name = "hollow: cross-entropy alone" if hollow else student_name(student_size)
         colour, marker = style.colour, style.marker + ("-open" if hollow else "")
+        if kind == "chain":
+            name, marker = f"{name}, through an assistant", "triangle-down"
     return Series(
         name,
         tuple(run["flops"] for run in runs),
@@ -127,7 +133,7 @@ def _compute_points(
         colour=colour,
         marker=marker,
         group=kind if kind == "baseline" else "",
-        shared=kind != "cell",
+        shared=kind not in ("cell", "chain"),
         hover=tuple(_run_text(run) for run in runs),
     )
 
