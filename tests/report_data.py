@@ -46,7 +46,7 @@ def teacher_loss(size: int) -> float:
 def student_loss(size: int, teacher: int, tokens: int, init: str) -> float:
     """Lowest at a teacher of BEST_RATIO times the student."""
     away = math.log(teacher / (BEST_RATIO * size))
-    start = {"pruned": 0.0, "fixed": 0.12, "scratch": 0.3}[init]
+    start = {"pruned": 0.0, "fixed": 0.12, "scratch": 0.3, "chain": 0.05}[init]
     return 2.75 + 2.3 * (size / 10_000) ** -0.3 + 0.05 * away**2 + start - tokens / 8e6
 
 

@@ -275,3 +275,14 @@ def test_numbers_are_rounded_to_what_their_interval_allows() -> None:
     assert words.between(60_000, (None, 100_000)) == "60k (up to 100k)"
     assert words.power(1.24e15) == "1.2\u00d710\u00b9\u2075"
     assert words.duration(4325) == "1 h 12 min"
+
+
+def test_chains_have_a_mark_of_their_own_in_the_chart_of_compute(tmp_path: Path) -> None:
+    results = load_results(write_output(tmp_path, Plan(inits=("pruned", "chain"))))
+    chart = compute_chart(results, "llama", teacher_training=False)
+    assert isinstance(chart, Chart)
+    marks = {one.name: one.marker for one in chart.series if one.name.startswith("40k student")}
+    assert set(marks) == {"40k student", "40k student, through an assistant"}
+    assert len(set(marks.values())) == 2
+    counts = {one.name: len(one.x) for one in chart.series}
+    assert counts["40k student"] == counts["40k student, through an assistant"] > 1
