@@ -327,6 +327,7 @@ def test_a_stopped_cut_leaves_nothing(teacher, scores, tmp_path, monkeypatch):
         (["--shape", "heads=0"], "heads is 0"),
         (["--shape", "hidden=4800"], "the model has only"),
         (["--shape", "width=3"], "no size 'width'"),
+        (["--shape", "vocabulary=299"], "has 300 tokens"),
         (["--shape", "hidden:3"], "not of the form hidden=3072"),
         (["--params", "three"], "'three' is no count"),
         (["--keep", "0.5", "--prefer", "luck"], "take one of axes, ladder, score"),

@@ -122,6 +122,7 @@ def run_prune(
     assert plan.importance is not None
     check_cut(plan.own, plan.importance, plan.shape)
     source = local_folder(request.teacher)
+    _check_words(source, plan)
     weights = StoredWeights(source)
     kept = choose(plan.importance, plan.shape)
     surgery = Surgery(plan.own, plan.shape, kept)
@@ -241,6 +242,20 @@ def _score_lost(own: Shape, importance: "Importance | None") -> Distance:
     assert importance is not None
     check_cut(own, importance, own)
     return score_lost(importance)
+
+
+def _check_words(source: Path, plan: _Plan) -> None:
+    """Rows that pad the table may go, those of tokens may not."""
+    if plan.shape.vocabulary == plan.own.vocabulary:
+        return
+    from capgap.corpus.tokenizer import load_tokenizer
+
+    words = max(load_tokenizer(source).get_vocab().values()) + 1
+    if plan.shape.vocabulary < words:
+        raise UserError(
+            f"cannot cut to vocabulary {plan.shape.vocabulary}: the tokenizer of {source} has "
+            f"{words} tokens"
+        )
 
 
 def _check_scores(request: PruneRequest, importance: "Importance", teacher_hash: str) -> None:
