@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from capgap.cli import leave
 from capgap.corpus.batches import batch_indices
 from capgap.corpus.tokens import Corpus, load_corpus
 from capgap.distill.teacher import OnlineTeacher
@@ -113,6 +114,7 @@ def main() -> None:
         found = run(json.loads(sys.argv[1]), ranks)
         if ranks.is_first:
             print(json.dumps(found))
+    leave(0)
 
 
 if __name__ == "__main__":

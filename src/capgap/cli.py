@@ -5,8 +5,10 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 
 import errno
 import json
+import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
@@ -48,6 +50,29 @@ DryRun = Annotated[
 
 def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2."""
+    if started()[1] == 1:
+        _run()
+        return
+    code = FAILED
+    try:
+        _run()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends one of several processes without taking Python down piece by piece: gloo's threads may
+    outlive what they use, and abort a run that has done its work."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
