@@ -95,7 +95,6 @@ class StoredWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = self._find_files()
-        self.num_bytes = sum(path.stat().st_size for path in set(self._files.values()))
 
     def check(self, names: Iterable[str]) -> None:
         """UserError where one of these is not there, or is no floating-point numbers."""

@@ -205,7 +205,7 @@ class Surgery:
 def prune(
     model: PreTrainedModel, batches: Iterable[Tensor] | Importance, non_embedding: int
 ) -> PreTrainedModel:
-    """Cut `model` to `non_embedding` parameters, within 2%, normally within 0.5%.
+    """Cut `model` to `non_embedding` parameters, within 1%, normally within 0.5%.
 
     `batches` are LongTensors [batch, seq + 1] of token ids to measure the importance on, or an
     importance already measured. Raises UserError as `pruned_shape` and `score` do.

@@ -26,9 +26,8 @@ def check_model(path_or_name: str, corpus: Corpus) -> "PreTrainedConfig":
     UserError: no such model, another tokenizer (the first token that differs), a table with fewer
     rows than the tokenizer has tokens, a context shorter than the window.
     """
-    from transformers import AutoConfig
-
     from capgap.corpus.tokenizer import compare_tokenizers, load_tokenizer
+    from capgap.models.stored import read_config
 
     difference = compare_tokenizers(corpus.tokenizer, load_tokenizer(path_or_name))
     if difference is not None:
@@ -36,10 +35,7 @@ def check_model(path_or_name: str, corpus: Corpus) -> "PreTrainedConfig":
             f"the tokenizer of {path_or_name} is not that of the corpus {corpus.directory}: "
             f"{difference}; prepare the corpus with `--tokenizer {path_or_name}`"
         )
-    try:
-        config: Any = AutoConfig.from_pretrained(path_or_name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path_or_name!r}: {str(error).splitlines()[0]}") from None
+    config: Any = read_config(path_or_name)
     if config.vocab_size < corpus.vocabulary:
         raise UserError(
             f"{path_or_name} has {config.vocab_size} tokens, its tokenizer {corpus.vocabulary}: "
