@@ -1,191 +1,28 @@
-"""The commands: each parses, calls one library function, and prints where the result lies.
+"""Commands for the single stages: corpus, cache, score, prune, distill, sample."""
 
-Heavy imports happen inside the commands, so that `--help` answers at once.
-"""
-
-import errno
-import json
-import os
 import signal
-import sys
-import traceback
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from capgap import __version__
-from capgap.errors import UserError, is_disk_full
+from capgap.cli.app import (
+    FAILED,
+    Json,
+    Quiet,
+    StopFlag,
+    app,
+    exit_with,
+    print_json,
+    quieten_transformers,
+    stopped,
+)
+from capgap.errors import UserError
 from capgap.machine import started
 
 if TYPE_CHECKING:
     from capgap.prune.methods import Depth, Method
     from capgap.stages.prune import Prefer
-
-USER_ERROR = 2
-FAILED = 1
-# What the machine refuses, and only its user can mend
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="Measure the law of capacity gap, pick the teacher, and distil the student.",
-)
-
-Out = Annotated[Path, typer.Option(help="Output folder.", show_default=True)]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Override = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe."),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print every cell, its cost and the time; run nothing.")
-]
-
-
-def main() -> None:
-    """Runs the command line; a user's mistake is one line and exit code 2."""
-    if started()[1] == 1:
-        _run()
-        return
-    code = FAILED
-    try:
-        _run()
-        code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    leave(code)
-
-
-def leave(code: int) -> NoReturn:
-    """Ends one of several processes without taking Python down piece by piece: gloo's threads may
-    outlive what they use, and abort a run that has done its work."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _run() -> None:
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        app()
-    except UserError as error:
-        where = "" if error.rank in (None, 0) else f"rank {error.rank}: "
-        # what all processes of torchrun meet alike, the first one tells
-        told = error.rank is not None or started()[0] == 0
-        _exit(f"{where}{error}" if told else "", USER_ERROR)
-    except OSError as error:
-        if is_disk_full(error):
-            _exit("no disk space left: free some and run the same command again", USER_ERROR)
-        if error.errno in REFUSALS:
-            _exit(f"{error.filename}: {error.strerror}", USER_ERROR)
-        raise
-
-
-def _exit(line: str, code: int) -> NoReturn:
-    if line:
-        print(f"capgap: {line}", file=sys.stderr)
-    sys.exit(code)
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
-@app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        print(__version__)
-        raise typer.Exit
-
-
-@app.command()
-def quickstart(
-    out: Out = Path("runs/quickstart"),
-    dry_run: DryRun = False,
-    set_: Override = None,
-    quiet: Quiet = False,
-    json_: Json = False,
-) -> None:
-    """From which teacher should I distil? An answer from real text in minutes, no download."""
-    _sweep("quickstart", out, set_ or [], dry_run=dry_run, quiet=quiet, as_json=json_)
-
-
-@app.command()
-def sweep(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Output folder; runs/NAME if none is given.")
-    ] = None,
-    dry_run: DryRun = False,
-    set_: Override = None,
-    quiet: Quiet = False,
-    json_: Json = False,
-) -> None:
-    """Run a grid of teachers and students; the same command continues one that was stopped."""
-    _sweep(recipe, out, set_ or [], dry_run=dry_run, quiet=quiet, as_json=json_)
-
-
-@app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(help="The output folder of a sweep.")],
-    json_: Json = False,
-) -> None:
-    """Fit the law and draw the report again from the records of a sweep, finished or not."""
-    from capgap.sweep.summary import refresh
-
-    found = refresh(folder)
-    if json_:
-        _print_json(found)
-    else:
-        for sentence in found["verdict"]:
-            print(sentence)
-        print(f"report: {found['report']}")
-
-
-@app.command()
-def recommend(
-    student: Annotated[str, typer.Option(help="Its non-embedding parameters, such as 3B.")],
-    tokens: Annotated[str, typer.Option(help="What it will be distilled on, such as 126B.")],
-    family: Annotated[
-        str | None, typer.Option(help="Choose among its members: llama2, qwen2.5, pythia, ...")
-    ] = None,
-    teachers: Annotated[
-        str | None,
-        typer.Option(help="Choose among these: names, folders or sizes, parted by commas."),
-    ] = None,
-    law: Annotated[Path | None, typer.Option(help="The law.json of a sweep of your own.")] = None,
-    gpus: Annotated[str | None, typer.Option(help="For the time: 16xA100.")] = None,
-    json_: Json = False,
-) -> None:
-    """Which teacher to take for a student of this size and these tokens."""
-    from rich.console import Console
-
-    from capgap.law.recommend import candidates_of, own_rule, parse_gpus, print_advice
-    from capgap.law.recommend import recommend as advise
-    from capgap.sizes import parse_count
-
-    size = parse_count(student)
-    found = advise(
-        size,
-        parse_count(tokens),
-        candidates_of(family, [] if teachers is None else teachers.split(",")),
-        own=None if law is None else own_rule(law, size),
-        gpus=None if gpus is None else parse_gpus(gpus),
-    )
-    if json_:
-        _print_json(found)
-    else:
-        print_advice(found, Console(highlight=False))
 
 
 @app.command()
@@ -233,7 +70,7 @@ def corpus(
         "manifest": str(made.directory / "manifest.json"),
     }
     if json_:
-        _print_json(found)
+        print_json(found)
     else:
         print(f"{made.train_tokens:,} training tokens, vocabulary {made.vocabulary}, in {out}")
 
@@ -270,7 +107,7 @@ def cache(
     from capgap.stages.cache import CacheRequest, parse_part, run_cache
     from capgap.sweep.progress import make_lines
 
-    _quieten_transformers()
+    quieten_transformers()
     request = CacheRequest(
         teacher,
         corpus,
@@ -289,11 +126,11 @@ def cache(
     try:
         found = run_cache(request, make_lines(Console(stderr=True), quiet=quiet))
     except KeyboardInterrupt:
-        _stopped(out, signal.SIGINT)
+        stopped(out, signal.SIGINT)
     except SystemExit:
-        _stopped(out, signal.SIGTERM)
+        stopped(out, signal.SIGTERM)
     if json_:
-        _print_json(found)
+        print_json(found)
         return
     size = found["bytes"] / 1e6
     if found["complete"]:
@@ -339,7 +176,7 @@ def score(
     from capgap.stages.score import ScoreRequest, run_score
     from capgap.sweep.progress import make_lines
 
-    _quieten_transformers()
+    quieten_transformers()
     request = ScoreRequest(
         teacher,
         out,
@@ -354,19 +191,19 @@ def score(
         device=device,
         activation_checkpointing=activation_checkpointing,
     )
-    stopped = _StopFlag()
+    flag = StopFlag()
     from capgap.train.loop import Interrupted
 
     try:
         found = run_score(
             request,
             say=make_lines(Console(stderr=True), quiet=quiet),
-            should_stop=lambda: stopped.signal is not None,
+            should_stop=lambda: flag.signal is not None,
         )
     except (Interrupted, KeyboardInterrupt):
-        _stopped(out, stopped.signal or signal.SIGINT)
+        stopped(out, flag.signal or signal.SIGINT)
     if json_:
-        _print_json(found)
+        print_json(found)
     else:
         read = f" on {found['tokens']:,} tokens" if found["tokens"] else ""
         print(f"{found['method']} scores of {teacher}{read}, in {out}")
@@ -410,7 +247,7 @@ def prune(
     from capgap.stages.prune import PruneRequest, parse_sizes, plan_prune, print_cut, run_prune
     from capgap.sweep.progress import make_lines
 
-    _quieten_transformers()
+    quieten_transformers()
     request = PruneRequest(
         teacher,
         out,
@@ -428,11 +265,11 @@ def prune(
         try:
             found = run_prune(request, make_lines(Console(stderr=True), quiet=quiet))
         except KeyboardInterrupt:
-            _exit("stopped; nothing was written", 128 + signal.SIGINT)
+            exit_with("stopped; nothing was written", 128 + signal.SIGINT)
         except SystemExit:
-            _exit("stopped; nothing was written", 128 + signal.SIGTERM)
+            exit_with("stopped; nothing was written", 128 + signal.SIGTERM)
     if json_:
-        _print_json(found)
+        print_json(found)
     else:
         print_cut(found, Console(highlight=False))
 
@@ -471,7 +308,7 @@ def distill(
     from capgap.stages.distill import DistillRequest, run_distill
     from capgap.sweep.progress import make_lines
 
-    _quieten_transformers()
+    quieten_transformers()
     request = DistillRequest(
         teacher,
         tuple(students),
@@ -485,25 +322,25 @@ def distill(
         heldout_steps=heldout_steps,
         settings=stage_settings(set_ or []),
     )
-    stopped = _StopFlag()
+    flag = StopFlag()
     from capgap.train.loop import Interrupted
 
     try:
         found = run_distill(
             request,
             say=make_lines(Console(stderr=True), quiet=quiet),
-            should_stop=lambda: stopped.signal is not None,
+            should_stop=lambda: flag.signal is not None,
         )
     except (Interrupted, KeyboardInterrupt):
-        _stopped(out, stopped.signal or signal.SIGINT)
+        stopped(out, flag.signal or signal.SIGINT)
     if started()[0]:
         return
     if json_:
-        _print_json(found)
+        print_json(found)
     else:
         _print_students(found)
     if all(student["failure"] for student in found["after"].values()):
-        _exit("no student was finished", FAILED)
+        exit_with("no student was finished", FAILED)
 
 
 @app.command()
@@ -524,7 +361,7 @@ def sample(
     from capgap.models.build import load_model
 
     check_sampling(temperature=temperature, top_p=top_p, seed=seed)
-    _quieten_transformers()
+    quieten_transformers()
     # first, because it tells a missing network or a wrong name at once
     tokenizer = load_tokenizer(model)
     written = sample_text(
@@ -537,7 +374,7 @@ def sample(
         seed=seed,
     )
     if json_:
-        _print_json({"model": model, "prompt": text, "text": written})
+        print_json({"model": model, "prompt": text, "text": written})
     else:
         print(text + written)
 
@@ -555,84 +392,3 @@ def _print_students(found: dict[str, Any]) -> None:
     for name, student in (found["best"] or {"students": {}})["students"].items():
         loss, step = student["heldout"]["loss"], found["best"]["step"]
         print(f"{name}: held-out loss {loss:.4f} at step {step}, {student['folder']}")
-
-
-class _StopFlag:
-    """Ctrl-C and SIGTERM wait until the state is saved; the second one does not."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
-
-
-def _sweep(
-    name: str, out: Path | None, overrides: list[str], *, dry_run: bool, quiet: bool, as_json: bool
-) -> None:
-    from rich.console import Console
-
-    from capgap.config import find_recipe, load_recipe
-
-    if started()[1] > 1:
-        raise UserError("a sweep starts processes of its own: run it without torchrun")
-    recipe = load_recipe(find_recipe(name), overrides)
-    console = Console(stderr=True)
-    if dry_run:
-        _dry_run(recipe, as_json=as_json)
-        return
-    from capgap.sweep.progress import make_display
-    from capgap.sweep.runner import run_sweep
-    from capgap.sweep.schedule import WorkerDied
-    from capgap.sweep.summary import print_summary
-
-    _quieten_transformers()
-    folder = out or Path("runs") / recipe.name
-    try:
-        result = run_sweep(recipe, folder, make_display(console, quiet=quiet))
-    except KeyboardInterrupt:
-        _stopped(folder, signal.SIGINT)
-    except SystemExit:
-        _stopped(folder, signal.SIGTERM)
-    except WorkerDied as error:
-        _exit(str(error), FAILED)
-    if as_json:
-        _print_json(result.as_dict())
-    else:
-        print_summary(result, Console())
-    if result.best is None:
-        _exit("no cell of the sweep was finished; see the report", FAILED)
-
-
-def _dry_run(recipe: Any, *, as_json: bool) -> None:
-    from rich.console import Console
-
-    from capgap.sweep.preview import preview, print_preview
-
-    _quieten_transformers()
-    found = preview(recipe)
-    if as_json:
-        _print_json(found)
-    else:
-        print_preview(found, Console())
-
-
-def _stopped(folder: Path, number: signal.Signals) -> NoReturn:
-    line = f"stopped; what is done is kept in {folder}, the same command continues"
-    _exit("" if started()[0] else line, 128 + number)
-
-
-def _quieten_transformers() -> None:
-    """Its progress bars and hints would break into our own output."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))

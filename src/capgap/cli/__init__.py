@@ -1,0 +1,83 @@
+"""The commands: each parses, calls one library function, and prints where the result lies.
+
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from capgap import __version__
+from capgap.cli.app import FAILED, USER_ERROR, app, exit_with
+from capgap.errors import UserError, is_disk_full
+from capgap.machine import started
+
+# in the order of --help
+# isort: off
+from capgap.cli import sweeps, laws, stages
+# isort: on
+
+# What the machine refuses, and only its user can mend
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+__all__ = ["app", "laws", "leave", "main", "stages", "sweeps"]
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is one line and exit code 2."""
+    if started()[1] == 1:
+        _run()
+        return
+    code = FAILED
+    try:
+        _run()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends one of several processes without taking Python down piece by piece: gloo's threads may
+    outlive what they use, and abort a run that has done its work."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run() -> None:
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except UserError as error:
+        where = "" if error.rank in (None, 0) else f"rank {error.rank}: "
+        # what all processes of torchrun meet alike, the first one tells
+        told = error.rank is not None or started()[0] == 0
+        exit_with(f"{where}{error}" if told else "", USER_ERROR)
+    except OSError as error:
+        if is_disk_full(error):
+            exit_with("no disk space left: free some and run the same command again", USER_ERROR)
+        if error.errno in REFUSALS:
+            exit_with(f"{error.filename}: {error.strerror}", USER_ERROR)
+        raise
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit

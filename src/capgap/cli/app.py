@@ -1,0 +1,71 @@
+"""What all commands share: the application, options that several have, and how a command ends."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from capgap.machine import started
+
+USER_ERROR = 2
+FAILED = 1
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Measure the law of capacity gap, pick the teacher, and distil the student.",
+)
+
+Out = Annotated[Path, typer.Option(help="Output folder.", show_default=True)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Override = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print every cell, its cost and the time; run nothing.")
+]
+
+
+def exit_with(line: str, code: int) -> NoReturn:
+    if line:
+        print(f"capgap: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+class StopFlag:
+    """Ctrl-C and SIGTERM wait until the state is saved; the second one does not."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+
+def stopped(folder: Path, number: signal.Signals) -> NoReturn:
+    line = f"stopped; what is done is kept in {folder}, the same command continues"
+    exit_with("" if started()[0] else line, 128 + number)
+
+
+def quieten_transformers() -> None:
+    """Its progress bars and hints would break into our own output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
