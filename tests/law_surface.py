@@ -79,6 +79,16 @@ def run(
     } | changes
 
 
+def parabola(x: float) -> float:
+    """Of ln(T / best): 0 at the best, curvature 2."""
+    return x**2
+
+
+def skew(x: float) -> float:
+    """The same curvature and minimum, steeper for teachers that are too small."""
+    return 2 * (np.exp(-x) + 2 * np.exp(x / 2) - 3) / 1.5
+
+
 def sweep(
     students: Sequence[int],
     teachers_of: Callable[[int], Sequence[int]],
@@ -86,6 +96,7 @@ def sweep(
     *,
     seeds: int = 2,
     curvature: float = 0.05,
+    shape: Callable[[float], float] = parabola,
     seed_noise: float = 0.0,
     document_noise: float = 0.0,
     documents: int = 40,
@@ -94,7 +105,7 @@ def sweep(
     with_teachers: bool = True,
     number: int = 0,
 ) -> list[RunRecord]:
-    """Cells, baselines and teachers of loss = 3 + curvature (ln T - ln best)^2 + noise.
+    """Cells, baselines and teachers of loss = 3 + curvature shape(ln T - ln best) + noise.
 
     Every document has its own difficulty, the same for all runs; `document_noise` is what a
     document makes of one teacher's student, `seed_noise` a run's own luck. A seed also shifts all
@@ -113,7 +124,7 @@ def sweep(
 
     for student in students:
         for teacher in teachers_of(student):
-            smooth = 3 + curvature * (np.log(teacher) - np.log(best_of(student))) ** 2
+            smooth = 3 + curvature * shape(np.log(teacher) - np.log(best_of(student)))
             by_document = document_noise * rng.standard_normal(documents)
             for seed in range(seeds):
                 above = f"t{teacher}-seed{seed}"

@@ -36,11 +36,11 @@ def test_without_noise_the_optimum_is_exact():
     assert optimum["teacher_parameters"] == pytest.approx(171_000, rel=1e-6)
     assert optimum["ratio"] == pytest.approx(3.42, rel=1e-6)
     # loss = 3 + 0.05 (ln T - ln best)^2 + what the documents add to all alike
-    c0, c1, c2 = curve["fit"]["coefficients"]
-    assert c2 == pytest.approx(0.05, rel=1e-6)
-    vertex = curve["fit"]["center_log"] - c1 / (2 * c2)
-    assert vertex == pytest.approx(np.log(171_000), rel=1e-9)
-    assert optimum["loss"] == pytest.approx(c0 - c1**2 / (4 * c2), rel=1e-9)
+    fit = curve["fit"]
+    x = np.log(np.array(fit["teacher_parameters"]) / 171_000)
+    assert fit["loss"] == pytest.approx(optimum["loss"] + 0.05 * x**2, rel=1e-9)
+    assert (np.array(fit["low"]) <= fit["loss"]).all()
+    assert (np.array(fit["high"]) >= fit["loss"]).all()
 
 
 def test_the_interval_is_no_finer_than_half_the_grid_to_either_side():
@@ -136,7 +136,8 @@ def test_an_edge_within_noise_is_not_called_interior():
 def test_three_teachers_are_too_few():
     curve = curve_of(one_curve(84_000, number_of_teachers=3))
     assert curve.optimum.status == "too_few_points"
-    assert curve.optimum.interval is None
+    assert curve.optimum.teacher_parameters is None
+    assert curve.optimum.interval == (60_000, 117_600)
     assert curve.optimum.grid_best == 84_000
     assert curve.optimum.grid_interval == (60_000, 117_600)
     assert curve.curse.largest_minus_best == pytest.approx(0.05 * np.log(1.4) ** 2, rel=1e-6)

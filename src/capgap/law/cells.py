@@ -39,7 +39,8 @@ class CurveData:
     """All cells of one student over its teachers.
 
     Document arrays hold summed nats [cells, documents] with one column for each held-out
-    document; a row is NaN where there is no baseline or no teacher record.
+    document; a row is NaN where there is no baseline or no teacher record. A table's losses count
+    as those of one document of one token.
     """
 
     kind: Kind
@@ -53,6 +54,8 @@ class CurveData:
     baseline_documents: Floats
     teacher_documents: Floats
     document_tokens: Floats  # [documents]
+    cell_stderr: Floats | None = None  # [cells] nats per token, as a table states them
+    independent_errors: bool = False  # whether those are each cell's own
 
     def __str__(self) -> str:
         return f"{self.kind}, student {format_count(self.student_parameters)}"

@@ -3,14 +3,16 @@
 T is a teacher's and S a student's size, both in non-embedding parameters.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from capgap.law.cells import Floats
-from capgap.law.noise import MIN_TEACHERS, Points, log_sizes, point_weights, quadratic
+from capgap.law.noise import Points
+from capgap.law.smooth import SmoothCurve
 
+EDGE = 1e-9
 Status = Literal["interior", "smallest", "largest", "flat", "too_few_points"]
 Interval = tuple[float | None, float | None]
 
@@ -26,7 +28,8 @@ class Optimum:
             beyond it; the interval is open there (None);
         flat: the teachers, or both ends of the grid, cannot be told from the best one;
         too_few_points: fewer than four teachers; nothing is fitted.
-    interval: of T in parameters at the curve's confidence; None for flat and too_few_points.
+    interval: of T in parameters at the curve's confidence; None for flat. For too_few_points that
+        of the cells alone, `grid_interval`, where the neighbours are worse beyond noise, else None.
     grid_best, grid_interval: the best cell as measured and its neighbours, all that a bare
         minimum on a grid can tell; always given, open (None) at an edge of the grid.
     half_spacing: half the distance in ln T between the teachers around the optimum.
@@ -57,8 +60,6 @@ class Curve:
     """A curve with all that was concluded from it."""
 
     points: Points
-    coefficients: Floats | None  # c0, c1, c2 of loss = c0 + c1 u + c2 u^2
-    center_log: float  # u = ln T - center_log
     optimum: Optimum
     curse: Curse
 
@@ -68,25 +69,16 @@ class Curve:
 
 
 def fit_curve(points: Points, *, confidence: float) -> Curve:
-    """Smooth one curve in ln T and find its optimum.
+    """Find the optimum of one curve.
 
-    A quadratic in ln T is fitted by least squares, weighted by the number of runs, to the points
-    and to every draw of them; the interval is the percentile interval of the minima, clipped to
-    the grid. It is never narrower than half the spacing of the grid to either side: between two
-    teachers the shape of the curve is assumed, not measured.
+    Its place is where the smooth curve (`smooth`) is lowest, its interval the percentile interval
+    of the draws' minima within the grid. The interval is never narrower than half the spacing of
+    the grid to either side: between two teachers the shape of a curve is assumed, not measured.
     """
-    u, center = log_sizes(points.data)
     curse = _curse(points, confidence)
-    coefficients = None
-    if points.data.num_teachers < MIN_TEACHERS:
-        optimum = _grid_optimum(points)
-    else:
-        solve = quadratic(u, point_weights(points.data))
-        coefficients = solve @ points.losses
-        best = float(_minimum(coefficients[None], u)[0])
-        draws = _minimum(points.smooth @ solve.T, u)
-        optimum = _fitted_optimum(points, coefficients, best, draws, confidence)
-    return Curve(points, coefficients, center, optimum, curse)
+    if points.smooth is None:
+        return Curve(points, _grid_optimum(points, confidence), curse)
+    return Curve(points, _fitted_optimum(points, points.smooth, confidence), curse)
 
 
 def worse_beyond_noise(points: Points, teacher: int, confidence: float) -> bool:
@@ -101,27 +93,20 @@ def worse_beyond_noise(points: Points, teacher: int, confidence: float) -> bool:
     return bool(difference > np.quantile(largest, confidence))
 
 
-def _minimum(coefficients: Floats, u: Floats) -> Floats:
-    """Where each parabola [draws, 3] is lowest within the range of u: [draws]."""
-    c1, c2 = coefficients[:, 1], coefficients[:, 2]
-    low, high = u[0], u[-1]
-    rising = c1 * (high - low) + c2 * (high**2 - low**2) > 0
-    convex = c2 > 0
-    vertex = -c1 / np.where(convex, 2 * c2, 1.0)
-    return np.where(convex, np.clip(vertex, low, high), np.where(rising, low, high))
-
-
-def _fitted_optimum(
-    points: Points, coefficients: Floats, best: float, draws: Floats, confidence: float
-) -> Optimum:
-    u, center = log_sizes(points.data)
+def _fitted_optimum(points: Points, smooth: SmoothCurve, confidence: float) -> Optimum:
+    data = points.data
+    logs = np.log(data.teacher_parameters)
+    student = float(np.log(data.student_parameters))
+    gap, gap_draws = smooth.minimum()
+    best, draws = gap + student, gap_draws + student
     tail = (1 - confidence) / 2
     low, high = (float(end) for end in np.quantile(draws, [tail, 1 - tail]))
-    half = _half_spacing(u, best)
-    last = points.data.num_teachers - 1
-    open_below = low <= u[0] or not worse_beyond_noise(points, 0, confidence)
-    open_above = high >= u[-1] or not worse_beyond_noise(points, last, confidence)
-    low, high = max(u[0], min(low, best - half)), min(u[-1], max(high, best + half))
+    half = _half_spacing(logs, best)
+    # what is drawn at an end has been cut off there
+    open_below = low <= logs[0] + EDGE or not worse_beyond_noise(points, 0, confidence)
+    last = data.num_teachers - 1
+    open_above = high >= logs[-1] - EDGE or not worse_beyond_noise(points, last, confidence)
+    low, high = max(logs[0], min(low, best - half)), min(logs[-1], max(high, best + half))
     status: Status = "interior"
     if (open_below and open_above) or not _teachers_differ(points, confidence):
         status = "flat"
@@ -129,43 +114,48 @@ def _fitted_optimum(
         status = "smallest"
     elif open_above:
         status = "largest"
-    grid = _grid_optimum(points)
+    cells = _grid_optimum(points, confidence)
+    found = replace(cells, status=status, half_spacing=half, draws=draws)
     if status == "flat":
-        return Optimum(
-            "flat", None, None, grid.grid_best, grid.grid_interval, None, half, draws + center
-        )
-    return Optimum(
-        status=status,
-        teacher_parameters=float(np.exp(best + center)),
+        return replace(found, interval=None)
+    return replace(
+        found,
+        teacher_parameters=float(np.exp(best)),
         interval=(
-            None if open_below else float(np.exp(low + center)),
-            None if open_above else float(np.exp(high + center)),
+            None if open_below else float(np.exp(low)),
+            None if open_above else float(np.exp(high)),
         ),
-        grid_best=grid.grid_best,
-        grid_interval=grid.grid_interval,
-        loss=float(coefficients @ [1.0, best, best**2]),
-        half_spacing=half,
-        draws=draws + center,
+        loss=float(smooth.losses(np.array([gap]))[0][0]),
     )
 
 
-def _grid_optimum(points: Points) -> Optimum:
+def _grid_optimum(points: Points, confidence: float) -> Optimum:
     """What the cells alone say: the best one, and that the optimum lies between its neighbours."""
     sizes, best = points.data.teacher_parameters, int(np.argmin(points.losses))
-    below = float(sizes[best - 1]) if best > 0 else None
-    above = float(sizes[best + 1]) if best + 1 < len(sizes) else None
-    u, _ = log_sizes(points.data)
-    half = _half_spacing(u, float(u[best])) if len(sizes) > 1 else 0.0
+    around = [i for i in (best - 1, best + 1) if 0 <= i < len(sizes)]
+    grid: Interval = (
+        float(sizes[best - 1]) if best > 0 else None,
+        float(sizes[best + 1]) if best + 1 < len(sizes) else None,
+    )
+    logs = np.log(sizes)
+    located = bool(around) and all(worse_beyond_noise(points, i, confidence) for i in around)
     return Optimum(
-        "too_few_points", None, None, float(sizes[best]), (below, above), None, half, None
+        status="too_few_points",
+        teacher_parameters=None,
+        interval=grid if located else None,
+        grid_best=float(sizes[best]),
+        grid_interval=grid,
+        loss=None,
+        half_spacing=_half_spacing(logs, float(logs[best])) if around else 0.0,
+        draws=None,
     )
 
 
-def _half_spacing(u: Floats, place: float) -> float:
+def _half_spacing(logs: Floats, place: float) -> float:
     """Half the distance between the teachers around `place`; on a teacher, the wider side."""
-    gaps = np.diff(u)
-    tolerance = 1e-9
-    around = (u[:-1] <= place + tolerance) & (place - tolerance <= u[1:])
+    gaps = np.diff(logs)
+    near = 0.01 * gaps
+    around = (logs[:-1] <= place + near) & (place - near <= logs[1:])
     return float(gaps[around].max() / 2)
 
 

@@ -18,6 +18,7 @@ from capgap.law.verdict import Gain, verdict
 from capgap.records import RunRecord
 
 SCHEMA = 1
+FIT_POINTS = 61
 
 
 def fit_law(
@@ -66,7 +67,7 @@ def fit_law(
     about_curves = [curve_warnings(curve) for curve in curves]
     about_records = record_warnings(records, counts)
     described = [
-        _describe_curve(curve, own_gains, own_warnings, counts)
+        _describe_curve(curve, own_gains, own_warnings, counts, confidence)
         for curve, own_gains, own_warnings in zip(curves, gains, about_curves, strict=True)
     ]
     warnings = about_records + [warned for own in about_curves for warned in own]
@@ -115,6 +116,7 @@ def _describe_curve(
     gains: Sequence[Gain | None],
     warnings: Sequence[Warned],
     counts: dict[int, Floats],
+    confidence: float,
 ) -> dict[str, Any]:
     points, data = curve.points, curve.points.data
     losses = mean_losses(data.cell_documents, data.document_tokens)
@@ -142,9 +144,6 @@ def _describe_curve(
                 "gain_stderr": gain.stderr if gain else None,
             }
         )
-    fit = None
-    if curve.coefficients is not None:
-        fit = {"coefficients": curve.coefficients.tolist(), "center_log": curve.center_log}
     return {
         "architecture": data.kind.architecture,
         "init": data.kind.init,
@@ -153,7 +152,7 @@ def _describe_curve(
         "student_parameters": data.student_parameters,
         "points": described,
         "seed_deviation": points.seed_deviation,
-        "fit": fit,
+        "fit": _describe_fit(curve, confidence),
         "optimum": _describe_optimum(curve.optimum, data.student_parameters),
         "curse": {
             "largest_minus_best": curve.curse.largest_minus_best,
@@ -161,6 +160,23 @@ def _describe_curve(
             "beyond_noise": curve.curse.beyond_noise,
         },
         "warnings": [warned.message for warned in warnings],
+    }
+
+
+def _describe_fit(curve: Curve, confidence: float) -> dict[str, Any] | None:
+    """The smooth curve with its band, over the teachers' sizes."""
+    smooth = curve.points.smooth
+    if smooth is None:
+        return None
+    gaps = np.linspace(*smooth.ends, FIT_POINTS)
+    mean, draws = smooth.losses(gaps)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
+    return {
+        "teacher_parameters": (np.exp(gaps) * curve.student_parameters).tolist(),
+        "loss": mean.tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
     }
 
 

@@ -10,14 +10,17 @@ from typing import Any, Literal
 
 import numpy as np
 from scipy.special import log_ndtr
+from scipy.stats import chi2
 
 from capgap.law.cells import Floats, Kind
-from capgap.law.curve import Curve
+from capgap.law.curve import Curve, Optimum
 
 # A slope known to worse than this factor between the ends of its interval answers nothing: it
 # could not even tell half the published slope from twice it.
 WIDEST_SLOPE_FACTOR = 4.0
 BAND_POINTS = 25
+# Scatter about the law that noise alone makes less often than this widens its intervals
+SCATTER_CONFIDENCE = 0.9
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,11 @@ def fit_linear(curves: Sequence[Curve], *, confidence: float, grid_shift: Floats
     """Fit the optima of the curves of one kind, by maximum likelihood with a normal error in
     proportion to T; an optimum at an edge of the grid enters as a bound (censored).
 
-    Intervals come from the draws of the optima. Where a curve's own draws are narrower than the
-    spacing of its grid supports, `grid_shift` (uniform on -1..1, [resamples]) moves its optimum
-    within half a spacing, for all students at once: students cut at the same fractions share
-    the cells of their grids, so averaging over students does not make up for a coarse grid.
+    Intervals come from the draws of the optima. Where a curve's own draws are narrower than what
+    the grids of all students resolve (`shared_resolution`), `grid_shift` (uniform on -1..1,
+    [resamples]) moves its optimum within half a spacing, for all students at once: students cut at
+    the same fractions share the cells of their grids, so averaging over students does not make up
+    for a coarse grid. A bare minimum among too few teachers lies anywhere between its neighbours.
     Where the optima scatter about the law by more than their noise, intervals widen to match.
     """
     evidence = gather_evidence(curves, confidence, grid_shift)
@@ -119,25 +123,24 @@ def fit_linear(curves: Sequence[Curve], *, confidence: float, grid_shift: Floats
 
 def gather_evidence(curves: Sequence[Curve], confidence: float, grid_shift: Floats) -> Evidence:
     tail = (1 - confidence) / 2
+    shared = shared_resolution(curves)
     students, optima, deviation = [], [], []
     bound_students, bounds, bound_deviation, side = [], [], [], []
     for curve in curves:
         optimum = curve.optimum
-        if optimum.draws is None or optimum.interval is None or optimum.teacher_parameters is None:
+        if optimum.interval is None:
             continue
         low, high = optimum.interval
-        if optimum.status == "interior":
-            ends = np.quantile(optimum.draws, [tail, 1 - tail])
-            unsupported = max(0.0, optimum.half_spacing - float(ends[1] - ends[0]) / 2)
-            logs = optimum.draws + unsupported * grid_shift
+        if low is not None and high is not None:
+            best, logs = _located(optimum, tail, shared, grid_shift)
             students.append(curve.student_parameters)
-            optima.append(np.concatenate([[optimum.teacher_parameters], np.exp(logs)]))
-            deviation.append(optimum.teacher_parameters * float(logs.std()))
-        elif (bound := high if optimum.status == "smallest" else low) is not None:
+            optima.append(np.concatenate([[best], np.exp(logs)]))
+            deviation.append(best * float(logs.std()))
+        elif (bound := high if low is None else low) is not None:
             bound_students.append(curve.student_parameters)
             bounds.append(bound)
             bound_deviation.append(bound * optimum.half_spacing)
-            side.append(1.0 if optimum.status == "smallest" else -1.0)
+            side.append(1.0 if low is None else -1.0)
     return Evidence(
         students=np.array(students, dtype=np.float64),
         optima=np.array(optima).T if optima else np.empty((1 + len(grid_shift), 0)),
@@ -147,6 +150,53 @@ def gather_evidence(curves: Sequence[Curve], confidence: float, grid_shift: Floa
         bound_deviation=np.array(bound_deviation),
         side=np.array(side),
     )
+
+
+def _located(
+    optimum: Optimum, tail: float, shared: float, grid_shift: Floats
+) -> tuple[float, Floats]:
+    """T* in parameters and draws of ln T*."""
+    if optimum.draws is None or optimum.teacher_parameters is None:
+        # a bare minimum on the grid: anywhere between the neighbours
+        assert optimum.interval is not None
+        low, high = np.log(np.array(optimum.interval, dtype=float))
+        middle = (low + high) / 2
+        return float(np.exp(middle)), middle + grid_shift * (high - low) / 2
+    ends = np.quantile(optimum.draws, [tail, 1 - tail])
+    resolution = shared * optimum.half_spacing
+    own = float(ends[1] - ends[0]) / 2
+    unsupported = np.sqrt(max(0.0, resolution**2 - own**2))
+    return optimum.teacher_parameters, optimum.draws + unsupported * grid_shift
+
+
+def shared_resolution(curves: Sequence[Curve]) -> float:
+    """The share of half a grid's spacing by which the optima of all students could be off together:
+    1 where their cells stand at the same T/S, 0 where they are staggered over half a spacing.
+
+    Between two teachers the shape of a curve is assumed, and a wrong shape moves the optimum by
+    an amount that depends on where it lies between them. Where that is the same place for every
+    student, the scatter of the optima cannot show it and more students do not average it out.
+    """
+    located = [curve for curve in curves if curve.optimum.draws is not None]
+    located = [curve for curve in located if curve.optimum.status == "interior"]
+    if not located:
+        return 1.0
+    ratios = [
+        np.log(curve.points.data.teacher_parameters / curve.student_parameters) for curve in located
+    ]
+    middle = np.mean(
+        [
+            np.log((curve.optimum.teacher_parameters or 1.0) / curve.student_parameters)
+            for curve in located
+        ]
+    )
+    # where the common ratio lies between two teachers, 0 to 1 in each student's own grid; a circle,
+    # because on a teacher and just below it are neighbours
+    places = np.sort(
+        [np.interp(middle, own, np.arange(len(own), dtype=float)) % 1.0 for own in ratios]
+    )
+    gaps = np.diff(places, append=places[0] + 1.0)
+    return float(max(0.0, 2 * gaps.max() - 1))
 
 
 def fit_draws(evidence: Evidence, *, intercept: bool) -> Floats:
@@ -176,8 +226,10 @@ def fit_draws(evidence: Evidence, *, intercept: bool) -> Floats:
     free = len(evidence.students) - located.shape[1]
     if free > 0:
         residuals = (evidence.optima[0] - located @ coefficients[0]) / evidence.deviation
-        scatter = float(np.sqrt(max(1.0, residuals @ residuals / free)))
-        coefficients = coefficients[0] + scatter * (coefficients - coefficients[0])
+        scatter = float(residuals @ residuals)
+        if scatter > chi2.ppf(SCATTER_CONFIDENCE, free):
+            widened = np.sqrt(scatter / free) * (coefficients - coefficients[0])
+            coefficients = coefficients[0] + widened
     return coefficients / np.array([unit, 1.0])[: coefficients.shape[1]]
 
 

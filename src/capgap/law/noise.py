@@ -1,13 +1,11 @@
 """How far the points of a curve could have come out otherwise.
 
-Three sources, all carried as draws so that every later number inherits them:
+Two sources, carried as draws so that every later number inherits them:
 - documents: the held-out documents are the same for every run, so they are resampled with one
   resample for all runs, and what is common to all teachers cancels in their differences;
-- seeds: the scatter of repeated runs, after what a seed does to all teachers alike is removed.
-  It is pooled over the curves of a kind, because two or three seeds say little on their own;
-- misfit: scatter about the smooth curve beyond the first two. With one seed it is the only
-  place where seed noise shows. It is pooled over the curves of a kind as well.
-The last two are estimated from few degrees of freedom; draws are scaled like Student's t.
+- seeds: the scatter of repeated runs, after what a seed does to all teachers alike is removed, and
+  the scatter about the smooth curves. It is pooled over the curves of a kind, because two or three
+  seeds say little on their own; with one seed the curves alone tell it.
 """
 
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from capgap.law.cells import CurveData, Floats
+from capgap.law.smooth import Observed, SmoothCurve, Smoothed, smooth
 
 MIN_TEACHERS = 4  # a quadratic through three points leaves nothing to check it by
 
@@ -24,9 +23,9 @@ MIN_TEACHERS = 4  # a quadratic through three points leaves nothing to check it 
 class Points:
     """The points of one curve, over its teachers, and their noise.
 
-    `measured` and `smooth` are draws [resamples, teachers] of the points: `measured` for
-    comparing teachers as they are, `smooth` with the misfit of the quadratic added.
-    `seed_deviation` is the pooled standard deviation of one run, None with one seed.
+    `measured` are draws [resamples, teachers] of the points, for comparing teachers as they are;
+    `smooth` the curve through them, None below four teachers. `seed_deviation` is the pooled
+    standard deviation of one run, None with one seed.
     """
 
     data: CurveData
@@ -34,7 +33,7 @@ class Points:
     stderr: Floats  # [teachers] of the loss itself: documents and seeds
     comparison_stderr: Floats  # [teachers] of the loss against the mean of all teachers
     measured: Floats
-    smooth: Floats
+    smooth: SmoothCurve | None
     seed_deviation: float | None
 
 
@@ -63,25 +62,6 @@ def resampled_losses(rows: Floats, tokens: Floats, counts: Floats) -> Floats:
     return (counts @ rows.T) / (counts @ tokens)[:, None]
 
 
-def quadratic(u: Floats, weights: Floats) -> Floats:
-    """The map [3, teachers] from losses to the coefficients c0, c1, c2 of the weighted fit."""
-    powers = np.stack([np.ones_like(u), u, u * u], axis=1)
-    weighted = powers * weights[:, None]
-    return np.linalg.solve(weighted.T @ powers, weighted.T)
-
-
-def log_sizes(data: CurveData) -> tuple[Floats, float]:
-    """u = ln T - center over the teachers, and the center."""
-    logs = np.log(data.teacher_parameters)
-    return logs - logs.mean(), float(logs.mean())
-
-
-def point_weights(data: CurveData) -> Floats:
-    """Runs behind each point, scaled to mean one."""
-    runs = np.bincount(data.cell_teacher, minlength=data.num_teachers).astype(np.float64)
-    return runs / runs.mean()
-
-
 def draw_points(
     curves: Sequence[CurveData], counts: Floats, rng: np.random.Generator
 ) -> list[Points]:
@@ -89,40 +69,111 @@ def draw_points(
     resamples = len(counts)
     averages = [_averages(data) for data in curves]
     losses = [mean_losses(data.cell_documents, data.document_tokens) for data in curves]
-    by_documents = [
-        resampled_losses(data.cell_documents, data.document_tokens, counts) @ a.to_teachers.T
-        for data, a in zip(curves, averages, strict=True)
-    ]
+    means = [a.to_teachers @ y for a, y in zip(averages, losses, strict=True)]
     freedom = sum(a.freedom for a in averages)
     squares = sum(
         float(np.sum((a.to_residuals @ y) ** 2)) for a, y in zip(averages, losses, strict=True)
     )
-    seed_variance = squares / freedom if freedom else 0.0
-    seed_scale = np.sqrt(seed_variance) * _student_scale(freedom, resamples, rng)
-    misfit, misfit_freedom = _misfit_variance(curves, averages, losses, by_documents, seed_variance)
-    misfit_scale = np.sqrt(misfit) * _student_scale(misfit_freedom, resamples, rng)
+    smoothed = _smooth(curves, averages, means, (squares, freedom), resamples, rng)
+    if smoothed is not None:
+        sigma = smoothed.sigma
+    elif freedom:
+        # from few degrees of freedom, hence Student's t
+        sigma = np.sqrt(squares / rng.chisquare(freedom, resamples))
+    else:
+        sigma = np.zeros(resamples)
 
+    through = iter(() if smoothed is None else smoothed.curves)
     points = []
-    for data, a, y, documents in zip(curves, averages, losses, by_documents, strict=True):
-        of_seeds = rng.standard_normal((resamples, len(y))) @ a.to_teachers.T
-        of_misfit = rng.standard_normal((resamples, data.num_teachers)) * misfit_scale[:, None]
-        measured = documents + of_seeds * seed_scale[:, None]
-        smooth = measured + of_misfit
-        if not freedom:
-            measured = smooth
+    for data, a, y in zip(curves, averages, means, strict=True):
+        own = _document_draws(data, a, counts) + _stated_draws(data, a, resamples, rng)
+        of_seeds = rng.standard_normal((resamples, len(a.to_residuals))) @ a.to_teachers.T
+        measured = y + own + of_seeds * sigma[:, None]
         against_mean = measured - measured.mean(axis=1, keepdims=True)
         points.append(
             Points(
                 data=data,
-                losses=a.to_teachers @ y,
-                stderr=measured.std(axis=0),
+                losses=y,
+                stderr=np.hypot(measured.std(axis=0), _stated_of_all(data)),
                 comparison_stderr=against_mean.std(axis=0),
                 measured=measured,
-                smooth=smooth,
-                seed_deviation=float(np.sqrt(seed_variance)) if freedom else None,
+                smooth=next(through) if data.num_teachers >= MIN_TEACHERS else None,
+                seed_deviation=float(np.sqrt(squares / freedom)) if freedom else None,
             )
         )
     return points
+
+
+def _smooth(
+    curves: Sequence[CurveData],
+    averages: Sequence[_Averages],
+    means: Sequence[Floats],
+    repeats: tuple[float, int],
+    resamples: int,
+    rng: np.random.Generator,
+) -> Smoothed | None:
+    """Smooth curves for those with enough teachers; None where there are none."""
+    observed, of_documents, stated = [], [], []
+    for data, a, y in zip(curves, averages, means, strict=True):
+        if data.num_teachers < MIN_TEACHERS:
+            continue
+        gaps = np.log(data.teacher_parameters / data.student_parameters)
+        observed.append(Observed(gaps, y, a.to_teachers @ a.to_teachers.T))
+        losses = mean_losses(data.cell_documents, data.document_tokens)
+        shares = a.to_teachers @ (data.cell_documents - losses[:, None] * data.document_tokens)
+        of_documents.append((shares - shares.mean(axis=0)) / data.document_tokens.sum())
+        own = data.cell_stderr if data.independent_errors else None
+        variance = np.zeros(len(losses)) if own is None else own**2
+        stated.append((a.to_teachers**2) @ variance)
+    if not observed:
+        return None
+    known = shrunk_covariance(np.vstack(of_documents)) + np.diag(np.concatenate(stated))
+    return smooth(observed, known, repeats=repeats, resamples=resamples, rng=rng)
+
+
+def shrunk_covariance(shares: Floats) -> Floats:
+    """Covariance of the sums over documents of `shares` [points, documents].
+
+    Correlations are shrunk towards none by as much as they are uncertain (Schafer and Strimmer
+    2005, 10.2202/1544-6115.1175): of more points than documents they would be mostly noise.
+    """
+    number = shares.shape[1]
+    deviation = shares.std(axis=1) * number**0.5
+    if number < 3 or not deviation.all():
+        return np.diag(deviation**2)
+    standard = (shares - shares.mean(axis=1, keepdims=True)) / shares.std(axis=1, keepdims=True)
+    correlation = standard @ standard.T / number
+    scatter = (standard**2 @ (standard**2).T / number - correlation**2) / (number - 1)
+    off = ~np.eye(len(shares), dtype=bool)
+    kept = 1 - min(1.0, float(scatter[off].sum() / max((correlation[off] ** 2).sum(), 1e-300)))
+    correlation[off] *= kept
+    return correlation * np.outer(deviation, deviation) * number / (number - 1)
+
+
+def _document_draws(data: CurveData, averages: _Averages, counts: Floats) -> Floats:
+    """What other documents would have made of the points: [resamples, teachers], about 0."""
+    drawn = resampled_losses(data.cell_documents, data.document_tokens, counts)
+    drawn = drawn - mean_losses(data.cell_documents, data.document_tokens)
+    return np.asarray(drawn @ averages.to_teachers.T)
+
+
+def _stated_draws(
+    data: CurveData, averages: _Averages, resamples: int, rng: np.random.Generator
+) -> Floats:
+    """The same for errors that a table states as each cell's own."""
+    if data.cell_stderr is None or not data.independent_errors:
+        return np.zeros((resamples, data.num_teachers))
+    drawn = rng.standard_normal((resamples, len(data.cell_stderr))) * data.cell_stderr
+    return np.asarray(drawn @ averages.to_teachers.T)
+
+
+def _stated_of_all(data: CurveData) -> Floats:
+    """[teachers] errors that a table states and that all cells of a curve have in common."""
+    if data.cell_stderr is None or data.independent_errors:
+        return np.zeros(data.num_teachers)
+    return np.array(
+        [data.cell_stderr[data.cell_teacher == i].mean() for i in range(data.num_teachers)]
+    )
 
 
 def _averages(data: CurveData) -> _Averages:
@@ -145,35 +196,3 @@ def _averages(data: CurveData) -> _Averages:
         to_residuals=np.eye(num_cells) - design @ solve,
         freedom=num_cells - design.shape[1],
     )
-
-
-def _misfit_variance(
-    curves: Sequence[CurveData],
-    averages: Sequence[_Averages],
-    losses: Sequence[Floats],
-    by_documents: Sequence[Floats],
-    seed_variance: float,
-) -> tuple[float, int]:
-    """Variance of a point about the quadratic, beyond documents and seeds, and its freedom."""
-    excess, unit, freedom = 0.0, 0.0, 0
-    for data, a, y, documents in zip(curves, averages, losses, by_documents, strict=True):
-        if data.num_teachers < MIN_TEACHERS:
-            continue
-        u, _ = log_sizes(data)
-        weights = point_weights(data)
-        powers = np.stack([np.ones_like(u), u, u * u], axis=1)
-        leave = np.eye(data.num_teachers) - powers @ quadratic(u, weights)
-        form = leave.T @ (weights[:, None] * leave)
-        known = np.cov(documents, rowvar=False) + seed_variance * a.to_teachers @ a.to_teachers.T
-        means = a.to_teachers @ y
-        excess += float(means @ form @ means - np.trace(form @ known))
-        unit += float(np.trace(form))
-        freedom += data.num_teachers - 3
-    return (max(0.0, excess / unit), freedom) if freedom else (0.0, 0)
-
-
-def _student_scale(freedom: int, resamples: int, rng: np.random.Generator) -> Floats:
-    """Factors that turn normal draws into Student's t draws of this freedom."""
-    if freedom == 0:
-        return np.zeros(resamples)
-    return np.sqrt(freedom / rng.chisquare(freedom, resamples))

@@ -39,8 +39,8 @@ Curve = Mapping[str, Any]
 
 LOSS_UNIT = "nats per token"
 SIZE_UNIT = "non-embedding parameters"
+STEPS_OF_A_LINE = 60
 EDGES = {"smallest": "triangle-down-open", "largest": "triangle-open"}
-STEPS_OF_A_FIT = 60
 
 
 def student_look(results: Results, student_size: int) -> Any:
@@ -156,17 +156,7 @@ def _one_curve(results: Results, curve: Curve, *, base: float, bars: str) -> lis
 
 def _fit_line(curve: Curve) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     fit = curve.get("fit")
-    if not fit:
-        return None
-    sizes = [point["teacher_parameters"] for point in curve["points"]]
-    low, high = math.log(min(sizes)), math.log(max(sizes))
-    logs = [low + (high - low) * i / STEPS_OF_A_FIT for i in range(STEPS_OF_A_FIT + 1)]
-    c0, c1, c2 = fit["coefficients"]
-    offsets = [value - fit["center_log"] for value in logs]
-    return (
-        tuple(math.exp(value) for value in logs),
-        tuple(c0 + c1 * u + c2 * u * u for u in offsets),
-    )
+    return (tuple(fit["teacher_parameters"]), tuple(fit["loss"])) if fit else None
 
 
 def _point_text(curve: Curve, point: Mapping[str, Any]) -> str:
@@ -313,7 +303,7 @@ def _published_line(
         )
         intercept = 0.0
     low, high = math.log(x_limits[0]), math.log(x_limits[1])
-    x = [math.exp(low + (high - low) * i / STEPS_OF_A_FIT) for i in range(STEPS_OF_A_FIT + 1)]
+    x = [math.exp(low + (high - low) * i / STEPS_OF_A_LINE) for i in range(STEPS_OF_A_LINE + 1)]
     kept = [(value, slope * value + intercept) for value in x if slope * value + intercept > 0]
     line = Series(
         f"{published['name'].split(',')[0]}, slope {slope:.3g}",
