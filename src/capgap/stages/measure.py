@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from capgap.errors import UserError
 from capgap.evaluate.measured import Measured, Measurement
+from capgap.stages.inputs import check_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -83,11 +84,7 @@ class _Reader:
             # missing files are told before the first model reads, not after
             StoredWeights(Path(source))
         words = max(tokenizer.get_vocab().values()) + 1
-        if config.vocab_size < words:
-            raise UserError(
-                f"{source} has {config.vocab_size} tokens, its tokenizer {words}: give a model "
-                "with its own tokenizer"
-            )
+        check_words(source, config, words)
         positions = getattr(config, "max_position_embeddings", None)
         return cls(source, tokenizer, words, positions)
 
