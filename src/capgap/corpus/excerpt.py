@@ -19,9 +19,9 @@ DOCUMENT_BYTES = 4096
 def excerpt(source: str, num_bytes: int) -> list[bytes]:
     """Beginnings of documents, about `num_bytes` in all, valid UTF-8.
 
-    Those of the smallest digests come first: what `capgap corpus` holds out of the same text, so
-    models that were trained on such a corpus have not seen them. Of a folder that it prepared, the
-    held-out documents are taken. UserError: nothing there, no text.
+    Those of the smallest digests come first: what `capgap corpus` holds out of the same text, and
+    then what it trains on. Of a folder that it prepared, only the held-out documents are taken.
+    UserError: nothing there, no text.
     """
     valid = [text.decode("utf-8", "ignore").encode() for text in _documents(source, num_bytes)]
     texts = _enough([text for text in valid if text.strip()], num_bytes)
