@@ -668,6 +668,8 @@ def test_a_hub_name_without_a_network_is_told_at_once(typed, monkeypatch, recipe
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     answer = typed("sample", "no-team/no-model")
     assert_refused_at_once(answer, "'no-team/no-model'", "network")
+    asked = ("--student", "8k", "--tokens", "1M", "--teachers", "no-team/no-model")
+    assert_refused_at_once(typed("recommend", *asked), "'no-team/no-model'", "network")
     text = recipe.read_text().replace('sizes = ["14k", "20k", "28k", "40k"]', 'models = ["no/one"]')
     recipe.write_text(text)
     assert_refused_at_once(typed("sweep", recipe, "--out", out), "'no/one'", "network")

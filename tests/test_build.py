@@ -1,5 +1,6 @@
 import math
 import shutil
+import socket
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
+from capgap.corpus.hub import is_cached
 from capgap.errors import UserError
 from capgap.models.build import (
     Parts,
@@ -17,7 +19,13 @@ from capgap.models.build import (
     shape_of,
     to_config,
 )
+from capgap.models.identity import model_hash
 from capgap.models.shape import ARCHITECTURES, Shape, ladder_shape
+from capgap.models.stored import local_folder
+
+
+def unreachable(*_, **__):
+    raise socket.gaierror("Name or service not known")
 
 
 def tiny(architecture):
@@ -137,8 +145,23 @@ def test_load_errors_are_one_clear_line(tmp_path, monkeypatch):
     shutil.move(path / "model.safetensors", path / "pytorch_model.bin")
     assert "safetensors" in message(path)
 
-    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
-    assert "no such folder" in message("nobody/no-such-model")
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    assert "no file or folder of that name" in message("nobody/no-such-model")
+
+
+def test_a_model_in_the_hubs_cache_is_that_of_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--team--name"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("abc")
+    save_model(build_model(tiny("llama"), seed=0), cached / "snapshots/abc")
+    assert local_folder("team/name") == cached / "snapshots/abc"
+    assert model_hash("team/name") == model_hash(cached / "snapshots/abc")
+    assert is_cached("team/name", "config.json")
+    assert not is_cached("team/name", "tokenizer.json")
+    with pytest.raises(UserError, match="no folder team/other"):
+        model_hash("team/other")
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,8 @@ def test_the_examples_run_and_everything_they_leave_is_told(tmp_path, monkeypatc
                 r"`(\w+)`", sections((DOCS / "output.md").read_text())["A distillation's folder"]
             )
         )
+    asked = ("--student", "8k", "--tokens", "1M", "--teachers", teacher)
+    answers["recommend"] = json_of("recommend", *asked, "--measure", "runs/tiny/corpus")
     for name, answer in answers.items():
         assert_told(answer, keys("cli.md", f"`--json` of {name}"))
 

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional
 
 from capgap.corpus.tokens import HeldoutDocument
-from capgap.evaluate.heldout import evaluate_heldout, heldout_set, ratio_standard_error
+from capgap.evaluate.heldout import evaluate_heldout, heldout_set
+from capgap.evaluate.measured import ratio_standard_error
 from capgap.models.build import Parts, build_model
 from capgap.models.shape import ladder_shape
 

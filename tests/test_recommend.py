@@ -128,7 +128,7 @@ def test_the_published_line_says_how_far_it_reaches():
     assert rule.caution is None
     # below zero for a tiny student: no teacher is smaller than it
     tiny = published_rule(40_000)
-    assert tiny.teacher == 40_000
+    assert (tiny.low, tiny.teacher) == (40_000, 40_000)
     assert "extrapolation" in tiny.caution
 
 
@@ -140,7 +140,8 @@ def test_a_folder_is_counted_by_its_config(tmp_path):
     to_config(shape).save_pretrained(tmp_path / "own")
     (found,) = candidates_of(None, [str(tmp_path / "own")])
     counts = shape.parameters()
-    assert found == Candidate("own", counts.non_embedding, counts.total, None)
+    source = str(tmp_path / "own")
+    assert found == Candidate("own", counts.non_embedding, counts.total, None, source)
 
 
 @pytest.mark.parametrize(

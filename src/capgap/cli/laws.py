@@ -1,11 +1,12 @@
-"""Commands that need no model: advice from laws."""
+"""Commands about laws: advice from published ones and one's own."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from capgap.cli.app import Json, app, print_json
+from capgap.cli.app import Json, Quiet, app, print_json, quieten_transformers
+from capgap.errors import UserError
 
 
 @app.command()
@@ -17,27 +18,48 @@ def recommend(
     ] = None,
     teachers: Annotated[
         str | None,
-        typer.Option(help="Choose among these: names, folders or sizes, parted by commas."),
+        typer.Option(
+            help="Choose among these: names, folders, NAME=FOLDER or sizes, parted by commas."
+        ),
     ] = None,
     law: Annotated[Path | None, typer.Option(help="The law.json of a sweep of your own.")] = None,
     gpus: Annotated[str | None, typer.Option(help="For the time: 16xA100.")] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(metavar="CORPUS", help="Let the teachers read this text of yours."),
+    ] = None,
+    measure_bytes: Annotated[str, typer.Option(help="Bytes of it that they read.")] = "256k",
+    dtype: Annotated[str, typer.Option(help="They read in: stored, fp32 or bf16.")] = "stored",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
     """Which teacher to take for a student of this size and these tokens."""
     from rich.console import Console
 
-    from capgap.law.recommend import candidates_of, own_rule, parse_gpus, print_advice
+    from capgap.cli.advice import print_advice
+    from capgap.law.recommend import candidates_of, own_rule, parse_gpus, sources_of
     from capgap.law.recommend import recommend as advise
     from capgap.sizes import parse_count
 
-    size = parse_count(student)
-    found = advise(
-        size,
-        parse_count(tokens),
-        candidates_of(family, [] if teachers is None else teachers.split(",")),
-        own=None if law is None else own_rule(law, size),
-        gpus=None if gpus is None else parse_gpus(gpus),
-    )
+    if measure is None and (measure_bytes, dtype, device) != ("256k", "stored", "auto"):
+        raise UserError("--measure-bytes, --dtype and --device are of use with --measure alone")
+    size, read = parse_count(student), parse_count(tokens)
+    rule = None if law is None else own_rule(law, size)
+    machines = None if gpus is None else parse_gpus(gpus)
+    candidates = candidates_of(family, [] if teachers is None else teachers.split(","))
+    measurement = None
+    if measure is not None:
+        from capgap.stages.measure import MeasureRequest, run_measure
+        from capgap.sweep.progress import make_lines
+
+        quieten_transformers()
+        measurement = run_measure(
+            MeasureRequest(measure, parse_count(measure_bytes), dtype, device),
+            sources_of(candidates),
+            say=make_lines(Console(stderr=True), quiet=quiet),
+        )
+    found = advise(size, read, candidates, own=rule, gpus=machines, measurement=measurement)
     if json_:
         print_json(found)
     else:

@@ -21,6 +21,15 @@ def looks_like_path(text: str, *, suffixes: tuple[str, ...] = ()) -> bool:
     )
 
 
+def is_cached(name: str, file: str) -> bool:
+    """Whether this file of a model on the hub lies in the hub's cache here."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not HUB_NAME.fullmatch(name):
+        return False
+    return isinstance(try_to_load_from_cache(name, file), str)
+
+
 def hub_revision(name: str, *, kind: Literal["dataset", "model"]) -> str:
     """The commit a hub name stands for now: one request, so that a missing network is told at once.
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from capgap.corpus.hub import HUB_NAME, hub_revision, looks_like_path
+from capgap.corpus.hub import HUB_NAME, hub_revision, is_cached, looks_like_path
 from capgap.errors import UserError
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     name = str(Path(path_or_name).expanduser())
-    is_here = Path(name).exists() or _is_cached(name)
+    is_here = Path(name).exists() or is_cached(name, "tokenizer.json")
     if not is_here:
         if looks_like_path(str(path_or_name)) or not HUB_NAME.fullmatch(name):
             raise UserError(f"no such tokenizer folder: {name}")
@@ -279,14 +279,6 @@ def compare_tokenizers(
 
 def _quote(token: str | None) -> str:
     return "missing" if token is None else repr(token)
-
-
-def _is_cached(name: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    if not HUB_NAME.fullmatch(name):
-        return False
-    return isinstance(try_to_load_from_cache(name, "tokenizer.json"), str)
 
 
 def _byte_characters() -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from capgap.corpus.tokens import HeldoutDocument
 from capgap.distill.head import IGNORED_LABEL, HeadInput, token_losses
+from capgap.evaluate.measured import ratio_standard_error
 from capgap.models.build import Parts
 from capgap.models.parallel import ALONE, Ranks, release
 
@@ -50,19 +51,6 @@ class HeldoutLoss:
             "document_losses": self.document_losses,
             "document_tokens": self.document_tokens,
         }
-
-
-def ratio_standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
-    """Standard error of sum(sums) / sum(counts) over documents (linearised ratio estimator).
-
-    None for fewer than two documents, where nothing is known about the spread.
-    """
-    if len(sums) < 2:
-        return None
-    values, weights = np.asarray(sums, float), np.asarray(counts, float)
-    residuals = values - values.sum() / weights.sum() * weights
-    correction = len(sums) / (len(sums) - 1)
-    return float(math.sqrt(correction * (residuals**2).sum()) / weights.sum())
 
 
 @dataclass(frozen=True)

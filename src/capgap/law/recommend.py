@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from capgap.corpus.hub import HUB_NAME, looks_like_path
 from capgap.errors import UserError
+from capgap.evaluate.measured import Measurement
 from capgap.law.families import PublishedModel, find_family, published_families
+from capgap.law.own_losses import is_outdone, on_the_scale_of, tell_measured
 from capgap.law.published import PUBLISHED_LINES, PUBLISHED_SURFACE
 from capgap.sizes import format_count, forward_flops, parse_count, training_flops
 
@@ -35,12 +35,16 @@ UTILISATION = 0.4
 
 @dataclass(frozen=True)
 class Candidate:
-    """A teacher that could be taken. Sizes in parameters; `tokens` it was trained on, or None."""
+    """A teacher that could be taken. Sizes in parameters; `tokens` it was trained on, or None.
+
+    `source`: the folder, or the name on the Hub, with its weights; None where only sizes are known.
+    """
 
     name: str
     non_embedding: int
     total: int
     tokens: int | None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,21 +59,16 @@ class LinearRule:
 
 
 def candidates_of(family: str | None, teachers: Sequence[str]) -> list[Candidate]:
-    """The members of a family, and teachers by their published name, a Hugging Face folder (whose
-    config is read), or a size such as 7B.
+    """The members of a family, and teachers by their published name, a Hugging Face folder or name
+    on the Hub such as Qwen/Qwen2.5-7B (whose config is read), NAME=FOLDER, or a size such as 7B.
 
-    UserError for names that are none, and where nothing is asked for.
+    A published name with a folder has the published sizes and tokens, and the folder's weights; any
+    other name is what the folder is called here. UserError for names that are none, and where
+    nothing is asked for.
     """
     models = list(find_family(family).models) if family is not None else []
     found = [_published(model) for model in models]
-    for name in teachers:
-        known = _find_model(name)
-        if known is not None:
-            found.append(_published(known))
-        elif Path(name.strip()).is_dir():
-            found.append(_by_folder(name.strip()))
-        else:
-            found.append(_by_size(name))
+    found += [_candidate(name.strip()) for name in teachers]
     if not found:
         raise UserError(
             "no teachers to choose from: give --family (" + ", ".join(published_families()) + ") "
@@ -78,7 +77,22 @@ def candidates_of(family: str | None, teachers: Sequence[str]) -> list[Candidate
     names = [one.name for one in found]
     twins = sorted({name for name in names if names.count(name) > 1})
     if twins:
-        raise UserError(f"the teacher {twins[0]} is given twice")
+        raise UserError(
+            f"the teacher {twins[0]} is given twice: tell folders of one name apart as NAME=FOLDER"
+        )
+    return found
+
+
+def sources_of(candidates: Sequence[Candidate]) -> dict[str, str]:
+    """Where the weights of each candidate are, by its name; UserError for one without weights."""
+    found = {}
+    for one in candidates:
+        if one.source is None:
+            raise UserError(
+                f"--measure reads models, and of {one.name} there are no weights: give a folder or "
+                f"a name on the Hub in --teachers, as {one.name}=FOLDER, or leave --measure away"
+            )
+        found[one.name] = one.source
     return found
 
 
@@ -122,18 +136,17 @@ def own_rule(path: Path, student: int) -> LinearRule:
 
 
 def published_rule(student: int) -> LinearRule:
-    """The published line; its interval is the grid's that it was read from, T/S 2.0 to 3.33."""
+    """The published line; its interval is the grid's that it was read from, T/S 2.0 to 3.33, and
+    goes down to the line itself where that lies lower."""
     line = PUBLISHED_LINES[0]
-    teacher = line.optimal_teacher(student)
+    teacher = max(line.optimal_teacher(student), float(student))
     caution = None
     if not 56e6 <= student <= 1.1e9:
         caution = (
             f"read from teachers of 70M to 2.8B, so for a student of {format_count(student)} it is "
             "an extrapolation"
         )
-    return LinearRule(
-        line.name, max(teacher, float(student)), 2.0 * student, student / 0.3, caution
-    )
+    return LinearRule(line.name, teacher, min(2.0 * student, teacher), student / 0.3, caution)
 
 
 def recommend(
@@ -143,6 +156,7 @@ def recommend(
     *,
     own: LinearRule | None = None,
     gpus: tuple[int, str] | None = None,
+    measurement: Measurement | None = None,
 ) -> dict[str, Any]:
     """The candidates, best first, with what each rests on (docs/cli.md has the keys).
 
@@ -150,23 +164,43 @@ def recommend(
     loss, good to 1%. Those whose loss is within that error of the lowest cannot be told apart by
     it: among them the one nearest (in the logarithm) to the linear law's T* is first, by the
     user's own law where there is one, and then the cheaper; all others follow by their loss.
+
+    With a `measurement` of all candidates their own losses on the user's text decide. One factor
+    for all puts them on the surface's scale: that of the best of them, which keeps the loss that
+    the surface gives it. Among those that the surface cannot tell apart, a candidate whose own
+    loss is no lower than a smaller one's comes after the others.
     """
     rule = own or published_rule(student)
-    rows = [_row(student, tokens, one, rule, gpus) for one in candidates]
+    losses = {one.name: _surface_loss(one) for one in candidates}
+    anchor = None
+    if measurement is not None:
+        anchor, losses = on_the_scale_of(losses, measurement)
+    rows = []
+    for one in candidates:
+        row = _row(student, tokens, one, losses[one.name], rule, gpus)
+        if one.tokens is None and anchor in (None, one.name):
+            row["cautions"].insert(0, "its training tokens are not known: taken as compute-optimal")
+        rows.append(row)
+    if measurement is not None:
+        tell_measured(rows, measurement)
     lowest = min(row["expected_loss"] for row in rows)
     for row in rows:
         row["margin"] = row["expected_loss"] / lowest - 1
 
-    def rank(row: dict[str, Any]) -> tuple[float, float, float]:
-        tied = row["margin"] <= SURFACE_ERROR
+    def by_line_first(row: dict[str, Any]) -> tuple[float, ...]:
         distance = round(abs(math.log(row["non_embedding"] / rule.teacher)), 2)
-        return (0.0, distance, row["flops_total"]) if tied else (row["margin"], distance, 0.0)
+        return (distance, row["flops_total"], row["margin"])
+
+    def rank(row: dict[str, Any]) -> tuple[float, ...]:
+        if row["margin"] <= SURFACE_ERROR:
+            return (0.0, is_outdone(row), *by_line_first(row))
+        return (row["margin"], False, *by_line_first(row))
 
     rows.sort(key=rank)
-    by_line = min(rows, key=lambda row: abs(math.log(row["non_embedding"] / rule.teacher)))
+    by_line = min(rows, key=by_line_first)
     by_surface = min(rows, key=lambda row: row["expected_loss"])
     by_line["rests_on"].append(f"nearest to the linear law of {rule.source}")
-    by_surface["rests_on"][0] += ", on which it has the lowest loss"
+    by_surface["rests_on"][0] += ", on which it gives the lowest loss"
     alone = float(PUBLISHED_SURFACE.supervised.loss(student, tokens))
     return {
         "student": student,
@@ -184,15 +218,51 @@ def recommend(
             "nearest": by_surface["teacher"],
             "loss_without_teacher": alone,
             "error": SURFACE_ERROR,
+            "anchor": anchor,
             "caution": _out_of_range(student),
         },
+        "measure": None if measurement is None else measurement.as_dict(),
         "verdict": _verdict(rows, by_line, by_surface, alone),
     }
 
 
-def _published(model: PublishedModel) -> Candidate:
+def _candidate(given: str) -> Candidate:
+    name, mark, place = (part.strip() for part in given.partition("="))
+    known = _find_model(name)
+    if not mark:
+        place = name if Path(name).is_dir() else ""
+    if known is not None:
+        return _published(known, place or None)
+    if mark:
+        if not (name and place):
+            raise UserError(f"--teachers: {given!r} is not of the form NAME=FOLDER")
+        return _by_config(place, name)
+    is_hub_name = "/" in name and HUB_NAME.fullmatch(name) and not looks_like_path(name)
+    if place or is_hub_name:
+        return _by_config(name, Path(name).resolve().name)
+    return _by_size(name)
+
+
+def _published(model: PublishedModel, source: str | None = None) -> Candidate:
     counts = model.parameters()
-    return Candidate(model.name, counts.non_embedding, counts.total, model.tokens)
+    if source is not None:
+        _check_published(model, source)
+    return Candidate(model.name, counts.non_embedding, counts.total, model.tokens, source)
+
+
+def _check_published(model: PublishedModel, source: str) -> None:
+    """UserError where what lies there has another size."""
+    from capgap.models.families import FAMILIES
+    from capgap.models.stored import read_config
+
+    if read_config(source).model_type not in FAMILIES:
+        return
+    size, published = _by_config(source, model.name).non_embedding, model.parameters().non_embedding
+    if abs(size / published - 1) > 0.01:
+        raise UserError(
+            f"the model in {source} has {format_count(size)} non-embedding parameters, "
+            f"{model.name} {format_count(published)}: name it otherwise, as NAME=FOLDER"
+        )
 
 
 def _find_model(name: str) -> PublishedModel | None:
@@ -203,13 +273,13 @@ def _find_model(name: str) -> PublishedModel | None:
     return None
 
 
-def _by_folder(name: str) -> Candidate:
+def _by_config(source: str, name: str) -> Candidate:
     # the only teachers for which transformers, and with it torch, is loaded
     from capgap.models.build import shape_of
     from capgap.models.stored import read_config
 
-    counts = shape_of(read_config(name)).parameters()
-    return Candidate(Path(name).name, counts.non_embedding, counts.total, None)
+    counts = shape_of(read_config(source)).parameters()
+    return Candidate(name, counts.non_embedding, counts.total, None, source)
 
 
 def _by_size(name: str) -> Candidate:
@@ -218,29 +288,34 @@ def _by_size(name: str) -> Candidate:
     except UserError:
         known = ", ".join(find_family("llama2").models[i].name for i in range(2))
         raise UserError(
-            f"--teachers: {name!r} is no published model (such as {known}), no folder and no size "
-            "(such as 7B)"
+            f"--teachers: {name!r} is no published model (such as {known}), no folder, no name on "
+            "the Hub (such as Qwen/Qwen2.5-7B) and no size (such as 7B)"
         ) from None
-    return Candidate(name.strip(), size, size, None)
+    return Candidate(name, size, size, None)
+
+
+def _surface_loss(one: Candidate) -> float:
+    """What the surface expects of the teacher itself."""
+    surface = PUBLISHED_SURFACE.supervised
+    read = one.tokens or float(surface.compute_optimal_tokens(one.non_embedding))
+    return float(surface.loss(one.non_embedding, read))
 
 
 def _row(
     student: int,
     tokens: int,
     one: Candidate,
+    teacher_loss: float,
     rule: LinearRule,
     gpus: tuple[int, str] | None,
 ) -> dict[str, Any]:
-    surface = PUBLISHED_SURFACE.supervised
-    read = one.tokens or float(surface.compute_optimal_tokens(one.non_embedding))
-    teacher_loss = float(surface.loss(one.non_embedding, read))
     loss = float(PUBLISHED_SURFACE.loss(student, tokens, teacher_loss))
     flops = training_flops(student, tokens) + forward_flops(one.total, tokens)
     hours = None
     if gpus is not None:
         number, kind = gpus
         hours = flops / (number * GPU_FLOPS[kind] * UTILISATION) / 3600
-    cautions = [] if one.tokens else ["its training tokens are not known: taken as compute-optimal"]
+    cautions = []
     if one.non_embedding < student:
         cautions.append("it is smaller than the student")
     if _out_of_range(one.non_embedding):
@@ -257,6 +332,7 @@ def _row(
         "in_linear_interval": rule.low <= one.non_embedding <= rule.high,
         "flops_total": flops,
         "hours": hours,
+        "measured": None,
         "rests_on": ["the published surface, arXiv 2502.08606"],
         "cautions": cautions,
     }
@@ -269,22 +345,37 @@ def _out_of_range(size: float) -> str | None:
     return f"read from models of {format_count(low)} to {format_count(high)}"
 
 
+def _outdone(row: dict[str, Any]) -> str:
+    other = row["measured"]["no_better_than"]
+    return f"{row['teacher']} reads your text no better than {other}, which is no larger"
+
+
 def _verdict(
     rows: list[dict[str, Any]], by_line: dict[str, Any], by_surface: dict[str, Any], alone: float
 ) -> str:
-    first = rows[0]["teacher"]
-    if by_line is by_surface:
-        reason = "the linear law and the surface agree on it"
+    first, surface = rows[0]["teacher"], "the surface"
+    if rows[0]["measured"] is not None:
+        surface = "the surface, from the teachers' own losses on your text,"
+    close = (
+        f"the surface puts {by_surface['teacher']} first, but by {{margin:.2%}} of the loss, less "
+    )
+    close += f"than the {SURFACE_ERROR:.0%} it is good to"
+    if rows[0] is by_line is by_surface:
+        reason = f"the linear law and {surface.strip(',')} agree on it"
+    elif rows[0] is by_line:
+        reason = f"the linear law says so; {close.format(margin=by_line['margin'])}"
     elif by_line["margin"] <= SURFACE_ERROR:
-        reason = (
-            f"the linear law says so; the surface puts {by_surface['teacher']} first, but by "
-            f"{by_line['margin']:.2%} of the loss, less than the {SURFACE_ERROR:.0%} it is good to"
-        )
+        reason = f"the linear law says {by_line['teacher']}, but {_outdone(by_line)}"
     else:
-        reason = (
-            f"the surface says so; the linear law says {by_line['teacher']}, which the surface "
-            f"puts {by_line['margin']:.1%} above. The line knows sizes alone, the surface the "
-            "teacher's loss and the tokens"
+        reason = f"{surface} says so"
+        if rows[0] is not by_surface:
+            nearer = f"{first} is nearer to the line"
+            why = _outdone(by_surface) if is_outdone(by_surface) else nearer
+            reason = f"{close.format(margin=rows[0]['margin'])}, and {why}"
+        reason += (
+            f"; the linear law says {by_line['teacher']}, which the surface puts "
+            f"{by_line['margin']:.1%} above. The line knows sizes alone, the surface the teacher's "
+            "loss and the tokens"
         )
     line = f"Take {first}: {reason}."
     if rows[0]["expected_loss"] >= alone:
@@ -293,46 +384,3 @@ def _verdict(
             "so many tokens teach the student as much."
         )
     return line
-
-
-def print_advice(found: dict[str, Any], console: Console) -> None:
-    """The same for a person."""
-    timed = found["recommendations"][0]["hours"] is not None
-    table = Table(box=None, pad_edge=False)
-    table.add_column("teacher", no_wrap=True)
-    for name in ("size", "T/S", "expected loss", "FLOPs", *(["hours"] if timed else [])):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
-    for row in found["recommendations"]:
-        marks = []
-        if row["teacher"] == found["linear_law"]["nearest"]:
-            marks.append("linear law")
-        if row["teacher"] == found["surface"]["nearest"]:
-            marks.append("lowest on the surface")
-        half = (row["interval"][1] - row["interval"][0]) / 2
-        cells = [
-            row["teacher"],
-            format_count(row["non_embedding"]),
-            f"{row['ratio']:.2f}",
-            f"{row['expected_loss']:.3f} ± {half:.3f}",
-            f"{row['flops_total']:.2e}",
-            *([f"{row['hours']:,.0f}"] if timed else []),
-            "; ".join(marks + row["cautions"]),
-        ]
-        table.add_row(*cells)
-    # a narrower terminal breaks lines, which beats a table with every word cut short
-    console.width = max(console.width, 110)
-    console.print(table)
-    line = found["linear_law"]
-    low, high = (format_count(size) for size in line["interval"])
-    console.print(
-        f"\nlinear law ({line['source']}): T* = {format_count(line['teacher'])}, between {low} and "
-        f"{high}" + (f"; {line['caution']}" if line["caution"] else "")
-    )
-    surface = found["surface"]
-    console.print(
-        f"surface ({surface['source']}): losses on its text, to {surface['error']:.0%}; without "
-        f"a teacher {surface['loss_without_teacher']:.3f}"
-        + (f"; {surface['caution']}" if surface["caution"] else "")
-    )
-    console.print(found["verdict"])

@@ -18,7 +18,7 @@ from transformers import (
 from capgap.errors import UserError
 from capgap.models.families import FAMILIES
 from capgap.models.shape import Shape
-from capgap.models.stored import refuse_quantised, written_beside
+from capgap.models.stored import StoredWeights, read_config, written_beside
 
 # What weights can be loaded as
 DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -197,20 +197,11 @@ def load_model(path_or_name: str | Path, dtype: torch.dtype | None = None) -> Pr
     Raises UserError in one line: nothing there, no network, no safetensors, quantised.
     """
     name = str(path_or_name)
-    folder = Path(path_or_name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{name} is no model folder: it has no config.json")
-        if not any(folder.glob("*.safetensors")):
-            raise UserError(
-                f"{name} holds no *.safetensors weights: convert the model with "
-                "save_pretrained and try again"
-            )
-    elif folder.exists() or folder.is_absolute() or name.startswith((".", "~")):
-        raise UserError(f"{name} is no model folder")
+    config = read_config(name)
+    if Path(name).is_dir():
+        # says which file is missing or cut off
+        StoredWeights(Path(name))
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        refuse_quantised(name, config)
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -222,8 +213,7 @@ def load_model(path_or_name: str | Path, dtype: torch.dtype | None = None) -> Pr
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         # transformers writes long paragraphs; the first line has the cause
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        where = "" if folder.is_dir() else "no such folder, and from the Hugging Face Hub: "
-        raise UserError(f"cannot load the model {name}: {where}{cause}") from error
+        raise UserError(f"cannot load the model {name}: {cause}") from error
     # transformers would fill the gaps with random numbers and go on
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])

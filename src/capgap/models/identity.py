@@ -5,19 +5,18 @@ import json
 from pathlib import Path
 
 from capgap.errors import UserError
+from capgap.models.stored import local_folder
 
 # Written by the library that saved the model, without a part in what it computes
 _INCIDENTAL = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 
 
 def model_hash(path_or_name: str | Path) -> str:
-    """sha256 of the weight files and the config of a model folder or a model in the hub's cache.
+    """sha256 of the weight files and the config of a model folder or a model on the Hub.
 
     Raises UserError where there are none.
     """
-    folder = Path(path_or_name)
-    if not folder.is_dir():
-        folder = _in_hub_cache(str(path_or_name))
+    folder = local_folder(path_or_name)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
         raise UserError(f"{path_or_name} is no model folder with config.json and *.safetensors")
@@ -28,13 +27,3 @@ def model_hash(path_or_name: str | Path) -> str:
         with path.open("rb") as stream:
             whole.update(hashlib.file_digest(stream, "sha256").digest())
     return whole.hexdigest()
-
-
-def _in_hub_cache(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError) as error:
-        raise UserError(f"no model folder {name}, nor is it in the hub's cache") from error

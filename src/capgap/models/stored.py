@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from capgap.corpus.hub import HUB_NAME, hub_revision, is_cached, looks_like_path
 from capgap.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,23 +47,29 @@ _FLOATS = {
 def read_config(path_or_name: str | Path) -> "PreTrainedConfig":
     """The transformers config of a folder or of a name on the Hub; weights are not looked at.
 
-    UserError: nothing there, no config, quantised.
+    UserError in one line: nothing there, no config, quantised; no network, without waiting for it.
     """
     from transformers import AutoConfig
 
     name = str(path_or_name)
-    if Path(path_or_name).is_dir() and not (Path(path_or_name) / "config.json").is_file():
-        raise UserError(f"{name} is no model folder: it has no config.json")
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(f"{name} is no model folder: it has no config.json")
+    elif looks_like_path(name) or not HUB_NAME.fullmatch(name):
+        raise UserError(f"{name} is no model folder")
+    elif not is_cached(name, "config.json"):
+        # without a network the loader below would retry for most of a minute
+        hub_revision(name, kind="model")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the model {name}: {cause}") from None
-    refuse_quantised(name, config)
+    _refuse_quantised(name, config)
     return config
 
 
-def refuse_quantised(name: str, config: "PreTrainedConfig") -> None:
+def _refuse_quantised(name: str, config: "PreTrainedConfig") -> None:
     """UserError for weights that are packed codes and no numbers."""
     quantised: Any = getattr(config, "quantization_config", None)
     if quantised is not None:

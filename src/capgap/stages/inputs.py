@@ -36,11 +36,7 @@ def check_model(path_or_name: str, corpus: Corpus) -> "PreTrainedConfig":
             f"{difference}; prepare the corpus with `--tokenizer {path_or_name}`"
         )
     config: Any = read_config(path_or_name)
-    if config.vocab_size < corpus.vocabulary:
-        raise UserError(
-            f"{path_or_name} has {config.vocab_size} tokens, its tokenizer {corpus.vocabulary}: "
-            "give a model with its own tokenizer"
-        )
+    check_words(path_or_name, config, corpus.vocabulary)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < corpus.window:
         raise UserError(
@@ -48,3 +44,12 @@ def check_model(path_or_name: str, corpus: Corpus) -> "PreTrainedConfig":
             f"take --window {positions} or less"
         )
     return config
+
+
+def check_words(path_or_name: str, config: Any, words: int) -> None:
+    """UserError where a model's table has fewer rows than its tokenizer has words."""
+    if config.vocab_size < words:
+        raise UserError(
+            f"{path_or_name} has {config.vocab_size} tokens, its tokenizer {words}: give a model "
+            "with its own tokenizer"
+        )

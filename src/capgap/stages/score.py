@@ -136,7 +136,6 @@ def _batches(request: ScoreRequest, corpus: "Corpus | None") -> list[Any]:
 def _provenance(request: ScoreRequest, corpus: "Corpus | None") -> dict[str, Any]:
     """What decides the scores."""
     from capgap.models.identity import model_hash
-    from capgap.models.stored import local_folder
 
     text = {}
     if corpus is not None:
@@ -148,7 +147,7 @@ def _provenance(request: ScoreRequest, corpus: "Corpus | None") -> dict[str, Any
         }
     return {
         "teacher": request.teacher,
-        "teacher_hash": model_hash(local_folder(request.teacher)),
+        "teacher_hash": model_hash(request.teacher),
         "method": request.method,
         "depth": request.depth,
         "seed": request.seed,

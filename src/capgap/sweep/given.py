@@ -20,21 +20,17 @@ def given_teachers(recipe: Recipe) -> list[Teacher]:
     """
     if not recipe.teachers.models:
         return []
-    from transformers import AutoConfig
-
+    from capgap.corpus.tokenizer import load_tokenizer
     from capgap.models.build import shape_of
+    from capgap.models.stored import read_config
 
     teachers = []
-    # tokenizers come first: a wrong name or a missing network is told at once
-    tokenizers = {source: _tokenizer(source) for source in recipe.teachers.models}
-    for source in recipe.teachers.models:
-        try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"teachers.models: cannot read {source!r}: {str(error).splitlines()[0]}"
-            ) from None
-        shape = shape_of(config)
+    try:
+        tokenizers = {source: load_tokenizer(source) for source in recipe.teachers.models}
+        shapes = {source: shape_of(read_config(source)) for source in recipe.teachers.models}
+    except UserError as error:
+        raise UserError(f"teachers.models: {error}") from None
+    for source, shape in shapes.items():
         _check_fit(recipe, source, shape, tokenizers[source])
         teachers.append(
             Teacher(
@@ -51,15 +47,6 @@ def given_teachers(recipe: Recipe) -> list[Teacher]:
         )
     _check_tokenizers(recipe, tokenizers)
     return sorted(teachers, key=lambda teacher: teacher.size)
-
-
-def _tokenizer(source: str) -> "PreTrainedTokenizerFast":
-    from capgap.corpus.tokenizer import load_tokenizer
-
-    try:
-        return load_tokenizer(source)
-    except UserError as error:
-        raise UserError(f"teachers.models: {error}") from None
 
 
 def _words(tokenizer: "PreTrainedTokenizerFast") -> int:

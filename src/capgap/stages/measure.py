@@ -1,0 +1,145 @@
+"""The stage `measure`: models that stand for choice read the same text."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capgap.errors import UserError
+from capgap.evaluate.measured import Measured, Measurement
+from capgap.stages.inputs import check_words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from capgap.corpus.tokens import HeldoutDocument
+
+# Tokens of a row, where all models can read so many
+WINDOW = 1024
+SAID_EVERY = 10.0  # seconds
+
+
+@dataclass(frozen=True)
+class MeasureRequest:
+    """On what models are measured, and how; `corpus` as for `capgap.corpus.excerpt.excerpt`."""
+
+    corpus: str
+    num_bytes: int = 256_000
+    dtype: str = "stored"
+    device: str = "auto"
+
+
+def run_measure(
+    request: MeasureRequest,
+    models: Mapping[str, str],
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Measurement:
+    """Every model's loss, entropy and calibration on a sample of the text.
+
+    `models` by name: a Hugging Face folder or a name on the Hub, with its own tokenizer. All read
+    the same documents in windows of the same number of tokens. UserError, before any work, for a
+    model that is not there, cannot be read, or is smaller than its tokenizer.
+    """
+    import torch
+
+    from capgap.corpus.excerpt import excerpt
+    from capgap.machine import resolve_device
+    from capgap.models.build import DTYPES
+
+    if request.dtype not in DTYPES:
+        raise UserError(f"--dtype {request.dtype!r}: take one of {', '.join(DTYPES)}")
+    device = torch.device(resolve_device(request.device))
+    readers = {name: _Reader.of(source) for name, source in models.items()}
+    window = min([WINDOW, *(one.positions for one in readers.values() if one.positions)])
+    texts = excerpt(request.corpus, request.num_bytes)
+    say(f"measure: {len(texts)} documents, {sum(map(len, texts)):,} bytes")
+    found = {}
+    for name, reader in readers.items():
+        found[name] = _measure(name, reader, texts, window, request.dtype, device, say)
+        measured = found[name]
+        say(f"measure: {name}: {measured.nats_per_byte:.4f} nats a byte, {measured.seconds:.0f} s")
+    return Measurement(request.corpus, window, request.dtype, str(device), found)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A model that is known to fit its tokenizer. `words` that this has; `positions` that the model
+    reads, None where it sets no limit."""
+
+    source: str
+    tokenizer: "PreTrainedTokenizerFast"
+    words: int
+    positions: int | None
+
+    @classmethod
+    def of(cls, source: str) -> "_Reader":
+        from capgap.corpus.tokenizer import load_tokenizer
+        from capgap.models.stored import StoredWeights, read_config
+
+        tokenizer = load_tokenizer(source)
+        config: Any = read_config(source)
+        if Path(source).is_dir():
+            # missing files are told before the first model reads, not after
+            StoredWeights(Path(source))
+        words = max(tokenizer.get_vocab().values()) + 1
+        check_words(source, config, words)
+        positions = getattr(config, "max_position_embeddings", None)
+        return cls(source, tokenizer, words, positions)
+
+    def documents(self, texts: Sequence[bytes]) -> "tuple[list[HeldoutDocument], int]":
+        """The texts in its tokens, each behind the token that begins one; and how many of them the
+        tokens do not give back."""
+        import numpy as np
+
+        from capgap.corpus.tokenizer import TokenCodec
+        from capgap.corpus.tokens import HeldoutDocument
+
+        codec = TokenCodec(self.tokenizer)
+        encoded = codec.encode_many(texts)
+        begin = self.tokenizer.bos_token_id
+        begin = codec.end_of_document if begin is None else begin
+        documents = [
+            HeldoutDocument(np.r_[begin, ids], len(text))
+            for ids, text in zip(encoded, texts, strict=True)
+        ]
+        changed = sum(codec.decode(i) != text for i, text in zip(encoded, texts, strict=True))
+        return documents, changed
+
+
+def _measure(
+    name: str,
+    reader: _Reader,
+    texts: Sequence[bytes],
+    window: int,
+    dtype: str,
+    device: Any,
+    say: Callable[[str], None],
+) -> Measured:
+    from capgap.evaluate.measure import measure_model
+    from capgap.models.build import DTYPES, Parts, load_model
+
+    documents, changed = reader.documents(texts)
+    model = load_model(reader.source, dtype=DTYPES[dtype]).to(device)
+    said = time.monotonic()
+
+    def on_batch(done: int, rows: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > SAID_EVERY:
+            said = time.monotonic()
+            say(f"measure: {name}: {done} of {rows} rows")
+
+    try:
+        return measure_model(
+            Parts(model),
+            documents,
+            window=window,
+            vocabulary=reader.words,
+            changed_documents=changed,
+            on_batch=on_batch,
+        )
+    except FloatingPointError as error:
+        raise UserError(
+            f"{name}: {error} with --dtype {dtype}: try --dtype fp32, or leave it out"
+        ) from None
