@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -60,6 +61,11 @@ def kind_of(item: Mapping[str, Any]) -> Kind:
     return Kind(item["architecture"], item["init"], item["tokens"])
 
 
+def law_of(results: Results, kind: Kind) -> Mapping[str, Any] | None:
+    """The law of one kind of curves, identified or not."""
+    return next((law for law in results.law.get("laws", ()) if kind_of(law) == kind), None)
+
+
 def belongs(record: RunRecord, kind: Kind) -> bool:
     return (record.architecture, record.init, record.tokens) == (
         kind.architecture,
@@ -70,7 +76,12 @@ def belongs(record: RunRecord, kind: Kind) -> bool:
 
 def slug(kind: Kind) -> str:
     """The kind as a part of a file name."""
-    return f"{kind.architecture}-{kind.init}-{kind.tokens}"
+    return safe(f"{kind.architecture}-{kind.init}-{kind.tokens}")
+
+
+def safe(name: str) -> str:
+    """The name with a hyphen for all that a file name or a link could stumble over."""
+    return re.sub(r"[^\w.+-]+", "-", name)
 
 
 def done(records: Iterable[RunRecord], *kinds: str) -> list[RunRecord]:

@@ -38,6 +38,7 @@
     layout.dragmode = narrow.matches ? false : "zoom";
     if (narrow.matches) layout.font.size = 11;
     if (data[0].type === "heatmap") fitMap(element, data[0], layout);
+    else if (narrow.matches) (layout.annotations ?? []).forEach((note) => (note.font.size = 9));
     const bar = narrow.matches ? false : "hover";
     return Plotly.react(element, data, layout, { ...options, displayModeBar: bar });
   };

@@ -15,11 +15,12 @@ from plotly.offline import get_plotlyjs
 
 from capgap.records import write_text_atomically
 from capgap.report import tables, words
-from capgap.report.charts import curve_chart, gain_map, law_chart, teacher_chart
+from capgap.report.charts import curve_chart, gain_map, teacher_chart
 from capgap.report.compute import compute_chart
 from capgap.report.data import Results, kinds_of, load_results
 from capgap.report.figures import Absent, Figure, Section
 from capgap.report.interactive import to_plotly
+from capgap.report.law_charts import law_chart
 from capgap.report.static import write_static
 from capgap.report.style import DARK, LIGHT, Palette
 from capgap.report.training import agreement_chart, cross_entropy_chart, kl_chart
