@@ -13,7 +13,7 @@ from capgap.errors import UserError
 from capgap.report import write_report
 from capgap.report.data import load_results
 from capgap.report.figures import Absent
-from capgap.report.page import report_sections
+from capgap.report.sections import report_sections
 from report_data import TEACHERS, Plan, write_output
 
 CHROMIUM = next(

@@ -21,6 +21,9 @@ def recommend(
     ] = None,
     law: Annotated[Path | None, typer.Option(help="The law.json of a sweep of your own.")] = None,
     gpus: Annotated[str | None, typer.Option(help="For the time: 16xA100.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the advice into this file, .png or .svg.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Which teacher to take for a student of this size and these tokens."""
@@ -30,6 +33,10 @@ def recommend(
     from capgap.law.recommend import recommend as advise
     from capgap.sizes import parse_count
 
+    if figure is not None:
+        from capgap.report.static import check_picture
+
+        check_picture(figure)
     size = parse_count(student)
     found = advise(
         size,
@@ -38,6 +45,10 @@ def recommend(
         own=None if law is None else own_rule(law, size),
         gpus=None if gpus is None else parse_gpus(gpus),
     )
+    if figure is not None:
+        from capgap.report.advice_charts import draw_advice
+
+        draw_advice(found, figure)
     if json_:
         print_json(found)
     else:

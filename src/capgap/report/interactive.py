@@ -49,8 +49,13 @@ def _layout() -> Json:
         # below, as the row above the plot is where the tools appear
         "legend": {
             "orientation": "h",
+            # plotly turns the order round where areas are filled, and parts groups by columns
+            "traceorder": "normal",
+            "font": {"size": 11},
+            "xref": "container",
             "x": 0,
             "xanchor": "left",
+            "maxheight": 0.9,
             "yref": "container",
             "y": 0,
             "yanchor": "bottom",
@@ -64,7 +69,7 @@ def _layout() -> Json:
 
 
 def _axis(axis: Axis) -> Json:
-    found: Json = {"title": {"text": axis.title, "standoff": 8}}
+    found: Json = {"title": {"text": axis.title, "standoff": 8, "font": {"size": 12}}}
     if axis.log:
         found["type"] = "log"
     if axis.limits:
@@ -168,7 +173,7 @@ def _map(chart: HeatMap) -> Json:
     for name, axis, labels in (("xaxis", chart.x, chart.columns), ("yaxis", chart.y, chart.rows)):
         # positions, not categories: plotly would merge two sizes that are written alike
         layout[name] |= {
-            "title": {"text": axis.title, "standoff": 8},
+            "title": {"text": axis.title, "standoff": 8, "font": {"size": 12}},
             "tickvals": list(range(len(labels))),
             "ticktext": list(labels),
             "showgrid": False,

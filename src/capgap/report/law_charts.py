@@ -173,7 +173,7 @@ def _resolution(curve: Curve, y_limits: Pair) -> list[Series]:
     told = words.between(optimum["grid_best"], optimum["grid_interval"])
     return [
         Series(
-            "grid resolution: neighbours of the best cell",
+            "grid resolution",
             (student, student),
             interval,
             "line",

@@ -58,8 +58,9 @@ def ratio_chart(results: Results, architecture: str) -> Figure:
         name,
         title,
         "Is it one ratio for all, or does it grow or fall with the tokens? Solid marks lie inside "
-        "the grid; hollow ones are bounds, with an arrow to where the best teacher may lie. The "
-        "surface is for teachers trained compute-optimally, of students from scratch.",
+        "the grid; hollow ones are bounds, with an arrow to where the best teacher may lie. Both "
+        "published lines are for far larger models; the surface is for a "
+        f"{words.size(SURFACE_STUDENT)} student from scratch with compute-optimal teachers.",
         Axis("training tokens", "per student parameter", True, x_limits, factor_ticks(x_limits)),
         Axis(
             "best teacher / student",
@@ -89,7 +90,7 @@ def _published_ratio(x_limits: Pair) -> list[Series]:
     slope = PUBLISHED_LINES[0].slope
     return [
         Series(
-            f"what its grid resolves: {low:.1f} to {high:.2f}",
+            f"its resolution: {low:.1f} to {high:.2f}",
             x_limits,
             (low, low),
             "band",
@@ -98,7 +99,7 @@ def _published_ratio(x_limits: Pair) -> list[Series]:
             hatch=True,
         ),
         Series(
-            f"published: {slope:.1f} (arXiv 2311.07052)",
+            f"{slope:.1f} (arXiv 2311.07052)",
             x_limits,
             (slope, slope),
             "line",
@@ -118,7 +119,7 @@ def _surface_line(x_limits: Pair) -> Series | None:
     if not found:
         return None
     return Series(
-        f"published surface, {words.size(SURFACE_STUDENT)} student (arXiv 2502.08606)",
+        "surface (arXiv 2502.08606)",
         tuple(tokens for tokens, _ in found),
         tuple(ratio for _, ratio in found),
         "line",
@@ -149,8 +150,9 @@ def _ratios(init: str, curves: list[Curve], shift: float, y_limits: Pair) -> lis
                 group=init,
             )
         )
+    inset = (y_limits[1] / y_limits[0]) ** 0.025
     for curve in curves:
-        for end, place in zip((0, 1), (y_limits[0] * 1.06, y_limits[1] / 1.06), strict=True):
+        for end, place in zip((0, 1), (y_limits[0] * inset, y_limits[1] / inset), strict=True):
             interval = curve["optimum"].get("ratio_interval")
             if interval and interval[end] is None:
                 series.append(

@@ -13,9 +13,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
+from capgap.errors import UserError
 from capgap.report.figures import Axis, Chart, HeatMap, Series
 from capgap.report.style import DASHES, LIGHT, OPEN, matplotlib_marker
 
+ENDINGS = (".png", ".svg")
+METADATA = {"png": {"Software": "capgap"}, "svg": {"Date": None}}
 INCHES = (7.6, 5.0)
 DOTS_PER_INCH = 160
 LEGEND_FONT = 8.5
@@ -35,6 +38,28 @@ SETTINGS = {
 def write_static(figure: Chart | HeatMap, folder: Path) -> tuple[Path, Path]:
     """Draw a figure into `folder` as NAME.png and NAME.svg and return both paths."""
     png, svg = folder / f"{figure.name}.png", folder / f"{figure.name}.svg"
+    _draw(figure, (png, svg))
+    return png, svg
+
+
+def write_picture(figure: Chart | HeatMap, path: Path) -> Path:
+    """Draw a figure into one file; the ending, .png or .svg, says how (`check_picture`)."""
+    check_picture(path)
+    _draw(figure, (path,))
+    return path
+
+
+def check_picture(path: Path) -> None:
+    """UserError where a picture cannot be written to this path."""
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(f"a picture {path} cannot be drawn: give a name that ends in .png or .svg")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file for the picture")
+    if not path.parent.is_dir():
+        raise UserError(f"no folder {path.parent} for the picture {path.name}: make it first")
+
+
+def _draw(figure: Chart | HeatMap, paths: tuple[Path, ...]) -> None:
     with matplotlib.rc_context(SETTINGS):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
         canvas = Canvas(figsize=INCHES, layout=layout, facecolor=LIGHT["surface"])
@@ -45,9 +70,9 @@ def write_static(figure: Chart | HeatMap, folder: Path) -> tuple[Path, Path]:
         else:
             _draw_map(canvas, axes, figure)
         canvas.suptitle(figure.title, fontsize=11.5, fontweight="bold", x=0.02, ha="left")
-        canvas.savefig(png, dpi=DOTS_PER_INCH, metadata={"Software": "capgap"})
-        canvas.savefig(svg, metadata={"Date": None})
-    return png, svg
+        for path in paths:
+            kind = path.suffix.lower().removeprefix(".")
+            canvas.savefig(path, format=kind, dpi=DOTS_PER_INCH, metadata=METADATA[kind])
 
 
 def _draw_chart(canvas: Any, axes: Any, chart: Chart) -> None:

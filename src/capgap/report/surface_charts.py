@@ -16,7 +16,7 @@ from capgap.report.figures import Axis, Chart, Figure, Pair, Series, count_ticks
 # T/S between which the best teacher is looked for; one at an end is none
 RATIOS = (0.25, 1000.0)
 GRID = 100
-LINES = 10
+LINES = 8
 
 
 def surface_chart(
@@ -65,7 +65,7 @@ def surface_chart(
     if inside:
         series.append(
             Series(
-                "valley: the best teacher of each student",
+                "valley of best teachers",
                 tuple(row[0] for row in inside),
                 tuple(row[1] for row in inside),
                 "line",
@@ -130,7 +130,7 @@ def _contours(
             x, y = (tuple(np.exp(line[:, axis]).tolist()) for axis in (0, 1))
             series.append(
                 Series(
-                    f"equal loss of the student, {LOSS_UNIT}",
+                    f"equal loss, {LOSS_UNIT}",
                     x,
                     y,
                     "line",
