@@ -15,7 +15,7 @@ from capgap.law.published import PUBLISHED_SURFACE
 from capgap.law.recommend import candidates_of, recommend
 from capgap.report import words
 from capgap.report.charts import LOSS_UNIT, SIZE_UNIT
-from capgap.report.figures import Axis, Chart, Figure, Pair, Series, count_ticks, span, steps
+from capgap.report.figures import Axis, Chart, Pair, Series, count_ticks, span, steps
 from capgap.report.labels import place_labels
 from capgap.report.static import write_picture
 from capgap.report.style import OPEN
@@ -216,7 +216,7 @@ def _model_text(row: Mapping[str, Any]) -> str:
     )
 
 
-def families_chart() -> Figure:
+def families_chart() -> Chart:
     """Every member of every published family as the teacher of MiniMA-3B."""
     student, tokens = EXAMPLE
     models = [m.name for family in published_families().values() for m in family.models]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from capgap.law.benchmarks import BenchmarkResult, published_results
 from capgap.report import words
 from capgap.report.compute import pareto_front
-from capgap.report.figures import Axis, Chart, Figure, Pair, Series, power_ticks, span
+from capgap.report.figures import Axis, Chart, Pair, Series, power_ticks, span
 from capgap.report.labels import place_labels
 
 
@@ -24,7 +24,7 @@ class OwnResult:
     mean: float
 
 
-def benchmark_chart(own: Sequence[OwnResult] = ()) -> Figure:
+def benchmark_chart(own: Sequence[OwnResult] = ()) -> Chart:
     """The mean of six benchmarks against compute, with the Pareto fronts of published models.
 
     `own` models are drawn beside the fronts and do not move them.

@@ -11,7 +11,7 @@ from capgap.law.recommend import SURFACE_RANGE
 from capgap.law.surface import DistillationSurface
 from capgap.report import words
 from capgap.report.charts import LOSS_UNIT, SIZE_UNIT
-from capgap.report.figures import Axis, Chart, Figure, Pair, Series, count_ticks, steps
+from capgap.report.figures import Axis, Chart, Pair, Series, count_ticks, steps
 
 # T/S between which the best teacher is looked for; one at an end is none
 RATIOS = (0.25, 1000.0)
@@ -30,7 +30,7 @@ def surface_chart(
     tokens_per_parameter: float | None = None,
     teacher_tokens_per_parameter: float | None = None,
     notes: tuple[str, ...] = (),
-) -> Figure:
+) -> Chart:
     """Lines of equal student loss over student and teacher size, both in parameters, with the
     valley of best teachers and T = 2.5 S.
 
@@ -178,7 +178,7 @@ def _published_line(students: Pair, teachers: Pair) -> Series:
     )
 
 
-def published_surface_chart(tokens_per_parameter: float) -> Figure:
+def published_surface_chart(tokens_per_parameter: float) -> Chart:
     """The published surface (arXiv 2502.08606) for students of so many tokens per parameter."""
     low, high = (words.size(size) for size in SURFACE_RANGE)
     return surface_chart(
