@@ -284,3 +284,9 @@ def test_both_renderers_draw_every_picture_of_the_law(edge: Results, tmp_path: P
     labels = itertools.chain.from_iterable(s.labels for s in chart_of(figures[3]).series)
     notes = to_plotly(chart_of(figures[3]))["layout"]["annotations"]
     assert [note["text"] for note in notes] == list(labels)
+
+
+def test_students_of_unknown_tokens_have_no_place_among_the_ratios(exact: Results) -> None:
+    curves = [curve | {"tokens": 0} for curve in exact.law["curves"]]
+    absent = ratio_chart(measured({**exact.law, "curves": curves}), "llama")
+    assert isinstance(absent, Absent)

@@ -32,9 +32,10 @@ def ratio_chart(results: Results, architecture: str) -> Figure:
         f"Best T/S against training tokens: {architecture}",
     )
     kinds = [kind for kind in kinds_of(results) if kind.architecture == architecture]
-    curves = [c for kind in kinds for c in curves_of(results, kind) if placed_at(c)]
+    curves = [c for kind in kinds for c in curves_of(results, kind) if placed_at(c) and c["tokens"]]
     if not curves:
-        return Absent(name, title, "No student has a best teacher that can be told.")
+        reason = "No student of known tokens has a best teacher that can be told."
+        return Absent(name, title, reason)
     x_limits = span([_tokens_per_parameter(curve) for curve in curves], margin=1.6)
     surface = _surface_line(x_limits)
     ends = [
