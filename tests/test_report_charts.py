@@ -13,12 +13,13 @@ import pytest
 
 from capgap.law.cells import Kind
 from capgap.report import words
-from capgap.report.charts import curve_chart, gain_map, law_chart, teacher_chart
+from capgap.report.charts import curve_chart, gain_map, teacher_chart
 from capgap.report.compute import compute_chart, flops_of, pareto_front
 from capgap.report.data import Results, best_and_largest, load_results
 from capgap.report.figures import Absent, Chart, HeatMap, count_ticks, size_ticks
 from capgap.report.interactive import to_plotly
-from capgap.report.page import report_sections
+from capgap.report.law_charts import law_chart
+from capgap.report.sections import report_sections
 from capgap.report.training import block_means, cross_entropy_chart, kl_chart, linear_ticks
 from report_data import BEST_RATIO, STUDENTS, TEACHERS, Plan, write_output
 

@@ -1,19 +1,24 @@
 """The page in a real browser, and the files beside it."""
 
+import html
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
 from capgap.errors import UserError
-from capgap.report import write_report
-from capgap.report.data import load_results
+from capgap.law.fit import fit_law
+from capgap.report import write_law_report, write_report
+from capgap.report.data import Results, load_results
 from capgap.report.figures import Absent
-from capgap.report.page import report_sections
+from capgap.report.sections import report_sections
+from law_surface import ladder, sweep
 from report_data import TEACHERS, Plan, write_output
 
 CHROMIUM = next(
@@ -103,7 +108,7 @@ def test_every_chart_is_drawn_quietly_and_nothing_is_fetched(
         if not isinstance(f, Absent)
     ]
     assert [chart["name"] for chart in drawn] == figures
-    assert len(figures) == 10
+    assert len(figures) == 16
     for chart in drawn:
         assert chart["marks"] > 0, chart
         assert chart["width"] <= chart["box"] + 1, chart
@@ -208,11 +213,72 @@ def test_every_figure_has_its_picture_and_a_second_report_leaves_no_old_one(
     write_report(folder)
     names = {path.name for path in (folder / "figures").iterdir()}
     assert "old.png" not in names
-    assert len(names) == 20
+    assert len(names) == 32
     assert all((folder / "figures" / name).read_bytes() == before[name] for name in before)
     for path in (folder / "figures").glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000
+
+
+LAW_ALONE = ["answer", "curves", "law", "surfaces", "tables", "terms"]
+
+
+@pytest.fixture(scope="module")
+def law() -> dict[str, Any]:
+    records = sweep([30_000, 50_000, 80_000], lambda s: ladder(s, 1.5, 7), lambda s: 2.2 * s)
+    return fit_law(records, resamples=200)
+
+
+@pytest.fixture(scope="module")
+def law_page(law: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page whose name and title need care in links and in HTML."""
+    path = tmp_path_factory.mktemp("law") / "new" / "my #1 law.html"
+    assert write_law_report(law, path, title="cells of <mine> & yours") == path
+    return path
+
+
+def test_a_law_alone_gives_a_page_of_what_it_can_show(law: dict[str, Any], law_page: Path) -> None:
+    text = law_page.read_text()
+    assert re.findall(r'<section id="([^"]+)"', text) == LAW_ALONE
+    assert re.findall(r'<a href="#([^"]+)"', text.partition("<nav")[2])[:5] == LAW_ALONE[1:]
+    assert "cells of &lt;mine&gt; &amp; yours" in text
+    for senseless in ("not finished", "0 teachers", "No samples", "The recipe", "No run has been"):
+        assert senseless not in text
+    assert law["verdict"][0] in html.unescape(text)
+    folder = law_page.parent / "my #1 law-figures"
+    results = Results(law_page.parent, sweep={}, records=(), law=law, samples={})
+    figures = [figure for section in report_sections(results) for figure in section.figures]
+    assert not [figure for figure in figures if isinstance(figure, Absent)]
+    expected = {f"{figure.name}.{kind}" for figure in figures for kind in ("png", "svg")}
+    assert {path.name for path in folder.iterdir()} == expected
+    for target in re.findall(r'href="([^"#]+\.(?:png|svg))"', text):
+        assert (law_page.parent / unquote(target)).is_file()
+    assert len(expected) == 2 * 7
+
+
+def test_the_page_of_a_law_is_drawn_quietly(browser: Any, law_page: Path) -> None:
+    for width in (WIDE, PHONE):
+        opened = _open(browser, law_page, width=width)
+        assert all(chart["marks"] > 0 for chart in opened.page.evaluate(DRAWN))
+        assert opened.page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+        assert opened.complaints == []
+
+
+@pytest.mark.parametrize("law", [{}, {"curves": [], "laws": [], "verdict": ["Nothing."]}])
+def test_a_law_without_curves_gives_a_page(law: dict[str, Any], tmp_path: Path) -> None:
+    text = write_law_report(law, tmp_path / "empty.html", title="nothing").read_text()
+    assert "The law holds no curve." in text
+
+
+def test_odd_names_of_kinds_make_plain_file_names(law: dict[str, Any], tmp_path: Path) -> None:
+    named = {
+        key: [item | {"architecture": "my/own model", "init": "cut & tuned"} for item in law[key]]
+        for key in ("curves", "laws")
+    }
+    write_law_report(law | named, tmp_path / "page.html", title="odd")
+    names = {path.name for path in (tmp_path / "page-figures").iterdir()}
+    assert "law-my-own-model-cut-tuned-400000.png" in names
+    assert "ratios-my-own-model.svg" in names
 
 
 def test_a_folder_that_is_no_sweep_is_refused(tmp_path: Path) -> None:

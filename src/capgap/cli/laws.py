@@ -24,6 +24,9 @@ def recommend(
     ] = None,
     law: Annotated[Path | None, typer.Option(help="The law.json of a sweep of your own.")] = None,
     gpus: Annotated[str | None, typer.Option(help="For the time: 16xA100.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the advice into this file, .png or .svg.")
+    ] = None,
     measure: Annotated[
         str | None,
         typer.Option(metavar="CORPUS", help="Let the teachers read this text of yours."),
@@ -44,6 +47,10 @@ def recommend(
 
     if measure is None and (measure_bytes, dtype, device) != ("256k", "stored", "auto"):
         raise UserError("--measure-bytes, --dtype and --device are of use with --measure alone")
+    if figure is not None:
+        from capgap.report.static import check_picture
+
+        check_picture(figure)
     size, read = parse_count(student), parse_count(tokens)
     rule = None if law is None else own_rule(law, size)
     machines = None if gpus is None else parse_gpus(gpus)
@@ -60,6 +67,10 @@ def recommend(
             say=make_lines(Console(stderr=True), quiet=quiet),
         )
     found = advise(size, read, candidates, own=rule, gpus=machines, measurement=measurement)
+    if figure is not None:
+        from capgap.report.advice_charts import draw_advice
+
+        draw_advice(found, figure)
     if json_:
         print_json(found)
     else:

@@ -38,6 +38,11 @@ PUBLISHED_LINES = (
     ),
 )
 
+# T/S of the cells beside the best one, cut at 50% and 70%: what the line's grid can resolve
+PUBLISHED_RESOLUTION = (2.0, 1 / 0.3)
+# its teachers, in parameters
+PUBLISHED_TEACHERS = (70e6, 2.8e9)
+
 # Busbridge et al., arXiv 2502.08606: models of 143M to 12.6B parameters, about 1% error
 PUBLISHED_SURFACE = DistillationSurface(
     supervised=SupervisedSurface(E=1.220, A=3355, B=18186, alpha=0.408, beta=0.431, gamma=0.452),

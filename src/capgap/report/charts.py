@@ -1,8 +1,7 @@
-"""The figures of the law: curves, optimum, law, gain and teachers. Pure functions."""
+"""Figures of the cells: curves with their optimum, gain and teachers. Pure functions."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -17,7 +16,6 @@ from capgap.report.data import (
     curves_of,
     done,
     heldout_loss,
-    kind_of,
     slug,
     student_sizes,
 )
@@ -29,7 +27,6 @@ from capgap.report.figures import (
     HeatMap,
     Pair,
     Series,
-    count_ticks,
     size_ticks,
     span,
 )
@@ -39,8 +36,6 @@ Curve = Mapping[str, Any]
 
 LOSS_UNIT = "nats per token"
 SIZE_UNIT = "non-embedding parameters"
-STEPS_OF_A_LINE = 60
-EDGES = {"smallest": "triangle-down-open", "largest": "triangle-open"}
 
 
 def student_look(results: Results, student_size: int) -> Any:
@@ -72,7 +67,7 @@ def curve_chart(results: Results, kind: Kind, *, relative: bool = False) -> Figu
         base = min(point["loss"] for point in curve["points"]) if relative else 0.0
         bars = "comparison_stderr" if relative else "loss_stderr"
         series += _one_curve(results, curve, base=base, bars=bars)
-        notes += _status_notes(curve)
+        notes += status_notes(curve)
     if relative:
         caption = (
             "What a student loses with another teacher than its best: look how fast the line "
@@ -145,8 +140,8 @@ def _one_curve(results: Results, curve: Curve, *, base: float, bars: str) -> lis
                 colour=style.colour,
                 marker="star",
                 size=15,
-                x_interval=(_pair(optimum.get("interval"), span(x)),),
-                hover=(_optimum_text(curve),),
+                x_interval=(closed(optimum.get("interval"), span(x)),),
+                hover=(optimum_text(curve),),
                 group="optimum",
                 shared=True,
             )
@@ -175,14 +170,14 @@ def _point_text(curve: Curve, point: Mapping[str, Any]) -> str:
     return "<br>".join(lines)
 
 
-def _optimum_text(curve: Curve) -> str:
+def optimum_text(curve: Curve) -> str:
     optimum = curve["optimum"]
     size = words.size_with_interval(optimum["teacher_parameters"], optimum.get("interval"))
     ratio = words.with_interval(optimum.get("ratio"), optimum.get("ratio_interval"))
     return f"best teacher {size}<br>T/S {ratio}"
 
 
-def _status_notes(curve: Curve) -> list[str]:
+def status_notes(curve: Curve) -> list[str]:
     """What the reader must know about a curve without an optimum inside the grid."""
     sentences = {
         "smallest": "the smallest teacher cannot be told from the best; it may lie below the grid.",
@@ -206,131 +201,12 @@ def legend_once(series: Iterable[Series]) -> list[Series]:
     return kept
 
 
-def _pair(interval: words.Interval | None, limits: Pair) -> Pair | None:
+def closed(interval: words.Interval | None, limits: Pair) -> Pair | None:
     """An interval to draw: an open end reaches to the limit of the axis."""
     if not interval:
         return None
     low, high = interval
     return (limits[0] if low is None else low, limits[1] if high is None else high)
-
-
-def law_chart(results: Results, kind: Kind) -> Figure:
-    """The best teacher over the student's size, with the fitted and the published line."""
-    name, title = f"law-{slug(kind)}", f"Best teacher over student size: {kind}"
-    curves = curves_of(results, kind)
-    placed = [c for c in curves if _placed(c)]
-    law = next((item for item in results.law.get("laws", ()) if kind_of(item) == kind), None)
-    if not placed:
-        reason = (law or {}).get("reason") or "no student has a best teacher that can be told"
-        return Absent(name, title, f"Nothing to draw: {reason.rstrip('.')}.")
-    students = [curve["student_parameters"] for curve in placed]
-    teachers = sorted({p["teacher_parameters"] for curve in curves for p in curve["points"]})
-    x_limits = span(students, margin=1.4)
-    y_limits = span([*teachers, *(_placed(curve) or 0 for curve in placed)], margin=1.3)
-    series = [_grid_line(size, x_limits, first=i == 0) for i, size in enumerate(teachers)]
-    notes = [note for curve in curves for note in _status_notes(curve)]
-    if law and law["status"] == "identified" and law.get("band"):
-        series += _law_line(law)
-    elif law and law.get("reason"):
-        notes.insert(0, f"No line is fitted: {law['reason'].rstrip('.')}.")
-    for position, published in enumerate(results.law.get("published", ())):
-        line, note = _published_line(published, x_limits, y_limits, position)
-        series.append(line)
-        notes.append(note)
-    series += [_best_teacher(results, curve, y_limits) for curve in placed]
-    return Chart(
-        name,
-        title,
-        "Each mark is the best teacher of one student with its interval. Compare the slope with "
-        "the published line; an interval that spans several teachers of the grid decides little.",
-        Axis("student size", SIZE_UNIT, True, x_limits, size_ticks(students, x_limits)),
-        Axis("best teacher", SIZE_UNIT, True, y_limits, count_ticks(y_limits)),
-        tuple(legend_once(series)),
-        tuple(notes),
-    )
-
-
-def _placed(curve: Curve) -> float | None:
-    """Where the best teacher of a curve is drawn; None where it cannot be told."""
-    optimum = curve.get("optimum") or {}
-    known = optimum.get("status") in ("interior", *EDGES)
-    value: float | None = optimum.get("teacher_parameters") if known else None
-    return value
-
-
-def _grid_line(size: float, x_limits: Pair, *, first: bool) -> Series:
-    return Series(
-        "teachers of the grid",
-        x_limits,
-        (size, size),
-        "line",
-        colour="rule",
-        width=1,
-        group="grid",
-        in_legend=first,
-    )
-
-
-def _law_line(law: Mapping[str, Any]) -> list[Series]:
-    band = law["band"]
-    # a wide interval reaches zero and below, which a logarithmic axis cannot show
-    low = tuple(max(value, 1.0) for value in band["low"])
-    middle = [(x, y) for x, y in zip(band["student"], band["mid"], strict=True) if y > 0]
-    slope = words.with_interval(law.get("slope"), law.get("slope_interval"))
-    x = tuple(band["student"])
-    return [
-        Series("interval", x, low, "band", colour="band", y_high=tuple(band["high"])),
-        Series(
-            f"fitted, slope {slope}",
-            tuple(x for x, _ in middle),
-            tuple(y for _, y in middle),
-            "line",
-            colour="text",
-        ),
-    ]
-
-
-def _published_line(
-    published: Mapping[str, Any], x_limits: Pair, y_limits: Pair, position: int
-) -> tuple[Series, str]:
-    slope, intercept = published["slope"], published.get("intercept") or 0.0
-    note = f"Published line: {published['name']}."
-    if slope * x_limits[1] + intercept < y_limits[0]:
-        # an intercept of millions of parameters means nothing for students far below that
-        note = (
-            f"{note} Its intercept of {words.size(intercept)} parameters is left out: with it, "
-            "no teacher of the size drawn here would be on the line."
-        )
-        intercept = 0.0
-    low, high = math.log(x_limits[0]), math.log(x_limits[1])
-    x = [math.exp(low + (high - low) * i / STEPS_OF_A_LINE) for i in range(STEPS_OF_A_LINE + 1)]
-    kept = [(value, slope * value + intercept) for value in x if slope * value + intercept > 0]
-    line = Series(
-        f"{published['name'].split(',')[0]}, slope {slope:.3g}",
-        tuple(a for a, _ in kept),
-        tuple(b for _, b in kept),
-        "line",
-        colour="muted",
-        dash="dash" if position % 2 == 0 else "dot",
-    )
-    return line, note
-
-
-def _best_teacher(results: Results, curve: Curve, y_limits: Pair) -> Series:
-    optimum = curve["optimum"]
-    style = student_look(results, curve["student_size"])
-    edge = optimum["status"] in EDGES
-    return Series(
-        "open interval: may lie beyond" if edge else student_name(curve["student_size"]),
-        (curve["student_parameters"],),
-        (_placed(curve) or 0.0,),
-        colour=style.colour,
-        marker=EDGES[optimum["status"]] if edge else style.marker,
-        size=12,
-        y_interval=(_pair(optimum.get("interval"), y_limits),),
-        hover=(f"{student_name(curve['student_size'])}<br>{_optimum_text(curve)}",),
-        shared=edge,
-    )
 
 
 def gain_map(results: Results, kind: Kind) -> Figure:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,17 +18,24 @@ from capgap.records import RunRecord, read_records
 
 @dataclass(frozen=True)
 class Results:
-    """The parsed files of one output folder; `law` and `samples` are empty where not written."""
+    """The parsed files of one output folder; what was not written is empty."""
 
     folder: Path
     sweep: Mapping[str, Any]
     records: tuple[RunRecord, ...]
     law: Mapping[str, Any]
     samples: Mapping[str, Any]
+    search: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def law_alone(self) -> bool:
+        """Whether there is a law without a sweep behind it."""
+        return not self.sweep and not self.records
 
 
 def load_results(folder: Path) -> Results:
-    """Read `sweep.json`, the records, `law.json` and `samples.json` of an output folder.
+    """Read `sweep.json`, the records, and where they are there `law.json`, `samples.json` and
+    `search.json` of an output folder.
 
     Raises UserError where the folder is not a sweep's output or one of its files is broken.
     """
@@ -40,6 +48,7 @@ def load_results(folder: Path) -> Results:
         records=tuple(read_records(folder)) if started else (),
         law=_read_object(folder / "law.json"),
         samples=_read_object(folder / "samples.json"),
+        search=_read_object(folder / "search.json"),
     )
 
 
@@ -60,6 +69,11 @@ def kind_of(item: Mapping[str, Any]) -> Kind:
     return Kind(item["architecture"], item["init"], item["tokens"])
 
 
+def law_of(results: Results, kind: Kind) -> Mapping[str, Any] | None:
+    """The law of one kind of curves, identified or not."""
+    return next((law for law in results.law.get("laws", ()) if kind_of(law) == kind), None)
+
+
 def belongs(record: RunRecord, kind: Kind) -> bool:
     return (record.architecture, record.init, record.tokens) == (
         kind.architecture,
@@ -70,7 +84,12 @@ def belongs(record: RunRecord, kind: Kind) -> bool:
 
 def slug(kind: Kind) -> str:
     """The kind as a part of a file name."""
-    return f"{kind.architecture}-{kind.init}-{kind.tokens}"
+    return safe(f"{kind.architecture}-{kind.init}-{kind.tokens}")
+
+
+def safe(name: str) -> str:
+    """The name with a hyphen for all that a file name or a link could stumble over."""
+    return re.sub(r"[^\w.+-]+", "-", name)
 
 
 def done(records: Iterable[RunRecord], *kinds: str) -> list[RunRecord]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from capgap.report.words import power
+from capgap.report import words
 from capgap.sizes import format_count
 
 Pair = tuple[float, float]
@@ -33,16 +33,18 @@ class Axis:
 class Series:
     """One set of marks.
 
-    kind "points" draws markers, "line" a line, "band" the area between `y` and `y_high`.
-    `colour` names an entry of `style.Palette`. `x_interval` and `y_interval` hold (low, high) in
-    data values, or None for a point without an interval. Series of one `group` are shown and
-    hidden together. A `shared` legend entry explains marks of several students and comes last.
+    kind "points" draws markers, "line" a line, "band" the area between `y` and `y_high`, hatched
+    with `hatch`, and "text" nothing but the labels. `colour` names an entry of `style.Palette`.
+    `x_interval` and `y_interval` hold (low, high) in data values, or None for a point without an
+    interval. `labels` stand beside their points, at the side that `label_at` says ("top left",
+    "middle center" and so on). Series of one `group` are shown and hidden together. A `shared`
+    legend entry explains marks of several students and comes last.
     """
 
     name: str
     x: tuple[float, ...]
     y: tuple[float, ...]
-    kind: Literal["points", "line", "band"] = "points"
+    kind: Literal["points", "line", "band", "text"] = "points"
     colour: str = "series-0"
     marker: str = "circle"
     size: float = 8.0
@@ -52,13 +54,18 @@ class Series:
     y_interval: tuple[Pair | None, ...] = ()
     y_high: tuple[float, ...] = ()
     hover: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    label_at: tuple[str, ...] = ()
+    hatch: bool = False
     group: str = ""
     in_legend: bool = True
     shared: bool = False
 
     def __post_init__(self) -> None:
-        for values in (self.y, self.x_interval, self.y_interval, self.y_high, self.hover):
+        intervals = (self.x_interval, self.y_interval, self.y_high)
+        for values in (self.y, *intervals, self.hover, self.labels, self.label_at):
             assert len(values) in (0, len(self.x)), (self.name, len(values), len(self.x))
+        assert len(self.labels) == len(self.label_at), self.name
 
 
 @dataclass(frozen=True)
@@ -125,10 +132,26 @@ class Section:
 LEADS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
 
 
+# percents below and above zero, for ever wider axes
+PERCENTS = (
+    *(tuple(k * step for k in range(-5, 6)) for step in (1, 2, 5)),
+    (-40, -30, -20, -10, 0, 10, 20, 30, 50),
+    (-60, -40, -20, 0, 25, 50, 100),
+    (-80, -60, -40, 0, 50, 100, 200, 400),
+    (-99, -90, -50, 0, 100, 900, 9900),
+)
+
+
 def span(values: Iterable[float], *, margin: float = 1.25) -> Pair:
     """Limits of a logarithmic axis around positive values, with a factor `margin` of room."""
     held = list(values)
     return min(held) / margin, max(held) * margin
+
+
+def steps(limits: Pair, number: int) -> list[float]:
+    """`number` + 1 positive values in equal ratios from one limit to the other."""
+    low, high = math.log(limits[0]), math.log(limits[1])
+    return [math.exp(low + (high - low) * i / number) for i in range(number + 1)]
 
 
 def count_ticks(limits: Pair, *, most: int = 6) -> tuple[tuple[float, str], ...]:
@@ -138,7 +161,22 @@ def count_ticks(limits: Pair, *, most: int = 6) -> tuple[tuple[float, str], ...]
 
 def power_ticks(limits: Pair, *, most: int = 6) -> tuple[tuple[float, str], ...]:
     """Readable ticks of a logarithmic axis of FLOPs between positive `limits`."""
-    return tuple((value, power(value)) for value in _log_steps(limits, most))
+    return tuple((value, words.power(value)) for value in _log_steps(limits, most))
+
+
+def factor_ticks(limits: Pair, *, most: int = 7) -> tuple[tuple[float, str], ...]:
+    """Readable ticks of a logarithmic axis of plain numbers between positive `limits`."""
+    return tuple((value, f"{value:.10g}") for value in _log_steps(limits, most))
+
+
+def percent_ticks(limits: Pair) -> tuple[tuple[float, str], ...]:
+    """Ticks of an axis of natural logarithms about 0, written as the percents they stand for."""
+    for ladder in PERCENTS:
+        if math.log1p(ladder[-1] / 100) >= 0.55 * limits[1]:
+            break
+    places = {percent: math.log1p(percent / 100) for percent in ladder}
+    inside = {p: place for p, place in places.items() if limits[0] < place < limits[1]}
+    return tuple((place, words.percent(p)) for p, place in inside.items())
 
 
 def size_ticks(sizes: Sequence[float], limits: Pair) -> tuple[tuple[float, str], ...]:
@@ -157,8 +195,8 @@ def _log_steps(limits: Pair, most: int) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     finest: list[float] = []
     for leads in LEADS:
-        steps = [lead * 10.0**decade for decade in decades for lead in leads]
-        inside = [step for step in steps if low <= step <= high]
+        held = [lead * 10.0**decade for decade in decades for lead in leads]
+        inside = [step for step in held if low <= step <= high]
         if len(inside) > most:
             break
         finest = inside

@@ -26,6 +26,9 @@ def _chart(chart: Chart) -> Json:
     layout = _layout()
     layout["xaxis"] |= _axis(chart.x)
     layout["yaxis"] |= _axis(chart.y)
+    notes = [note for series in chart.series for note in _labels(series, chart)]
+    if notes:
+        layout["annotations"] = notes
     return {"data": traces, "layout": layout}
 
 
@@ -46,8 +49,13 @@ def _layout() -> Json:
         # below, as the row above the plot is where the tools appear
         "legend": {
             "orientation": "h",
+            # plotly turns the order round where areas are filled, and parts groups by columns
+            "traceorder": "normal",
+            "font": {"size": 11},
+            "xref": "container",
             "x": 0,
             "xanchor": "left",
+            "maxheight": 0.9,
             "yref": "container",
             "y": 0,
             "yanchor": "bottom",
@@ -61,7 +69,7 @@ def _layout() -> Json:
 
 
 def _axis(axis: Axis) -> Json:
-    found: Json = {"title": {"text": axis.title, "standoff": 8}}
+    found: Json = {"title": {"text": axis.title, "standoff": 8, "font": {"size": 12}}}
     if axis.log:
         found["type"] = "log"
     if axis.limits:
@@ -90,7 +98,18 @@ def _traces(series: Series) -> list[Json]:
     if series.kind == "band":
         edge = common | {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
         lower = edge | {"y": list(series.y), "showlegend": False}
-        return [lower, edge | {"y": list(series.y_high), "fill": "tonexty", "fillcolor": colour}]
+        filled: Json = {"y": list(series.y_high), "fill": "tonexty", "fillcolor": colour}
+        if series.hatch:
+            filled["fillpattern"] = {
+                "shape": "/",
+                "size": 7,
+                "solidity": 0.12,
+                "fgcolor": "@muted",
+                "bgcolor": colour,
+            }
+        return [lower, edge | filled]
+    if series.kind == "text":
+        return []
     common["y"] = list(series.y)
     if series.hover:
         common |= {"text": list(series.hover), "hovertemplate": "%{text}<extra></extra>"}
@@ -108,6 +127,32 @@ def _traces(series: Series) -> list[Json]:
         if any(interval is not None for interval in intervals):
             trace[name] = _bars(middle, intervals, colour)
     return [trace]
+
+
+def _labels(series: Series, chart: Chart) -> list[Json]:
+    """Labels as annotations: text of a trace would stand in its legend entry too."""
+    beside = series.kind == "points"
+    away = (series.size + 1) / 2 + 2 if beside else 0.0
+    notes = []
+    for x, y, label, place in zip(series.x, series.y, series.labels, series.label_at, strict=False):
+        vertical, horizontal = place.split()
+        notes.append(
+            {
+                # plotly wants logarithms for annotations on logarithmic axes
+                "x": math.log10(x) if chart.x.log else x,
+                "y": math.log10(y) if chart.y.log else y,
+                "text": label,
+                "showarrow": False,
+                "xanchor": {"left": "right", "center": "center", "right": "left"}[horizontal],
+                "yanchor": {"bottom": "top", "middle": "middle", "top": "bottom"}[vertical],
+                "xshift": {"left": -away, "center": 0.0, "right": away}[horizontal],
+                "yshift": {"bottom": -away, "middle": 0.0, "top": away}[vertical],
+                "borderpad": 0 if beside else 1,
+                "font": {"size": 11, "color": "@text" if beside else f"@{series.colour}"},
+                **({} if beside else {"bgcolor": "@surface"}),
+            }
+        )
+    return notes
 
 
 def _bars(middle: Sequence[float], intervals: Sequence[Pair | None], colour: str) -> Json:
@@ -128,7 +173,7 @@ def _map(chart: HeatMap) -> Json:
     for name, axis, labels in (("xaxis", chart.x, chart.columns), ("yaxis", chart.y, chart.rows)):
         # positions, not categories: plotly would merge two sizes that are written alike
         layout[name] |= {
-            "title": {"text": axis.title, "standoff": 8},
+            "title": {"text": axis.title, "standoff": 8, "font": {"size": 12}},
             "tickvals": list(range(len(labels))),
             "ticktext": list(labels),
             "showgrid": False,

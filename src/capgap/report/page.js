@@ -30,14 +30,24 @@
     if (room / map.x.length < 54) layout.annotations.forEach((note) => (note.textangle = -90));
   };
 
+  // A long legend gets room of its own, not that of the plot.
+  const fitLegend = (element, data) => {
+    const names = data.filter((trace) => trace.showlegend !== false).map((trace) => trace.name ?? "");
+    const widest = 46 + 6.2 * Math.max(0, ...names.map((name) => name.length));
+    const columns = Math.max(1, Math.floor(element.clientWidth / widest));
+    element.style.setProperty("--legend", `${19 * Math.ceil(names.length / columns)}px`);
+  };
+
   const draw = (element) => {
     const styles = getComputedStyle(document.documentElement);
     const { data, layout } = coloured(charts[element.dataset.chart], styles);
+    fitLegend(element, data);
     layout.font.family = getComputedStyle(document.body).fontFamily;
     // a finger on a chart should scroll the page, not zoom the chart
     layout.dragmode = narrow.matches ? false : "zoom";
     if (narrow.matches) layout.font.size = 11;
     if (data[0].type === "heatmap") fitMap(element, data[0], layout);
+    else if (narrow.matches) (layout.annotations ?? []).forEach((note) => (note.font.size = 9));
     const bar = narrow.matches ? false : "hover";
     return Plotly.react(element, data, layout, { ...options, displayModeBar: bar });
   };

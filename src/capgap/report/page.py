@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -15,15 +16,15 @@ from plotly.offline import get_plotlyjs
 
 from capgap.records import write_text_atomically
 from capgap.report import tables, words
-from capgap.report.charts import curve_chart, gain_map, law_chart, teacher_chart
-from capgap.report.compute import compute_chart
-from capgap.report.data import Results, kinds_of, load_results
-from capgap.report.figures import Absent, Figure, Section
+from capgap.report.data import Results, load_results
+from capgap.report.figures import Absent, Section
 from capgap.report.interactive import to_plotly
+from capgap.report.sections import report_sections
 from capgap.report.static import write_static
 from capgap.report.style import DARK, LIGHT, Palette
-from capgap.report.training import agreement_chart, cross_entropy_chart, kl_chart
 
+LAW_TABLES = (tables.students_table,)
+TABLES = (*LAW_TABLES, tables.teachers_table, tables.grid_table)
 GLOSSARY = (
     ("teacher", "the larger, already trained model whose predictions the student learns from"),
     ("student", "the small model that is made"),
@@ -55,80 +56,43 @@ GLOSSARY = (
 def write_report(out_folder: Path) -> Path:
     """Write `report.html` and `figures/*.png|svg` of a sweep's output folder; return the page.
 
-    Reads sweep.json, records/, law.json and samples.json; a sweep that is not finished gives a
-    report of what is there. Raises UserError where the folder holds no sweep.
+    Reads sweep.json, records/, law.json, samples.json and search.json; a sweep that is not finished
+    gives a report of what is there. Raises UserError where the folder holds no sweep.
     """
-    results = load_results(out_folder)
+    return _write(load_results(out_folder), out_folder / "report.html", out_folder / "figures")
+
+
+def write_law_report(law: Mapping[str, Any], path: Path, *, title: str) -> Path:
+    """Write the report of a law without a sweep behind it, one page at `path`, and its pictures as
+    PNG and SVG into a folder beside it, `<stem>-figures`; return the page.
+
+    `law` is the content of a law.json. What only records could show is left out.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = Results(folder=path.parent, sweep={}, records=(), law=law, samples={})
+    return _write(results, path, path.parent / f"{path.stem}-figures", title=title)
+
+
+def _write(results: Results, page: Path, folder: Path, *, title: str = "") -> Path:
     sections = list(report_sections(results))
-    folder = out_folder / "figures"
     folder.mkdir(exist_ok=True)
     drawn = [f for section in sections for f in section.figures if not isinstance(f, Absent)]
     for stale in (*folder.glob("*.png"), *folder.glob("*.svg")):
         stale.unlink()
     for figure in drawn:
         write_static(figure, folder)
-    page = out_folder / "report.html"
-    write_text_atomically(page, render_page(results, sections))
+    text = render_page(results, sections, title=title, figures_folder=folder.name)
+    write_text_atomically(page, text)
     return page
 
 
-def report_sections(results: Results) -> Iterator[Section]:
-    """All figures in the order of the page; those without data as `Absent`."""
-    kinds = kinds_of(results)
-    architectures = sorted({record.architecture for record in results.records})
+def render_page(
+    results: Results, sections: list[Section], *, title: str = "", figures_folder: str = "figures"
+) -> str:
+    """The whole page as HTML text. Text of models and of the recipe is escaped.
 
-    def each_kind(*makers: Any) -> tuple[Figure, ...]:
-        return tuple(make(results, kind) for kind in kinds for make in makers)
-
-    yield Section(
-        "curves",
-        "Loss over teacher size",
-        "One line is one student, distilled from every teacher. The star marks the best teacher "
-        "with its interval.",
-        tuple(
-            curve_chart(results, kind, relative=relative)
-            for kind in kinds
-            for relative in (False, True)
-        ),
-    )
-    yield Section(
-        "law",
-        "The law",
-        "How the best teacher grows with the student, beside the published line.",
-        each_kind(law_chart),
-    )
-    yield Section(
-        "gain",
-        "Was distillation worth it?",
-        "Every cell against the same student trained as long without a teacher.",
-        each_kind(gain_map),
-    )
-    yield Section(
-        "compute",
-        "Loss against compute",
-        "Once with the teacher's training on the bill, once with the teacher already there.",
-        tuple(
-            compute_chart(results, architecture, teacher_training=counted)
-            for architecture in architectures
-            for counted in (True, False)
-        ),
-    )
-    yield Section(
-        "teachers",
-        "The teachers",
-        "A curve over teachers is only worth what its teachers are.",
-        tuple(teacher_chart(results, architecture) for architecture in architectures),
-    )
-    yield Section(
-        "training",
-        "During training",
-        "Each student with its best teacher; all other runs are in the records.",
-        each_kind(cross_entropy_chart, kl_chart, agreement_chart),
-    )
-
-
-def render_page(results: Results, sections: list[Section]) -> str:
-    """The whole page as HTML text. Text of models and of the recipe is escaped."""
+    `title` stands above the page, without one the sweep's name; `figures_folder` lies beside it.
+    """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -145,7 +109,10 @@ def render_page(results: Results, sections: list[Section]) -> str:
         for status in ("done", "failed")
     }
     return template.render(
-        name=str((results.sweep.get("recipe") or {}).get("name") or results.folder.name),
+        name=title or str((results.sweep.get("recipe") or {}).get("name") or results.folder.name),
+        law_alone=results.law_alone,
+        num_curves=len(results.law.get("curves", ())),
+        figures_folder=quote(figures_folder),
         sweep=results.sweep,
         started=words.moment(results.sweep.get("started")),
         counts=counts,
@@ -154,11 +121,7 @@ def render_page(results: Results, sections: list[Section]) -> str:
         validity=_warnings(results.law),
         answer=tables.answer_table(results),
         sections=sections,
-        tables=(
-            tables.students_table(results),
-            tables.teachers_table(results),
-            tables.grid_table(results),
-        ),
+        tables=[make(results) for make in (LAW_TABLES if results.law_alone else TABLES)],
         excluded=tables.excluded_table(results),
         provenance=(tables.machine_table(results), tables.stages_table(results)),
         recipe=json.dumps(results.sweep.get("recipe") or {}, indent=2, ensure_ascii=False),

@@ -13,11 +13,15 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
+from capgap.errors import UserError
 from capgap.report.figures import Axis, Chart, HeatMap, Series
 from capgap.report.style import DASHES, LIGHT, OPEN, matplotlib_marker
 
+ENDINGS = (".png", ".svg")
+METADATA = {"png": {"Software": "capgap"}, "svg": {"Date": None}}
 INCHES = (7.6, 5.0)
 DOTS_PER_INCH = 160
+LEGEND_FONT = 8.5
 SETTINGS = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -34,6 +38,28 @@ SETTINGS = {
 def write_static(figure: Chart | HeatMap, folder: Path) -> tuple[Path, Path]:
     """Draw a figure into `folder` as NAME.png and NAME.svg and return both paths."""
     png, svg = folder / f"{figure.name}.png", folder / f"{figure.name}.svg"
+    _draw(figure, (png, svg))
+    return png, svg
+
+
+def write_picture(figure: Chart | HeatMap, path: Path) -> Path:
+    """Draw a figure into one file; the ending, .png or .svg, says how (`check_picture`)."""
+    check_picture(path)
+    _draw(figure, (path,))
+    return path
+
+
+def check_picture(path: Path) -> None:
+    """UserError where a picture cannot be written to this path."""
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(f"a picture {path} cannot be drawn: give a name that ends in .png or .svg")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file for the picture")
+    if not path.parent.is_dir():
+        raise UserError(f"no folder {path.parent} for the picture {path.name}: make it first")
+
+
+def _draw(figure: Chart | HeatMap, paths: tuple[Path, ...]) -> None:
     with matplotlib.rc_context(SETTINGS):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
         canvas = Canvas(figsize=INCHES, layout=layout, facecolor=LIGHT["surface"])
@@ -44,9 +70,9 @@ def write_static(figure: Chart | HeatMap, folder: Path) -> tuple[Path, Path]:
         else:
             _draw_map(canvas, axes, figure)
         canvas.suptitle(figure.title, fontsize=11.5, fontweight="bold", x=0.02, ha="left")
-        canvas.savefig(png, dpi=DOTS_PER_INCH, metadata={"Software": "capgap"})
-        canvas.savefig(svg, metadata={"Date": None})
-    return png, svg
+        for path in paths:
+            kind = path.suffix.lower().removeprefix(".")
+            canvas.savefig(path, format=kind, dpi=DOTS_PER_INCH, metadata=METADATA[kind])
 
 
 def _draw_chart(canvas: Any, axes: Any, chart: Chart) -> None:
@@ -72,10 +98,27 @@ def _draw_chart(canvas: Any, axes: Any, chart: Chart) -> None:
             [handle for handle, _ in handles],
             names,
             loc="outside lower left",
-            ncols=3,
+            ncols=_legend_columns(names),
             frameon=False,
-            fontsize=8.5,
+            fontsize=LEGEND_FONT,
         )
+
+
+def _legend_columns(names: list[str]) -> int:
+    """As many of at most three columns as have room for their longest names."""
+    room = 72 * INCHES[0]
+    for columns in (3, 2):
+        # as matplotlib fills them: the first ones are a row longer where it does not come out even
+        rows, longer = divmod(len(names), columns)
+        widths, first = [], 0
+        for column in range(columns):
+            last = first + rows + (column < longer)
+            widths.append(max(map(len, names[first:last]), default=0))
+            first = last
+        # half an em a letter; handle and gaps take four
+        if sum(LEGEND_FONT * (0.55 * letters + 4) for letters in widths) <= room:
+            return columns
+    return 1
 
 
 def _dress_axis(axes: Any, axis: Axis, limited: Any, drawn: Any, letter: str) -> None:
@@ -92,8 +135,9 @@ def _dress_axis(axes: Any, axis: Axis, limited: Any, drawn: Any, letter: str) ->
 def _draw_series(axes: Any, series: Series, order: int) -> Any:
     colour = _rgba(LIGHT[series.colour])
     if series.kind == "band":
+        lines = {"hatch": "////", "edgecolor": _rgba(LIGHT["rule"])} if series.hatch else {}
         return axes.fill_between(
-            series.x, series.y, series.y_high, color=colour, linewidth=0, zorder=1
+            series.x, series.y, series.y_high, facecolor=colour, linewidth=0, zorder=1, **lines
         )
     if series.kind == "line":
         (line,) = axes.plot(
@@ -102,9 +146,15 @@ def _draw_series(axes: Any, series: Series, order: int) -> Any:
             color=colour,
             linewidth=0.75 * series.width,
             linestyle=DASHES[series.dash],
+            # a line as wide as a bar ends where its interval does
+            solid_capstyle="butt",
             zorder=order,
         )
         return line
+    for x, y, label, place in zip(series.x, series.y, series.labels, series.label_at, strict=False):
+        _write_label(axes, series, (x, y), label, place)
+    if series.kind == "text":
+        return None
     for direction, intervals in (("x", series.x_interval), ("y", series.y_interval)):
         for x, y, interval in zip(series.x, series.y, intervals, strict=False):
             if interval is None:
@@ -126,6 +176,32 @@ def _draw_series(axes: Any, series: Series, order: int) -> Any:
         linewidths=1.2 if hollow else 0.6,
         zorder=order + 0.5,
     )
+
+
+def _write_label(
+    axes: Any, series: Series, point: tuple[float, float], label: str, place: str
+) -> None:
+    vertical, horizontal = place.split()
+    away = 0.375 * series.size + 2.5 if series.kind == "points" else 0.0
+    offset = (
+        {"left": -away, "center": 0.0, "right": away}[horizontal],
+        {"bottom": -away, "middle": 0.0, "top": away}[vertical],
+    )
+    note = axes.annotate(
+        label,
+        point,
+        offset,
+        textcoords="offset points",
+        fontsize=8,
+        ha={"left": "right", "center": "center", "right": "left"}[horizontal],
+        va={"bottom": "top", "middle": "center", "top": "bottom"}[vertical],
+        color=LIGHT["text"] if series.kind == "points" else _rgba(LIGHT[series.colour]),
+        zorder=100,
+        annotation_clip=True,
+    )
+    if series.kind == "text":
+        note.set_bbox({"facecolor": LIGHT["surface"], "edgecolor": "none", "pad": 1})
+    note.set_in_layout(False)
 
 
 def _draw_map(canvas: Any, axes: Any, chart: HeatMap) -> None:

@@ -28,6 +28,8 @@ LIGHT: Palette = {
     "series-4": "#775a00",
     "series-5": "#4a5a70",
     "band": "rgba(31, 95, 168, 0.14)",
+    "published": "rgba(168, 107, 0, 0.14)",
+    "resolution": "#b4c3d6",
     "low": "#dd8a57",
     "middle": "#f4f2ee",
     "high": "#6fa6dd",
@@ -50,6 +52,8 @@ DARK: Palette = {
     "series-4": "#e0c160",
     "series-5": "#adb9c8",
     "band": "rgba(134, 184, 242, 0.18)",
+    "published": "rgba(224, 193, 96, 0.18)",
+    "resolution": "#46586f",
     "low": "#dd8a57",
     "middle": "#d9d7d2",
     "high": "#6fa6dd",
@@ -91,6 +95,8 @@ MARKERS: Mapping[str, tuple[str, str]] = {
     "pentagon": ("pentagon", "p"),
     "star": ("star", "*"),
     "triangle-down": ("triangle-down", "v"),
+    "plus": ("cross", "P"),
+    "hexagon": ("hexagon", "h"),
 }
 DASHES: Mapping[str, object] = {
     "solid": "-",

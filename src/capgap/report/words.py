@@ -84,6 +84,11 @@ def share(value: float | None) -> str:
     return NOTHING if value is None else f"{100 * value:.1f}%"
 
 
+def percent(value: float) -> str:
+    """A change in percent with its sign: "+20%", "0%"."""
+    return f"{value:+g}%".replace("-", MINUS) if value else "0%"
+
+
 def moment(iso: str | None) -> str:
     """An ISO time to the minute: "2026-01-02 03:04 UTC"."""
     if not iso:
