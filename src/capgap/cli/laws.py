@@ -10,6 +10,54 @@ from capgap.errors import UserError
 
 
 @app.command()
+def fit(
+    source: Annotated[
+        Path, typer.Argument(help="A CSV of cells, or the output folder of a sweep.")
+    ],
+    out: Annotated[Path, typer.Option(help="The law as JSON.")] = Path("law.json"),
+    report: Annotated[
+        Path | None, typer.Option(help="A page with the pictures, such as law.html.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of all intervals.")] = 0.9,
+    independent_errors: Annotated[
+        bool,
+        typer.Option(
+            "--independent-errors", help="The table's loss_stderr is each cell's own noise."
+        ),
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Fit the law of capacity gap to a table of cells, or to the records of a sweep."""
+    from capgap.law.csv_input import read_table
+    from capgap.law.fit import fit_law, fit_table
+    from capgap.records import read_records, write_json_atomically
+
+    if source.is_dir():
+        if independent_errors:
+            raise UserError("--independent-errors is for tables; records hold every document")
+        found = fit_law(read_records(source), confidence=confidence)
+    else:
+        table = read_table(source, independent_errors=independent_errors)
+        found = fit_table(table, confidence=confidence)
+    write_json_atomically(out, found)
+    page = None
+    if report is not None:
+        from capgap.report.page import write_law_report
+
+        page = str(write_law_report(found, report, title=source.stem))
+    if json_:
+        print_json({"law": str(out), "report": page, "verdict": found["verdict"]})
+        return
+    for sentence in found["verdict"]:
+        print(sentence)
+    for warning in found["validity"]:
+        print(f"warning, {warning['where']}: {warning['message']}")
+    for row in found["excluded"]:
+        print(f"not used: {row['id']}, {row['reason']}")
+    print(f"law: {out}" + (f", report: {page}" if page else ""))
+
+
+@app.command()
 def recommend(
     student: Annotated[str, typer.Option(help="Its non-embedding parameters, such as 3B.")],
     tokens: Annotated[str, typer.Option(help="What it will be distilled on, such as 126B.")],

@@ -1,6 +1,6 @@
 """Records -> law.json: every curve with its optimum, the laws, the warnings, the verdict."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -8,12 +8,13 @@ import numpy as np
 
 from capgap.errors import UserError
 from capgap.law.cells import CurveData, Floats, curves_from_records, excluded_records
+from capgap.law.csv_input import TableCells
 from capgap.law.curve import Curve, Optimum, fit_curve
 from capgap.law.forms import FormFit, compare_forms
 from capgap.law.linear import Estimate, LinearLaw, fit_linear
 from capgap.law.noise import document_counts, draw_points, mean_losses, resampled_losses
 from capgap.law.published import PUBLISHED_LINES
-from capgap.law.validity import Warned, curve_warnings, record_warnings
+from capgap.law.validity import Warned, curve_warnings, record_warnings, table_warnings
 from capgap.law.verdict import Gain, verdict
 from capgap.records import RunRecord
 
@@ -36,20 +37,66 @@ def fit_law(
     end. Raises UserError for an impossible confidence or number of resamples, for two records of
     one place of the grid, and for records evaluated on different documents.
     """
+    counts = _document_counts(
+        [len(r.heldout.document_tokens) for r in records if r.heldout], confidence, resamples, seed
+    )
+    return _fit(
+        curves_from_records(records),
+        counts,
+        excluded_records(records),
+        record_warnings(records, counts),
+        confidence=confidence,
+        seed=seed,
+    )
+
+
+def fit_table(
+    table: TableCells,
+    *,
+    confidence: float = 0.9,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The same for the cells of a table (`csv_input.read_table`)."""
+    counts = _document_counts([1], confidence, resamples, seed)
+    return _fit(
+        table.curves,
+        counts,
+        table.excluded,
+        table_warnings(table),
+        confidence=confidence,
+        seed=seed,
+    )
+
+
+def _document_counts(
+    numbers: Iterable[int], confidence: float, resamples: int, seed: int
+) -> dict[int, Floats]:
+    """Resamples of the held-out documents, for every number of documents."""
     if not 0.5 <= confidence < 1:
         raise UserError(f"confidence {confidence!r} is out of range: give 0.5 to below 1, as 0.9")
     if resamples < 100:
         raise UserError(f"resamples {resamples!r} is too few for an interval: give 100 or more")
     rng = np.random.default_rng(seed)
-    counts = {
-        number: document_counts(number, resamples, rng)
-        for number in sorted({len(r.heldout.document_tokens) for r in records if r.heldout})
-    }
+    return {number: document_counts(number, resamples, rng) for number in sorted(set(numbers))}
+
+
+def _fit(
+    data: Sequence[CurveData],
+    counts: dict[int, Floats],
+    excluded: list[dict[str, str]],
+    about_records: list[Warned],
+    *,
+    confidence: float,
+    seed: int,
+) -> dict[str, Any]:
+    resamples = next((len(own) for own in counts.values()), 0)
+    rng = np.random.default_rng([seed, 1])
     grid_shift = rng.uniform(-1, 1, resamples)
     curves: list[Curve] = []
     laws: list[LinearLaw] = []
     forms: list[list[FormFit]] = []
-    for _, members in groupby(curves_from_records(records), key=lambda data: data.kind):
+    for _, members in groupby(data, key=lambda one: one.kind):
         of_kind = list(members)
         of_documents = counts[len(of_kind[0].document_tokens)]
         fitted = [
@@ -65,7 +112,6 @@ def fit_law(
         for curve in curves
     ]
     about_curves = [curve_warnings(curve) for curve in curves]
-    about_records = record_warnings(records, counts)
     described = [
         _describe_curve(curve, own_gains, own_warnings, counts, confidence)
         for curve, own_gains, own_warnings in zip(curves, gains, about_curves, strict=True)
@@ -81,7 +127,7 @@ def fit_law(
             for law, own in zip(laws, forms, strict=True)
         ],
         "published": [line.as_dict() for line in PUBLISHED_LINES],
-        "excluded": excluded_records(records),
+        "excluded": excluded,
         "validity": [warned.as_dict() for warned in warnings],
         "verdict": verdict(curves, gains, laws, forms, about_records, confidence=confidence),
     }

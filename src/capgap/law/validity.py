@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from capgap.law.cells import Floats, document_rows
+from capgap.law.csv_input import TableCells
 from capgap.law.curve import Curve
 from capgap.law.noise import MIN_TEACHERS, mean_losses, resampled_losses
 from capgap.records import RunRecord
@@ -50,6 +51,20 @@ def record_warnings(records: Sequence[RunRecord], counts: Mapping[int, Floats]) 
     return warnings
 
 
+def table_warnings(table: TableCells) -> list[Warned]:
+    """What a table does not have, and what is not known for that."""
+    lost = {
+        "seed": "every row counts as a run of one seed",
+        "loss_stderr": "the losses' own standard errors are not known",
+        "teacher_loss": "whether the teachers improve as they grow is not known",
+        "baseline_loss": "what distilling gains is not known",
+    }
+    return [
+        Warned("missing_column", "whole table", f"the table has no column {name}: {lost[name]}")
+        for name in table.missing_columns
+    ]
+
+
 def curve_warnings(curve: Curve) -> list[Warned]:
     """Warnings about one curve, beside its optimum."""
     data, optimum = curve.points.data, curve.optimum
@@ -69,7 +84,8 @@ def curve_warnings(curve: Curve) -> list[Warned]:
                 f"{data.num_teachers} teachers are too few to fit a curve: at least {MIN_TEACHERS}",
             )
         )
-    if data.cell_documents.shape[1] < FEW_DOCUMENTS:
+    # of a table the documents are not known
+    if 1 < data.cell_documents.shape[1] < FEW_DOCUMENTS:
         found.append(
             (
                 "few_documents",

@@ -1,0 +1,158 @@
+"""Tables of cells: what is read, and what is refused."""
+
+import json
+import math
+
+import pytest
+
+from capgap.errors import UserError
+from capgap.law.csv_input import read_table
+from capgap.law.fit import fit_law, fit_table
+from capgap.law.table import write_grid
+from law_surface import ladder, sweep
+
+HEADER = "architecture,init,tokens,student_parameters,teacher_parameters,seed,loss"
+
+
+def write(path, rows, header=HEADER):
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def rows_of(students=(40e6, 70e6, 120e6), ratios=(1.3, 1.8, 2.5, 3.4, 4.6), best=2.5):
+    return [
+        f"gpt2,pruned,10B,{student:.0f},{student * ratio:.0f},0,"
+        f"{3 + 0.05 * math.log(ratio / best) ** 2:.9f}"
+        for student in students
+        for ratio in ratios
+    ]
+
+
+def test_a_table_gives_the_law_of_its_truth(tmp_path):
+    teachers = ladder(60e6, 1.4, 9)
+    rows = [
+        f"gpt2,pruned,10B,{s / 1e6:g}M,{t},{seed},{3 + 0.05 * math.log(t / 2.2 / s) ** 2:.9f}"
+        for s in (40e6, 70e6, 120e6)
+        for t in teachers
+        for seed in (0, 1)
+    ]
+    [law] = fit_table(read_table(write(tmp_path / "t.csv", rows)))["laws"]
+    assert law["status"] == "identified"
+    assert law["slope"] == pytest.approx(2.2, rel=1e-4)
+
+
+def test_a_grid_of_tens_keeps_its_resolution(tmp_path):
+    """Best at 60% sparsity for every student: neighbours are 2.0 and 3.33, whatever the fit."""
+    ratios = [1 / (1 - tenth / 10) for tenth in range(2, 9)]
+    for best in (2.5, 2.4, 2.7):
+        table = read_table(write(tmp_path / "t.csv", rows_of(ratios=ratios, best=best)))
+        [law] = fit_table(table)["laws"]
+        low, high = law["slope_interval"]
+        assert high / low > 1.15
+
+
+def test_three_teachers_give_an_interval_between_neighbours(tmp_path):
+    table = read_table(write(tmp_path / "t.csv", rows_of(ratios=(2.0, 2.5, 1 / 0.3))))
+    fitted = fit_table(table)
+    assert [curve["optimum"]["status"] for curve in fitted["curves"]] == ["too_few_points"] * 3
+    [law] = fitted["laws"]
+    low, high = law["ratio_interval"]
+    assert 2.0 < low < 2.1
+    assert 3.1 < high < 1 / 0.3
+
+
+def test_a_sweeps_grid_is_such_a_table(tmp_path):
+    records = sweep([40_000, 63_000, 90_000], lambda s: ladder(70_000, 1.4, 7), lambda s: 2.5 * s)
+    write_grid(records, tmp_path / "grid.csv")
+    table = read_table(tmp_path / "grid.csv")
+    ours, theirs = fit_table(table)["laws"][0], fit_law(records)["laws"][0]
+    assert ours["slope"] == pytest.approx(theirs["slope"], rel=1e-3)
+    kinds = {row["reason"].split(":")[0] for row in table.excluded}
+    assert kinds == {"a teacher", "a baseline"}
+    assert not table.missing_columns
+
+
+def test_stated_errors_blur_the_optimum_only_where_they_are_independent(tmp_path):
+    header = f"{HEADER},loss_stderr"
+    rows = [f"{row},0.004" for row in rows_of()]
+    path = write(tmp_path / "t.csv", rows, header)
+
+    def error(independent):
+        table = read_table(path, independent_errors=independent)
+        return fit_table(table)["curves"][0]["points"][0]
+
+    assert error(False)["comparison_stderr"] < 1e-4
+    assert error(True)["comparison_stderr"] == pytest.approx(0.004, rel=0.2)
+    for independent in (False, True):
+        assert error(independent)["loss_stderr"] == pytest.approx(0.004, rel=0.1)
+
+
+def test_a_repeated_row_is_listed(tmp_path):
+    rows = rows_of()
+    table = read_table(write(tmp_path / "t.csv", [*rows, rows[0]]))
+    assert table.excluded == [
+        {"id": f"line {len(rows) + 2}", "reason": "the same cell as line 2, with the same loss"}
+    ]
+
+
+def test_missing_columns_are_warnings(tmp_path):
+    fitted = fit_table(read_table(write(tmp_path / "t.csv", rows_of())))
+    named = [w["message"] for w in fitted["validity"] if w["name"] == "missing_column"]
+    assert len(named) == 3
+    assert any("teacher_loss" in message for message in named)
+
+
+def changed(number, **values):
+    rows = [dict(zip(HEADER.split(","), row.split(","), strict=True)) for row in rows_of()]
+    rows[number] |= values
+    return [",".join(row.values()) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (changed(1, loss="-2"), "line 3: loss '-2' is no loss"),
+        (changed(1, loss="nan"), "line 3: loss 'nan' is no loss"),
+        (changed(1, loss="inf"), "line 3: loss 'inf' is no loss"),
+        (changed(1, loss=""), "line 3: loss is missing"),
+        (changed(2, seed="a"), "line 4: seed 'a' is no whole number"),
+        (changed(2, tokens="many"), "line 4: tokens: 'many' is no count"),
+        (changed(0, teacher_parameters="52"), "line 2: teacher_parameters 52 beside 552M"),
+        (changed(3, init=" "), "line 5: init is empty"),
+        ([*rows_of(), rows_of()[0] + "1"], ""),
+        ([*rows_of(), rows_of()[0].rsplit(",", 1)[0] + ",3.5"], "same cell with the losses"),
+        (rows_of(ratios=(2.5,)), "no student has more than one teacher"),
+        ([], "has no row"),
+    ],
+)
+def test_what_is_refused(tmp_path, rows, message):
+    path = write(tmp_path / "t.csv", rows)
+    if not message:
+        assert read_table(path).curves
+        return
+    with pytest.raises(UserError, match=message):
+        read_table(path)
+
+
+def test_columns_that_lack_and_mixed_tokenizers(tmp_path):
+    with pytest.raises(UserError, match="lacks tokens, loss; it has"):
+        read_table(
+            write(tmp_path / "t.csv", [], "architecture,init,student_parameters,teacher_parameters")
+        )
+    rows = [f"{row},{'a' if i else 'b'}" for i, row in enumerate(rows_of())]
+    with pytest.raises(UserError, match="mixes the tokenizers a, b"):
+        read_table(write(tmp_path / "t.csv", rows, f"{HEADER},tokenizer"))
+    with pytest.raises(UserError, match="no table"):
+        read_table(tmp_path / "absent.csv")
+
+
+def test_the_command(tmp_path, typed):
+    path = write(tmp_path / "t.csv", rows_of())
+    done = typed("fit", path, "--out", tmp_path / "law.json", "--report", tmp_path / "law.html")
+    assert done.code == 0
+    assert "T* = 2.5" in done.out
+    assert json.loads((tmp_path / "law.json").read_text())["laws"]
+    assert "<html" in (tmp_path / "law.html").read_text()
+    failed = typed("fit", tmp_path / "none.csv")
+    assert failed.code == 2
+    assert "no table" in failed.err
