@@ -10,11 +10,11 @@ S students, T teachers, R rungs; places are the S T R cells, rung fastest.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
-from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.linalg import cho_solve, cholesky
 from scipy.special import ndtr
 
 from capgap.law.cells import Floats, Integers
@@ -44,14 +44,14 @@ DRAWS = 512
 
 
 @dataclass(frozen=True)
-class _Belief:
-    """What is known under one setting of the scales: `weight` of the setting, and mean [places]
-    and covariance [places, places] of the losses without the noise of a run."""
+class Beliefs:
+    """What is known of the losses without the noise of a run, under each of K settings of the
+    scales: how likely the setting is, and mean and covariance of all places under it."""
 
-    weight: float
-    noise: float
-    mean: Floats
-    covariance: Floats
+    weights: Floats  # [K], their sum is 1
+    noises: Floats  # [K]
+    means: Floats  # [K, places]
+    covariances: Floats  # [K, places, places]
 
 
 def next_by_model(history: History, settings: Settings) -> Decision:
@@ -76,8 +76,8 @@ def next_by_model(history: History, settings: Settings) -> Decision:
     return Decision((), "", choices, "exhausted" if everything else "budget")
 
 
-def fit(history: History) -> list[_Belief]:
-    """The likeliest settings of the scales with their weights, given the losses so far."""
+def fit(history: History) -> Beliefs:
+    """The likeliest settings of the scales, given the losses so far."""
     grid = history.grid
     runs = list(history.losses)
     where = np.array([_place(grid, run) for run in runs], dtype=np.int64)
@@ -94,13 +94,13 @@ def fit(history: History) -> list[_Belief]:
     found = found[:KEPT_SCALES]
     weights = np.exp([one[0] - found[0][0] for one in found])
     weights /= weights.sum()
-    beliefs = []
-    for weight, (_, noise, prior, root, solved) in zip(weights, found, strict=True):
-        if weight > 0.01:
-            across = prior[:, where]
-            covariance = prior - across @ cho_solve((root, True), across.T)
-            beliefs.append(_Belief(float(weight), noise, level + across @ solved, covariance))
-    return beliefs
+    means, covariances = [], []
+    for _, _, prior, root, solved in found:
+        across = prior[:, where]
+        means.append(level + across @ solved)
+        covariances.append(prior - across @ cho_solve((root, True), across.T))
+    noises = np.array([one[1] for one in found])
+    return Beliefs(weights, noises, np.array(means), np.array(covariances))
 
 
 def _priors(grid: SearchGrid) -> Iterator[tuple[Floats, float]]:
@@ -171,7 +171,7 @@ def _start(grid: SearchGrid, settings: Settings) -> tuple[Run, ...]:
     return tuple(first)
 
 
-def _choices(history: History, beliefs: list[_Belief], settings: Settings) -> tuple[Choice, ...]:
+def _choices(history: History, beliefs: Beliefs, settings: Settings) -> tuple[Choice, ...]:
     """Each student's teacher with the lowest expected loss at full tokens, among those that were
     tried or could still be."""
     grid = history.grid
@@ -182,18 +182,17 @@ def _choices(history: History, beliefs: list[_Belief], settings: Settings) -> tu
         possible = np.array(
             [_is_possible(history, student, teacher) for teacher in range(len(grid.teachers))]
         )
-        mean = np.sum([one.weight * one.mean[where] for one in beliefs], axis=0)
-        teacher = int(np.where(possible, mean, np.inf).argmin())
-        loss, variance, regret, safe = float(mean[teacher]), 0.0, 0.0, 0.0
-        for one in beliefs:
-            own = one.covariance[np.ix_(where, where)]
-            drawn = one.mean[where] + draws @ _root(own).T
+        means = beliefs.means[:, where]
+        teacher = int(np.where(possible, beliefs.weights @ means, np.inf).argmin())
+        loss = float(beliefs.weights @ means[:, teacher])
+        variance, regret, safe = 0.0, 0.0, 0.0
+        for weight, mean, whole in zip(beliefs.weights, means, beliefs.covariances, strict=True):
+            own = whole[np.ix_(where, where)]
+            drawn = mean + draws @ _root(own).T
             lost = drawn[:, teacher] - drawn[:, possible].min(axis=1)
-            variance += one.weight * (
-                own[teacher, teacher] + (one.mean[where][teacher] - loss) ** 2
-            )
-            regret += one.weight * float(lost.mean())
-            safe += one.weight * float((lost <= settings.tolerance * loss).mean())
+            variance += weight * (own[teacher, teacher] + (mean[teacher] - loss) ** 2)
+            regret += weight * float(lost.mean())
+            safe += weight * float((lost <= settings.tolerance * loss).mean())
         choices.append(
             Choice(
                 student, teacher, loss, float(np.sqrt(variance)), regret, safe,
@@ -229,7 +228,7 @@ def _affordable(history: History, runs: Sequence[Run]) -> tuple[Run, ...]:
 
 
 def _most_telling(
-    history: History, beliefs: list[_Belief], choices: Sequence[Choice], unsafe: Sequence[int]
+    history: History, beliefs: Beliefs, choices: Sequence[Choice], unsafe: Sequence[int]
 ) -> tuple[Run, ...]:
     """A round: up to two batches, each a teacher on one rung for open students, the one with the
     largest expected improvement of the choices per FLOP first."""
@@ -238,7 +237,7 @@ def _most_telling(
     # they will be made anyway, and another teacher's full run says little without them
     coming = _confirmation(history, choices)
     if coming:
-        beliefs = [_after(grid, one, coming) for one in beliefs]
+        beliefs = _after(grid, beliefs, coming)
     for _ in range(COLUMNS_A_ROUND):
         best, value = None, 0.0
         for runs in _candidates(history, unsafe, set(chosen)):
@@ -253,7 +252,7 @@ def _most_telling(
         if best is None:
             break
         chosen += best
-        beliefs = [_after(grid, one, best) for one in beliefs]
+        beliefs = _after(grid, beliefs, best)
     return tuple(chosen)
 
 
@@ -277,41 +276,39 @@ def _candidates(history: History, unsafe: Sequence[int], taken: set[Run]) -> Ite
 
 
 def _improvement(
-    grid: SearchGrid, beliefs: list[_Belief], choices: Sequence[Choice], runs: Sequence[Run]
+    grid: SearchGrid, beliefs: Beliefs, choices: Sequence[Choice], runs: Sequence[Run]
 ) -> float:
     """Expected improvement of the choices, relative to their losses, by the runs' results: the
     knowledge gradient, summed over pairs of the chosen and another teacher."""
     at = np.array([_place(grid, run) for run in runs])
-    full = slice(grid.last, None, len(grid.tokens))
-    shape = (len(grid.students), len(grid.teachers))
     students, teachers = np.arange(len(choices)), [choice.teacher for choice in choices]
     losses = np.array([choice.loss for choice in choices])
-    total = 0.0
-    for belief in beliefs:
-        root = cholesky(_noisy(belief, at), lower=True)
-        across = solve_triangular(root, belief.covariance[at, full], lower=True)
-        across = across.reshape(len(runs), *shape)
-        apart = across - across[:, students, teachers][:, :, None]
-        moved = np.maximum(np.sqrt((apart**2).sum(axis=0)), 1e-12)
-        mean = belief.mean[full].reshape(shape)
-        behind = (mean - mean[students, teachers][:, None]) / moved
-        density = np.exp(-0.5 * behind**2) / np.sqrt(2 * np.pi)
-        gains = moved * (density - behind * ndtr(-behind)) / losses[:, None]
-        gains[students, teachers] = 0.0
-        total += belief.weight * float(gains.sum())
-    return total
+    last = len(grid.tokens) - 1
+    across = beliefs.covariances[:, at, last :: len(grid.tokens)]
+    across = np.linalg.solve(np.linalg.cholesky(_noisy(beliefs, at)), across)
+    across = across.reshape(*across.shape[:2], len(grid.students), len(grid.teachers))
+    apart = across - across[:, :, students, teachers][..., None]
+    moved = np.maximum(np.sqrt((apart**2).sum(axis=1)), 1e-12)  # [K, S, T]
+    means = beliefs.means[:, last :: len(grid.tokens)].reshape(moved.shape)
+    behind = (means - means[:, students, teachers][..., None]) / moved
+    density = np.exp(-0.5 * behind**2) / np.sqrt(2 * np.pi)
+    gains = moved * (density - behind * ndtr(-behind)) / losses[:, None]
+    gains[:, students, teachers] = 0.0
+    return float(beliefs.weights @ gains.sum(axis=(1, 2)))
 
 
-def _after(grid: SearchGrid, belief: _Belief, runs: Sequence[Run]) -> _Belief:
-    """The belief once the runs are made: what is uncertain follows without their losses."""
+def _after(grid: SearchGrid, beliefs: Beliefs, runs: Sequence[Run]) -> Beliefs:
+    """The beliefs once the runs are made: what is uncertain follows without their losses."""
     at = np.array([_place(grid, run) for run in runs])
-    across = belief.covariance[:, at]
-    less = across @ np.linalg.solve(_noisy(belief, at), across.T)
-    return _Belief(belief.weight, belief.noise, belief.mean, belief.covariance - less)
+    across = beliefs.covariances[:, at]
+    less = across.transpose(0, 2, 1) @ np.linalg.solve(_noisy(beliefs, at), across)
+    return replace(beliefs, covariances=beliefs.covariances - less)
 
 
-def _noisy(belief: _Belief, at: Integers) -> Floats:
-    return belief.covariance[np.ix_(at, at)] + belief.noise**2 * np.eye(len(at))
+def _noisy(beliefs: Beliefs, at: Integers) -> Floats:
+    """Covariance of what runs at these places show: [K, runs, runs]."""
+    noise = beliefs.noises[:, None, None] ** 2 * np.eye(len(at))
+    return beliefs.covariances[:, at[:, None], at] + noise
 
 
 def _root(covariance: Floats) -> Floats:

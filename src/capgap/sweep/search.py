@@ -330,8 +330,8 @@ def print_expected(found: dict[str, Any], console: Console) -> None:
         f"{found['name']}: the full grid has {found['cells']} cells and takes "
         f"{found['full_flops']:.3g} FLOPs without baselines\n"
         f"a budget of {found['budget']:.1%} allows {found['budget_flops']:.3g}, on rungs of "
-        f"{rungs} tokens\nthe strategy {found['strategy']} begins with {len(found['first'])} runs for "
-        f"{found['first_flops']:.3g} FLOPs:",
+        f"{rungs} tokens\nthe strategy {found['strategy']} begins with {len(found['first'])} "
+        f"runs for {found['first_flops']:.3g} FLOPs:",
         highlight=False,
     )
     for name in found["first"]:
