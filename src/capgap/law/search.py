@@ -6,7 +6,8 @@ teachers, R rungs (token budgets, the last is the one asked for), N seeds.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from capgap.law.cells import Floats, Integers
 STRATEGIES = ("model", "halving", "random")
 MIN_TEACHERS = 2
 RULE_RATIO = 2.5  # arXiv 2311.07052
+WIDER = (3, 2, 1)  # times the share of teachers that halving keeps at least
 
 
 @dataclass(frozen=True, order=True)
@@ -235,12 +237,11 @@ def measured_choices(history: History) -> tuple[Choice, ...]:
     return tuple(choices)
 
 
-def too_small(grid: SearchGrid, runs: Collection[Run], budget: float) -> UserError:
-    """The budget does not even pay for the first runs."""
-    needed = grid.flops(runs) / grid.full_flops
+def too_small(grid: SearchGrid, needed: float, budget: float) -> UserError:
+    """The budget does not even pay for what a strategy needs at least."""
     return UserError(
-        f"budget {budget:g} is too small for this grid: the first runs alone take {needed:.3f} of "
-        "the full grid's FLOPs; give more, or more rungs"
+        f"budget {budget:g} is too small for this grid: the search needs at least "
+        f"{needed / grid.full_flops:.4f} of the full grid's FLOPs; give more, or more rungs"
     )
 
 
@@ -265,7 +266,7 @@ def _next_at_random(history: History, settings: Settings) -> Decision:
             ([Run(s, t, last, 0) for s in range(len(grid.students))] for t, _ in columns),
             key=grid.flops,
         )
-        raise too_small(grid, cheapest, settings.budget)
+        raise too_small(grid, grid.flops(cheapest), settings.budget)
     return Decision((), "", choices, "budget" if left else "exhausted")
 
 
@@ -281,7 +282,7 @@ class _Halving:
 def _next_by_halving(history: History, settings: Settings) -> Decision:
     """Successive halving, student by student but in step: all teachers on the shortest rung, on
     every later rung a share of them, the best of the rung before. A rung that takes k times the
-    tokens keeps one teacher in k, so all rungs cost about the same."""
+    tokens keeps one teacher in k, or more where the budget allows it."""
     grid = history.grid
     plan = _halving_plan(grid, settings.budget)
     kept: dict[int, tuple[int, ...]] = dict.fromkeys(range(len(grid.students)), plan.teachers)
@@ -305,22 +306,24 @@ def _next_by_halving(history: History, settings: Settings) -> Decision:
 
 
 def _halving_plan(grid: SearchGrid, budget: float) -> _Halving:
-    """As many teachers as the budget pays for, spread over the grid; then as many seeds."""
+    """As many teachers as the budget pays for, spread over the grid or over its smaller ones; then
+    as many seeds; then as many teachers on the later rungs."""
     allowed = budget * grid.full_flops
     total = len(grid.teachers)
     for number in range(total, MIN_TEACHERS - 1, -1):
-        plan = _Halving(spread(total, number), 1, _kept(grid, number))
-        if _dearest(grid, plan) <= allowed:
-            for seeds in range(grid.seeds, 1, -1):
-                if _dearest(grid, replace(plan, seeds=seeds)) <= allowed:
-                    return replace(plan, seeds=seeds)
-            return plan
-    smallest = [Run(s, t, 0, 0) for s in range(len(grid.students)) for t in range(MIN_TEACHERS)]
-    raise too_small(grid, smallest, budget)
+        for reach in range(total, number - 1, -1):
+            first = spread(reach, number)
+            for seeds, wider in product(range(grid.seeds, 0, -1), WIDER):
+                plan = _Halving(first, seeds, _kept(grid, number, wider))
+                if _dearest(grid, plan) <= allowed:
+                    return plan
+    smallest = _Halving(spread(MIN_TEACHERS, MIN_TEACHERS), 1, _kept(grid, MIN_TEACHERS, 1))
+    raise too_small(grid, _dearest(grid, smallest), budget)
 
 
-def _kept(grid: SearchGrid, number: int) -> tuple[int, ...]:
-    return tuple(max(1, round(number * float(grid.tokens[0] / tokens))) for tokens in grid.tokens)
+def _kept(grid: SearchGrid, number: int, wider: int) -> tuple[int, ...]:
+    shares = [float(grid.tokens[0] / tokens) for tokens in grid.tokens]
+    return tuple(max(1, min(number, round(wider * number * share))) for share in shares)
 
 
 def _dearest(grid: SearchGrid, plan: _Halving) -> float:

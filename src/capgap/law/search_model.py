@@ -167,7 +167,7 @@ def _start(grid: SearchGrid, settings: Settings) -> tuple[Run, ...]:
                 return tuple(first)
     first = runs(range(MIN_TEACHERS))
     if grid.flops(first) > allowed:
-        raise too_small(grid, first, settings.budget)
+        raise too_small(grid, grid.flops(first), settings.budget)
     return tuple(first)
 
 
