@@ -14,10 +14,12 @@ import argparse
 import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
+from capgap.errors import UserError
 from capgap.law.cells import Floats
 from capgap.law.published import PUBLISHED_SURFACE
 from capgap.law.search import (
@@ -203,23 +205,22 @@ def replay(table: Path, replicates: int, ladder_tokens: float) -> Iterator[str]:
     # 6 FLOPs a parameter and token; a pass over the last rung takes 2
     training = 3 * grid.pass_flops[:, -1] / grid.tokens[-1] * ladder_tokens
     ladder = replace(grid, teacher_flops=grid.teacher_flops + training)
+    rule = [Played(regrets(rule_choices(grid), truth), 0.0)]
     for teachers, asked in (("exist", grid), ("trained", ladder)):
-        yield short_row(teachers, "", 0, "rule T = 2.5 S", [
-            Played(regrets(rule_choices(grid), truth), 0)
-        ])  # fmt: skip
+        yield short_row(teachers, "", 0, "rule T = 2.5 S", rule)
         for seeds in (grid.seeds, 1):
-            for budget in REPLAY_BUDGETS:
-                for name in STRATEGIES:
-                    played = [
-                        play(
-                            replace(asked, seeds=seeds),
-                            losses[..., np.roll(np.arange(grid.seeds), seed)[:seeds]],
-                            truth,
-                            Settings(budget, name, seed=seed),
-                        )
-                        for seed in range(replicates)
-                    ]
-                    yield short_row(teachers, str(seeds), budget, name, played)
+            for budget, name in product(REPLAY_BUDGETS, STRATEGIES):
+                played = []
+                try:
+                    for seed in range(replicates):
+                        order = np.roll(np.arange(grid.seeds), seed)[:seeds]
+                        settings = Settings(budget, name, seed=seed)
+                        own = replace(asked, seeds=seeds)
+                        played.append(play(own, losses[..., order], truth, settings))
+                except UserError as error:
+                    yield f"| {teachers} | {seeds} | {budget:.0%} | {name} | {error} | | |"
+                    continue
+                yield short_row(teachers, str(seeds), budget, name, played)
 
 
 def short_row(teachers: str, seeds: str, budget: float, name: str, played: list[Played]) -> str:

@@ -129,7 +129,7 @@ def test_halving_keeps_the_best_arm_where_short_runs_rank_as_long_ones():
     """Without noise, and with curves that have the same shape on every rung."""
     ratio = np.log(TEACHERS / STUDENTS[:, None])[..., None]
     truth = 3 - 0.2 * np.log(TOKENS / TOKENS[-1]) + 0.05 * (ratio - np.log(4)) ** 2
-    rounds, last = search(made_grid(), truth[..., None], Settings(0.6, "halving"))
+    rounds, last = search(made_grid(), truth[..., None], Settings(0.8, "halving"))
     assert regrets(last.choices, truth) == [0.0] * len(STUDENTS)
     assert [one.runs[0].rung for one in rounds] == [0, 1, 2]
     numbers = [len(one.runs) // len(STUDENTS) for one in rounds]

@@ -306,12 +306,12 @@ def _next_by_halving(history: History, settings: Settings) -> Decision:
 
 
 def _halving_plan(grid: SearchGrid, budget: float) -> _Halving:
-    """As many teachers as the budget pays for, spread over the grid or over its smaller ones; then
-    as many seeds; then as many teachers on the later rungs."""
+    """As many teachers as the budget pays for, spread over the grid, or over its smaller ones if it
+    does not pay for half of them; then as many seeds; then as many teachers on later rungs."""
     allowed = budget * grid.full_flops
     total = len(grid.teachers)
-    for number in range(total, MIN_TEACHERS - 1, -1):
-        for reach in range(total, number - 1, -1):
+    for reach in range(total, MIN_TEACHERS - 1, -1):
+        for number in range(reach, max(MIN_TEACHERS, (reach + 1) // 2) - 1, -1):
             first = spread(reach, number)
             for seeds, wider in product(range(grid.seeds, 0, -1), WIDER):
                 plan = _Halving(first, seeds, _kept(grid, number, wider))
