@@ -100,6 +100,12 @@ def published_grid(design: str) -> tuple[SearchGrid, Floats]:
 
 
 def simulate(replicates: int, budget: float) -> Iterator[str]:
+    for design in DESIGNS:
+        full = published_grid(design)[1][:, :, -1]
+        spread = 100 * (full.max(axis=1) / full.min(axis=1) - 1)
+        ratios = TEACHERS[full.argmin(axis=1)] / STUDENTS
+        yield f"{design}: worst above best {spread.round(2)}%, T/S of the best {ratios.round(1)}"
+    yield ""
     yield "| teachers trained on | noise | strategy | mean | 90% | worst | above 0.5% | FLOPs |"
     yield "|---|---|---|---|---|---|---|---|"
     for design in DESIGNS:

@@ -16,6 +16,7 @@ from capgap.law.search import Settings
 from capgap.records import read_records
 from capgap.sweep.plan import Plan, make_plan
 from capgap.sweep.search import Search, grid_of, sub_plan, with_rungs
+from test_docs import assert_told, keys
 
 TOML = """
 name = "tiny"
@@ -68,6 +69,8 @@ def test_a_search_writes_what_a_sweep_writes_and_its_trace(searched):
     for name in ("grid.csv", "law.json", "report.html", "sweep.json", "search.json"):
         assert (out / name).stat().st_size > 100, name
     trace = json.loads((out / "search.json").read_text())
+    assert_told(trace, keys("output.md", "`search.json`"))
+    assert_told({"search": printed["search"]}, keys("cli.md", "`--json` of search"))
     assert printed["search"]["choices"] == trace["choices"]
     assert [one["student_size"] for one in trace["choices"]] == [8_000, 11_000]
     assert trace["rungs"] == [768, 2304]
@@ -202,6 +205,7 @@ def test_a_dry_run_tells_the_budget_and_the_first_runs(typed, tmp_path, text_fil
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(TOML.format(source=text_file))
     found = json.loads(typed("search", recipe, "--budget", "0.7", "--dry-run", "--json").out)
+    assert_told(found, keys("cli.md", "`--json` of a search's dry run"))
     assert found["cells"] == 12
     assert found["budget_flops"] == pytest.approx(0.7 * found["full_flops"], rel=1e-6)
     assert 0 < found["first_flops"] < found["budget_flops"]
