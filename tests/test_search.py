@@ -1,5 +1,7 @@
 """Decisions of a search on made-up surfaces: what they cost, when they stop, what they choose."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -180,6 +182,19 @@ def test_what_failed_is_not_chosen_nor_run_again(strategy):
     assert len(set(tried)) == len(tried)
     if set(tried) & failed:
         assert last.choices[0].teacher != best
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_student_whose_runs_all_fail_gets_no_choice_and_the_others_do(strategy):
+    def failing(*students):
+        places = itertools.product(students, range(len(TEACHERS)), range(3))
+        return {Run(student, teacher, rung, 0) for student, teacher, rung in places}
+
+    losses = true_losses()[..., None]
+    _, last = search(made_grid(), losses, Settings(1.0, strategy), failed=failing(1))
+    assert [one.student for one in last.choices] == [0, 2]
+    _, last = search(made_grid(), losses, Settings(1.0, strategy), failed=failing(0, 1, 2))
+    assert last.choices == ()
 
 
 def test_one_rung_and_two_teachers_are_enough():

@@ -60,6 +60,8 @@ def next_by_model(history: History, settings: Settings) -> Decision:
     grid = history.grid
     if not history.done:
         return Decision(_start(grid, settings), "start: short runs spread over the teachers", ())
+    if not history.losses:
+        return Decision((), "", (), "exhausted")  # all that was tried has failed
     beliefs = fit(history)
     choices = _choices(history, beliefs, settings)
     unsafe = [one.student for one in choices if (one.safe_probability or 0) < settings.confidence]
@@ -182,6 +184,8 @@ def _choices(history: History, beliefs: Beliefs, settings: Settings) -> tuple[Ch
         possible = np.array(
             [_is_possible(history, student, teacher) for teacher in range(len(grid.teachers))]
         )
+        if not possible.any():
+            continue
         means = beliefs.means[:, where]
         teacher = int(np.where(possible, beliefs.weights @ means, np.inf).argmin())
         loss = float(beliefs.weights @ means[:, teacher])
@@ -281,19 +285,23 @@ def _improvement(
     """Expected improvement of the choices, relative to their losses, by the runs' results: the
     knowledge gradient, summed over pairs of the chosen and another teacher."""
     at = np.array([_place(grid, run) for run in runs])
-    students, teachers = np.arange(len(choices)), [choice.teacher for choice in choices]
+    students = [choice.student for choice in choices]
+    teachers = [choice.teacher for choice in choices]
     losses = np.array([choice.loss for choice in choices])
     last = len(grid.tokens) - 1
     across = beliefs.covariances[:, at, last :: len(grid.tokens)]
     across = np.linalg.solve(np.linalg.cholesky(_noisy(beliefs, at)), across)
     across = across.reshape(*across.shape[:2], len(grid.students), len(grid.teachers))
-    apart = across - across[:, :, students, teachers][..., None]
-    moved = np.maximum(np.sqrt((apart**2).sum(axis=1)), 1e-12)  # [K, S, T]
-    means = beliefs.means[:, last :: len(grid.tokens)].reshape(moved.shape)
-    behind = (means - means[:, students, teachers][..., None]) / moved
+    across = across[:, :, students]  # [K, runs, choices, T]
+    chosen = np.arange(len(choices)), teachers
+    apart = across - across[:, :, *chosen][..., None]
+    moved = np.maximum(np.sqrt((apart**2).sum(axis=1)), 1e-12)  # [K, choices, T]
+    means = beliefs.means[:, last :: len(grid.tokens)]
+    means = means.reshape(len(means), len(grid.students), len(grid.teachers))[:, students]
+    behind = (means - means[:, *chosen][..., None]) / moved
     density = np.exp(-0.5 * behind**2) / np.sqrt(2 * np.pi)
     gains = moved * (density - behind * ndtr(-behind)) / losses[:, None]
-    gains[:, students, teachers] = 0.0
+    gains[:, *chosen] = 0.0
     return float(beliefs.weights @ gains.sum(axis=(1, 2)))
 
 
