@@ -1,6 +1,8 @@
-"""Commands that run a whole grid: quickstart, sweep, report."""
+"""Commands that run a grid, whole or in part: quickstart, sweep, search, report."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +53,61 @@ def sweep(
 
 
 @app.command()
+def search(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.")],
+    budget: Annotated[
+        float, typer.Option(help="Share of the full grid's FLOPs that may be spent.")
+    ] = 0.35,
+    strategy: Annotated[str, typer.Option(help="model, halving or random.")] = "model",
+    rungs: Annotated[
+        int, typer.Option(help="Token budgets to run on, each a third of the next.")
+    ] = 3,
+    tolerance: Annotated[
+        float, typer.Option(help="Share of the loss within which a teacher is as good as the best.")
+    ] = 0.0025,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; runs/NAME-search if none is given.")
+    ] = None,
+    dry_run: DryRun = False,
+    set_: Override = None,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Find every student's best teacher for a share of what the whole grid would cost."""
+    from rich.console import Console
+
+    from capgap.config import find_recipe, load_recipe
+    from capgap.law.search import Settings
+
+    _refuse_torchrun("search")
+    settings = Settings(budget=budget, strategy=strategy, tolerance=tolerance)
+    loaded = load_recipe(find_recipe(recipe), set_ or [])
+    quieten_transformers()
+    if dry_run:
+        from capgap.sweep.search import Search, print_expected
+
+        expected = Search(loaded, settings, rungs=rungs).expected()
+        if json_:
+            print_json(expected)
+        else:
+            print_expected(expected, Console())
+        return
+    from capgap.sweep.progress import make_display
+    from capgap.sweep.search import print_search, run_search
+
+    folder = out or Path("runs") / f"{loaded.name}-search"
+    display = make_display(Console(stderr=True), quiet=quiet)
+    with _told_when_stopped(folder):
+        result = run_search(loaded, folder, display, settings, rungs=rungs)
+    if json_:
+        print_json(result.as_dict())
+    else:
+        print_search(result, Console())
+    if result.sweep.best is None:
+        exit_with("no cell of the search was finished; see the report", FAILED)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="The output folder of a sweep.")],
     json_: Json = False,
@@ -74,8 +131,7 @@ def _sweep(
 
     from capgap.config import find_recipe, load_recipe
 
-    if started()[1] > 1:
-        raise UserError("a sweep starts processes of its own: run it without torchrun")
+    _refuse_torchrun("sweep")
     recipe = load_recipe(find_recipe(name), overrides)
     console = Console(stderr=True)
     if dry_run:
@@ -83,25 +139,38 @@ def _sweep(
         return
     from capgap.sweep.progress import make_display
     from capgap.sweep.runner import run_sweep
-    from capgap.sweep.schedule import WorkerDied
     from capgap.sweep.summary import print_summary
 
     quieten_transformers()
     folder = out or Path("runs") / recipe.name
-    try:
+    with _told_when_stopped(folder):
         result = run_sweep(recipe, folder, make_display(console, quiet=quiet))
-    except KeyboardInterrupt:
-        stopped(folder, signal.SIGINT)
-    except SystemExit:
-        stopped(folder, signal.SIGTERM)
-    except WorkerDied as error:
-        exit_with(str(error), FAILED)
     if as_json:
         print_json(result.as_dict())
     else:
         print_summary(result, Console())
     if result.best is None:
         exit_with("no cell of the sweep was finished; see the report", FAILED)
+
+
+def _refuse_torchrun(what: str) -> None:
+    if started()[1] > 1:
+        raise UserError(f"a {what} starts processes of its own: run it without torchrun")
+
+
+@contextmanager
+def _told_when_stopped(folder: Path) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a worker that died end the command with one line."""
+    from capgap.sweep.schedule import WorkerDied
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        stopped(folder, signal.SIGINT)
+    except SystemExit:
+        stopped(folder, signal.SIGTERM)
+    except WorkerDied as error:
+        exit_with(str(error), FAILED)
 
 
 def _dry_run(recipe: Any, *, as_json: bool) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,18 +42,39 @@ def run_sweep(recipe: Recipe, out: Path, display: Display) -> SweepResult:
     again, half-done ones go on from their checkpoints. UserError for the user's mistakes, before
     any work where they can be known.
     """
-    device = resolve_device(recipe.run.device)
+    plan = plan_of(recipe)
+    return run_folder(plan, out, display, _run_everything, disk=plan)
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """The plan of a recipe, here; UserError for devices and teachers that are not there."""
+    resolve_device(recipe.run.device)
     if recipe.run.teacher_device != "same":
         resolve_device(recipe.run.teacher_device)
-    given = given_teachers(recipe)
-    tokenizer = recipe.corpus.tokenizer or (given[0].source if given else None)
-    plan = make_plan(recipe, given)
+    return make_plan(recipe, given_teachers(recipe))
+
+
+def run_folder(
+    plan: Plan,
+    out: Path,
+    display: Display,
+    work: Callable[["Runner"], None],
+    *,
+    disk: Plan | None = None,
+) -> SweepResult:
+    """Everything around the runs: checks, corpus, workers, results. `work` asks for runs of the
+    plan. There must be disk space for all of `disk`, if it is given."""
+    recipe = plan.recipe
+    device = resolve_device(recipe.run.device)
+    given = [teacher.source for teacher in plan.teachers if teacher.source is not None]
+    tokenizer = recipe.corpus.tokenizer or (given[0] if given else None)
     number, threads = resolve_workers(recipe.run.workers, device, most=plan.width)
     check_sources(recipe, out)
     with claimed(out, recipe):
         context = Context(recipe, out.resolve(), device, threads)
         records = check_records(context, plan)
-        check_disk(context, plan)
+        if disk is not None:
+            check_disk(context, disk)
         log = _Log(context, plan)
         # the workers load torch while the corpus is prepared
         with display, Workers(context, number) as workers:
@@ -62,7 +83,7 @@ def run_sweep(recipe: Recipe, out: Path, display: Display) -> SweepResult:
             _check_corpus(plan, corpus)
             log.corpus = _corpus_summary(corpus)
             try:
-                _run_plan(context, plan, workers, log, display)
+                work(Runner(context, plan, workers, log, display))
             except (KeyboardInterrupt, SystemExit):
                 display.say("stopping: every worker saves its state")
                 raise
@@ -74,46 +95,64 @@ def run_sweep(recipe: Recipe, out: Path, display: Display) -> SweepResult:
         return _result(out, log)
 
 
-def _run_plan(
-    context: Context, plan: Plan, workers: Workers, log: "_Log", display: Display
-) -> None:
-    """Runs every teacher, cell and baseline that is not recorded yet."""
-    finished = {teacher.id for teacher in plan.teachers if context.is_recorded(teacher.id)}
-    expected: set[str] = set()
+class Runner:
+    """Runs teachers and columns of one plan, as often as asked; what is recorded is left alone."""
 
-    def is_done(task: Teacher | Column) -> bool:
-        if isinstance(task, Teacher):
-            return task.id in finished
-        return all(context.is_recorded(cell.id) for cell in task.cells)
+    def __init__(
+        self, context: Context, plan: Plan, workers: Workers, log: "_Log", display: Display
+    ) -> None:
+        self.context = context
+        self.plan = plan
+        self.display = display
+        self._workers = workers
+        self._log = log
+        self._expected: set[str] = set()
+        self._finished = {one.id for one in plan.teachers if context.is_recorded(one.id)}
+        self._finished.update(column.id for column in plan.columns if self._is_done(column))
 
-    finished.update(column.id for column in plan.columns if is_done(column))
-
-    def ended(task: Teacher | Column, message: EndMessage) -> None:
-        display.ended(task, message)
-        log.add(message)
-
-    def run(columns: Sequence[Column], later: Sequence[Column] = ()) -> None:
-        left = [column for column in columns if not is_done(column)]
-        lost = lost_teachers(context, plan, left)
-        finished.difference_update(teacher.id for teacher in lost)
-        teachers = [one for one in plan.teachers if one in lost or one.id not in expected]
-        expected.update(teacher.id for teacher in teachers)
-        tasks: list[Teacher | Column] = [*teachers, *columns]
-        done = [task.id for task in tasks if is_done(task)]
-        display.expect(tasks, done, later)
-        workers.run(
+    def run(
+        self,
+        teachers: Sequence[Teacher],
+        columns: Sequence[Column],
+        later: Sequence[Column] = (),
+    ) -> None:
+        """`teachers` are all that the columns need; `later` are columns that will come, but are not
+        settled yet."""
+        left = [column for column in columns if not self._is_done(column)]
+        lost = lost_teachers(self.context, self.plan, left)
+        self._finished.difference_update(teacher.id for teacher in lost)
+        own = [one for one in teachers if one in lost or one.id not in self._expected]
+        self._expected.update(teacher.id for teacher in own)
+        tasks: list[Teacher | Column] = [*own, *columns]
+        done = [task.id for task in tasks if self._is_done(task)]
+        self.display.expect(tasks, done, later)
+        self._workers.run(
             [task for task in tasks if task.id not in done],
-            finished=finished,
-            on_step=display.step,
-            on_end=ended,
-            on_start=display.started,
+            finished=self._finished,
+            on_step=self.display.step,
+            on_end=self._ended,
+            on_start=self.display.started,
         )
 
+    def _is_done(self, task: Teacher | Column) -> bool:
+        if isinstance(task, Teacher):
+            return task.id in self._finished
+        return all(self.context.is_recorded(cell.id) for cell in task.cells)
+
+    def _ended(self, task: Teacher | Column, message: EndMessage) -> None:
+        self.display.ended(task, message)
+        self._log.add(message)
+
+
+def _run_everything(runner: Runner) -> None:
+    """Every teacher, cell and baseline that is not recorded yet."""
+    plan = runner.plan
     if plan.recipe.baselines == "all":
-        run([*plan.columns, *plan.baselines])
-    else:
-        run(plan.columns, later=expected_baselines(plan))
-        run(select_baselines(plan, best_cells(plan, read_records(context.out))))
+        runner.run(plan.teachers, [*plan.columns, *plan.baselines])
+        return
+    runner.run(plan.teachers, plan.columns, later=expected_baselines(plan))
+    records = read_records(runner.context.out)
+    runner.run(plan.teachers, select_baselines(plan, best_cells(plan, records)))
 
 
 def best_cells(plan: Plan, records: Sequence[RunRecord]) -> list[Cell]:
