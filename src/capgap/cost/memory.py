@@ -5,8 +5,6 @@ each, gradients are fp32; with several micro-batches they stay from one to the n
 beside them differs from phase to phase, and the largest phase is the peak:
 
     teacher_forward   the teacher's layer at work; no gradient, so nothing of it stays
-    student_forward   the activations of all students; under autocast the bf16 copies of matrices,
-                      which stay to the end of the forward pass even where activations do not
     loss              activations, hidden states, the gradients of hidden states and heads, a chunk
     backward          the same gradients; of a layer that is at work gradients of its activations,
                       and with checkpointing its activations, computed again
@@ -14,24 +12,25 @@ beside them differs from phase to phase, and the largest phase is the peak:
     tables            all gradients; of a table that is the head as well, both beside their sum
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from capgap.config import RunSection, TrainingSection
 from capgap.cost.activations import (
     FLOAT,
     HALF,
     backward_transient,
-    cast_bytes,
     forward_transient,
     kept_bytes,
     layer_bytes,
 )
 from capgap.distill.chunking import block_rows, chunk_rows
+from capgap.hardware import GPUS
 from capgap.models.shape import Shape
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "loss_chunks", "teacher", "gathered")
-# FSDP gathers a layer while the one before it is at work
-GATHERED_LAYERS = 2
+# Of FSDP whole at once: weights of a layer and of the next, gradients of a layer, and the copy of
+# them that is sent
+GATHERED_LAYERS = 4
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,6 @@ class LoopMemory:
         teacher = self._teacher_weights + states
         kept = [self._kept(one) for one in self.students]
         found = {
-            "student_forward": self._parts(
-                gradients=held, activations=sum(kept) + self._casts, teacher=teacher
-            ),
             "loss": self._parts(
                 gradients=held,
                 activations=sum(kept)
@@ -82,15 +78,17 @@ class LoopMemory:
                 teacher=self._teacher_weights,
             ),
             "first_layer": self._parts(
-                gradients=self._weights - (held == 0) * _tables(self.students[:1]) // self.ranks,
+                gradients=self._weights - (held == 0) * self._late,
                 activations=self._at_work(self.students[0]),
                 loss_chunks=self._head_gradients(self.students[0]),
                 teacher=self._teacher_weights,
             ),
             "tables": self._parts(
                 gradients=self._weights,
-                # beside the sum of a tied table's two gradients those themselves
-                loss_chunks=(2 if self.students[0].tied else 0) * _table(self.students[0]),
+                # beside the sum of a tied table's two gradients those themselves; of several
+                # ranks every one has them whole
+                loss_chunks=(2 if self.students[0].tied or self.ranks > 1 else 0)
+                * _table(self.students[0]),
                 teacher=self._teacher_weights,
             ),
         }
@@ -107,6 +105,11 @@ class LoopMemory:
         name = max(found, key=lambda phase: sum(found[phase].values()))
         return name, found[name]
 
+    def at_most(self) -> dict[str, int]:
+        """Bytes of every part in the phase where it is largest."""
+        found = self.phases().values()
+        return {part: max(phase[part] for phase in found) for part in PARTS}
+
     def _parts(self, **parts: int) -> dict[str, int]:
         """Those that are always there, and these."""
         held = {
@@ -120,6 +123,11 @@ class LoopMemory:
     def _weights(self) -> int:
         total = sum(one.parameters().total for one in self.students)
         return FLOAT * total // self.ranks
+
+    @property
+    def _late(self) -> int:
+        """Gradients that come last: of the first student's token table."""
+        return FLOAT * self.students[0].parameters().embedding // self.ranks
 
     @property
     def _teacher_weights(self) -> int:
@@ -137,19 +145,11 @@ class LoopMemory:
         """What is whole on every rank: tables, heads, and the layers at work."""
         if self.ranks == 1:
             return 0
-        total = 0
-        for shape, value in (
-            *((one, FLOAT) for one in self.students),
-            *([(self.teacher, self.teacher_bytes)] if self.teacher is not None else []),
-        ):
-            counts = shape.parameters()
-            # tables are whole beside the rank's own part of them; of students their gradients too
-            copies = 1 if shape is self.teacher else 2
-            total += value * copies * (counts.embedding + counts.head)
-        layers = [FLOAT * _layer(one) for one in self.students]
+        models = [(one, FLOAT) for one in self.students]
         if self.teacher is not None:
-            layers.append(self.teacher_bytes * _layer(self.teacher))
-        return total + GATHERED_LAYERS * max(layers)
+            models.append((self.teacher, self.teacher_bytes))
+        tables = sum(value * _tables(one) for one, value in models)
+        return tables + GATHERED_LAYERS * max(value * _layer(one) for one, value in models)
 
     def _kept(self, shape: Shape) -> int:
         return kept_bytes(
@@ -160,13 +160,6 @@ class LoopMemory:
             document_mask=self.document_mask,
             checkpointed=self.activation_checkpointing,
         )
-
-    @property
-    def _casts(self) -> int:
-        """bf16 copies of matrices that are not among what layers keep."""
-        if not (self.autocast and self.activation_checkpointing):
-            return 0
-        return sum(one.layers * cast_bytes(one) for one in self.students)
 
     def _at_work(self, shape: Shape) -> int:
         """What the backward pass of a layer needs beside what is kept."""
@@ -212,21 +205,55 @@ class LoopMemory:
         return total
 
 
+def loop_memory(
+    training: TrainingSection,
+    run: RunSection,
+    *,
+    students: tuple[Shape, ...],
+    teacher: Shape | None,
+    stored_bytes: int,
+    window: int,
+    gpu: str | None,
+    ranks: int = 1,
+) -> LoopMemory:
+    """The loop of one of `ranks` processes by a recipe's settings.
+
+    stored_bytes: of one of the teacher's weights as it is stored. gpu: its kind; without one the
+    recipe's own device counts, a CPU unless it says otherwise.
+    """
+    device = "cuda" if gpu is not None or run.device.startswith("cuda") else "cpu"
+    has_bf16 = device == "cuda" and (gpu is None or GPUS[gpu].has_bf16)
+    share = training.batch_tokens // ranks
+    micro = min(training.micro_batch_tokens or share, share)
+    place = "device" if run.teacher_device == "same" else "elsewhere"
+    return LoopMemory(
+        students=students,
+        teacher=teacher,
+        window=window,
+        micro_batch_tokens=micro,
+        micro_batches=-(-share // micro),
+        autocast=training.precision == "bf16" or (training.precision == "auto" and has_bf16),
+        teacher_bytes={"fp32": FLOAT, "bf16": HALF}.get(training.teacher_dtype, stored_bytes),
+        activation_checkpointing=training.activation_checkpointing,
+        document_mask=training.document_mask,
+        plain_kl=training.divergence == "forward_kl",
+        device=device,
+        ranks=ranks,
+        teacher_place="host" if run.teacher_offload else place,
+    )
+
+
 def _table(shape: Shape) -> int:
     """Bytes of a head, or of a table as large, in fp32."""
     return FLOAT * shape.vocabulary * shape.hidden
 
 
-def _tables(shapes: Sequence[Shape]) -> int:
-    """Bytes of the gradients of tables, which come last."""
-    return sum(FLOAT * one.parameters().embedding for one in shapes)
+def _tables(shape: Shape) -> int:
+    """Parameters of the tables and an untied head."""
+    counts = shape.parameters()
+    return counts.embedding + counts.head
 
 
 def _layer(shape: Shape) -> int:
     counts = shape.parameters()
     return (counts.attention + counts.ffn + counts.norms) // shape.layers
-
-
-def round_gb(parts: Mapping[str, int]) -> dict[str, float]:
-    """Bytes as GB (10^9), to three digits behind the point."""
-    return {name: round(value / 1e9, 3) for name, value in parts.items()}

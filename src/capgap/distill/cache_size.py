@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# Behind the records of every window
+CHECKSUM_BYTES = 4
+
 
 @dataclass(frozen=True)
 class TokenRecord:

@@ -3,7 +3,6 @@ own, say of the models at hand. Imports no torch."""
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from capgap.errors import UserError
-from capgap.law.families import PublishedModel, find_family, published_families
+from capgap.hardware import hours
+from capgap.law.families import PublishedModel, find_family, find_model, published_families
 from capgap.law.published import PUBLISHED_LINES, PUBLISHED_SURFACE
 from capgap.sizes import format_count, forward_flops, parse_count, training_flops
 
@@ -21,16 +21,6 @@ from capgap.sizes import format_count, forward_flops, parse_count, training_flop
 SURFACE_ERROR = 0.01
 # Students and teachers that it was read from, in non-embedding parameters
 SURFACE_RANGE = (143e6, 12.6e9)
-# Dense bf16 FLOPs a second, from the makers' data sheets
-GPU_FLOPS = {
-    "V100": 125e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-}
-UTILISATION = 0.4
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,7 @@ def candidates_of(family: str | None, teachers: Sequence[str]) -> list[Candidate
     models = list(find_family(family).models) if family is not None else []
     found = [_published(model) for model in models]
     for name in teachers:
-        known = _find_model(name)
+        known = find_model(name)
         if known is not None:
             found.append(_published(known))
         elif Path(name.strip()).is_dir():
@@ -80,15 +70,6 @@ def candidates_of(family: str | None, teachers: Sequence[str]) -> list[Candidate
     if twins:
         raise UserError(f"the teacher {twins[0]} is given twice")
     return found
-
-
-def parse_gpus(text: str) -> tuple[int, str]:
-    """ "16xA100" as a number and a kind; UserError for anything else."""
-    found = re.fullmatch(r"(?:(\d+)x)?(\w+)", text.strip())
-    kind = found[2].upper() if found else ""
-    if found is None or kind not in GPU_FLOPS or found[1] == "0":
-        raise UserError(f"--gpus {text!r}: give a number and one of {', '.join(GPU_FLOPS)}: 8xA100")
-    return int(found[1] or 1), kind
 
 
 def own_rule(path: Path, student: int) -> LinearRule:
@@ -195,14 +176,6 @@ def _published(model: PublishedModel) -> Candidate:
     return Candidate(model.name, counts.non_embedding, counts.total, model.tokens)
 
 
-def _find_model(name: str) -> PublishedModel | None:
-    for family in published_families().values():
-        for model in family.models:
-            if model.name.lower() == name.strip().lower():
-                return model
-    return None
-
-
 def _by_folder(name: str) -> Candidate:
     # the only teachers for which transformers, and with it torch, is loaded
     from capgap.models.build import shape_of
@@ -236,10 +209,6 @@ def _row(
     teacher_loss = float(surface.loss(one.non_embedding, read))
     loss = float(PUBLISHED_SURFACE.loss(student, tokens, teacher_loss))
     flops = training_flops(student, tokens) + forward_flops(one.total, tokens)
-    hours = None
-    if gpus is not None:
-        number, kind = gpus
-        hours = flops / (number * GPU_FLOPS[kind] * UTILISATION) / 3600
     cautions = [] if one.tokens else ["its training tokens are not known: taken as compute-optimal"]
     if one.non_embedding < student:
         cautions.append("it is smaller than the student")
@@ -256,7 +225,7 @@ def _row(
         "interval": [loss * (1 - SURFACE_ERROR), loss * (1 + SURFACE_ERROR)],
         "in_linear_interval": rule.low <= one.non_embedding <= rule.high,
         "flops_total": flops,
-        "hours": hours,
+        "hours": None if gpus is None else hours(flops, gpus),
         "rests_on": ["the published surface, arXiv 2502.08606"],
         "cautions": cautions,
     }
