@@ -177,9 +177,10 @@ def forward_transient(shape: Shape, window: int, value_bytes: int) -> int:
 
 def backward_transient(shape: Shape, *, autocast: bool) -> int:
     """Bytes of a token that the backward pass of an FFN needs beside what was kept: gradients of
-    its two factors, and of the residual stream."""
+    the factors of its last product, or of its one activation, and of the residual stream."""
     value = HALF if autocast else FLOAT
-    return 2 * value * shape.ffn + 2 * FLOAT * shape.hidden
+    factors = 2 if KEPT[shape.architecture].plain["neurons"] > 2 else 1
+    return factors * value * shape.ffn + 2 * FLOAT * shape.hidden
 
 
 def _outside_bytes(shape: Shape, tokens: int, window: int, document_mask: bool) -> int:

@@ -172,6 +172,8 @@ class LoopMemory:
                 autocast=self.autocast,
                 document_mask=self.document_mask,
             )
+            # its input stayed
+            own -= self._hidden_bytes(shape, FLOAT)
         transient = backward_transient(shape, autocast=self.autocast)
         return own + self.micro_batch_tokens * transient
 
