@@ -81,10 +81,9 @@ def make_cases() -> list[Case]:
         Case("llama, windows of 1,024", (m20,), 1024, 4096),
         Case(
             "llama, 8,192 tokens, checkpointing",
-            (ladder(80_000_000, 4_096),),
+            (ladder(30_000_000, 4_096),),
             256,
             8192,
-            micro_batches=2,
             activation_checkpointing=True,
         ),
         Case("llama, document mask", (m20,), 512, 2048, document_mask=True),
