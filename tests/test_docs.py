@@ -19,7 +19,8 @@ from pydantic_core import PydanticUndefined
 from typer.testing import CliRunner
 
 from capgap.cli import app
-from capgap.config import Recipe, parse_recipe, shipped_recipes
+from capgap.config import Recipe, RunRecipe, parse_recipe, parse_run_recipe, shipped_recipes
+from capgap.law.csv_input import OPTIONAL
 from conftest import made_up_text
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +129,9 @@ def models(model: type[BaseModel], name: str = "Top level") -> dict[str, type[Ba
     return found
 
 
+RECIPES = models(Recipe) | models(RunRecipe, "Top level of a run")
+
+
 def as_toml(value: Any) -> str:
     if value is PydanticUndefined:
         return "required"
@@ -136,9 +140,9 @@ def as_toml(value: Any) -> str:
     return "`" + json.dumps(list(value) if isinstance(value, tuple) else value) + "`"
 
 
-@pytest.mark.parametrize("heading", list(models(Recipe)))
+@pytest.mark.parametrize("heading", list(RECIPES))
 def test_recipe_keys_and_defaults_are_those_of_the_model(heading):
-    parts = models(Recipe)
+    parts = RECIPES
     expected = {
         f"`{key}`": as_toml(field.default)
         for key, field in parts[heading].model_fields.items()
@@ -148,7 +152,7 @@ def test_recipe_keys_and_defaults_are_those_of_the_model(heading):
     assert {row[0]: row[2] for row in rows} == expected
 
 
-@pytest.mark.parametrize("heading", list(models(Recipe)))
+@pytest.mark.parametrize("heading", list(RECIPES))
 def test_choices_of_a_recipe_key_are_told(heading):
     def choices(annotation: Any) -> list[str]:
         if get_origin(annotation) is not None and not get_args(annotation):
@@ -158,7 +162,7 @@ def test_choices_of_a_recipe_key_are_told(heading):
 
     rows = tables(sections((DOCS / "recipes.md").read_text())[heading])[0]
     told = {row[0].strip("`"): row[1] for row in rows}
-    for key, field in models(Recipe)[heading].model_fields.items():
+    for key, field in RECIPES[heading].model_fields.items():
         if key in told:
             missing = [c for c in choices(field.annotation) if f"`{c}`" not in told[key]]
             assert not missing, key
@@ -169,11 +173,12 @@ def test_shipped_recipes_are_listed():
     assert sorted(row[0].strip("`") for row in tables(text)[0]) == sorted(shipped_recipes())
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(6))
 def test_example_recipes_load(number):
     blocks = code_blocks((DOCS / "recipes.md").read_text(), "toml")
-    assert len(blocks) == 5
-    parse_recipe(tomllib.loads(blocks[number]))
+    assert len(blocks) == 6
+    data = tomllib.loads(blocks[number])
+    (parse_run_recipe if "teacher" in data else parse_recipe)(data)
 
 
 def resolve(dotted: str) -> Any:
@@ -313,10 +318,17 @@ def test_the_examples_run_and_everything_they_leave_is_told(tmp_path, monkeypatc
     assert {path.name for path in out.iterdir()} == told
 
 
+@pytest.mark.parametrize(("kind", "recipe"), [("a run", "minima-3b"), ("a sweep", "chain")])
+def test_what_a_plan_tells_is_told(kind, recipe):
+    # with something in every list
+    answer = json_of("plan", recipe, "--gpus", "L40S")
+    assert_told(answer, keys("cli.md", f"`--json` of a plan of {kind}"))
+
+
 def test_warnings_of_the_law_are_told():
     source = ast.parse((ROOT / "src/capgap/law/validity.py").read_text())
     texts = [n.value for n in ast.walk(source) if isinstance(n, ast.Constant)]
-    names = {text for text in texts if re.fullmatch(r"[a-z]+(_[a-z]+)+", str(text))}
+    names = {text for text in texts if re.fullmatch(r"[a-z]+(_[a-z]+)+", str(text))} - set(OPTIONAL)
     rows = tables(sections((DOCS / "output.md").read_text())["`law.json`"])[2]
     assert {row[0].strip("`") for row in rows} == names
 
@@ -346,11 +358,11 @@ def test_the_tree_of_the_readme_is_that_of_the_repository():
 def test_what_is_said_to_need_no_torch_imports_none():
     text = sections((ROOT / "README.md").read_text())["The source"].rpartition("```")[2]
     paths = [name for name in re.findall(r"`([^`]+)`", text) if name.endswith((".py", "/"))]
-    assert len(paths) == 10
+    assert len(paths) == 14
     names = [f"capgap.{path.removesuffix('.py').strip('/').replace('/', '.')}" for path in paths]
     names += [
         f"capgap.{folder}.{path.stem}"
-        for folder in ("law", "report")
+        for folder in ("law", "report", "cost")
         for path in (ROOT / "src/capgap" / folder).glob("*.py")
         if path.stem != "__init__"
     ]

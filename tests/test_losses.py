@@ -231,3 +231,14 @@ def test_alpha_needs_a_teacher():
     generator = torch.Generator().manual_seed(4)
     with pytest.raises(ValueError, match="needs a teacher"):
         column_loss([make_head(generator, 3, 4, 5)], torch.zeros(3, dtype=torch.long), alphas=[0.5])
+
+
+def test_gradients_are_not_held_once_they_are_used():
+    generator = torch.Generator().manual_seed(5)
+    student = make_head(generator, 20, 8, 50)
+    result = column_loss([student], torch.zeros(20, dtype=torch.int64), alphas=[0.0])
+    result.students[0].loss.backward()
+    # the loss is one of several that come out of one function
+    (function,) = (one for one, _ in result.students[0].loss.grad_fn.next_functions)
+    assert function.gradients is None
+    assert student.weight.grad is not None

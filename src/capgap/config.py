@@ -1,4 +1,4 @@
-"""The typed recipe of a sweep: strict loading of TOML, overrides, and its hash. No torch."""
+"""The typed recipes of sweeps and of single runs: strict TOML, overrides, hash. No torch."""
 
 import difflib
 import hashlib
@@ -6,11 +6,12 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from capgap.errors import UserError
+from capgap.hardware import UTILISATION, parse_gpus
 from capgap.prune.methods import Depth, Method
 from capgap.sizes import parse_count
 
@@ -30,6 +31,11 @@ Init = Literal["pruned", "fixed", "scratch", "chain"]
 Architecture = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "phi3", "gpt_neox", "gpt2"
 ]
+
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
+# Tables that only the recipe of a sweep has
+_SWEEP = {"teachers", "students"}
 
 
 class Section(BaseModel):
@@ -115,6 +121,105 @@ class RunSection(Section):
     compile: Literal["auto", "on", "off"] = "auto"
 
 
+class TeacherSection(Section):
+    """A published model by its name, or a Hugging Face folder. `vocabulary`: rows of its tables
+    after they were extended; None leaves them as they are."""
+
+    model: str
+    vocabulary: Count | None = None
+
+
+class PruneSection(Section):
+    """What is cut out of the teacher: a share, a number of parameters, or sizes; one of the three.
+
+    Sizes that are not named stay as the teacher has them.
+    """
+
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    params: Count | None = None
+    total_params: Count | None = None
+    hidden: Count | None = None
+    heads: Count | None = None
+    kv_heads: Count | None = None
+    ffn: Count | None = None
+    layers: Count | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those that are named."""
+        names = ("hidden", "heads", "kv_heads", "ffn", "layers")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "PruneSection":
+        asked = (self.keep, self.params, self.total_params, self.sizes or None)
+        if sum(one is not None for one in asked) != 1:
+            raise ValueError(
+                "give one of keep, params, total_params, or sizes (hidden, heads, kv_heads, ffn, "
+                "layers) for the student"
+            )
+        return self
+
+
+class DistillSection(Section):
+    """The student learns from the teacher on so many tokens, in rows of `window`."""
+
+    tokens: Count
+    window: Annotated[int, Field(ge=8)] = 512
+    learning_rate: LearningRate = "auto"
+
+
+class HardwareSection(Section):
+    """What the run is meant for: time and memory are told for it."""
+
+    gpus: str | None = None
+    utilisation: Annotated[float, Field(gt=0, le=1)] = UTILISATION
+
+    @model_validator(mode="after")
+    def _known(self) -> "HardwareSection":
+        if self.gpus is not None:
+            try:
+                parse_gpus(self.gpus, where="gpus")
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+
+def _check_batches(training: TrainingSection, name: str, window: int) -> None:
+    batch, micro = training.batch_tokens, training.micro_batch_tokens
+    if batch % window:
+        raise ValueError(f"training.batch_tokens {batch} is not a multiple of {name} {window}")
+    if micro is not None and (micro % window or batch % micro):
+        raise ValueError(
+            f"training.micro_batch_tokens {micro} must be a multiple of {name} {window} and divide "
+            f"training.batch_tokens {batch}"
+        )
+
+
+def _check_tokens(training: TrainingSection, name: str, tokens: int) -> None:
+    if tokens < training.batch_tokens:
+        raise ValueError(f"{name} {tokens} is less than one batch of {training.batch_tokens}")
+
+
+class RunRecipe(Section):
+    """One run: a student is cut out of a teacher and distilled from it."""
+
+    name: str
+    description: str = ""
+    teacher: TeacherSection
+    prune: PruneSection
+    distill: DistillSection
+    training: TrainingSection = TrainingSection()
+    run: RunSection = RunSection()
+    hardware: HardwareSection = HardwareSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunRecipe":
+        _check_batches(self.training, "distill.window", self.distill.window)
+        _check_tokens(self.training, "distill.tokens", self.distill.tokens)
+        return self
+
+
 class Recipe(Section):
     """A sweep: a grid of teachers and students over one corpus."""
 
@@ -138,23 +243,10 @@ class Recipe(Section):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {list(values)} names one of them twice")
-        window, batch = self.corpus.window, self.training.batch_tokens
-        if batch % window:
-            raise ValueError(
-                f"training.batch_tokens {batch} is not a multiple of corpus.window {window}"
-            )
-        micro = self.training.micro_batch_tokens
-        if micro is not None and (micro % window or batch % micro):
-            raise ValueError(
-                f"training.micro_batch_tokens {micro} must be a multiple of corpus.window {window}"
-                f" and divide training.batch_tokens {batch}"
-            )
-        for name, tokens in (
-            ("students.tokens", min(self.students.tokens)),
-            ("teachers.tokens", self.teachers.tokens),
-        ):
-            if tokens is not None and tokens < batch:
-                raise ValueError(f"{name} {tokens} is less than one batch of {batch}")
+        _check_batches(self.training, "corpus.window", self.corpus.window)
+        _check_tokens(self.training, "students.tokens", min(self.students.tokens))
+        if self.teachers.tokens is not None:
+            _check_tokens(self.training, "teachers.tokens", self.teachers.tokens)
         return self
 
     def hash(self) -> str:
@@ -182,10 +274,50 @@ def stage_settings(overrides: Sequence[str]) -> StageSettings:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a TOML recipe and applies overrides such as `students.tokens=["1M"]`.
+    """Reads the TOML recipe of a sweep and applies overrides such as `students.tokens=["1M"]`.
 
-    UserError: no such file, not TOML, an unknown key (names the nearest), a value out of range.
+    UserError: no such file, not TOML, an unknown key (names the nearest), a value out of range, or
+    a recipe of a single run.
     """
+    return parse_recipe(_read(path, overrides), where=str(path))
+
+
+def load_any_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe | RunRecipe:
+    """The same for the recipe of a sweep or of a run, whichever it is; UserError for neither."""
+    data = _read(path, overrides)
+    if not _SWEEP & data.keys() and "teacher" not in data:
+        raise UserError(
+            f"{path} is no recipe: a sweep has [teachers] and [students], a run [teacher], [prune] "
+            "and [distill]"
+        )
+    parse = parse_run_recipe if _is_run(data) else parse_recipe
+    return parse(data, where=str(path))
+
+
+def parse_recipe(data: dict[str, Any], *, where: str = "recipe") -> Recipe:
+    """A sweep from plain data; UserError names the key, its value and what was expected."""
+    if _is_run(data):
+        raise UserError(f"{where} is the recipe of a run, not of a sweep: see `capgap plan`")
+    return _parsed(Recipe, data, where)
+
+
+def parse_run_recipe(data: dict[str, Any], *, where: str = "recipe") -> RunRecipe:
+    """A run from plain data; UserError as `parse_recipe`."""
+    return _parsed(RunRecipe, data, where)
+
+
+def _is_run(data: dict[str, Any]) -> bool:
+    return "teacher" in data and not _SWEEP & data.keys()
+
+
+def _parsed(kind: type[_Kind], data: dict[str, Any], where: str) -> _Kind:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(error, kind)}") from None
+
+
+def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         data = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -197,15 +329,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
         _apply_override(data, override)
-    return parse_recipe(data, where=str(path))
-
-
-def parse_recipe(data: dict[str, Any], *, where: str = "recipe") -> Recipe:
-    """A recipe from plain data; UserError names the key, its value and what was expected."""
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error, Recipe)}") from None
+    return data
 
 
 def shipped_recipes() -> dict[str, Path]:

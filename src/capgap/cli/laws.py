@@ -1,11 +1,11 @@
-"""Commands about laws: advice from published ones and one's own."""
+"""Commands about laws and costs: fit a law, advice from laws, what a recipe would take."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from capgap.cli.app import Json, Quiet, app, print_json, quieten_transformers
+from capgap.cli.app import Json, Override, Quiet, app, print_json, quieten_transformers
 from capgap.errors import UserError
 
 
@@ -89,7 +89,8 @@ def recommend(
     from rich.console import Console
 
     from capgap.cli.advice import print_advice
-    from capgap.law.recommend import candidates_of, own_rule, parse_gpus, sources_of
+    from capgap.hardware import parse_gpus
+    from capgap.law.recommend import candidates_of, own_rule, sources_of
     from capgap.law.recommend import recommend as advise
     from capgap.sizes import parse_count
 
@@ -123,3 +124,29 @@ def recommend(
         print_json(found)
     else:
         print_advice(found, Console(highlight=False))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.")],
+    gpus: Annotated[
+        str | None, typer.Option(help="For time and what fits: 16xA100; else the recipe's own.")
+    ] = None,
+    utilisation: Annotated[
+        float | None, typer.Option(help="Share of the GPUs' peak that is reached, such as 0.4.")
+    ] = None,
+    set_: Override = None,
+    json_: Json = False,
+) -> None:
+    """What a run or a sweep would take: parameters, steps, FLOPs, memory, time and disk."""
+    from rich.console import Console
+
+    from capgap.config import find_recipe, load_any_recipe
+    from capgap.cost.estimate import estimate, print_estimate
+
+    loaded = load_any_recipe(find_recipe(recipe), set_ or [])
+    found = estimate(loaded, gpus=gpus, utilisation=utilisation)
+    if json_:
+        print_json(found)
+    else:
+        print_estimate(found, Console(highlight=False))

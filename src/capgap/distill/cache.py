@@ -24,13 +24,13 @@ from torch import Tensor
 from capgap.corpus.batches import document_positions
 from capgap.corpus.tokens import Corpus
 from capgap.distill.cache_format import CacheFormat
+from capgap.distill.cache_size import CHECKSUM_BYTES
 from capgap.distill.sparse import SparseSignal
 from capgap.distill.teacher import Batch, OnlineTeacher
 from capgap.errors import UserError
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-CHECKSUM_BYTES = 4
 SHARD_BYTES = 1 << 25
 
 

@@ -13,13 +13,13 @@ Probabilities are at the cache's temperature, label loss and entropy at temperat
 samples the rest is one bucket. With them it is drawn: each sample stands for rest / samples.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from capgap.distill.head import HeadInput, chunk_rows, chunks, softmax_
+from capgap.distill.cache_size import TokenRecord
+from capgap.distill.chunking import chunk_rows
+from capgap.distill.head import HeadInput, chunks, softmax_
 from capgap.distill.sparse import SparseSignal
 
 # The smallest log-probability told; exp of it is 0 in float32
@@ -27,42 +27,8 @@ LOWEST = -1e4
 DRAW_BLOCK = 64
 
 
-@dataclass(frozen=True)
-class CacheFormat:
-    """How a token is kept. Raises ValueError for what cannot be."""
-
-    vocabulary: int
-    top_k: int = 12
-    samples: int = 16
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.top_k < 0 or self.samples < 0 or self.top_k + self.samples == 0:
-            raise ValueError(f"nothing to keep: top-k {self.top_k}, samples {self.samples}")
-        if self.top_k >= self.vocabulary:
-            raise ValueError(f"top-k {self.top_k} is not less than {self.vocabulary} words")
-        if self.vocabulary > 1 << 24:
-            raise ValueError(f"{self.vocabulary} words are more than 3 bytes can name")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature {self.temperature} is not above 0")
-
-    @property
-    def slots(self) -> int:
-        """Words of a token."""
-        return self.top_k + self.samples
-
-    @property
-    def word_bytes(self) -> int:
-        return 2 if self.vocabulary <= 1 << 16 else 3
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of a token's record."""
-        return self.slots * self.word_bytes + 2 * self._floats
-
-    @property
-    def _floats(self) -> int:
-        return self.top_k + (3 if self.temperature == 1.0 else 4)
+class CacheFormat(TokenRecord):
+    """How a token is kept."""
 
     def encode(self, source: HeadInput, targets: Tensor, places: Tensor) -> Tensor:
         """Records of a teacher's tokens, uint8 [tokens, token_bytes] on the CPU.
@@ -71,7 +37,7 @@ class CacheFormat:
         """
         source = source.ready()
         records = []
-        for rows in chunks(len(targets), chunk_rows(targets.device, self.vocabulary)):
+        for rows in chunks(len(targets), chunk_rows(targets.device.type, self.vocabulary)):
             logits = source.logits(source.product(rows))
             records.append(self._encode(logits, targets[rows], places[rows]))
         return torch.cat(records)

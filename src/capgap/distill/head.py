@@ -10,15 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from capgap.distill.chunking import chunk_rows
 from capgap.models.build import Parts
 
 IGNORED_LABEL = -100
-# Words x tokens of a chunk, and its tokens: matrix products of fewer rows are slower, and what is
-# done once a chunk is done less often; by measurement on CPUs (docs/benchmarks.md)
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
-CHUNK_ROWS = {"cpu": (128, 512), "cuda": (128, 2**20)}
-# Words x tokens of a block
-BLOCK_ELEMENTS = 2**19
 BEST_BLOCK = 64
 
 
@@ -108,22 +103,10 @@ class HeadInput:
         return torch.promote_types(self.hidden.dtype, torch.float32)
 
 
-def chunk_rows(device: torch.device, vocabulary: int) -> int:
-    """Tokens whose logits exist at once."""
-    kind = device.type if device.type in CHUNK_ELEMENTS else "cuda"
-    least, most = CHUNK_ROWS[kind]
-    return min(max(least, CHUNK_ELEMENTS[kind] // vocabulary), most)
-
-
 def chunks(tokens: int, rows: int) -> Iterator[slice]:
     """0 .. tokens in parts of at most so many rows."""
     for start in range(0, tokens, rows):
         yield slice(start, min(start + rows, tokens))
-
-
-def block_rows(device: torch.device, vocabulary: int, rows: int) -> int:
-    """Tokens of a block: on a GPU all of a chunk."""
-    return rows if device.type != "cpu" else min(rows, max(1, BLOCK_ELEMENTS // vocabulary))
 
 
 def softmax_(logits: Tensor, probabilities: Tensor) -> Tensor:
@@ -154,7 +137,7 @@ def likeliest(logits: Tensor) -> Tensor:
 def token_losses(source: HeadInput, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
     """Cross-entropy of every token [tokens], 0 where the target is IGNORED_LABEL; no gradient."""
     if chunk_tokens is None:
-        chunk_tokens = chunk_rows(targets.device, source.weight.shape[0])
+        chunk_tokens = chunk_rows(targets.device.type, source.weight.shape[0])
     losses = torch.empty(targets.shape[0], device=targets.device, dtype=source.wide)
     source = source.ready()
     for rows in chunks(len(targets), chunk_tokens):

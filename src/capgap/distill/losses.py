@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capgap.distill.chunking import block_rows, chunk_rows
 from capgap.distill.divergences import Divergence
 from capgap.distill.head import (
     IGNORED_LABEL,
     HeadInput,
-    block_rows,
-    chunk_rows,
     chunks,
     likeliest,
     softmax_,
@@ -94,7 +93,7 @@ def column_loss(
         raise ValueError(f"heads of {sorted(words)} words: cut all to the vocabulary they share")
     (vocabulary,) = words
     if chunk_tokens is None:
-        chunk_tokens = chunk_rows(targets.device, vocabulary)
+        chunk_tokens = chunk_rows(targets.device.type, vocabulary)
     settings = [(student.logit_scale, student.softcap, student.dtype) for student in students]
     work = _Work(targets, list(alphas), settings, teacher, temperature, divergence, chunk_tokens)
     tensors: list[Tensor | None] = []
@@ -153,7 +152,7 @@ class _Memory:
     def __init__(self, work: _Work, student: HeadInput) -> None:
         device, vocabulary = work.targets.device, student.weight.shape[0]
         rows = min(work.chunk_tokens, len(work.targets))
-        self.block = block_rows(device, vocabulary, rows)
+        self.block = block_rows(device.type, vocabulary, rows)
         self._size, self._device, self._wide = (rows, vocabulary), device, student.wide
         self.logits = torch.empty(self.block, vocabulary, dtype=student.wide, device=device)
         self.words = torch.empty_like(self.logits)
@@ -274,7 +273,9 @@ class _ColumnLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Any, ...]:
         outputs: list[Tensor | None] = [None]
-        for scale, gradients in zip(grad_losses, ctx.gradients, strict=True):
+        # let go of here, so that a head's gradient becomes its `.grad` without a copy
+        all_gradients, ctx.gradients = ctx.gradients, None
+        for scale, gradients in zip(grad_losses, all_gradients, strict=True):
             # in the dtype of the scale: rounded to bf16 it would be off for all tokens alike
             outputs += [
                 None

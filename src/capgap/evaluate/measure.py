@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capgap.corpus.tokens import HeldoutDocument
-from capgap.distill.head import IGNORED_LABEL, HeadInput, chunk_rows, chunks, likeliest, softmax_
+from capgap.distill.chunking import chunk_rows
+from capgap.distill.head import IGNORED_LABEL, HeadInput, chunks, likeliest, softmax_
 from capgap.evaluate.heldout import BATCH_TOKENS
 from capgap.evaluate.measured import Measured, calibration_error
 from capgap.models.build import Parts
@@ -33,7 +34,7 @@ def token_statistics(
 ) -> TokenStatistics:
     """targets [tokens], each one of the words; logits exist for a chunk of tokens at a time."""
     if chunk_tokens is None:
-        chunk_tokens = chunk_rows(targets.device, source.weight.shape[0])
+        chunk_tokens = chunk_rows(targets.device.type, source.weight.shape[0])
     losses, entropies, confidence = (
         torch.empty(targets.shape[0], device=targets.device, dtype=source.wide) for _ in range(3)
     )

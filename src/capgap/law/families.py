@@ -56,6 +56,15 @@ def find_family(name: str) -> PublishedFamily:
     return found
 
 
+def find_model(name: str) -> PublishedModel | None:
+    """The published model of that name, None where there is none."""
+    for family in published_families().values():
+        for model in family.models:
+            if model.name.lower() == name.strip().lower():
+                return model
+    return None
+
+
 def _family(name: str, fields: dict[str, Any]) -> PublishedFamily:
     models = []
     for model in fields["models"]:

@@ -3,7 +3,6 @@ own, say of the models at hand. Imports no torch."""
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 from capgap.corpus.hub import HUB_NAME, looks_like_path
 from capgap.errors import UserError
 from capgap.evaluate.measured import Measurement
-from capgap.law.families import PublishedModel, find_family, published_families
+from capgap.hardware import hours
+from capgap.law.families import PublishedModel, find_family, find_model, published_families
 from capgap.law.own_losses import is_outdone, on_the_scale_of, tell_measured
 from capgap.law.published import PUBLISHED_LINES, PUBLISHED_SURFACE
 from capgap.sizes import format_count, forward_flops, parse_count, training_flops
@@ -21,16 +21,6 @@ from capgap.sizes import format_count, forward_flops, parse_count, training_flop
 SURFACE_ERROR = 0.01
 # Students and teachers that it was read from, in non-embedding parameters
 SURFACE_RANGE = (143e6, 12.6e9)
-# Dense bf16 FLOPs a second, from the makers' data sheets
-GPU_FLOPS = {
-    "V100": 125e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-}
-UTILISATION = 0.4
 
 
 @dataclass(frozen=True)
@@ -94,15 +84,6 @@ def sources_of(candidates: Sequence[Candidate]) -> dict[str, str]:
             )
         found[one.name] = one.source
     return found
-
-
-def parse_gpus(text: str) -> tuple[int, str]:
-    """ "16xA100" as a number and a kind; UserError for anything else."""
-    found = re.fullmatch(r"(?:(\d+)x)?(\w+)", text.strip())
-    kind = found[2].upper() if found else ""
-    if found is None or kind not in GPU_FLOPS or found[1] == "0":
-        raise UserError(f"--gpus {text!r}: give a number and one of {', '.join(GPU_FLOPS)}: 8xA100")
-    return int(found[1] or 1), kind
 
 
 def own_rule(path: Path, student: int) -> LinearRule:
@@ -228,7 +209,7 @@ def recommend(
 
 def _candidate(given: str) -> Candidate:
     name, mark, place = (part.strip() for part in given.partition("="))
-    known = _find_model(name)
+    known = find_model(name)
     if not mark:
         place = name if Path(name).is_dir() else ""
     if known is not None:
@@ -263,14 +244,6 @@ def _check_published(model: PublishedModel, source: str) -> None:
             f"the model in {source} has {format_count(size)} non-embedding parameters, "
             f"{model.name} {format_count(published)}: name it otherwise, as NAME=FOLDER"
         )
-
-
-def _find_model(name: str) -> PublishedModel | None:
-    for family in published_families().values():
-        for model in family.models:
-            if model.name.lower() == name.strip().lower():
-                return model
-    return None
 
 
 def _by_config(source: str, name: str) -> Candidate:
@@ -311,10 +284,6 @@ def _row(
 ) -> dict[str, Any]:
     loss = float(PUBLISHED_SURFACE.loss(student, tokens, teacher_loss))
     flops = training_flops(student, tokens) + forward_flops(one.total, tokens)
-    hours = None
-    if gpus is not None:
-        number, kind = gpus
-        hours = flops / (number * GPU_FLOPS[kind] * UTILISATION) / 3600
     cautions = []
     if one.non_embedding < student:
         cautions.append("it is smaller than the student")
@@ -331,7 +300,7 @@ def _row(
         "interval": [loss * (1 - SURFACE_ERROR), loss * (1 + SURFACE_ERROR)],
         "in_linear_interval": rule.low <= one.non_embedding <= rule.high,
         "flops_total": flops,
-        "hours": hours,
+        "hours": None if gpus is None else hours(flops, gpus),
         "measured": None,
         "rests_on": ["the published surface, arXiv 2502.08606"],
         "cautions": cautions,

@@ -306,9 +306,10 @@ class _Column:
             with self.clock.stage("teacher_forward"):
                 signal = self.teacher.signal(batch, self.vocabulary)
         dtype = self.settings.autocast_dtype
+        # every weight is used once: a cache of its bf16 copies would only hold on to them
         with (
             self.clock.stage("forward"),
-            torch.autocast(self.device.type, dtype, enabled=dtype is not None),
+            torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False),
         ):
             students = [
                 HeadInput.of(learner.parts, batch.inputs, self.vocabulary, batch.positions)

@@ -1,0 +1,261 @@
+"""How much memory a training loop needs at its peak, by part. Imports no torch.
+
+It follows `capgap.train.loop` through a step. Weights are fp32, AdamW keeps two more numbers of
+each, gradients are fp32; with several micro-batches they stay from one to the next. What is needed
+beside them differs from phase to phase, and the largest phase is the peak:
+
+    teacher_forward   the teacher's layer at work; no gradient, so nothing of it stays
+    loss              activations, hidden states, the gradients of hidden states and heads, a chunk
+    backward          the same gradients; of a layer that is at work gradients of its activations,
+                      and with checkpointing its activations, computed again
+    first_layer       the backward pass at its last layer: all gradients but those of the tables
+    tables            all gradients; of a table that is the head as well, both beside their sum
+"""
+
+from dataclasses import dataclass
+
+from capgap.config import RunSection, TrainingSection
+from capgap.cost.activations import (
+    FLOAT,
+    HALF,
+    backward_transient,
+    forward_transient,
+    kept_bytes,
+    layer_bytes,
+)
+from capgap.distill.chunking import block_rows, chunk_rows
+from capgap.hardware import GPUS
+from capgap.models.shape import Shape
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "loss_chunks", "teacher", "gathered")
+# Of FSDP whole at once: weights of a layer and of the next, gradients of a layer, and the copy of
+# them that is sent
+GATHERED_LAYERS = 4
+
+
+@dataclass(frozen=True)
+class LoopMemory:
+    """What one process of a loop holds: the students of a teacher, or of none.
+
+    micro_batch_tokens: of one process; micro_batches: of one step of it. teacher_bytes: of one of
+    its weights, 2 or 4. device: the type, `cpu` or `cuda`. ranks: processes that shard models.
+    teacher_place: `device`, `host` where its layers are offloaded, or `elsewhere`.
+    """
+
+    students: tuple[Shape, ...]
+    teacher: Shape | None
+    window: int
+    micro_batch_tokens: int
+    micro_batches: int = 1
+    autocast: bool = False
+    teacher_bytes: int = FLOAT
+    activation_checkpointing: bool = False
+    document_mask: bool = False
+    plain_kl: bool = True
+    device: str = "cpu"
+    ranks: int = 1
+    teacher_place: str = "device"
+
+    def phases(self) -> dict[str, dict[str, int]]:
+        """Bytes by part (`PARTS`) of every phase."""
+        # before the first micro-batch of a step there are no gradients
+        held = 0 if self.micro_batches == 1 else self._weights
+        states = self._hidden_bytes(self.teacher, self.teacher_bytes) if self.teacher else 0
+        teacher = self._teacher_weights + states
+        kept = [self._kept(one) for one in self.students]
+        found = {
+            "loss": self._parts(
+                gradients=held,
+                activations=sum(kept)
+                + sum(self._hidden_bytes(one, FLOAT) for one in self.students),
+                loss_chunks=self._chunks + sum(self._head_gradients(one) for one in self.students),
+                teacher=teacher,
+            ),
+            "backward": self._parts(
+                gradients=held,
+                activations=sum(kept) + self._at_work(self.students[-1]),
+                loss_chunks=sum(self._head_gradients(one) for one in self.students),
+                teacher=self._teacher_weights,
+            ),
+            "first_layer": self._parts(
+                gradients=self._weights - (held == 0) * self._late,
+                activations=self._at_work(self.students[0]),
+                loss_chunks=self._head_gradients(self.students[0]),
+                teacher=self._teacher_weights,
+            ),
+            "tables": self._parts(
+                gradients=self._weights,
+                # beside the sum of a tied table's two gradients those themselves; of several
+                # ranks every one has them whole
+                loss_chunks=(2 if self.students[0].tied or self.ranks > 1 else 0)
+                * _table(self.students[0]),
+                teacher=self._teacher_weights,
+            ),
+        }
+        if self.teacher is not None:
+            work = self.micro_batch_tokens * forward_transient(
+                self.teacher, self.window, self.teacher_bytes
+            )
+            found["teacher_forward"] = self._parts(gradients=held, teacher=teacher + work)
+        return found
+
+    def peak(self) -> tuple[str, dict[str, int]]:
+        """The largest phase, and its bytes by part."""
+        found = self.phases()
+        name = max(found, key=lambda phase: sum(found[phase].values()))
+        return name, found[name]
+
+    def at_most(self) -> dict[str, int]:
+        """Bytes of every part in the phase where it is largest."""
+        found = self.phases().values()
+        return {part: max(phase[part] for phase in found) for part in PARTS}
+
+    def _parts(self, **parts: int) -> dict[str, int]:
+        """Those that are always there, and these."""
+        held = {
+            "weights": self._weights,
+            "optimizer": 2 * self._weights,
+            "gathered": self._gathered,
+        }
+        return dict.fromkeys(PARTS, 0) | held | parts
+
+    @property
+    def _weights(self) -> int:
+        total = sum(one.parameters().total for one in self.students)
+        return FLOAT * total // self.ranks
+
+    @property
+    def _late(self) -> int:
+        """Gradients that come last: of the first student's token table."""
+        return FLOAT * self.students[0].parameters().embedding // self.ranks
+
+    @property
+    def _teacher_weights(self) -> int:
+        if self.teacher is None or self.teacher_place == "elsewhere":
+            return 0
+        counts = self.teacher.parameters()
+        if self.teacher_place == "host":
+            # tables stay, and one layer is there at a time
+            layers = counts.embedding + counts.head + _layer(self.teacher)
+            return self.teacher_bytes * layers
+        return self.teacher_bytes * counts.total // self.ranks
+
+    @property
+    def _gathered(self) -> int:
+        """What is whole on every rank: tables, heads, and the layers at work."""
+        if self.ranks == 1:
+            return 0
+        models = [(one, FLOAT) for one in self.students]
+        if self.teacher is not None:
+            models.append((self.teacher, self.teacher_bytes))
+        tables = sum(value * _tables(one) for one, value in models)
+        return tables + GATHERED_LAYERS * max(value * _layer(one) for one, value in models)
+
+    def _kept(self, shape: Shape) -> int:
+        return kept_bytes(
+            shape,
+            self.micro_batch_tokens,
+            self.window,
+            autocast=self.autocast,
+            document_mask=self.document_mask,
+            checkpointed=self.activation_checkpointing,
+        )
+
+    def _at_work(self, shape: Shape) -> int:
+        """What the backward pass of a layer needs beside what is kept."""
+        own = 0
+        if self.activation_checkpointing:
+            own = layer_bytes(
+                shape,
+                self.micro_batch_tokens,
+                self.window,
+                autocast=self.autocast,
+                document_mask=self.document_mask,
+            )
+            # its input stayed
+            own -= self._hidden_bytes(shape, FLOAT)
+        transient = backward_transient(shape, autocast=self.autocast)
+        return own + self.micro_batch_tokens * transient
+
+    def _hidden_bytes(self, shape: Shape, value: int) -> int:
+        return value * self.micro_batch_tokens * shape.hidden
+
+    def _head_gradients(self, shape: Shape) -> int:
+        """Of a student's hidden states, in the dtype of the head's product, and of its head."""
+        value = HALF if self.autocast else FLOAT
+        return self._hidden_bytes(shape, value) + _table(shape)
+
+    @property
+    def _chunks(self) -> int:
+        """The buffers of the loss, and what autocast makes of hidden states and heads for it."""
+        vocabulary = self.students[0].vocabulary
+        rows = min(chunk_rows(self.device, vocabulary), self.micro_batch_tokens)
+        block = block_rows(self.device, vocabulary, rows)
+        value = HALF if self.autocast else FLOAT
+        products = {value}
+        total = 2 * FLOAT * block * vocabulary
+        if self.teacher is not None:
+            products.add(self.teacher_bytes)
+            # probabilities, and for other divergences than the forward KL their logarithms
+            total += (1 if self.plain_kl else 2) * FLOAT * rows * vocabulary
+        total += sum(products) * rows * vocabulary
+        if self.autocast:
+            for one in self.students:
+                total += self._hidden_bytes(one, HALF) + _table(one) // 2
+            # a chunk's part of the head's gradient, shared by heads of one shape
+            total += sum({one.hidden: _table(one) // 2 for one in self.students}.values())
+        return total
+
+
+def loop_memory(
+    training: TrainingSection,
+    run: RunSection,
+    *,
+    students: tuple[Shape, ...],
+    teacher: Shape | None,
+    stored_bytes: int,
+    window: int,
+    gpu: str | None,
+    ranks: int = 1,
+) -> LoopMemory:
+    """The loop of one of `ranks` processes by a recipe's settings.
+
+    stored_bytes: of one of the teacher's weights as it is stored. gpu: its kind; without one the
+    recipe's own device counts, a CPU unless it says otherwise.
+    """
+    device = "cuda" if gpu is not None or run.device.startswith("cuda") else "cpu"
+    has_bf16 = device == "cuda" and (gpu is None or GPUS[gpu].has_bf16)
+    share = training.batch_tokens // ranks
+    micro = min(training.micro_batch_tokens or share, share)
+    place = "device" if run.teacher_device == "same" else "elsewhere"
+    return LoopMemory(
+        students=students,
+        teacher=teacher,
+        window=window,
+        micro_batch_tokens=micro,
+        micro_batches=-(-share // micro),
+        autocast=training.precision == "bf16" or (training.precision == "auto" and has_bf16),
+        teacher_bytes={"fp32": FLOAT, "bf16": HALF}.get(training.teacher_dtype, stored_bytes),
+        activation_checkpointing=training.activation_checkpointing,
+        document_mask=training.document_mask,
+        plain_kl=training.divergence == "forward_kl",
+        device=device,
+        ranks=ranks,
+        teacher_place="host" if run.teacher_offload else place,
+    )
+
+
+def _table(shape: Shape) -> int:
+    """Bytes of a head, or of a table as large, in fp32."""
+    return FLOAT * shape.vocabulary * shape.hidden
+
+
+def _tables(shape: Shape) -> int:
+    """Parameters of the tables and an untied head."""
+    counts = shape.parameters()
+    return counts.embedding + counts.head
+
+
+def _layer(shape: Shape) -> int:
+    counts = shape.parameters()
+    return (counts.attention + counts.ffn + counts.norms) // shape.layers

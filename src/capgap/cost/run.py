@@ -1,0 +1,263 @@
+"""What the run of a recipe would take: `capgap plan` of a teacher, a cut and a distillation."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from capgap.config import PruneSection, RunRecipe
+from capgap.cost.activations import FLOAT, HALF
+from capgap.cost.memory import LoopMemory, loop_memory
+from capgap.distill.cache_size import CHECKSUM_BYTES, TokenRecord
+from capgap.errors import UserError
+from capgap.hardware import GPUS, hours, parse_gpus
+from capgap.law.families import find_model, published_families
+from capgap.models.shape import Shape
+from capgap.prune.shape import (
+    Target,
+    changed_shape,
+    from_axes,
+    from_ladder,
+    keep_target,
+    search,
+)
+from capgap.sizes import forward_flops, training_flops
+from capgap.stages.prune import MULTIPLE
+from capgap.train.learning_rate import auto_learning_rate
+
+# Of a parameter: its weight and AdamW's two moments, as a checkpoint has them
+CHECKPOINT_BYTES = 3 * FLOAT
+MOST_GPUS = 4096
+
+
+@dataclass(frozen=True)
+class GivenTeacher:
+    """The teacher of a run: its shape after adaptation, and bytes of one of its stored weights."""
+
+    shape: Shape
+    stored_bytes: int
+
+
+def plan_run(
+    recipe: RunRecipe, *, gpus: str | None = None, utilisation: float | None = None
+) -> dict[str, Any]:
+    """Parameters, steps, FLOPs, memory, time and disk (docs/cli.md has the keys); `gpus` and
+    `utilisation` stand for those of the recipe.
+
+    UserError: no such teacher, a cut that is none, a window the teacher cannot read, a batch that
+    the GPUs cannot share.
+    """
+    asked = gpus or recipe.hardware.gpus
+    hardware = None if asked is None else parse_gpus(asked)
+    share = recipe.hardware.utilisation if utilisation is None else utilisation
+    teacher = find_teacher(recipe)
+    student = student_shape(recipe.prune, teacher.shape)
+    training = recipe.training
+    steps = recipe.distill.tokens // training.batch_tokens
+    tokens = steps * training.batch_tokens
+    counts, above = student.parameters(), teacher.shape.parameters()
+    flops = {
+        "student": training_flops(counts.total, tokens),
+        "teacher_forward": forward_flops(above.total, tokens) if training.alpha > 0 else 0,
+    }
+    total = sum(flops.values())
+    number = 1 if hardware is None else hardware[0]
+    places = [
+        _place(recipe, student, teacher, None if hardware is None else (count, hardware[1]))
+        for count in sorted({1, number})
+    ]
+    for place in places:
+        if hardware is not None:
+            place["hours"] = hours(total, (place["gpus"], hardware[1]), share)
+    rate = recipe.distill.learning_rate
+    if rate == "auto":
+        rate = auto_learning_rate(counts.non_embedding, is_cut=True)
+    return {
+        "kind": "run",
+        "name": recipe.name,
+        "teacher": recipe.teacher.model,
+        "teacher_params": above.total,
+        "student_params": counts.total,
+        "teacher_parameters": above.as_dict(),
+        "student_parameters": counts.as_dict(),
+        "teacher_shape": vars(teacher.shape),
+        "student_shape": vars(student),
+        "tokens": tokens,
+        "batch_tokens": training.batch_tokens,
+        "window": recipe.distill.window,
+        "steps": steps,
+        "learning_rate": rate,
+        "flops": flops,
+        "flops_total": total,
+        "gpus": asked,
+        "utilisation": None if hardware is None else share,
+        "places": places,
+        "memory_gb": places[-1]["memory_gb"],
+        "hours": places[-1]["hours"],
+        "advice": _advice(recipe, student, teacher, hardware),
+        "disk": _disk(recipe, student, teacher),
+    }
+
+
+def find_teacher(recipe: RunRecipe) -> GivenTeacher:
+    """By its published name or its folder's config; published weights have 16 bits."""
+    name = recipe.teacher.model
+    known = find_model(name)
+    if known is not None:
+        if known.head_norms:
+            raise UserError(
+                f"teacher.model {name}: its architecture is none that capgap can cut "
+                "(docs/families.md)"
+            )
+        shape, stored = known.shape, HALF
+    elif Path(name).is_dir():
+        from capgap.models.build import shape_of
+        from capgap.models.stored import read_config
+
+        config: Any = read_config(name)
+        shape, stored = shape_of(config), getattr(config.dtype, "itemsize", FLOAT)
+    else:
+        names = [one.name for family in published_families().values() for one in family.models]
+        near = get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"teacher.model {name!r} is no published model and no folder{hint}")
+    if recipe.distill.window > shape.positions:
+        raise UserError(
+            f"distill.window {recipe.distill.window}: {name} reads at most {shape.positions} tokens"
+        )
+    words = recipe.teacher.vocabulary
+    return GivenTeacher(shape if words is None else replace(shape, vocabulary=words), stored)
+
+
+def student_shape(asked: PruneSection, teacher: Shape) -> Shape:
+    """What `capgap prune` cuts out of the teacher when it is asked the same."""
+    if asked.sizes:
+        return changed_shape(teacher, asked.sizes)
+    if asked.keep is not None:
+        target = keep_target(teacher, asked.keep, multiple=MULTIPLE)
+        keep = target.parameters / target.count(teacher)
+        return search(teacher, target, from_axes(teacher, keep), layers=teacher.layers)[0]
+    parameters = asked.params or asked.total_params
+    assert parameters is not None
+    target = Target(parameters, total=asked.params is None, multiple=MULTIPLE)
+    return search(teacher, target, from_ladder(teacher, target))[0]
+
+
+def run_memory(
+    recipe: RunRecipe, student: Shape, teacher: GivenTeacher, place: tuple[int, str] | None
+) -> LoopMemory:
+    """The loop of one process on so many GPUs of a kind; None is one of the recipe's device.
+
+    UserError where the GPUs cannot share a batch.
+    """
+    ranks = 1 if place is None else place[0]
+    window, training = recipe.distill.window, recipe.training
+    windows = training.batch_tokens // window
+    if windows % ranks:
+        raise UserError(
+            f"a batch of {windows} windows cannot be shared evenly by {ranks} GPUs: change "
+            "training.batch_tokens or the number of GPUs"
+        )
+    if ranks > 1 and recipe.run.teacher_device != "same":
+        raise UserError(
+            f"run.teacher_device {recipe.run.teacher_device!r}: several GPUs shard the teacher; "
+            "leave it at 'same'"
+        )
+    return loop_memory(
+        training,
+        recipe.run,
+        students=(student,),
+        teacher=teacher.shape if training.alpha > 0 else None,
+        stored_bytes=teacher.stored_bytes,
+        window=window,
+        gpu=None if place is None else place[1],
+        ranks=ranks,
+    )
+
+
+def _place(
+    recipe: RunRecipe, student: Shape, teacher: GivenTeacher, place: tuple[int, str] | None
+) -> dict[str, Any]:
+    loop = run_memory(recipe, student, teacher, place)
+    phase, parts = loop.peak()
+    return {
+        "gpus": loop.ranks,
+        "micro_batch_tokens": loop.micro_batch_tokens,
+        "micro_batches": loop.micro_batches,
+        "memory_gb": round(sum(parts.values()) / 1e9, 3),
+        "memory": parts,
+        "memory_at_most": loop.at_most(),
+        "peak_phase": phase,
+        "fits": None if place is None else sum(parts.values()) <= GPUS[place[1]].memory,
+        "hours": None,
+    }
+
+
+def _advice(
+    recipe: RunRecipe, student: Shape, teacher: GivenTeacher, place: tuple[int, str] | None
+) -> list[dict[str, Any]]:
+    """What would make it fit, one change at a time and all of them; none where it fits."""
+    if place is None:
+        return []
+    room = GPUS[place[1]].memory
+    loop = run_memory(recipe, student, teacher, place)
+    if _total(loop) <= room:
+        return []
+    changes: dict[str, dict[str, Any]] = {}
+    window = recipe.distill.window
+    if loop.micro_batch_tokens > window:
+        batch = loop.micro_batch_tokens * loop.micro_batches
+        changes[f"training.micro_batch_tokens={window}"] = {
+            "micro_batch_tokens": window,
+            "micro_batches": batch // window,
+        }
+    if not loop.activation_checkpointing:
+        changes["training.activation_checkpointing=true"] = {"activation_checkpointing": True}
+    if loop.teacher is not None:
+        if loop.teacher_place == "device":
+            changes["run.teacher_offload=true"] = {"teacher_place": "host"}
+        changes["a cached teacher (capgap cache)"] = {"teacher": None}
+    found = [_change(name, replace(loop, **fields), room) for name, fields in changes.items()]
+    together = {key: value for fields in changes.values() for key, value in fields.items()}
+    if len(changes) > 1:
+        found.append(_change("all of these", replace(loop, **together), room))
+    for number in _more_gpus(recipe, place[0]):
+        more = run_memory(recipe, student, teacher, (number, place[1]))
+        if _total(more) <= room:
+            found.append(_change(f"--gpus {number}x{place[1]}", more, room))
+            break
+    return found
+
+
+def _more_gpus(recipe: RunRecipe, number: int) -> Iterator[int]:
+    """Twice as many and so on, as long as they can share a batch."""
+    windows = recipe.training.batch_tokens // recipe.distill.window
+    while (number := 2 * number) <= MOST_GPUS and windows % number == 0:
+        yield number
+
+
+def _change(name: str, loop: LoopMemory, room: int) -> dict[str, Any]:
+    total = _total(loop)
+    return {"change": name, "memory_gb": round(total / 1e9, 3), "fits": total <= room}
+
+
+def _total(loop: LoopMemory) -> int:
+    return sum(loop.peak()[1].values())
+
+
+def _disk(recipe: RunRecipe, student: Shape, teacher: GivenTeacher) -> dict[str, int]:
+    """Bytes of what the run leaves, and of a cache of the teacher should one be made."""
+    total, window = student.parameters().total, recipe.distill.window
+    record = TokenRecord(teacher.shape.vocabulary, temperature=recipe.training.temperature)
+    windows = recipe.distill.tokens // window
+    # the next one is written before the oldest goes
+    checkpoints = recipe.run.checkpoints + 1
+    return {
+        "cache_token_bytes": record.token_bytes,
+        "cache": windows * (window * record.token_bytes + CHECKSUM_BYTES),
+        "checkpoint": CHECKPOINT_BYTES * total,
+        "checkpoints": checkpoints * CHECKPOINT_BYTES * total,
+        "student": FLOAT * total,
+        "teacher": teacher.stored_bytes * teacher.shape.parameters().total,
+    }

@@ -1,0 +1,169 @@
+"""What a sweep would take, told from its recipe without measuring anything."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from capgap.config import Recipe
+from capgap.cost.activations import FLOAT
+from capgap.cost.memory import LoopMemory, loop_memory
+from capgap.cost.run import CHECKPOINT_BYTES
+from capgap.hardware import GPUS, UTILISATION, hours, parse_gpus
+from capgap.models.shape import Shape
+from capgap.sizes import forward_flops, training_flops
+from capgap.sweep.context import resolve_workers
+from capgap.sweep.plan import Column, Plan, Teacher, expected_baselines, make_plan
+
+# About: a teacher's on the standard library has 12 kB, a cell's tells more; most are the curve and
+# the losses of held-out documents
+RECORD_BYTES = 20_000
+
+
+def plan_sweep(
+    recipe: Recipe,
+    given: Sequence[Teacher] = (),
+    *,
+    gpus: str | None = None,
+    utilisation: float | None = None,
+) -> dict[str, Any]:
+    """Runs, tokens, FLOPs, the memory of the largest task, time and disk (docs/cli.md).
+
+    `given` are the recipe's `teachers.models`, as `make_plan` takes them. UserError as that raises.
+    """
+    plan = make_plan(recipe, given)
+    baselines = expected_baselines(plan)
+    hardware = None if gpus is None else parse_gpus(gpus)
+    share = UTILISATION if utilisation is None else utilisation
+    flops = plan.flops(baselines)
+    total = sum(flops.values())
+    tokens = sum(_run_tokens(plan, baselines))
+    task, loop = max(_loops(plan, hardware), key=lambda one: _total(one[1]))
+    phase, parts = loop.peak()
+    columns = (*plan.columns, *baselines)
+    return {
+        "kind": "sweep",
+        "name": recipe.name,
+        "teachers": len(plan.teachers),
+        "cells": len(plan.cells),
+        "baselines": sum(len(column.cells) for column in baselines),
+        "teacher_params": max(one.shape.parameters().total for one in plan.teachers),
+        "student_params": max(one.shape.parameters().total for one in plan.cells),
+        "tokens": tokens,
+        "batch_tokens": recipe.training.batch_tokens,
+        "window": recipe.corpus.window,
+        "steps": tokens // recipe.training.batch_tokens,
+        "flops": flops,
+        "flops_total": total,
+        "gpus": gpus,
+        "utilisation": None if hardware is None else share,
+        "workers": _workers(plan, hardware),
+        "memory_task": task,
+        "memory": parts,
+        "memory_at_most": loop.at_most(),
+        "peak_phase": phase,
+        "memory_gb": round(sum(parts.values()) / 1e9, 3),
+        "fits": None if hardware is None else sum(parts.values()) <= GPUS[hardware[1]].memory,
+        "hours": None if hardware is None else _hours(plan, columns, total, hardware, share),
+        "disk": _disk(plan, baselines),
+    }
+
+
+def _workers(plan: Plan, hardware: tuple[int, str] | None) -> int:
+    if hardware is not None:
+        return min(hardware[0], plan.width)
+    device = "cuda" if plan.recipe.run.device.startswith("cuda") else "cpu"
+    return resolve_workers(plan.recipe.run.workers, device, most=plan.width)[0]
+
+
+def _run_tokens(plan: Plan, baselines: Sequence[Column]) -> Iterator[int]:
+    """Of everything that is trained."""
+    yield from (teacher.tokens for teacher in plan.teachers)
+    for column in (*plan.columns, *baselines):
+        yield from (cell.tokens for cell in column.cells)
+        if column.assistant is not None:
+            yield column.assistant.tokens
+
+
+def _loops(plan: Plan, hardware: tuple[int, str] | None) -> Iterator[tuple[str, LoopMemory]]:
+    """What a worker has in memory, for every task that trains; by the task's id."""
+    for teacher in plan.teachers:
+        if teacher.source is None:
+            yield teacher.id, _loop(plan, (teacher.shape,), None, hardware)
+    for column in (*plan.columns, *plan.baselines):
+        above = None if column.teacher is None else column.teacher.shape
+        students = tuple(cell.shape for cell in column.cells)
+        if column.assistant is not None:
+            yield column.id, _loop(plan, (column.assistant.shape,), above, hardware)
+            above = column.assistant.shape
+        yield column.id, _loop(plan, students, above, hardware)
+
+
+def _loop(
+    plan: Plan,
+    students: tuple[Shape, ...],
+    teacher: Shape | None,
+    hardware: tuple[int, str] | None,
+) -> LoopMemory:
+    recipe = plan.recipe
+    return loop_memory(
+        recipe.training,
+        recipe.run,
+        students=students,
+        teacher=teacher if recipe.training.alpha > 0 else None,
+        # a ladder's; at most those of a given teacher
+        stored_bytes=FLOAT,
+        window=recipe.corpus.window,
+        gpu=None if hardware is None else hardware[1],
+    )
+
+
+def _hours(
+    plan: Plan,
+    columns: Sequence[Column],
+    total: int,
+    hardware: tuple[int, str],
+    share: float,
+) -> float:
+    """All work shared out evenly, but no less than the longest task with the teachers it needs."""
+    heldout = plan.recipe.corpus.heldout_tokens
+    alone = {one.id: sum(one.flops(heldout).values()) for one in plan.teachers}
+    longest = max(
+        max((alone[name] for name in column.teachers), default=0) + _column_flops(column)
+        for column in columns
+    )
+    even = hours(total, hardware, share)
+    return max(even, hours(longest, (1, hardware[1]), share))
+
+
+def _column_flops(column: Column) -> int:
+    """Of its training and its teacher's passes."""
+    found = sum(training_flops(cell.shape.parameters().total, cell.tokens) for cell in column.cells)
+    if column.assistant is not None:
+        between = column.assistant.shape.parameters().total
+        found += training_flops(between, column.assistant.tokens)
+    if column.teacher is not None:
+        found += forward_flops(column.teacher.shape.parameters().total, column.tokens)
+    return found
+
+
+def _disk(plan: Plan, baselines: Sequence[Column]) -> dict[str, int]:
+    """Bytes of what stays; `checkpoints` are those of the largest tasks, one a worker, at most."""
+    ladder = [one.shape.parameters().total for one in plan.teachers if one.source is None]
+    cells = plan.cells
+    students = sum(cell.shape.parameters().total for cell in cells)
+    assistants = [cell.assistant.shape for cell in cells if cell.assistant is not None]
+    students += sum(shape.parameters().total for shape in assistants)
+    runs = len(plan.teachers) + len(cells) + sum(len(column.cells) for column in baselines)
+    tasks = ladder + [
+        sum(cell.shape.parameters().total for cell in column.cells) for column in plan.columns
+    ]
+    kept = plan.recipe.run.checkpoints + 1
+    return {
+        "records": runs * RECORD_BYTES,
+        "teachers": FLOAT * sum(ladder),
+        "students": FLOAT * students,
+        "checkpoints": kept * CHECKPOINT_BYTES * max(tasks),
+    }
+
+
+def _total(loop: LoopMemory) -> int:
+    return sum(loop.peak()[1].values())
