@@ -53,7 +53,7 @@ def run(
         "tokens": 400_000,
         "steps": 195,
         "batch_tokens": 2048,
-        "learning_rate": 0.004,
+        "learning_rate": 0.004 * (100_000 / size) ** 0.3,
         "alpha": 0.5 if kind == "cell" else 0.0,
         "temperature": 1.0,
         "recipe_hash": "r",

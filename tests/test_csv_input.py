@@ -102,6 +102,19 @@ def test_missing_columns_are_warnings(tmp_path):
     assert any("teacher_loss" in message for message in named)
 
 
+def test_teachers_of_a_table_that_do_not_improve_are_told(tmp_path):
+    def warned(losses):
+        rows = [f"{row},{losses[i % 5]}" for i, row in enumerate(rows_of(students=(40e6,)))]
+        path = write(tmp_path / "t.csv", rows, f"{HEADER},teacher_loss")
+        found = fit_table(read_table(path))["validity"]
+        return [one["message"] for one in found if one["name"] == "teacher_loss_not_falling"]
+
+    assert not warned((3.0, 2.9, 2.8, 2.7, 2.6))
+    [message] = warned((3.0, 2.9, 2.8, 2.85, 2.6))
+    assert message.startswith("the 136M teacher is not better than the 100M one")
+    assert "0.0500 nats higher" in message
+
+
 def changed(number, **values):
     rows = [dict(zip(HEADER.split(","), row.split(","), strict=True)) for row in rows_of()]
     rows[number] |= values

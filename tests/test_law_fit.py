@@ -1,14 +1,16 @@
 """law.json as a whole: its keys, warnings, sentences, errors and speed."""
 
+import dataclasses
 import json
 import time
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 
 from capgap.errors import UserError
 from capgap.law.fit import fit_law
-from capgap.records import record_from_dict, write_json_atomically
+from capgap.records import TrainingCurve, record_from_dict, write_json_atomically
 from law_surface import ladder, sweep
 
 QUIET = {"seed_noise": 0.003, "document_noise": 0.02}
@@ -185,3 +187,63 @@ def test_a_large_grid_is_fitted_in_seconds():
     start = time.perf_counter()
     assert len(fit_law(records)["curves"]) == 10
     assert time.perf_counter() - start < 3
+
+
+def sentences_of(records, words):
+    return [one for one in fit_law(records, resamples=200)["verdict"] if words in one]
+
+
+def with_values(records, **values):
+    return [dataclasses.replace(record, **values) for record in records]
+
+
+def test_what_moves_the_best_teacher_is_told():
+    students = [40_000, 63_000, 100_000]
+
+    def records(best, **values):
+        made = sweep(students, lambda s: ladder(1.2 * s, 1.3, 9), lambda s: best * s)
+        return with_values([r for r in made if r.kind == "cell"], **values)
+
+    few = records(2.5)
+    many = [dataclasses.replace(r, id=f"{r.id}-more") for r in records(4.0, tokens=1_600_000)]
+    [told, *others] = sentences_of(few + many, "against 400k tokens")
+    assert len(others) == 2
+    assert "the ratio depends on tokens" in told
+    assert "1.60 times" in told
+    other = [dataclasses.replace(r, id=f"{r.id}-gpt2") for r in records(4.0, architecture="gpt2")]
+    [told] = sentences_of(few + other, "T*/S")
+    assert "depends on the architecture" in told
+    same = [dataclasses.replace(r, id=f"{r.id}-gpt2") for r in records(2.5, architecture="gpt2")]
+    assert "is the same within" in sentences_of(few + same, "T*/S")[0]
+
+
+def test_a_teachers_own_loss_and_its_size_are_set_against_each_other():
+    records = sweep([50_000, 70_000], lambda _: ladder(90_000, 1.3, 9), lambda s: 2.5 * s)
+    [told] = sentences_of(records, "its teacher's own loss")
+    assert "fall in step with sizes" in told
+
+    def disturbed(record):
+        """Cells that follow teachers whose losses do not follow their sizes."""
+        if record.kind == "baseline":
+            return record
+        luck = 0.3 * np.sin(7 * np.log(record.teacher_size))
+        held = record.heldout
+        moved = [
+            nats + luck * tokens
+            for nats, tokens in zip(held.document_losses, held.document_tokens, strict=True)
+        ]
+        changed = dataclasses.replace(held, loss=held.loss + luck, document_losses=moved)
+        return dataclasses.replace(record, heldout=changed)
+
+    [told] = sentences_of([disturbed(r) for r in records], "its teacher's own loss")
+    assert "its own loss tells more" in told
+
+
+def test_students_still_learning_and_one_rate_for_all_are_warned_of():
+    records = sweep([40_000, 63_000, 100_000], lambda s: ladder(1.2 * s, 1.3, 6), lambda s: 2 * s)
+    assert not {"still_learning", "one_learning_rate"} & names(fit_law(records))
+    falling = TrainingCurve(step=list(range(40)), ce=[4 - 0.03 * step for step in range(40)])
+    flat = TrainingCurve(step=list(range(40)), ce=[3.0] * 40)
+    assert "still_learning" in names(fit_law(with_values(records, curve=falling)))
+    assert "still_learning" not in names(fit_law(with_values(records, curve=flat)))
+    assert "one_learning_rate" in names(fit_law(with_values(records, learning_rate=0.001)))

@@ -87,4 +87,4 @@ def test_one_student_has_a_ratio_alone():
     forms, verdict = forms_of(lambda s: 2.5 * s, students=[50_000])
     assert [form["form"] for form in forms] == ["ratio"]
     assert forms[0]["prediction_error"] is None
-    assert not any("left out" in sentence for sentence in verdict)
+    assert not any("student left out" in sentence for sentence in verdict)

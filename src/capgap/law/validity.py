@@ -16,6 +16,10 @@ from capgap.sizes import format_count
 WIDEST_SPACING = 1.6
 SPACING_TOLERANCE = 1.01
 FEW_DOCUMENTS = 20
+# Share of the cross-entropy that the last tenth of a finished training may still take off
+STILL_LEARNING = 0.01
+# Sizes further apart than this want learning rates of their own (benchmarks/learning_rates.py)
+ONE_RATE_RANGE = 2.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ def record_warnings(records: Sequence[RunRecord], counts: Mapping[int, Floats]) 
         ladder = [t for t in teachers if (t.architecture, t.seed) == (architecture, seed)]
         ladder.sort(key=lambda teacher: teacher.parameters.non_embedding)
         warnings += _ladder_warnings(ladder, f"{architecture}, seed {seed}", counts)
+    warnings += _training_warnings([r for r in records if r.status == "done"])
     failed = [record.id for record in records if record.status == "failed"]
     if failed:
         verb = "run" if len(failed) == 1 else "runs"
@@ -51,8 +56,43 @@ def record_warnings(records: Sequence[RunRecord], counts: Mapping[int, Floats]) 
     return warnings
 
 
+def _training_warnings(records: Sequence[RunRecord]) -> Iterable[Warned]:
+    """Students that were still learning, and one learning rate for all sizes."""
+    students = [record for record in records if record.kind == "cell"]
+    learning = [record for record in students if _still_learning(record)]
+    if learning:
+        yield Warned(
+            "still_learning",
+            "whole sweep",
+            f"{len(learning)} of {len(students)} students had not stopped learning: the last tenth "
+            f"of their training still took more than {STILL_LEARNING:.0%} off their cross-entropy, "
+            "so with more tokens another teacher may be the best",
+        )
+    teachers = [record for record in records if record.kind == "teacher"]
+    for who, runs in (("teachers", teachers), ("students", students)):
+        rates = {run.learning_rate for run in runs if run.learning_rate is not None}
+        sizes = [run.parameters.non_embedding for run in runs if run.learning_rate is not None]
+        if len(rates) == 1 and max(sizes) > ONE_RATE_RANGE * min(sizes):
+            yield Warned(
+                "one_learning_rate",
+                "whole sweep",
+                f"{who} of {format_count(min(sizes))} to {format_count(max(sizes))} all have the "
+                f"peak learning rate {rates.pop():g}: it was not tuned for their sizes",
+            )
+
+
+def _still_learning(record: RunRecord) -> bool:
+    """By the means of the last tenth of the training curve and of the tenth before."""
+    losses = [value for value in record.curve.ce if value is not None]
+    tenth = len(losses) // 10
+    if tenth < 1:
+        return False
+    last, before = np.mean(losses[-tenth:]), np.mean(losses[-2 * tenth : -tenth])
+    return bool(last < (1 - STILL_LEARNING) * before)
+
+
 def table_warnings(table: TableCells) -> list[Warned]:
-    """What a table does not have, and what is not known for that."""
+    """What a table does not have, and what is not known for that; teachers that do not improve."""
     lost = {
         "seed": "every row counts as a run of one seed",
         "loss_stderr": "the losses' own standard errors are not known",
@@ -62,7 +102,38 @@ def table_warnings(table: TableCells) -> list[Warned]:
     return [
         Warned("missing_column", "whole table", f"the table has no column {name}: {lost[name]}")
         for name in table.missing_columns
-    ]
+    ] + list(_table_ladders(table))
+
+
+def _table_ladders(table: TableCells) -> Iterable[Warned]:
+    """A table states the teacher's loss in every row; the mean of each size counts."""
+    for architecture in dict.fromkeys(curve.kind.architecture for curve in table.curves):
+        losses: dict[int, list[float]] = {}
+        for curve in table.curves:
+            if curve.kind.architecture == architecture:
+                for teacher, (loss,) in zip(
+                    curve.cell_teacher, curve.teacher_documents, strict=True
+                ):
+                    if not np.isnan(loss):
+                        losses.setdefault(curve.teacher_sizes[teacher], []).append(float(loss))
+        means = {size: float(np.mean(own)) for size, own in sorted(losses.items()) if own}
+        sizes = list(means)
+        for i, size in enumerate(sizes[1:], start=1):
+            best = min(sizes[:i], key=means.__getitem__)
+            if means[size] >= means[best]:
+                yield Warned(
+                    "teacher_loss_not_falling",
+                    architecture,
+                    _not_falling(size, best, f"{means[size] - means[best]:.4f} nats higher"),
+                )
+
+
+def _not_falling(larger: int, smaller: int, difference: str) -> str:
+    return (
+        f"the {format_count(larger)} teacher is not better than the {format_count(smaller)} one: "
+        f"its own held-out loss is {difference}; the curves then also show how well teachers were "
+        "trained, not the capacity gap alone"
+    )
 
 
 def curve_warnings(curve: Curve) -> list[Warned]:
@@ -131,14 +202,9 @@ def _ladder_warnings(
         if difference < 0:
             continue
         noise = float((draws[:, larger] - draws[:, smaller]).std())
-        sizes = [format_count(ladder[i].parameters.non_embedding) for i in (larger, smaller)]
-        yield Warned(
-            "teacher_loss_not_falling",
-            where,
-            f"the {sizes[0]} teacher is not better than the {sizes[1]} one: its own held-out loss "
-            f"is {difference:.4f} nats higher (evaluation noise {noise:.4f}); the curves then also "
-            "show how well teachers were trained, not the capacity gap alone",
-        )
+        sizes = [ladder[i].parameters.non_embedding for i in (larger, smaller)]
+        told = f"{difference:.4f} nats higher (evaluation noise {noise:.4f})"
+        yield Warned("teacher_loss_not_falling", where, _not_falling(sizes[0], sizes[1], told))
 
 
 def _spacing_at_optimum(curve: Curve) -> float:

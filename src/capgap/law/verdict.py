@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from capgap.law.cells import Kind
+from capgap.law.comparisons import compared_curves
 from capgap.law.curve import Curve
 from capgap.law.forms import FormFit
 from capgap.law.linear import LinearLaw
@@ -32,7 +33,7 @@ def verdict(
     confidence: float,
 ) -> list[str]:
     """Sentences in the order a reader asks: the answer in short, which teacher for each student, is
-    there a curse, what does distilling gain, does the initialisation matter, is there a line.
+    there a curse, what does distilling gain, what moves the best teacher, is there a line.
     `gains` [curves][teachers]."""
     if not curves:
         return ["No finished cell: nothing can be said about teachers."]
@@ -42,8 +43,7 @@ def verdict(
         own = [i for i, curve in enumerate(curves) if curve.points.data.kind == law.kind]
         sentences.append(_curse(law.kind, [curves[i] for i in own]))
         sentences.append(_gain(law.kind, [curves[i] for i in own], [gains[i] for i in own]))
-    sentences += _pruned_against_fixed(curves, confidence)
-    sentences += _chain_against_pruned(curves)
+    sentences += compared_curves(curves, laws, confidence)
     sentences += [_law(law, confidence) for law in laws]
     sentences += [
         _best_form(law.kind, own) for law, own in zip(laws, forms, strict=True) if _compared(own)
@@ -172,116 +172,6 @@ def _gain(kind: Kind, curves: Sequence[Curve], gains: Sequence[Sequence[Gain | N
         f"{kind}: against the same student trained without a teacher, the best teacher gains "
         f"{', '.join(parts)}."
     )
-
-
-def _pruned_against_fixed(curves: Sequence[Curve], confidence: float) -> list[str]:
-    """Where both inits were run: does the optimum stay when pruning is taken out of the curve?"""
-    fixed = {_place(curve): curve for curve in curves if curve.points.data.kind.init == "fixed"}
-    sentences = []
-    for curve in curves:
-        data = curve.points.data
-        other = fixed.get(_place(curve))
-        if data.kind.init == "pruned" and other is not None:
-            where = (
-                f"{data.kind.architecture}, {format_count(data.kind.tokens)} tokens, student "
-                f"{format_count(curve.student_parameters)}, pruned against fixed init"
-            )
-            sentences.append(f"{where}: {_moved(curve, other, confidence)}.")
-    return sentences
-
-
-def _chain_against_pruned(curves: Sequence[Curve]) -> list[str]:
-    """Where both were run: what an assistant between teacher and student brings for the same
-    FLOPs, over all pairs of teacher and seed."""
-    chains = {_place(curve): curve for curve in curves if curve.points.data.kind.init == "chain"}
-    sentences = []
-    for curve in curves:
-        chain = chains.get(_place(curve))
-        if curve.points.data.kind.init != "pruned" or chain is None:
-            continue
-        direct, through = _losses(curve), _losses(chain)
-        pairs = sorted(direct.keys() & through.keys())
-        if not pairs:
-            continue
-        differences = [through[pair] - direct[pair] for pair in pairs]
-        mean = float(np.mean(differences))
-        error = (
-            "" if len(pairs) < 2 else f" ± {np.std(differences, ddof=1) / len(pairs) ** 0.5:.4f}"
-        )
-        wins = sum(difference < 0 for difference in differences)
-        data = curve.points.data
-        sentences.append(
-            f"{data.kind.architecture}, {format_count(data.kind.tokens)} tokens, student "
-            f"{format_count(curve.student_parameters)}, through an assistant against the direct "
-            f"cut at equal FLOPs: the chain's loss is {abs(mean):.4f}{error} nats "
-            f"{'lower' if mean < 0 else 'higher'} on average, and lower in {wins} of "
-            f"{len(pairs)} pairs of teacher and seed."
-        )
-    return sentences
-
-
-def _place(curve: Curve) -> tuple[str, int, int]:
-    """What curves of several inits have in common."""
-    data = curve.points.data
-    return data.kind.architecture, data.kind.tokens, data.student_size
-
-
-def _losses(curve: Curve) -> dict[tuple[int, int], float]:
-    """Nats per token of every cell, by size of teacher and seed."""
-    data = curve.points.data
-    losses = data.cell_documents.sum(1) / data.document_tokens.sum()
-    places = zip(data.cell_teacher, data.cell_seed, strict=True)
-    return {
-        (data.teacher_sizes[teacher], int(seed)): float(loss)
-        for (teacher, seed), loss in zip(places, losses, strict=True)
-    }
-
-
-def _moved(pruned: Curve, fixed: Curve, confidence: float) -> str:
-    ours, theirs = pruned.optimum, fixed.optimum
-    if (
-        ours.status == theirs.status == "interior"
-        and ours.draws is not None
-        and theirs.draws is not None
-        and ours.teacher_parameters is not None
-        and theirs.teacher_parameters is not None
-    ):
-        tail = (1 - confidence) / 2
-        low, high = np.exp(np.quantile(ours.draws - theirs.draws, [tail, 1 - tail]))
-        factor = ours.teacher_parameters / theirs.teacher_parameters
-        number = f"{factor:.2f} times ({confidence:.0%} interval {low:.2f} to {high:.2f})"
-        if low <= 1 <= high:
-            return f"the optimum does not move beyond noise; it is {number} that of the fixed init"
-        return (
-            f"the optimum is {number} that of the fixed init: the damage of pruning, not capacity "
-            "alone, places it"
-        )
-    if ours.interval is not None and theirs.interval is not None:
-        if _below(ours.interval, theirs.interval):
-            return "the optimum is smaller with pruning; the intervals do not touch"
-        if _below(theirs.interval, ours.interval):
-            return "the optimum is larger with pruning; the intervals do not touch"
-    return (
-        "whether pruning moves the optimum cannot be told; it is "
-        f"{_found(pruned)} with pruning and {_found(fixed)} without"
-    )
-
-
-def _below(
-    first: tuple[float | None, float | None], second: tuple[float | None, float | None]
-) -> bool:
-    return first[1] is not None and second[0] is not None and first[1] < second[0]
-
-
-def _found(curve: Curve) -> str:
-    best = format_count(curve.optimum.grid_best)
-    return {
-        "interior": f"inside the grid (best cell {best})",
-        "smallest": f"at the smallest teacher (best cell {best})",
-        "largest": f"at the largest teacher (best cell {best})",
-        "flat": f"flat within noise (best cell {best})",
-        "too_few_points": f"known by too few teachers (best cell {best})",
-    }[curve.optimum.status]
 
 
 def _law(law: LinearLaw, confidence: float) -> str:
