@@ -220,20 +220,20 @@ def test_a_surface_of_fixed_tokens_and_teachers_of_given_tokens() -> None:
     assert "outside of the picture" in outside.notes[0]
 
 
-ROUNDS = {
+SEARCH = {
     "strategy": "halving",
     "budget": 0.35,
-    "stopped": "nothing is left to decide",
-    "rounds": [
+    "stop": "safe",
+    "steps": [
         {
             "round": number,
-            "spent": spent,
+            "spent_fraction": spent,
             "choices": [
                 {
-                    "student_parameters": student,
-                    "teacher_parameters": teachers[number],
-                    "expected_loss": 3.5 + 0.1 * 0.5**number,
-                    "stderr": 0.02,
+                    "student_size": student,
+                    "teacher_size": teachers[number],
+                    "loss": 3.5 + 0.1 * 0.5**number,
+                    "loss_stderr": 0.02,
                 }
                 for student, teachers in ((40_000, (6, 6, 9)), (70_000, (9, 20, 20)))
             ],
@@ -246,7 +246,7 @@ ROUNDS = {
 def test_a_search_ends_at_zero_and_marks_changes_of_the_teacher(tmp_path: Path) -> None:
     folder = write_output(tmp_path, Plan(students=(40_000,), law=False, samples=False))
     assert isinstance(search_chart(load_results(folder)), Absent)
-    (folder / "search.json").write_text(json.dumps(ROUNDS))
+    (folder / "search.json").write_text(json.dumps(SEARCH))
     chart = chart_of(search_chart(load_results(folder)))
     lines = [one for one in chart.series if one.kind == "line" and one.group]
     assert len(lines) == 2
@@ -258,12 +258,23 @@ def test_a_search_ends_at_zero_and_marks_changes_of_the_teacher(tmp_path: Path) 
     assert "(before: 6)" in changed[0].hover[0]
     (budget,) = named(chart, "budget")
     assert budget.x == (35, 35)
-    begun = replace(load_results(folder), search={**ROUNDS, "rounds": []})
+    begun = replace(load_results(folder), search={**SEARCH, "steps": []})
     assert "not finished a round" in search_chart(begun).reason  # type: ignore[union-attr]
 
 
+def test_a_real_search_is_drawn(edge: Results) -> None:
+    """What a search wrote (docs/results/search.md): the bars of its first rounds are cut off."""
+    path = Path(__file__).parents[1] / "docs/results/search/search.json"
+    chart = chart_of(search_chart(replace(edge, search=json.loads(path.read_text()))))
+    low, high = chart.y.limits or (0.0, 0.0)
+    bars = [bar for one in chart.series for bar in one.y_interval if bar is not None]
+    assert len(bars) == 3 * 9
+    assert all(low <= bar[0] <= bar[1] <= high for bar in bars)
+    assert "nothing more fits" in chart.notes[0]
+
+
 def test_both_renderers_draw_every_picture_of_the_law(edge: Results, tmp_path: Path) -> None:
-    searched = replace(edge, search=ROUNDS)
+    searched = replace(edge, search=SEARCH)
     figures = [
         law_chart(edge, FIXED),
         residual_chart(edge, FIXED),
