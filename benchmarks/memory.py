@@ -154,10 +154,10 @@ def run_case(case: Case, folder: Path) -> None:
 
     from capgap.corpus.tokens import Corpus
     from capgap.distill.teacher import OnlineTeacher
+    from capgap.models.build import build_model
     from capgap.train.learner import Learner
     from capgap.train.loop import LoopSettings, train
     from distillation import write_corpus
-    from peers.measure import make_model
 
     batch = case.micro_batch_tokens * case.micro_batches
     write_corpus(folder, case.students[0].vocabulary, STEPS * batch + 1)
@@ -165,12 +165,11 @@ def run_case(case: Case, folder: Path) -> None:
     low = torch.bfloat16 if case.autocast else None
     teacher = None
     if case.teacher is not None:
-        model = make_model(case.teacher, "cpu", low or torch.float32, seed=0)
-        teacher = OnlineTeacher(model)
+        teacher = OnlineTeacher(build_model(case.teacher, seed=0).to(low or torch.float32))
     learners = [
         Learner(
             str(number),
-            make_model(shape, "cpu", torch.float32, seed=1 + number),
+            build_model(shape, seed=1 + number),
             STEPS,
             1e-4,
             0.0 if teacher is None else 0.5,
