@@ -55,6 +55,7 @@ def test_three_teachers_give_an_interval_between_neighbours(tmp_path):
     table = read_table(write(tmp_path / "t.csv", rows_of(ratios=(2.0, 2.5, 1 / 0.3))))
     fitted = fit_table(table)
     assert [curve["optimum"]["status"] for curve in fitted["curves"]] == ["too_few_points"] * 3
+    assert any("between its neighbours, 80M and 133M" in one for one in fitted["verdict"])
     [law] = fitted["laws"]
     low, high = law["ratio_interval"]
     assert 2.0 < low < 2.1

@@ -30,6 +30,7 @@ def fit(
     """Fit the law of capacity gap to a table of cells, or to the records of a sweep."""
     from capgap.law.csv_input import read_table
     from capgap.law.fit import fit_law, fit_table
+    from capgap.law.validity import grouped_warnings
     from capgap.records import read_records, write_json_atomically
 
     if source.is_dir():
@@ -50,8 +51,8 @@ def fit(
         return
     for sentence in found["verdict"]:
         print(sentence)
-    for warning in found["validity"]:
-        print(f"warning, {warning['where']}: {warning['message']}")
+    for message, where in grouped_warnings(found):
+        print(f"warning, {where}: {message}")
     for row in found["excluded"]:
         print(f"not used: {row['id']}, {row['reason']}")
     print(f"law: {out}" + (f", report: {page}" if page else ""))

@@ -10,7 +10,7 @@ from capgap.cost.memory import PARTS
 from capgap.cost.run import plan_run
 from capgap.cost.sweep import plan_sweep
 from capgap.hardware import check_utilisation
-from capgap.sizes import format_bytes, format_count
+from capgap.sizes import clock_time, format_bytes, format_count
 
 COUNTS = ("embedding", "attention", "ffn", "norms", "head", "non_embedding", "total")
 
@@ -97,11 +97,15 @@ def _print_sweep(found: dict[str, Any], console: Console) -> None:
     line = f"{format_bytes(found['memory_gb'] * 1e9)} in the largest task, {found['memory_task']}"
     line += f"; {workers} worker{'s' if workers > 1 else ''}"
     if found["fits"] is not None:
-        line += "; fits" if found["fits"] else "; does not fit: take a micro_batch_tokens"
+        line += (
+            "; fits"
+            if found["fits"]
+            else "; does not fit: take a smaller training.micro_batch_tokens"
+        )
     console.print(line)
     if found["hours"] is not None:
         hours = found["hours"]
-        told = f"{hours:,.0f} hours" if hours >= 10 else f"{hours * 3600:,.3g} seconds"
+        told = f"{hours:,.0f} hours" if hours >= 10 else clock_time(hours * 3600)
         console.print(f"{told}: {found['gpus']} at {found['utilisation']:.0%} of their peak")
     else:
         console.print("time: name --gpus, or let `capgap sweep --dry-run` measure this machine")

@@ -1,7 +1,9 @@
 """Named warnings: what weakens a result, beside the result it weakens."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +35,17 @@ class Warned:
     def as_dict(self) -> dict[str, str]:
         """The fields by name."""
         return asdict(self)
+
+
+def grouped_warnings(law: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(message, where) of every validity warning; one that many curves share is said once."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for warning in law.get("validity", ()):
+        places[warning["message"]].append(warning["where"])
+    return [
+        (message, "; ".join(found[:2]) + (f" and {len(found) - 2} more" if found[2:] else ""))
+        for message, found in places.items()
+    ]
 
 
 def record_warnings(records: Sequence[RunRecord], counts: Mapping[int, Floats]) -> list[Warned]:
@@ -233,8 +246,8 @@ def _baseline_warnings(curve: Curve) -> list[tuple[str, str]]:
         found.append(
             (
                 "missing_baseline",
-                f"the best teacher ({format_count(without[0])}) lacks a baseline (same init and "
-                "tokens without a teacher), so the gain of distilling from it is unknown",
+                "the best teacher lacks a baseline (same init and tokens without a teacher), so "
+                "the gain of distilling from it is unknown",
             )
         )
     if below:

@@ -115,7 +115,10 @@ def _best_teacher(curve: Curve, confidence: float) -> str:
     span = f"the losses over teachers of {sizes} span {np.ptp(curve.points.losses):.4f} nats"
     best = f"the best cell has teacher {format_count(optimum.grid_best)}"
     if optimum.status == "too_few_points":
-        return f"{data}: {data.num_teachers} teachers are too few for an optimum; {best}."
+        if optimum.interval is not None:
+            around = " and ".join(format_count(end) for end in optimum.interval if end is not None)
+            best += f", and the optimum lies between its neighbours, {around}"
+        return f"{data}: {data.num_teachers} teachers are too few for a curve; {best}."
     if optimum.status == "flat" or optimum.teacher_parameters is None or optimum.interval is None:
         return f"{data}: which teacher is best cannot be told from noise; {span}, and {best}."
     low, high = optimum.interval

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from capgap.law.validity import grouped_warnings
 from capgap.records import write_text_atomically
 from capgap.report import tables, words
 from capgap.report.data import Results, load_results
@@ -118,7 +118,7 @@ def render_page(
         counts=counts,
         num_teachers=sum(r.kind == "teacher" for r in results.records),
         verdict=results.law.get("verdict") or (),
-        validity=_warnings(results.law),
+        validity=grouped_warnings(results.law),
         answer=tables.answer_table(results),
         sections=sections,
         tables=[make(results) for make in (LAW_TABLES if results.law_alone else TABLES)],
@@ -134,17 +134,6 @@ def render_page(
         plotly=Markup(get_plotlyjs()),
         charts=Markup(_script_json(charts)),
     )
-
-
-def _warnings(law: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(message, where) of every validity warning; one that many curves share is said once."""
-    places: dict[str, list[str]] = defaultdict(list)
-    for warning in law.get("validity", ()):
-        places[warning["message"]].append(warning["where"])
-    return [
-        (message, "; ".join(found[:2]) + (f" and {len(found) - 2} more" if found[2:] else ""))
-        for message, found in places.items()
-    ]
 
 
 def _resource(name: str) -> str:
