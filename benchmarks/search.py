@@ -39,7 +39,7 @@ TOKENS = np.array([100e9 / 9, 100e9 / 3, 100e9])
 NOISES = (0.001, 0.003, 0.01)
 # what the teachers were trained on
 DESIGNS: dict[str, Callable[[Floats], Floats]] = {
-    "compute-optimal": PUBLISHED_SURFACE.supervised.compute_optimal_tokens,
+    "compute-optimal": PUBLISHED_SURFACE.supervised.compute_optimal_tokens().of,
     "300B tokens": lambda sizes: np.full_like(sizes, 300e9),
     "equal FLOPs": lambda sizes: 2e9 * 100e9 / sizes,
 }

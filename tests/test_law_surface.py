@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from capgap.law.published import PUBLISHED_SURFACE
-from capgap.law.surface import SupervisedSurface
+from capgap.law.surface import SupervisedSurface, TeacherTokens
 
 SUPERVISED = PUBLISHED_SURFACE.supervised
 
@@ -50,18 +50,20 @@ def test_a_huge_teacher_loss_is_no_overflow():
 def test_published_best_ratios(parameters, tokens_per_parameter):
     """Near 8.5 to 10 for a billion parameters and more at 80 and more tokens a parameter."""
     tokens = tokens_per_parameter * parameters
-    best = PUBLISHED_SURFACE.best_teacher(parameters, tokens, tokens_per_parameter=20)
+    best = PUBLISHED_SURFACE.best_teacher(parameters, tokens, teacher_tokens=TeacherTokens(20))
     assert 8.4 < best.ratio < 10.3
     assert best.within[0] < best.ratio < best.within[1]
     assert best.within[1] / best.within[0] > 1.5  # flat
-    few = PUBLISHED_SURFACE.best_teacher(parameters, 20 * parameters, tokens_per_parameter=20)
+    few = PUBLISHED_SURFACE.best_teacher(
+        parameters, 20 * parameters, teacher_tokens=TeacherTokens(20)
+    )
     assert few.ratio > 50
 
 
 def test_compute_optimal_tokens_are_those_of_the_lowest_loss():
     surface = SupervisedSurface(E=1.7, A=400, B=410, alpha=0.34, beta=0.28)
     for parameters in (1e8, 1e10):
-        tokens = surface.compute_optimal_tokens(parameters)
+        tokens = surface.compute_optimal_tokens().of(parameters)
         sizes = parameters * np.exp(np.linspace(-0.5, 0.5, 2001))
         losses = surface.loss(sizes, parameters * tokens / sizes)
         assert sizes[losses.argmin()] == pytest.approx(parameters, rel=1e-3)

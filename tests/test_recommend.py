@@ -6,7 +6,8 @@ import pytest
 
 from capgap.law.families import find_family, published_families
 from capgap.law.published import PUBLISHED_SURFACE
-from capgap.law.recommend import Candidate, candidates_of, own_rule, published_rule, recommend
+from capgap.law.recommend import Candidate, candidates_of, recommend
+from capgap.law.rules import own_rule, published_rule, read_law
 
 # all parameters as the makers or transformers count them
 PUBLISHED_TOTALS = {
@@ -74,7 +75,7 @@ def test_expected_losses_are_those_of_the_surface():
     found = recommend(10**9, 80 * 10**9, candidates_of("pythia", ["3B"]))
     surface = PUBLISHED_SURFACE
     for row in found["recommendations"]:
-        optimal = surface.supervised.compute_optimal_tokens(row["non_embedding"])
+        optimal = surface.supervised.compute_optimal_tokens().of(row["non_embedding"])
         above = surface.supervised.loss(row["non_embedding"], row["teacher_tokens"] or optimal)
         assert row["expected_loss"] == pytest.approx(float(surface.loss(1e9, 80e9, above)))
     by_size = next(row for row in found["recommendations"] if row["teacher"] == "3B")
@@ -112,14 +113,14 @@ def test_a_law_of_ones_own_takes_the_place_of_the_published(tmp_path):
     }
     path = tmp_path / "law.json"
     path.write_text(json.dumps({"laws": [law, law | {"status": "not_identified"}]}))
-    rule = own_rule(path, 2 * 10**9)
+    rule = own_rule(read_law(path), 2 * 10**9)
     assert (rule.low, rule.teacher, rule.high) == (10**10, 12 * 10**9, 14 * 10**9)
     assert rule.caution is None
     found = recommend(2 * 10**9, 10**11, candidates_of("llama2", []), own=rule)
     assert found["linear_law"]["nearest"] == "Llama-2-13B"
     assert found["recommendations"][0]["teacher"] == "Llama-2-13B"
     assert "your sweep" in found["recommendations"][0]["rests_on"][-1]
-    assert "extrapolation" in own_rule(path, 10**7).caution
+    assert "extrapolation" in own_rule(read_law(path), 10**7).caution
 
 
 def test_the_published_line_says_how_far_it_reaches():

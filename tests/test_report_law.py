@@ -13,6 +13,7 @@ import pytest
 from capgap.law.cells import Kind
 from capgap.law.fit import fit_law
 from capgap.law.published import PUBLISHED_SURFACE
+from capgap.law.surface import TeacherTokens
 from capgap.report.data import Results, load_results
 from capgap.report.figures import Absent, Chart, percent_ticks
 from capgap.report.interactive import to_plotly
@@ -180,7 +181,7 @@ def test_the_valley_is_where_each_student_has_its_lowest_loss() -> None:
     (valley,) = named(chart, "valley")
     grid = np.geomspace(*teachers, 3000)
     alone = PUBLISHED_SURFACE.supervised
-    taught = alone.loss(grid, alone.compute_optimal_tokens(grid))
+    taught = alone.loss(grid, alone.compute_optimal_tokens().of(grid))
     step = math.log(grid[1] / grid[0])
     assert len(valley.x) > 50
     for student, teacher in list(zip(valley.x, valley.y, strict=True))[::9]:
@@ -198,7 +199,7 @@ def test_contours_are_lines_of_the_loss_they_are_labelled_with() -> None:
     alone = PUBLISHED_SURFACE.supervised
     for line, text in zip(lines, texts, strict=True):
         student, teacher = np.array(line.x), np.array(line.y)
-        taught = alone.loss(teacher, alone.compute_optimal_tokens(teacher))
+        taught = alone.loss(teacher, alone.compute_optimal_tokens().of(teacher))
         losses = PUBLISHED_SURFACE.loss(student, 80 * student, taught)
         # between points of the grid the loss is interpolated
         assert losses == pytest.approx(float(text.labels[0]), abs=2e-3)
@@ -209,11 +210,11 @@ def test_a_surface_of_fixed_tokens_and_teachers_of_given_tokens() -> None:
     common: dict[str, Any] = {"students": (2e8, 1e10), "teachers": (2e8, 1e12)}
     chart = chart_of(
         surface_chart(
-            PUBLISHED_SURFACE, "s", "s", tokens=2e11, teacher_tokens_per_parameter=50, **common
+            PUBLISHED_SURFACE, "s", "s", tokens=2e11, teacher_tokens=TeacherTokens(50), **common
         )
     )
     (valley,) = named(chart, "valley")
-    best = PUBLISHED_SURFACE.best_teacher(valley.x[20], 2e11, tokens_per_parameter=50)
+    best = PUBLISHED_SURFACE.best_teacher(valley.x[20], 2e11, teacher_tokens=TeacherTokens(50))
     assert valley.y[20] == pytest.approx(best.ratio * valley.x[20])
     low = {"students": (2e8, 1e10), "teachers": (2e8, 4e8)}
     outside = chart_of(surface_chart(PUBLISHED_SURFACE, "s", "s", tokens=2e11, **low))

@@ -31,6 +31,11 @@ def parse_count(value: str | int | float) -> int:
     return int(count)
 
 
+def format_percent(share: float) -> str:
+    """A share in percent, to one digit: 1%, 0.3%."""
+    return f"{100 * share:.1g}%"
+
+
 def format_count(count: int | float) -> str:
     """Write a count with three significant digits: 3.02e9 -> "3.02B", 50123 -> "50.1k"."""
     rounded = float(f"{count:.3g}")

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from capgap.sizes import format_count
+from capgap.sizes import format_count, format_percent
 
 
 def print_advice(found: dict[str, Any], console: Console) -> None:
@@ -111,7 +111,7 @@ def _sources(found: dict[str, Any]) -> list[str]:
     line = found["linear_law"]
     low, high = (format_count(size) for size in line["interval"])
     surface = found["surface"]
-    losses = f"losses on its text, to {surface['error']:.0%}"
+    losses = f"losses on its text, to {format_percent(surface['error'])}"
     if surface["anchor"] is not None:
         losses += (
             f", with the teachers' own losses on yours, scaled so that {surface['anchor']} has "
@@ -123,4 +123,9 @@ def _sources(found: dict[str, Any]) -> list[str]:
         f"surface ({surface['source']}): {losses}; without a teacher "
         f"{surface['loss_without_teacher']:.3f}"
         + (f"; {surface['caution']}" if surface["caution"] else ""),
+        *(
+            f"besides, {other['name']} ({other['source']}), to {format_percent(other['error'])}"
+            + (f"; {other['caution']}" if other["caution"] else "")
+            for other in found["other_surfaces"]
+        ),
     ]

@@ -91,8 +91,9 @@ def recommend(
 
     from capgap.cli.advice import print_advice
     from capgap.hardware import parse_gpus
-    from capgap.law.recommend import candidates_of, own_rule, sources_of
+    from capgap.law.recommend import candidates_of, sources_of
     from capgap.law.recommend import recommend as advise
+    from capgap.law.rules import own_rule, read_law, surface_rules
     from capgap.sizes import parse_count
 
     if measure is None and (measure_bytes, dtype, device) != ("256k", "stored", "auto"):
@@ -102,7 +103,9 @@ def recommend(
 
         check_picture(figure)
     size, read = parse_count(student), parse_count(tokens)
-    rule = None if law is None else own_rule(law, size)
+    own = None if law is None else read_law(law)
+    rule = None if own is None else own_rule(own, size)
+    surfaces = surface_rules(own, size, read)
     machines = None if gpus is None else parse_gpus(gpus)
     candidates = candidates_of(family, [] if teachers is None else teachers.split(","))
     measurement = None
@@ -116,11 +119,19 @@ def recommend(
             sources_of(candidates),
             say=make_lines(Console(stderr=True), quiet=quiet),
         )
-    found = advise(size, read, candidates, own=rule, gpus=machines, measurement=measurement)
+    found = advise(
+        size,
+        read,
+        candidates,
+        own=rule,
+        surfaces=surfaces,
+        gpus=machines,
+        measurement=measurement,
+    )
     if figure is not None:
         from capgap.report.advice_charts import draw_advice
 
-        draw_advice(found, figure)
+        draw_advice(found, figure, surface=surfaces[0])
     if json_:
         print_json(found)
     else:

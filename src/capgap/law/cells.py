@@ -3,6 +3,7 @@
 T is a teacher's and S a student's size, both in non-embedding parameters.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class CurveData:
     student_parameters: int
     teacher_sizes: tuple[int, ...]
     teacher_parameters: Floats  # [teachers], ascending
+    teacher_tokens: Floats  # [teachers] that they were trained on; NaN where it is not known
     cell_teacher: Integers  # [cells], index into the teachers
     cell_seed: Integers  # [cells]
     cell_documents: Floats
@@ -169,6 +171,7 @@ def _curve(
         student_parameters=round(np.mean([cell.parameters.non_embedding for cell in ordered])),
         teacher_sizes=tuple(sizes),
         teacher_parameters=np.array([np.mean(counts) for counts in reached]),
+        teacher_tokens=np.array([_trained_on(size, ordered, teachers) for size in sizes]),
         cell_teacher=np.array([sizes.index(cell.teacher_size or 0) for cell in ordered]),
         cell_seed=np.array([cell.seed for cell in ordered]),
         cell_documents=rows,
@@ -176,6 +179,13 @@ def _curve(
         teacher_documents=document_rows(above) if any(above) else empty,
         document_tokens=np.array(tokens, dtype=np.float64),
     )
+
+
+def _trained_on(size: int, cells: list[RunRecord], teachers: dict[str, RunRecord]) -> float:
+    """Tokens of the teachers of a size; NaN for given ones, of which nobody told."""
+    found = [teachers.get(cell.teacher or "") for cell in cells if cell.teacher_size == size]
+    tokens = {teacher.tokens for teacher in found if teacher is not None and teacher.tokens > 0}
+    return float(tokens.pop()) if len(tokens) == 1 else math.nan
 
 
 def _claim(places: dict[Any, RunRecord], place: Any, record: RunRecord) -> None:

@@ -22,7 +22,7 @@ REQUIRED = (
     "teacher_parameters",
     "loss",
 )
-OPTIONAL = ("seed", "loss_stderr", "teacher_loss", "baseline_loss", "tokenizer")
+OPTIONAL = ("seed", "loss_stderr", "teacher_loss", "baseline_loss", "teacher_tokens", "tokenizer")
 # grid.csv has these as well: its rows of teachers and baselines are columns of the cells' rows
 GRID = ("id", "kind", "status", "student_size", "teacher_size")
 COUNTS = ("tokens", "student_parameters", "teacher_parameters")
@@ -60,6 +60,8 @@ def read_table(path: Path, *, independent_errors: bool = False) -> TableCells:
     for name in ("loss", "loss_stderr", "teacher_loss", "baseline_loss"):
         if name in table:
             table[name] = _losses(table, name, path, required=name == "loss")
+    if "teacher_tokens" in table:
+        table["teacher_tokens"] = _known_counts(table, "teacher_tokens", path)
     table["seed"] = _seeds(table, path)
     for name in ("architecture", "init"):
         table[name] = table[name].str.strip()
@@ -131,6 +133,14 @@ def _counts(table: pandas.DataFrame, name: str, path: Path) -> list[int]:
         except UserError as error:
             raise UserError(f"{path}, line {line}: {name}: {error}") from None
     return found
+
+
+def _known_counts(table: pandas.DataFrame, name: str, path: Path) -> pandas.Series:
+    """Counts where the field is not empty, else NaN."""
+    known = table[table[name].str.strip() != ""]
+    return pandas.Series(_counts(known, name, path), index=known.index, dtype=float).reindex(
+        table.index
+    )
 
 
 def _losses(table: pandas.DataFrame, name: str, path: Path, *, required: bool) -> pandas.Series:
@@ -241,7 +251,10 @@ def _curve(kind: Kind, rows: pandas.DataFrame, path: Path, independent_errors: b
         else student,
         student_parameters=student,
         teacher_sizes=tuple(int(size) for size in teachers),
-        teacher_parameters=_means(rows, teachers),
+        teacher_parameters=_means(rows, "teacher_parameters", teachers),
+        teacher_tokens=_means(rows, "teacher_tokens", teachers)
+        if "teacher_tokens" in rows
+        else np.full(len(teachers), np.nan),
         cell_teacher=np.array([teachers.index(size) for size in rows["size"]]),
         cell_seed=rows["seed"].to_numpy(),
         cell_documents=column("loss"),
@@ -253,5 +266,5 @@ def _curve(kind: Kind, rows: pandas.DataFrame, path: Path, independent_errors: b
     )
 
 
-def _means(rows: pandas.DataFrame, teachers: Sequence[int]) -> Floats:
-    return np.array([rows.loc[rows["size"] == t, "teacher_parameters"].mean() for t in teachers])
+def _means(rows: pandas.DataFrame, name: str, teachers: Sequence[int]) -> Floats:
+    return np.array([rows.loc[rows["size"] == teacher, name].mean() for teacher in teachers])

@@ -13,6 +13,7 @@ from capgap.law.curve import Curve, Optimum, fit_curve
 from capgap.law.forms import FormFit, compare_forms
 from capgap.law.linear import Estimate, LinearLaw, fit_linear
 from capgap.law.noise import document_counts, draw_points, mean_losses, resampled_losses
+from capgap.law.own_surface import fit_surfaces
 from capgap.law.published import PUBLISHED_LINES
 from capgap.law.validity import Warned, curve_warnings, record_warnings, table_warnings
 from capgap.law.verdict import Gain, verdict
@@ -116,6 +117,7 @@ def _fit(
         _describe_curve(curve, own_gains, own_warnings, counts, confidence)
         for curve, own_gains, own_warnings in zip(curves, gains, about_curves, strict=True)
     ]
+    surfaces = fit_surfaces(data, seed=seed)
     warnings = about_records + [warned for own in about_curves for warned in own]
     return {
         "schema": SCHEMA,
@@ -126,10 +128,13 @@ def _fit(
             _describe_law(law) | {"forms": [form.as_dict() for form in own]}
             for law, own in zip(laws, forms, strict=True)
         ],
+        "surfaces": surfaces,
         "published": [line.as_dict() for line in PUBLISHED_LINES],
         "excluded": excluded,
         "validity": [warned.as_dict() for warned in warnings],
-        "verdict": verdict(curves, gains, laws, forms, about_records, confidence=confidence),
+        "verdict": verdict(
+            curves, gains, laws, forms, surfaces, about_records, confidence=confidence
+        ),
     }
 
 

@@ -1,7 +1,6 @@
 """Which teacher for a student of this size and these tokens: what the published laws, and a user's
 own, say of the models at hand. Imports no torch."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +13,8 @@ from capgap.evaluate.measured import Measurement
 from capgap.hardware import hours
 from capgap.law.families import PublishedModel, find_family, find_model, published_families
 from capgap.law.own_losses import is_outdone, on_the_scale_of, tell_measured
-from capgap.law.published import PUBLISHED_LINES, PUBLISHED_SURFACE
-from capgap.sizes import format_count, forward_flops, parse_count, training_flops
-
-# What the published surface is good for (arXiv 2502.08606): about 1% of a loss
-SURFACE_ERROR = 0.01
-# Students and teachers that it was read from, in non-embedding parameters
-SURFACE_RANGE = (143e6, 12.6e9)
+from capgap.law.rules import PUBLISHED_RULE, LinearRule, SurfaceRule, published_rule
+from capgap.sizes import format_count, format_percent, forward_flops, parse_count, training_flops
 
 
 @dataclass(frozen=True)
@@ -35,17 +29,6 @@ class Candidate:
     total: int
     tokens: int | None
     source: str | None = None
-
-
-@dataclass(frozen=True)
-class LinearRule:
-    """T* of a linear law, and the interval that its source leaves."""
-
-    source: str
-    teacher: float
-    low: float
-    high: float
-    caution: str | None
 
 
 def candidates_of(family: str | None, teachers: Sequence[str]) -> list[Candidate]:
@@ -86,81 +69,38 @@ def sources_of(candidates: Sequence[Candidate]) -> dict[str, str]:
     return found
 
 
-def own_rule(path: Path, student: int) -> LinearRule:
-    """What the law of a sweep of the user's own says; UserError where it identifies none."""
-    try:
-        laws = json.loads(path.read_text())["laws"]
-    except FileNotFoundError:
-        raise UserError(f"no law {path}: it is the law.json in a sweep's output folder") from None
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{path} is no law.json of a sweep ({error})") from None
-    fitted = [law for law in laws if law["status"] == "identified"]
-    if not fitted:
-        reasons = "; ".join(f"{law['init']}: {law['reason']}" for law in laws) or "it has no curve"
-        raise UserError(f"{path} identifies no law ({reasons}): leave --law away, or sweep more")
-    law = max(fitted, key=lambda one: (one["init"] == "pruned", one["tokens"]))
-    slopes = law["slope_interval"]
-    teacher, low, high = (
-        max(1.0, slope * student + law["intercept"]) for slope in (law["slope"], *slopes)
-    )
-    students = law["band"]["student"]
-    caution = None
-    if not students[0] <= student <= students[-1]:
-        caution = (
-            f"read from students of {format_count(students[0])} to {format_count(students[-1])}, "
-            f"so for {format_count(student)} it is an extrapolation"
-        )
-    name = (
-        f"your sweep ({law['architecture']}, {law['init']}, {format_count(law['tokens'])} tokens)"
-    )
-    return LinearRule(name, teacher, low, high, caution)
-
-
-def published_rule(student: int) -> LinearRule:
-    """The published line; its interval is the grid's that it was read from, T/S 2.0 to 3.33, and
-    goes down to the line itself where that lies lower."""
-    line = PUBLISHED_LINES[0]
-    teacher = max(line.optimal_teacher(student), float(student))
-    caution = None
-    if not 56e6 <= student <= 1.1e9:
-        caution = (
-            f"read from teachers of 70M to 2.8B, so for a student of {format_count(student)} it is "
-            "an extrapolation"
-        )
-    return LinearRule(line.name, teacher, min(2.0 * student, teacher), student / 0.3, caution)
-
-
 def recommend(
     student: int,
     tokens: int,
     candidates: Sequence[Candidate],
     *,
     own: LinearRule | None = None,
+    surfaces: Sequence[SurfaceRule] = (PUBLISHED_RULE,),
     gpus: tuple[int, str] | None = None,
     measurement: Measurement | None = None,
 ) -> dict[str, Any]:
     """The candidates, best first, with what each rests on (docs/cli.md has the keys).
 
-    `student` in non-embedding parameters. The published surface gives every candidate an expected
-    loss, good to 1%. Those whose loss is within that error of the lowest cannot be told apart by
-    it: among them the one nearest (in the logarithm) to the linear law's T* is first, by the
-    user's own law where there is one, and then the cheaper; all others follow by their loss.
+    `student` in non-embedding parameters. The first of the surfaces gives every candidate an
+    expected loss, good to its error. Those whose loss is within that error of the lowest cannot be
+    told apart by it: among them the one nearest (in the logarithm) to the linear law's T* is first,
+    by the user's own law where there is one, and then the cheaper; all others follow by their loss.
+    What other surfaces say is told beside it.
 
     With a `measurement` of all candidates their own losses on the user's text decide. One factor
     for all puts them on the surface's scale: that of the best of them, which keeps the loss that
     the surface gives it. Among those that the surface cannot tell apart, a candidate whose own
     loss is no lower than a smaller one's comes after the others.
     """
-    rule = own or published_rule(student)
-    losses = {one.name: _surface_loss(one) for one in candidates}
-    anchor = None
-    if measurement is not None:
-        anchor, losses = on_the_scale_of(losses, measurement)
+    rule, surface = own or published_rule(student), surfaces[0]
+    anchor, losses = _teacher_losses(surface, candidates, measurement)
     rows = []
     for one in candidates:
-        row = _row(student, tokens, one, losses[one.name], rule, gpus)
+        row = _row(student, tokens, one, losses[one.name], rule, surface, gpus)
         if one.tokens is None and anchor in (None, one.name):
-            row["cautions"].insert(0, "its training tokens are not known: taken as compute-optimal")
+            row["cautions"].insert(
+                0, f"its training tokens are not known: taken as {surface.teacher_tokens_name}"
+            )
         rows.append(row)
     if measurement is not None:
         tell_measured(rows, measurement)
@@ -173,7 +113,7 @@ def recommend(
         return (distance, row["flops_total"], row["margin"])
 
     def rank(row: dict[str, Any]) -> tuple[float, ...]:
-        if row["margin"] <= SURFACE_ERROR:
+        if row["margin"] <= surface.error:
             return (0.0, is_outdone(row), *by_line_first(row))
         return (row["margin"], False, *by_line_first(row))
 
@@ -182,7 +122,11 @@ def recommend(
     by_surface = min(rows, key=lambda row: row["expected_loss"])
     by_line["rests_on"].append(f"nearest to the linear law of {rule.source}")
     by_surface["rests_on"][0] += ", on which it gives the lowest loss"
-    alone = float(PUBLISHED_SURFACE.supervised.loss(student, tokens))
+    alone = float(surface.surface.supervised.loss(student, tokens))
+    others = [
+        _other(one, student, tokens, candidates, rows[0]["teacher"], measurement)
+        for one in surfaces[1:]
+    ]
     return {
         "student": student,
         "tokens": tokens,
@@ -195,15 +139,51 @@ def recommend(
             "caution": rule.caution,
         },
         "surface": {
-            "source": "arXiv 2502.08606",
+            "source": surface.source,
             "nearest": by_surface["teacher"],
             "loss_without_teacher": alone,
-            "error": SURFACE_ERROR,
+            "error": surface.error,
             "anchor": anchor,
-            "caution": _out_of_range(student),
+            "caution": surface.caution(student, tokens),
         },
+        "other_surfaces": others,
         "measure": None if measurement is None else measurement.as_dict(),
-        "verdict": _verdict(rows, by_line, by_surface, alone),
+        "verdict": " ".join(
+            [_verdict(rows, by_line, by_surface, alone, surface), *map(_beside, others)]
+        ),
+    }
+
+
+def _teacher_losses(
+    rule: SurfaceRule, candidates: Sequence[Candidate], measurement: Measurement | None
+) -> tuple[str | None, dict[str, float]]:
+    """Every candidate's own loss on a surface's scale, and whose fixes that scale if they were
+    measured."""
+    losses = {one.name: rule.teacher_loss(one.non_embedding, one.tokens) for one in candidates}
+    return (None, losses) if measurement is None else on_the_scale_of(losses, measurement)
+
+
+def _other(
+    rule: SurfaceRule,
+    student: int,
+    tokens: int,
+    candidates: Sequence[Candidate],
+    first: str,
+    measurement: Measurement | None,
+) -> dict[str, Any]:
+    """What a surface that does not rank says of the candidates, and of the one that is first."""
+    _, above = _teacher_losses(rule, candidates, measurement)
+    losses = {name: float(rule.surface.loss(student, tokens, loss)) for name, loss in above.items()}
+    nearest = min(losses, key=lambda name: losses[name])
+    return {
+        "name": rule.name,
+        "source": rule.source,
+        "nearest": nearest,
+        "first": first,
+        "first_margin": losses[first] / losses[nearest] - 1,
+        "expected_losses": losses,
+        "error": rule.error,
+        "caution": rule.caution(student, tokens),
     }
 
 
@@ -267,27 +247,21 @@ def _by_size(name: str) -> Candidate:
     return Candidate(name, size, size, None)
 
 
-def _surface_loss(one: Candidate) -> float:
-    """What the surface expects of the teacher itself."""
-    surface = PUBLISHED_SURFACE.supervised
-    read = one.tokens or float(surface.compute_optimal_tokens(one.non_embedding))
-    return float(surface.loss(one.non_embedding, read))
-
-
 def _row(
     student: int,
     tokens: int,
     one: Candidate,
     teacher_loss: float,
     rule: LinearRule,
+    surface: SurfaceRule,
     gpus: tuple[int, str] | None,
 ) -> dict[str, Any]:
-    loss = float(PUBLISHED_SURFACE.loss(student, tokens, teacher_loss))
+    loss = float(surface.surface.loss(student, tokens, teacher_loss))
     flops = training_flops(student, tokens) + forward_flops(one.total, tokens)
     cautions = []
     if one.non_embedding < student:
         cautions.append("it is smaller than the student")
-    if _out_of_range(one.non_embedding):
+    if not surface.has_read(one.non_embedding):
         cautions.append("its size lies outside of what the surface was read from")
     return {
         "teacher": one.name,
@@ -297,21 +271,14 @@ def _row(
         "teacher_tokens": one.tokens,
         "teacher_loss": teacher_loss,
         "expected_loss": loss,
-        "interval": [loss * (1 - SURFACE_ERROR), loss * (1 + SURFACE_ERROR)],
+        "interval": [loss * (1 - surface.error), loss * (1 + surface.error)],
         "in_linear_interval": rule.low <= one.non_embedding <= rule.high,
         "flops_total": flops,
         "hours": None if gpus is None else hours(flops, gpus),
         "measured": None,
-        "rests_on": ["the published surface, arXiv 2502.08606"],
+        "rests_on": [f"{surface.name}, {surface.source}"],
         "cautions": cautions,
     }
-
-
-def _out_of_range(size: float) -> str | None:
-    low, high = SURFACE_RANGE
-    if low <= size <= high:
-        return None
-    return f"read from models of {format_count(low)} to {format_count(high)}"
 
 
 def _outdone(row: dict[str, Any]) -> str:
@@ -320,7 +287,11 @@ def _outdone(row: dict[str, Any]) -> str:
 
 
 def _verdict(
-    rows: list[dict[str, Any]], by_line: dict[str, Any], by_surface: dict[str, Any], alone: float
+    rows: list[dict[str, Any]],
+    by_line: dict[str, Any],
+    by_surface: dict[str, Any],
+    alone: float,
+    rule: SurfaceRule,
 ) -> str:
     first, surface = rows[0]["teacher"], "the surface"
     if rows[0]["measured"] is not None:
@@ -328,12 +299,12 @@ def _verdict(
     close = (
         f"the surface puts {by_surface['teacher']} first, but by {{margin:.2%}} of the loss, less "
     )
-    close += f"than the {SURFACE_ERROR:.0%} it is good to"
+    close += f"than the {format_percent(rule.error)} it is good to"
     if rows[0] is by_line is by_surface:
         reason = f"the linear law and {surface.strip(',')} agree on it"
     elif rows[0] is by_line:
         reason = f"the linear law says so; {close.format(margin=by_line['margin'])}"
-    elif by_line["margin"] <= SURFACE_ERROR:
+    elif by_line["margin"] <= rule.error:
         reason = f"the linear law says {by_line['teacher']}, but {_outdone(by_line)}"
     else:
         reason = f"{surface} says so"
@@ -353,3 +324,19 @@ def _verdict(
             "so many tokens teach the student as much."
         )
     return line
+
+
+def _beside(other: dict[str, Any]) -> str:
+    """What another surface says, and why it does not rank."""
+    name = other["name"][0].upper() + other["name"][1:]
+    weak = f", but it was {other['caution']}" if other["caution"] else ""
+    if other["nearest"] == other["first"]:
+        return f"{name} puts it first as well{weak}."
+    if other["first_margin"] <= other["error"]:
+        told = f"less than the {format_percent(other['error'])} it is good to"
+    else:
+        told = "more than its error: it was read from other text and models than yours"
+    return (
+        f"{name} puts {other['nearest']} first and {other['first']} {other['first_margin']:.2%} "
+        f"above it, {told}{weak}."
+    )

@@ -13,9 +13,28 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.floating[Any]]
 
 
-def _power_sum(first: float, a: float, n: Floats, second: float, b: float, d: Floats) -> Floats:
-    """log(first / n^a + second / d^b), without overflow."""
-    return np.logaddexp(np.log(first) - a * np.log(n), np.log(second) - b * np.log(d))
+def log_power_sum(
+    first: float, a: float, log_n: Floats, second: float, b: float, log_d: Floats
+) -> tuple[Floats, Floats, Floats]:
+    """log(first / n^a + second / d^b) without overflow, and the logarithms of both terms.
+
+    A factor of 0 is a term that is not there.
+    """
+    with np.errstate(divide="ignore"):
+        one, other = np.log(first) - a * log_n, np.log(second) - b * log_d
+    return np.logaddexp(one, other), one, other
+
+
+@dataclass(frozen=True)
+class TeacherTokens:
+    """What teachers of N parameters were trained on: factor N^exponent tokens."""
+
+    factor: float
+    exponent: float = 1.0
+
+    def of(self, parameters: ArrayLike) -> Floats:
+        """Tokens, of the shape of `parameters`."""
+        return self.factor * np.asarray(parameters, dtype=float) ** self.exponent
 
 
 @dataclass(frozen=True)
@@ -32,15 +51,14 @@ class SupervisedSurface:
     def loss(self, parameters: ArrayLike, tokens: ArrayLike) -> Floats:
         """Nats per token, of the broadcast shape of both."""
         n, d = np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float)
-        powers = _power_sum(self.A, self.alpha, n, self.B, self.beta, d)
+        powers, _, _ = log_power_sum(self.A, self.alpha, np.log(n), self.B, self.beta, np.log(d))
         return self.E + np.exp(self.gamma * powers)
 
-    def compute_optimal_tokens(self, parameters: ArrayLike) -> Floats:
+    def compute_optimal_tokens(self) -> TeacherTokens:
         """Tokens at which the loss is the lowest for its FLOPs, 6 N D: where both terms fall alike,
         alpha A / N^alpha = beta B / D^beta."""
-        n = np.asarray(parameters, dtype=float)
-        ratio = np.log(self.beta * self.B / (self.alpha * self.A)) + self.alpha * np.log(n)
-        return np.exp(ratio / self.beta)
+        ratio = self.beta * self.B / (self.alpha * self.A)
+        return TeacherTokens(float(ratio ** (1 / self.beta)), self.alpha / self.beta)
 
 
 @dataclass(frozen=True)
@@ -69,7 +87,7 @@ class DistillationSurface:
         n, d = np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float)
         above = np.asarray(teacher_loss, dtype=float)
         ratio = np.log(above / (self.d1 * self.supervised.loss(n, d)))
-        powers = _power_sum(self.A, self.alpha, n, self.B, self.beta, d)
+        powers, _, _ = log_power_sum(self.A, self.alpha, np.log(n), self.B, self.beta, np.log(d))
         gap = self.c1 * self.f1 * np.logaddexp(0.0, ratio / self.f1)
         return above + np.exp(-self.c0 * np.log(above) - gap + self.gamma * powers)
 
@@ -78,25 +96,22 @@ class DistillationSurface:
         parameters: float,
         tokens: float,
         *,
-        tokens_per_parameter: float | None = None,
+        teacher_tokens: TeacherTokens | None = None,
         ratios: tuple[float, float] = (0.25, 1000.0),
+        tolerance: float = 0.001,
     ) -> "BestTeacher":
-        """The teacher under which this student is the best, of teachers trained on so many tokens
-        for each of their parameters, by default as many as are compute-optimal.
+        """The teacher under which this student is the best, of teachers trained on so many tokens,
+        by default as many as are compute-optimal.
 
         Looked for between `ratios` times the student, to 0.1%. `within` are the ratios whose loss
-        is at most 0.1% above the lowest: the minimum is flat.
+        is at most `tolerance` above the lowest, a share of it: the minimum is flat.
         """
         grid = np.geomspace(*ratios, 8001)
         sizes = grid * parameters
-        read = (
-            self.supervised.compute_optimal_tokens(sizes)
-            if tokens_per_parameter is None
-            else tokens_per_parameter * sizes
-        )
+        read = (teacher_tokens or self.supervised.compute_optimal_tokens()).of(sizes)
         losses = self.loss(parameters, tokens, self.supervised.loss(sizes, read))
         best = int(losses.argmin())
-        near = grid[losses <= 1.001 * losses[best]]
+        near = grid[losses <= (1 + tolerance) * losses[best]]
         return BestTeacher(
             ratio=float(grid[best]),
             loss=float(losses[best]),

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import least_squares
+from scipy.optimize import brentq, least_squares
 
 from capgap.errors import UserError
-from capgap.law.surface import DistillationSurface, SupervisedSurface
+from capgap.law.surface import DistillationSurface, SupervisedSurface, log_power_sum
 
 Floats = NDArray[np.floating[Any]]
 Status = Literal["converged", "bound_hit", "not_identified", "not_converged"]
@@ -51,11 +51,26 @@ _STARTS = {
 IDENTIFIED = 1e7
 CHI_SQUARED_90 = 2.706
 
-SUPERVISED_FORMS: dict[str, dict[str, float]] = {"full": {}, "chinchilla": {"gamma": 1.0}}
-# without the gap term the student's loss is that of its teacher and a power law
+# Cells that all have the same tokens say nothing about tokens
+_ONE_BUDGET = {"B": 0.0, "beta": 1.0, "gamma": 1.0}
+# Without the gap term the student's loss is that of its teacher and a power law
+_NO_GAP = {"c1": 0.0, "f1": 1.0, "d1": 1.0}
+# d1 and c1 both say where the gap sets in; cells seldom tell them apart
+_FIXED_ONSET = {"d1": 1.0}
+SUPERVISED_FORMS: dict[str, dict[str, float]] = {
+    "full": {},
+    "chinchilla": {"gamma": 1.0},
+    "one_budget": _ONE_BUDGET,
+}
 DISTILLATION_FORMS: dict[str, dict[str, float]] = {
     "full": {},
-    "no_gap": {"c1": 0.0, "f1": 1.0, "d1": 1.0},
+    "fixed_onset": _FIXED_ONSET,
+    "fixed_onset_chinchilla": _FIXED_ONSET | {"gamma": 1.0},
+    "no_gap": _NO_GAP,
+    "no_gap_chinchilla": _NO_GAP | {"gamma": 1.0},
+    "one_budget": _ONE_BUDGET,
+    "one_budget_fixed_onset": _ONE_BUDGET | _FIXED_ONSET,
+    "one_budget_no_gap": _ONE_BUDGET | _NO_GAP,
 }
 
 
@@ -82,7 +97,8 @@ class SurfaceFit:
 
 @dataclass(frozen=True)
 class _Problem:
-    """`predict` gives losses [cells] and d loss / d coefficient [cells, coefficients]."""
+    """`predict` gives losses [cells], and for each coefficient their slopes [cells] along what it
+    is sought by: its logarithm, or c0 itself."""
 
     names: tuple[str, ...]
     fixed: dict[str, float]
@@ -94,10 +110,8 @@ class _Problem:
         return (self.predict(self.values(point))[0] - self.losses) / self.errors
 
     def jacobian(self, point: Floats) -> Floats:
-        values = self.values(point)
-        slopes = self.predict(values)[1]
-        columns = [slopes[name] * (1.0 if name in _LINEAR else values[name]) for name in self.names]
-        return np.stack(columns, axis=1) / self.errors[:, None]
+        slopes = self.predict(self.values(point))[1]
+        return np.stack([slopes[name] for name in self.names], axis=1) / self.errors[:, None]
 
     def values(self, point: Floats) -> dict[str, float]:
         free = zip(self.names, point, strict=True)
@@ -124,15 +138,15 @@ def fit_supervised(
 ) -> SurfaceFit:
     """L(N, D) from models that were trained without a teacher, arrays [cells].
 
-    `errors` are standard errors of the losses in nats, all alike if none. Forms: `full`, or
-    `chinchilla` with gamma 1 (arXiv 2203.15556). UserError for too few cells, or numbers that are
-    not positive and finite.
+    `errors` are standard errors of the losses in nats, all alike if none. Forms: `full`;
+    `chinchilla` with gamma 1 (arXiv 2203.15556); `one_budget`, E + A / N^alpha, for models of the
+    same tokens. UserError for too few cells, or numbers that are not positive and finite.
     """
     n, d, measured, scatter = _checked(parameters, tokens, losses, errors=errors)
 
     def predict(c: dict[str, float]) -> tuple[Floats, dict[str, Floats]]:
         power, slopes = _power(c, np.log(n), np.log(d))
-        return c["E"] + power, slopes | {"E": np.ones_like(power)}
+        return c["E"] + power, slopes | {"E": np.full_like(power, c["E"])}
 
     names = ("E", "A", "B", "alpha", "beta", "gamma")
     problem = _problem(names, SUPERVISED_FORMS, form, predict, measured, scatter)
@@ -158,8 +172,10 @@ def fit_distillation(
 ) -> SurfaceFit:
     """L_S(N, D, L_T) from distilled students, arrays [cells], with the surface of undistilled ones.
 
-    Forms: `full`, or `no_gap` without the term of the capacity gap, for cells whose teachers were
-    never too good for their students. Otherwise as `fit_supervised`.
+    Forms: `full`; `fixed_onset` with d1 1; `no_gap` without the term of the capacity gap, for cells
+    whose teachers were never too good for their students; both with gamma 1 besides as
+    `fixed_onset_chinchilla` and `no_gap_chinchilla`; `one_budget`, `one_budget_fixed_onset` and
+    `one_budget_no_gap` for students of the same tokens. Otherwise as `fit_supervised`.
     """
     n, d, above, measured, scatter = _checked(
         parameters, tokens, teacher_losses, losses, errors=errors
@@ -176,9 +192,9 @@ def fit_distillation(
         found = {name: factor * slope for name, slope in slopes.items()}
         found |= {
             "c0": -gain * np.log(above),
-            "c1": -gain * c["f1"] * soft,
-            "f1": -gain * c["c1"] * (soft - step * ratio),
-            "d1": gain * c["c1"] * step / c["d1"],
+            "c1": -gain * c["c1"] * c["f1"] * soft,
+            "f1": -gain * c["c1"] * c["f1"] * (soft - step * ratio),
+            "d1": gain * c["c1"] * step,
         }
         return above + gain, found
 
@@ -192,18 +208,18 @@ def fit_distillation(
 
 
 def _power(c: dict[str, float], n: Floats, d: Floats) -> tuple[Floats, dict[str, Floats]]:
-    """(A / N^alpha + B / D^beta)^gamma and its slopes, from logarithms of N and D."""
-    first, second = np.log(c["A"]) - c["alpha"] * n, np.log(c["B"]) - c["beta"] * d
-    both = np.logaddexp(first, second)
+    """(A / N^alpha + B / D^beta)^gamma and its slopes along the logarithms of the coefficients,
+    from logarithms of N and D."""
+    both, first, second = log_power_sum(c["A"], c["alpha"], n, c["B"], c["beta"], d)
     power = np.exp(c["gamma"] * both)
     one, other = np.exp(first - both), np.exp(second - both)
     grown = c["gamma"] * power
     return power, {
-        "A": grown * one / c["A"],
-        "B": grown * other / c["B"],
-        "alpha": -grown * one * n,
-        "beta": -grown * other * d,
-        "gamma": power * both,
+        "A": grown * one,
+        "B": grown * other,
+        "alpha": -grown * one * c["alpha"] * n,
+        "beta": -grown * other * c["beta"] * d,
+        "gamma": grown * both,
     }
 
 
@@ -252,7 +268,7 @@ def _fit(
     points = low + (high - low) * _spread(starts, len(low), seed)
     best = min((_solve(problem, point) for point in points), key=lambda found: found.cost)
     # the winner once more, to the last digit
-    best = _solve(problem, best.x, precise=True)
+    best = _solve(problem, best.x, tolerance=1e-15, evaluations=20_000)
     lower, upper = problem.to_point(_BOUNDS)
     at_bounds = tuple(
         name
@@ -288,10 +304,11 @@ def _spread(count: int, dimensions: int, seed: int) -> Floats:
     return (places + generator.random((count, dimensions))) / count
 
 
-def _solve(problem: _Problem, point: Floats, *, precise: bool = False) -> Any:
+def _solve(
+    problem: _Problem, point: Floats, *, tolerance: float = 1e-7, evaluations: int = 150
+) -> Any:
     lower, upper = problem.to_point(_BOUNDS)
     inside = np.clip(point, lower + 1e-9, upper - 1e-9)
-    tolerance = 1e-15 if precise else 1e-10
     return least_squares(
         problem.residuals,
         inside,
@@ -301,7 +318,7 @@ def _solve(problem: _Problem, point: Floats, *, precise: bool = False) -> Any:
         ftol=tolerance,
         xtol=tolerance,
         gtol=tolerance,
-        max_nfev=20_000 if precise else 400,
+        max_nfev=evaluations,
     )
 
 
@@ -318,13 +335,14 @@ def _profiles(problem: _Problem, best: Any) -> dict[str, tuple[float | None, flo
     freedom = len(problem.losses) - len(problem.names)
     # errors that are given or not: the scatter about the surface is what counts, if it is larger
     scale = max(2 * best.cost / freedom, 1e-30)
-    limit = best.cost + 0.5 * CHI_SQUARED_90 * scale
+    allowed = 0.5 * CHI_SQUARED_90 * scale
     lower, upper = problem.to_point(_BOUNDS)
+    steps = _expected_steps(problem.jacobian(best.x), scale)
     found = {}
     for place, name in enumerate(problem.names):
         ends = []
-        for side, bound in ((-1, lower[place]), (1, upper[place])):
-            end = _profile_end(problem, best.x, place, side, bound, limit)
+        for step, bound in ((-steps[place], lower[place]), (steps[place], upper[place])):
+            end = _profile_end(problem, best, place, step, bound, allowed)
             if end is not None and name not in _LINEAR:
                 end = float(np.exp(end))
             ends.append(end)
@@ -332,42 +350,43 @@ def _profiles(problem: _Problem, best: Any) -> dict[str, tuple[float | None, flo
     return found
 
 
+def _expected_steps(jacobian: Floats, scale: float) -> Floats:
+    """How far each coefficient would go to the end of its interval if the surface were flat."""
+    _, lengths, directions = np.linalg.svd(jacobian, full_matrices=False)
+    reach = directions / np.maximum(lengths, 1e-12 * lengths[0])[:, None]
+    steps: Floats = np.sqrt(CHI_SQUARED_90 * scale * (reach**2).sum(axis=0))
+    return np.clip(steps, 1e-12, 1.0)
+
+
 def _profile_end(
-    problem: _Problem, point: Floats, place: int, side: int, bound: float, limit: float
+    problem: _Problem, best: Any, place: int, step: float, bound: float, allowed: float
 ) -> float | None:
-    """The value of one coefficient at which the refitted cost crosses the limit; None where it
-    does not before the bound."""
+    """The value of one coefficient at which the refitted cost has grown by what is allowed; None
+    where it does not before the bound."""
     name = problem.names[place]
     names = tuple(one for one in problem.names if one != name)
-    rest = np.delete(point, place)
+    start = np.delete(best.x, place)
 
-    def refitted(value: float) -> tuple[float, Floats]:
+    def excess(value: float) -> float:
+        """About linear in the value, and 0 where the end is."""
+        nonlocal start
         fixed = float(value) if name in _LINEAR else float(np.exp(value))
         smaller = _Problem(
             names, problem.fixed | {name: fixed}, problem.predict, problem.losses, problem.errors
         )
         found = _solve(smaller, start)
-        return found.cost, found.x
+        start = found.x
+        return float(np.sqrt(max(found.cost - best.cost, 0.0)) - np.sqrt(allowed))
 
-    start = rest
-    inside, step = point[place], 1e-3
-    for _ in range(60):
-        outside = inside + side * step
-        if (outside - bound) * side >= 0:
+    nearer = min if step > 0 else max
+    inside = best.x[place]
+    outside = nearer(inside + step, bound)
+    while excess(outside) < 0:
+        if outside == bound:
             return None
-        cost, reached = refitted(outside)
-        if cost > limit:
-            break
-        inside, start, step = outside, reached, 1.7 * step
-    else:
-        return None
-    for _ in range(30):
-        middle = 0.5 * (inside + outside)
-        cost, reached = refitted(middle)
-        if cost > limit:
-            outside = middle
-        else:
-            inside, start = middle, reached
-        if abs(outside - inside) < 1e-5 * max(1.0, abs(inside)):
-            break
-    return float(inside)
+        inside, step = outside, 1.7 * step
+        outside = nearer(inside + step, bound)
+    if inside == best.x[place]:
+        start = np.delete(best.x, place)
+    width = abs(outside - best.x[place])
+    return float(brentq(excess, inside, outside, xtol=max(5e-3 * width, 1e-14), rtol=1e-12))

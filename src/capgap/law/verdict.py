@@ -1,7 +1,8 @@
 """What the law says in plain sentences, each with its number."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from capgap.law.comparisons import compared_curves
 from capgap.law.curve import Curve
 from capgap.law.forms import FormFit
 from capgap.law.linear import LinearLaw
+from capgap.law.own_surface import surface_sentence
 from capgap.law.published import PUBLISHED_LINES
 from capgap.law.validity import Warned
 from capgap.sizes import format_count
@@ -28,13 +30,14 @@ def verdict(
     gains: Sequence[Sequence[Gain | None]],
     laws: Sequence[LinearLaw],
     forms: Sequence[Sequence[FormFit]],
+    surfaces: Sequence[Mapping[str, Any]],
     record_warnings: Sequence[Warned],
     *,
     confidence: float,
 ) -> list[str]:
     """Sentences in the order a reader asks: the answer in short, which teacher for each student, is
-    there a curse, what does distilling gain, what moves the best teacher, is there a line.
-    `gains` [curves][teachers]."""
+    there a curse, what does distilling gain, what moves the best teacher, is there a line, is
+    there a surface. `gains` [curves][teachers]."""
     if not curves:
         return ["No finished cell: nothing can be said about teachers."]
     sentences = [_headline(curves)]
@@ -48,6 +51,7 @@ def verdict(
     sentences += [
         _best_form(law.kind, own) for law, own in zip(laws, forms, strict=True) if _compared(own)
     ]
+    sentences += [surface_sentence(entry) for entry in surfaces if entry["supervised"]]
     ladders = [w.where for w in record_warnings if w.name == "teacher_loss_not_falling"]
     if ladders:
         sentences.append(

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from capgap.law.families import published_families
-from capgap.law.published import PUBLISHED_SURFACE
 from capgap.law.recommend import candidates_of, recommend
+from capgap.law.rules import PUBLISHED_RULE, SurfaceRule
 from capgap.report import words
 from capgap.report.charts import LOSS_UNIT, SIZE_UNIT
 from capgap.report.figures import Axis, Chart, Pair, Series, count_ticks, span, steps
 from capgap.report.labels import place_labels
 from capgap.report.static import write_picture
 from capgap.report.style import OPEN
+from capgap.sizes import format_percent
 
 # with more models than this, only families are named
 MOST_LABELS = 14
@@ -32,19 +33,26 @@ MARKERS = ("circle", "square", "diamond", "triangle", "cross", "pentagon", "tria
 COLOURS = 6
 
 
-def advice_chart(found: Mapping[str, Any], *, name: str = "advice", title: str = "") -> Chart:
-    """What `capgap.law.recommend.recommend` has found: every candidate at its size and the
-    student's expected loss, with the surface's error, its valley, and the linear law's T*."""
+def advice_chart(
+    found: Mapping[str, Any],
+    *,
+    surface: SurfaceRule = PUBLISHED_RULE,
+    name: str = "advice",
+    title: str = "",
+) -> Chart:
+    """What `capgap.law.recommend.recommend` has found by this surface: every candidate at its size
+    and the student's expected loss, with the surface's error, its valley, and the linear law's
+    T*."""
     student, tokens = found["student"], found["tokens"]
     rows = sorted(found["recommendations"], key=lambda row: row["non_embedding"])
-    best = PUBLISHED_SURFACE.best_teacher(student, tokens)
+    best = surface.surface.best_teacher(student, tokens, teacher_tokens=surface.teacher_tokens)
     line, error = found["linear_law"], found["surface"]["error"]
     sizes = [row["non_embedding"] for row in rows]
     limits = span(
         [*sizes, *line["interval"], min(best.ratio * student, 4 * max(sizes))], margin=1.6
     )
     losses = [row["expected_loss"] for row in rows]
-    curve_x, curve_y = _compute_optimal(student, tokens, limits)
+    curve_x, curve_y = _on_the_surface(surface, student, tokens, limits)
     lowest = min(*losses, min(curve_y))
     edge = (1 + WORST) * lowest
     low = lowest * (1 - 1.6 * error)
@@ -55,14 +63,14 @@ def advice_chart(found: Mapping[str, Any], *, name: str = "advice", title: str =
     series = [
         *_linear_law(line, (low, high)),
         Series(
-            "surface, compute-optimal",
+            f"surface, {surface.teacher_tokens_name}",
             tuple(a for a, _ in near),
             tuple(b for _, b in near),
             "line",
             colour="text",
         ),
         Series(
-            f"its error of {error:.0%}",
+            f"its error of {format_percent(error)}",
             tuple(a for a, _ in near),
             tuple(b * (1 - error) for _, b in near),
             "band",
@@ -89,7 +97,7 @@ def advice_chart(found: Mapping[str, Any], *, name: str = "advice", title: str =
         series.append(_valley(best.ratio * student, best.loss))
     else:
         notes.append(
-            "The surface's best compute-optimal teacher is outside of the picture: "
+            "The best teacher on the surface is outside of the picture: "
             f"{words.rough_size(best.ratio * student)}."
         )
     series += _families(rows, x, y, edge, [one for one in series if one.kind == "line"])
@@ -97,8 +105,9 @@ def advice_chart(found: Mapping[str, Any], *, name: str = "advice", title: str =
         name,
         title or f"Teachers of a {words.size(student)} student, {words.size(tokens)} tokens",
         "Lower is better, but models within the band cannot be told apart by the surface: among "
-        "them the linear law decides. Models below the curve have read more than is "
-        "compute-optimal. Losses are those of the surface's own text: their differences count.",
+        "them the linear law decides. Models below the curve have read more than the "
+        f"curve's ({surface.teacher_tokens_name}). Losses are those of the surface's own text: "
+        "their differences count.",
         x,
         y,
         tuple(series),
@@ -106,18 +115,20 @@ def advice_chart(found: Mapping[str, Any], *, name: str = "advice", title: str =
     )
 
 
-def draw_advice(found: Mapping[str, Any], path: Path) -> Path:
+def draw_advice(
+    found: Mapping[str, Any], path: Path, *, surface: SurfaceRule = PUBLISHED_RULE
+) -> Path:
     """Draw the advice into one file, .png or .svg; UserError where there is none to write."""
-    return write_picture(advice_chart(found), path)
+    return write_picture(advice_chart(found, surface=surface), path)
 
 
-def _compute_optimal(
-    student: float, tokens: float, limits: Pair
+def _on_the_surface(
+    rule: SurfaceRule, student: float, tokens: float, limits: Pair
 ) -> tuple[list[float], list[float]]:
+    """The student's loss over teachers that have read what the surface takes them to."""
     sizes = np.array(steps(limits, STEPS))
-    alone = PUBLISHED_SURFACE.supervised
-    taught = alone.loss(sizes, alone.compute_optimal_tokens(sizes))
-    return sizes.tolist(), PUBLISHED_SURFACE.loss(student, tokens, taught).tolist()
+    taught = rule.surface.supervised.loss(sizes, rule.teacher_tokens.of(sizes))
+    return sizes.tolist(), rule.surface.loss(student, tokens, taught).tolist()
 
 
 def _linear_law(line: Mapping[str, Any], limits: Pair) -> list[Series]:
@@ -154,7 +165,7 @@ def _valley(size: float, loss: float) -> Series:
         colour="text",
         marker="star",
         size=14,
-        hover=(f"best compute-optimal teacher {words.rough_size(size)}<br>loss {loss:.3f}",),
+        hover=(f"best teacher on it {words.rough_size(size)}<br>loss {loss:.3f}",),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from capgap.law.cells import Kind
+from capgap.law.own_surface import surfaces_of
 from capgap.report.advice_charts import families_chart
 from capgap.report.charts import curve_chart, gain_map, teacher_chart
 from capgap.report.compute import compute_chart
@@ -15,7 +16,7 @@ from capgap.report.law_charts import law_chart, residual_chart
 from capgap.report.published_charts import benchmark_chart
 from capgap.report.ratio_charts import ratio_chart
 from capgap.report.search_charts import search_chart
-from capgap.report.surface_charts import published_surface_chart
+from capgap.report.surface_charts import own_surface_chart, published_surface_chart
 from capgap.report.training import agreement_chart, cross_entropy_chart, kl_chart
 
 # tokens per student parameter of the surfaces that are drawn
@@ -40,9 +41,13 @@ def report_sections(results: Results) -> Iterator[Section]:
     yield Section(
         "surfaces",
         "Surfaces",
-        "What is published of the loss over both sizes. There the best teacher is no fixed "
-        "multiple of the student: it depends on the tokens.",
-        tuple(published_surface_chart(tokens) for tokens in SURFACE_TOKENS),
+        "The loss over both sizes, where a sweep of students from scratch lets it be fitted, and "
+        "as published. There the best teacher is no fixed multiple of the student: it depends on "
+        "the tokens.",
+        (
+            *(own_surface_chart(own) for own in surfaces_of(results.law)),
+            *(published_surface_chart(tokens) for tokens in SURFACE_TOKENS),
+        ),
     )
     if not results.law_alone:
         yield Section(

@@ -6,11 +6,13 @@ import numpy as np
 from contourpy import LineType, contour_generator
 from numpy.typing import NDArray
 
+from capgap.law.own_surface import OwnSurface
 from capgap.law.published import PUBLISHED_SURFACE
-from capgap.law.recommend import SURFACE_RANGE
-from capgap.law.surface import DistillationSurface
+from capgap.law.rules import SURFACE_RANGE
+from capgap.law.surface import DistillationSurface, TeacherTokens
 from capgap.report import words
 from capgap.report.charts import LOSS_UNIT, SIZE_UNIT
+from capgap.report.data import safe
 from capgap.report.figures import Axis, Chart, Pair, Series, count_ticks, steps
 
 # T/S between which the best teacher is looked for; one at an end is none
@@ -28,26 +30,22 @@ def surface_chart(
     teachers: Pair,
     tokens: float | None = None,
     tokens_per_parameter: float | None = None,
-    teacher_tokens_per_parameter: float | None = None,
+    teacher_tokens: TeacherTokens | None = None,
     notes: tuple[str, ...] = (),
 ) -> Chart:
     """Lines of equal student loss over student and teacher size, both in parameters, with the
     valley of best teachers and T = 2.5 S.
 
     Students learn from `tokens`, all alike, or from `tokens_per_parameter`: one of the two.
-    Teachers were trained compute-optimally, or on `teacher_tokens_per_parameter`.
+    Teachers were trained compute-optimally, or on `teacher_tokens`.
     """
     assert (tokens is None) != (tokens_per_parameter is None)
     sizes, above = np.geomspace(*students, GRID), np.geomspace(*teachers, GRID)
     read = np.full_like(sizes, tokens) if tokens else (tokens_per_parameter or 0.0) * sizes
     alone = surface.supervised
-    taught = (
-        alone.compute_optimal_tokens(above)
-        if teacher_tokens_per_parameter is None
-        else teacher_tokens_per_parameter * above
-    )
+    taught = (teacher_tokens or alone.compute_optimal_tokens()).of(above)
     losses = surface.loss(sizes, read, alone.loss(above, taught)[:, None])
-    valley = _valley(surface, sizes, read, teacher_tokens_per_parameter)
+    valley = _valley(surface, sizes, read, teacher_tokens)
     inside = [row for row in valley if teachers[0] <= row[1] <= teachers[1]]
     series: list[Series] = []
     if inside:
@@ -99,15 +97,13 @@ def _valley(
     surface: DistillationSurface,
     sizes: NDArray[np.floating],
     read: NDArray[np.floating],
-    teacher_tokens_per_parameter: float | None,
+    teacher_tokens: TeacherTokens | None,
 ) -> list[Row]:
     """(student, best teacher, and the smallest and largest one as good as it), by student; without
     those whose best teacher is at the end of what was looked at."""
     rows = []
     for size, tokens in zip(sizes.tolist(), read.tolist(), strict=True):
-        best = surface.best_teacher(
-            size, tokens, tokens_per_parameter=teacher_tokens_per_parameter, ratios=RATIOS
-        )
+        best = surface.best_teacher(size, tokens, teacher_tokens=teacher_tokens, ratios=RATIOS)
         if RATIOS[0] * 1.001 < best.ratio < RATIOS[1] / 1.001:
             low, high = best.within
             rows.append((size, best.ratio * size, low * size, high * size))
@@ -193,3 +189,28 @@ def published_surface_chart(tokens_per_parameter: float) -> Chart:
             f"read from models of {low} to {high}; larger teachers are an extrapolation.",
         ),
     )
+
+
+def own_surface_chart(own: OwnSurface) -> Chart:
+    """The surface fitted to a sweep's students from scratch, at its largest token budget, between
+    the sizes of its students and teachers."""
+    tokens = own.tokens[1]
+    return surface_chart(
+        own.surface,
+        f"surface-{safe(own.architecture)}",
+        f"Surface of this sweep: {own.architecture} from scratch, {words.size(tokens)} tokens",
+        students=_around(own.students),
+        teachers=_around(own.teachers),
+        tokens=tokens,
+        teacher_tokens=own.teacher_tokens,
+        notes=(
+            f"It fits the sweep's losses to {own.error:.2%}; a teacher is known by its loss alone, "
+            "as the sweep's teachers were trained.",
+        ),
+    )
+
+
+def _around(limits: Pair) -> Pair:
+    """A little more than what was measured; a single size gets a range of its own."""
+    margin = 1.1 if limits[1] > 1.05 * limits[0] else 1.5
+    return limits[0] / margin, limits[1] * margin
