@@ -40,7 +40,7 @@ def batch_places(step: int, batch_windows: int) -> NDArray[np.int64]:
 def walk(places: NDArray[np.int64], *, seed: int, num_windows: int) -> NDArray[np.int64]:
     """The windows at these places of the endless walk through them, int64 [num_places]."""
     if num_windows < 1:
-        raise ValueError(f"no walk: {num_windows=}")
+        raise ValueError(f"no batch: {num_windows=}")
     epochs, places_in_epoch = np.divmod(places, num_windows)
     indices = np.empty(len(places), dtype=np.int64)
     for epoch in np.unique(epochs):

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 1 << 30
-# What belongs to a model beside its config and weights
+# What transformers calls otherwise in memory than in the files of GPT-NeoX
+STORED_AS = {"lm_head.weight": "embed_out.weight"}
+# What belongs to a model beside its config, weights and tokenizer
+PAPERS = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -31,10 +34,7 @@ COMPANIONS = (
     "merges.txt",
     "*.model",
     "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *PAPERS,
 )
 _FLOATS = {
     "F64": torch.float64,
@@ -128,8 +128,9 @@ class StoredWeights:
             return opened.get_tensor(stored)
 
     def _find(self, name: str) -> str:
-        """What it is called in the files: checkpoints of a bare backbone leave the first word."""
-        for stored in (name, name.partition(".")[2]):
+        """What it is called in the files: checkpoints of a bare backbone leave the first word, and
+        GPT-NeoX has a name of its own for the head."""
+        for stored in (name, name.partition(".")[2], STORED_AS.get(name)):
             if stored in self._files:
                 return stored
         raise UserError(f"the weights in {self.folder} lack {name}: give the whole model")
@@ -209,9 +210,9 @@ def written_beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(replaced)
 
 
-def copy_companions(source: Path, folder: Path) -> list[str]:
+def copy_companions(source: Path, folder: Path, patterns: Iterable[str] = COMPANIONS) -> list[str]:
     """Tokenizer, chat template, generation config and licence, byte by byte; their names."""
-    paths = {path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}
+    paths = {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}
     for path in paths:
         shutil.copyfile(path, folder / path.name)
     return sorted(path.name for path in paths)

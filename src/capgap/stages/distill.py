@@ -119,8 +119,7 @@ def run_distill(
 
     transformers_logging.disable_progress_bar()
     device = resolve_device(request.settings.run.device)
-    request.names()
-    _check_soft(request)
+    check_request(request)
     corpus = open_text(request.corpus, request.window)
     for name in (request.teacher, *request.students):
         if name is not None:
@@ -300,9 +299,9 @@ class _Run:
             write_json_atomically(self.request.record, self.record)
 
 
-def _settings(request: DistillRequest, corpus: TrainingText, device: str) -> "LoopSettings":
-    from capgap.train.settings import loop_settings
-
+def check_request(request: DistillRequest) -> None:
+    """UserError for what can be told wrong without models and text."""
+    request.names()
     window, training = request.window, request.settings.training
     for name, tokens in (
         ("training.batch_tokens", training.batch_tokens),
@@ -316,8 +315,16 @@ def _settings(request: DistillRequest, corpus: TrainingText, device: str) -> "Lo
         )
     if request.heldout_steps is not None and request.heldout_steps < 1:
         raise UserError(f"--heldout-steps {request.heldout_steps} must be above 0")
+    without_effect = [name for name in SOFT if name in training.model_fields_set]
+    if request.teacher is None and without_effect:
+        raise UserError(f"training.{without_effect[0]} is about a teacher, and there is none here")
+
+
+def _settings(request: DistillRequest, corpus: TrainingText, device: str) -> "LoopSettings":
+    from capgap.train.settings import loop_settings
+
     return loop_settings(
-        training,
+        request.settings.training,
         request.settings.run,
         corpus,
         data_seed=DATA_SEED + request.seed,
@@ -328,17 +335,6 @@ def _settings(request: DistillRequest, corpus: TrainingText, device: str) -> "Lo
 
 def _say_nothing(text: str) -> None:
     """For all ranks but the first."""
-
-
-def _check_soft(request: DistillRequest) -> None:
-    """UserError for what would have no effect."""
-    if request.teacher is not None:
-        return
-    asked = [name for name in SOFT if name in request.settings.training.model_fields_set]
-    if asked:
-        raise UserError(
-            f"training.{asked[0]} is about a teacher, and `train` has none: leave it out"
-        )
 
 
 def _new_shape(request: DistillRequest, corpus: TrainingText) -> "Shape | None":
