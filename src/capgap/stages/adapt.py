@@ -70,7 +70,7 @@ class AdaptRequest:
             "window": self.window,
             "learning_rate": self.learning_rate,
             "seed": self.seed,
-            "training": self.settings.training.model_dump(mode="json"),
+            "training": self.training().asked()["training"],
         }
 
     @property

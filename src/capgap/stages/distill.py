@@ -96,7 +96,9 @@ class DistillRequest:
             "learning_rate": self.learning_rate,
             "seed": self.seed,
             "heldout_steps": self.heldout_steps,
-            "training": self.settings.training.model_dump(mode="json"),
+            "training": self.settings.training.model_dump(
+                mode="json", exclude=set(SOFT) if self.teacher is None else None
+            ),
         }
 
 
