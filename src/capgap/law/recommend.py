@@ -75,13 +75,14 @@ def recommend(
     candidates: Sequence[Candidate],
     *,
     own: LinearRule | None = None,
-    surfaces: Sequence[SurfaceRule] = (PUBLISHED_RULE,),
+    surfaces: Sequence[SurfaceRule] = (),
     gpus: tuple[int, str] | None = None,
     measurement: Measurement | None = None,
 ) -> dict[str, Any]:
     """The candidates, best first, with what each rests on (docs/cli.md has the keys).
 
-    `student` in non-embedding parameters. The first of the surfaces gives every candidate an
+    `student` in non-embedding parameters. The first of the surfaces, by default the published one,
+    gives every candidate an
     expected loss, good to its error. Those whose loss is within that error of the lowest cannot be
     told apart by it: among them the one nearest (in the logarithm) to the linear law's T* is first,
     by the user's own law where there is one, and then the cheaper; all others follow by their loss.
@@ -92,7 +93,8 @@ def recommend(
     the surface gives it. Among those that the surface cannot tell apart, a candidate whose own
     loss is no lower than a smaller one's comes after the others.
     """
-    rule, surface = own or published_rule(student), surfaces[0]
+    surface, *others = surfaces or [PUBLISHED_RULE]
+    rule = own or published_rule(student)
     anchor, losses = _teacher_losses(surface, candidates, measurement)
     rows = []
     for one in candidates:
@@ -123,9 +125,8 @@ def recommend(
     by_line["rests_on"].append(f"nearest to the linear law of {rule.source}")
     by_surface["rests_on"][0] += ", on which it gives the lowest loss"
     alone = float(surface.surface.supervised.loss(student, tokens))
-    others = [
-        _other(one, student, tokens, candidates, rows[0]["teacher"], measurement)
-        for one in surfaces[1:]
+    beside = [
+        _other(one, student, tokens, candidates, rows[0]["teacher"], measurement) for one in others
     ]
     return {
         "student": student,
@@ -146,10 +147,10 @@ def recommend(
             "anchor": anchor,
             "caution": surface.caution(student, tokens),
         },
-        "other_surfaces": others,
+        "other_surfaces": beside,
         "measure": None if measurement is None else measurement.as_dict(),
         "verdict": " ".join(
-            [_verdict(rows, by_line, by_surface, alone, surface), *map(_beside, others)]
+            [_verdict(rows, by_line, by_surface, alone, surface), *map(_beside, beside)]
         ),
     }
 

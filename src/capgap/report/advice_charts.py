@@ -36,13 +36,14 @@ COLOURS = 6
 def advice_chart(
     found: Mapping[str, Any],
     *,
-    surface: SurfaceRule = PUBLISHED_RULE,
+    surface: SurfaceRule | None = None,
     name: str = "advice",
     title: str = "",
 ) -> Chart:
-    """What `capgap.law.recommend.recommend` has found by this surface: every candidate at its size
-    and the student's expected loss, with the surface's error, its valley, and the linear law's
-    T*."""
+    """What `capgap.law.recommend.recommend` has found by a surface, by default the published one:
+    every candidate at its size and the student's expected loss, with the surface's error, its
+    valley, and the linear law's T*."""
+    surface = surface or PUBLISHED_RULE
     student, tokens = found["student"], found["tokens"]
     rows = sorted(found["recommendations"], key=lambda row: row["non_embedding"])
     best = surface.surface.best_teacher(student, tokens, teacher_tokens=surface.teacher_tokens)
@@ -116,7 +117,7 @@ def advice_chart(
 
 
 def draw_advice(
-    found: Mapping[str, Any], path: Path, *, surface: SurfaceRule = PUBLISHED_RULE
+    found: Mapping[str, Any], path: Path, *, surface: SurfaceRule | None = None
 ) -> Path:
     """Draw the advice into one file, .png or .svg; UserError where there is none to write."""
     return write_picture(advice_chart(found, surface=surface), path)
