@@ -101,7 +101,7 @@ def recommend(
         row = _row(student, tokens, one, losses[one.name], rule, surface, gpus)
         if one.tokens is None and anchor in (None, one.name):
             row["cautions"].insert(
-                0, f"its training tokens are not known: taken as {surface.teacher_tokens_name}"
+                0, f"its training tokens are not known: {surface.teacher_tokens_name} are taken"
             )
         rows.append(row)
     if measurement is not None:
@@ -330,13 +330,14 @@ def _verdict(
 def _beside(other: dict[str, Any]) -> str:
     """What another surface says, and why it does not rank."""
     name = other["name"][0].upper() + other["name"][1:]
-    weak = f", but it was {other['caution']}" if other["caution"] else ""
+    weak = f"; it was {other['caution']}" if other["caution"] else ""
     if other["nearest"] == other["first"]:
         return f"{name} puts it first as well{weak}."
     if other["first_margin"] <= other["error"]:
         told = f"less than the {format_percent(other['error'])} it is good to"
     else:
-        told = "more than its error: it was read from other text and models than yours"
+        told = f"more than the {format_percent(other['error'])} it is good to"
+        weak = weak or "; it was read from other text and models than yours"
     return (
         f"{name} puts {other['nearest']} first and {other['first']} {other['first_margin']:.2%} "
         f"above it, {told}{weak}."

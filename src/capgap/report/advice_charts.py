@@ -56,7 +56,8 @@ def advice_chart(
     curve_x, curve_y = _on_the_surface(surface, student, tokens, limits)
     lowest = min(*losses, min(curve_y))
     edge = (1 + WORST) * lowest
-    low = lowest * (1 - 1.6 * error)
+    # a surface that fits to the last digit still wants room below its lowest point
+    low = lowest * (1 - 1.6 * max(error, 0.002))
     high = min(max(*losses, lowest * (1 + 2 * error)) * (1 + 1.2 * error), edge * (1 + error))
     x = Axis("teacher size", SIZE_UNIT, True, limits, count_ticks(limits))
     y = Axis("expected student loss", LOSS_UNIT, limits=(low, high))
