@@ -98,8 +98,21 @@ def load_any_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe | RunRe
             f"{path} is no recipe: a sweep has [teachers] and [students], a run [teacher], [prune] "
             "and [distill]"
         )
+    if _is_run(data):
+        _find_beside(data, path.parent)
     parse = parse_run_recipe if _is_run(data) else parse_recipe
     return parse(data, where=str(path))
+
+
+def _find_beside(data: dict[str, Any], folder: Path) -> None:
+    """Conversations that are not where the command runs may lie beside the recipe."""
+    for name in ("instruct", "prefer"):
+        section = data.get(name)
+        if not isinstance(section, dict):
+            continue
+        given = section.get("data")
+        if isinstance(given, str) and not Path(given).exists() and (folder / given).exists():
+            section["data"] = str(folder / given)
 
 
 def parse_recipe(data: dict[str, Any], *, where: str = "recipe") -> Recipe:

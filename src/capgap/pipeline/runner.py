@@ -1,7 +1,6 @@
 """Runs the steps of a recipe, each as a process of its own, and keeps what became of them."""
 
 import fcntl
-import os
 import shutil
 import signal
 import subprocess
@@ -54,7 +53,7 @@ def run_pipeline(
     output stays the caller's. UserError: the user's mistakes, an output folder in use; StepFailed
     where a step's command failed or was stopped, which the same call continues.
     """
-    with _claimed(out):
+    with _claimed(out) as lock:
         state = RunState(out, recipe.name)
         decisions = _selected(recipe, state, out, again_from, until)
         state.forget_others(plan_steps(recipe, out))
@@ -65,7 +64,7 @@ def run_pipeline(
                 say(f"{head}: done before")
                 continue
             say(f"{head}: {_announced(decision)}")
-            _run(decision, state, recipe, quiet)
+            _run(decision, state, recipe, quiet, lock)
             kept = state.begun(decision.step) or {}
             told = f", {kept['result']}" if kept["result"] else ""
             say(f"{head}: {clock_time(kept['seconds'])}{told}")
@@ -90,7 +89,7 @@ def _announced(decision: Decision) -> str:
     return f"{verb}: {decision.why}"
 
 
-def _run(decision: Decision, state: RunState, recipe: RunRecipe, quiet: bool) -> None:
+def _run(decision: Decision, state: RunState, recipe: RunRecipe, quiet: bool, lock: int) -> None:
     step = decision.step
     if decision.state == "run":
         for path in step.writes:
@@ -106,7 +105,7 @@ def _run(decision: Decision, state: RunState, recipe: RunRecipe, quiet: bool) ->
         result=None,
     )
     start = time.monotonic()
-    code = _process(step, argv, processes=recipe.hardware.processes, quiet=quiet)
+    code = _process(step, argv, processes=recipe.hardware.processes, quiet=quiet, lock=lock)
     seconds = time.monotonic() - start
     if code != 0:
         stopped = code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -122,10 +121,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _process(step: Step, argv: Sequence[str], *, processes: int, quiet: bool) -> int:
+def _process(step: Step, argv: Sequence[str], *, processes: int, quiet: bool, lock: int) -> int:
     """The exit code; a signal that killed it counts as 128 and its number.
 
-    What we are sent goes on to the process, which saves its state before it ends.
+    What we are sent goes on to the process, which saves its state before it ends. It has the
+    folder's lock too: should we be killed, nobody else starts beside it.
     """
     start = [sys.executable, "-m"]
     if processes > 1 and step.command in SHARED:
@@ -133,11 +133,13 @@ def _process(step: Step, argv: Sequence[str], *, processes: int, quiet: bool) ->
     command = [*start, "capgap", *argv, *(["--quiet"] if quiet else [])]
     # a group of its own: a Ctrl-C in the terminal would else reach it twice, and the second one
     # does not wait for its state to be saved
-    with subprocess.Popen(
-        command, stdout=sys.stderr.fileno(), env=os.environ, start_new_session=True
-    ) as process:
-        with _forwarding(process):
-            code = process.wait()
+    with (
+        subprocess.Popen(
+            command, stdout=sys.stderr.fileno(), start_new_session=True, pass_fds=(lock,)
+        ) as process,
+        _forwarding(process),
+    ):
+        code = process.wait()
     return 128 - code if code < 0 else code
 
 
@@ -155,8 +157,8 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 @contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """The folder belongs to a run and, while inside, to this process alone."""
+def _claimed(out: Path) -> Iterator[int]:
+    """The folder belongs to a run and, while inside, to this process alone: its lock."""
     foreign = out.exists() and not (out / RECORD).exists() and not (out / ".lock").exists()
     if foreign and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is no empty folder and no run: choose another --out")
@@ -172,4 +174,4 @@ def _claimed(out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is at work in {out}") from None
-        yield
+        yield lock.fileno()
