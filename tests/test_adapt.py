@@ -3,9 +3,12 @@
 import dataclasses
 import itertools
 import json
+import os
 import random
 import re
 import shlex
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -275,6 +278,27 @@ def test_a_model_is_adapted_and_done_only_once(typed, model, texts, tmp_path):
     wrong = typed(*asked(model, texts, out, *old, tokens="64k"))
     assert wrong.code == 2
     assert "another tokens (32000, now 64000)" in wrong.err
+
+
+def test_two_processes_share_the_training(model, texts, tmp_path):
+    bits = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        words = [sys.executable, "-m"]
+        if processes > 1:
+            words += ["torch.distributed.run", "--nproc-per-node", "2", "-m"]
+        words += ["capgap", *map(str, asked(model, texts, out, tokens="4096"))]
+        done = subprocess.run(
+            words,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        found = json.loads((out / "adapt.json").read_text())
+        bits.append(found["heldout"]["new"]["after"]["bits_per_byte"])
+    assert bits[1] == pytest.approx(bits[0], rel=1e-4)
 
 
 def test_no_tokens_only_extend(typed, model, texts, tmp_path):

@@ -18,6 +18,7 @@ from capgap.cli.app import (
     stopped,
 )
 from capgap.cli.stages import train_models
+from capgap.machine import started
 
 
 @app.command()
@@ -128,6 +129,8 @@ def adapt(
         )
     except (Interrupted, KeyboardInterrupt):
         stopped(out, flag.signal or signal.SIGINT)
+    if started()[0]:
+        return
     if json_:
         print_json(found)
     else:

@@ -7,6 +7,7 @@ OUT/model/        the model in the end: a Hugging Face folder with tokenizer
 OUT/adapt.json    what was asked for and what came out of it
 """
 
+import json
 import math
 import shutil
 import time
@@ -33,6 +34,7 @@ SAMPLE_BYTES = (4_000_000, 64_000_000)
 # Held-out text of each kind to measure on
 MEASURED_BYTES = 256_000
 NEW_SHARE = 0.5
+WAIT = 0.5  # seconds
 
 Say = Callable[[str], None]
 
@@ -116,7 +118,8 @@ def run_adapt(
 ) -> dict[str, Any]:
     """Extends tokenizer and model, trains on, and writes OUT/model; returns adapt.json.
 
-    Stopped or killed, the same call goes on where it was; finished, it returns the record.
+    Stopped or killed, the same call goes on where it was; finished, it returns the record. Started
+    by torchrun, its processes share the training, and the first one does the rest.
     UserError for the user's mistakes, before any work where they can be known; Interrupted when
     `should_stop` said so.
     """
@@ -126,6 +129,8 @@ def run_adapt(
 
     transformers_logging.disable_progress_bar()
     _check(request)
+    if started()[0]:
+        return _follow(request, say, should_stop)
     record = begin(request.out / RECORD, request.asked())
     if record["finished"]:
         return record
@@ -146,6 +151,27 @@ def run_adapt(
     return record
 
 
+def _follow(request: AdaptRequest, say: Say, should_stop: Callable[[], bool]) -> dict[str, Any]:
+    """What the other processes do: they wait for the extended model and train with the first."""
+    from capgap.train.loop import Interrupted
+
+    path = request.out / RECORD
+    while request.tokens:
+        if should_stop():
+            raise Interrupted
+        record = json.loads(path.read_text()) if path.exists() else {}
+        measured = record.get("heldout", {})
+        if record.get("asked") == request.asked() and _is_measured(request, measured, "extended"):
+            _Run(request, record, say).train(should_stop)
+            return record
+        time.sleep(WAIT)
+    return {}
+
+
+def _is_measured(request: AdaptRequest, heldout: dict[str, Any], when: str) -> bool:
+    return all(when in heldout.get(name, {}) for name in request.sources)
+
+
 def _check(request: AdaptRequest) -> None:
     from capgap.corpus.sources import open_source
     from capgap.corpus.tokenizer import load_tokenizer
@@ -154,11 +180,6 @@ def _check(request: AdaptRequest) -> None:
     from capgap.stages.distill import check_request
     from capgap.stages.inputs import check_words
 
-    if started()[1] > 1:
-        raise UserError(
-            "adapt runs in one process: extend with --tokens 0, then prepare the corpora with "
-            "OUT/model and start `capgap train` by torchrun"
-        )
     if request.new_share is not None and request.old is None:
         raise UserError(
             f"--new-share {request.new_share:g} is of the new text beside --old: give one"
@@ -262,7 +283,7 @@ class _Run:
         from capgap.stages.measure import MeasureRequest, run_measure
 
         heldout = self.record.get("heldout", {name: {} for name in self.request.sources})
-        if all(when in found for found in heldout.values()):
+        if _is_measured(self.request, heldout, when):
             return
         for name in self.request.sources:
             asked = MeasureRequest(
@@ -286,6 +307,8 @@ class _Run:
         if self.model.exists():
             return
         found = run_distill(asked, say=self.say, should_stop=should_stop)
+        if started()[0]:
+            return
         (one,) = found["after"].values()
         if one["failure"]:
             raise UserError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capgap.config import StageSettings
+from capgap.config import ABOUT_A_TEACHER, StageSettings
 from capgap.corpus.mixture import Given, Mixture, TrainingText
 from capgap.errors import UserError
 from capgap.records import write_json_atomically
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.jsonl"
 DATA_SEED = 2_000_003
-
-
-# What only a teacher gives a meaning to
-SOFT = ("alpha", "temperature", "divergence", "divergence_mix", "teacher_dtype")
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ class DistillRequest:
             "seed": self.seed,
             "heldout_steps": self.heldout_steps,
             "training": self.settings.training.model_dump(
-                mode="json", exclude=set(SOFT) if self.teacher is None else None
+                mode="json", exclude=set(ABOUT_A_TEACHER) if self.teacher is None else None
             ),
         }
 
@@ -317,7 +313,7 @@ def check_request(request: DistillRequest) -> None:
         )
     if request.heldout_steps is not None and request.heldout_steps < 1:
         raise UserError(f"--heldout-steps {request.heldout_steps} must be above 0")
-    without_effect = [name for name in SOFT if name in training.model_fields_set]
+    without_effect = [name for name in ABOUT_A_TEACHER if name in training.model_fields_set]
     if request.teacher is None and without_effect:
         raise UserError(f"training.{without_effect[0]} is about a teacher, and there is none here")
 
