@@ -1,8 +1,6 @@
 """The stage `distill`: students learn from one teacher, or from what a cache keeps of it."""
 
-import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from capgap.config import StageSettings
 from capgap.corpus.tokens import Corpus
 from capgap.errors import UserError
+from capgap.records import write_json_atomically
 from capgap.stages.inputs import check_model, open_corpus
+from capgap.stages.run_record import begin_record
 from capgap.stages.step_lines import StepLines
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ class _Run:
     def _record(self, **values: Any) -> None:
         self.record |= values
         if self.ranks.is_first:
-            _write(self.request.out / RECORD, self.record)
+            write_json_atomically(self.request.out / RECORD, self.record)
 
 
 def _settings(request: DistillRequest, corpus: Corpus, device: str) -> "LoopSettings":
@@ -294,28 +294,7 @@ def _begin_together(request: DistillRequest, corpus: Corpus, ranks: "Ranks") -> 
 
 def _begin(request: DistillRequest, corpus: Corpus) -> dict[str, Any]:
     """The record of this run, found or new; UserError where the folder holds something else."""
-    asked = request.asked() | {"corpus_hash": corpus.corpus_hash}
-    path = request.out / RECORD
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        for key, value in asked.items():
-            if found["asked"].get(key) != value:
-                raise UserError(
-                    f"{request.out} holds a run with another {key} ({found['asked'].get(key)}, now "
-                    f"{value}): choose another --out"
-                )
-        return found
-    if request.out.exists() and not (request.out.is_dir() and _is_empty(request.out)):
-        raise UserError(f"{request.out} is no empty folder and no run: choose another --out")
-    request.out.mkdir(parents=True, exist_ok=True)
-    record = {"schema": 1, "finished": False, "asked": asked}
-    _write(path, record)
-    return record
-
-
-def _is_empty(folder: Path) -> bool:
-    """But for a record that a kill has left half written."""
-    return all(path.name.startswith(f".{RECORD}.") for path in folder.iterdir())
+    return begin_record(request.out / RECORD, request.asked() | {"corpus_hash": corpus.corpus_hash})
 
 
 def _teacher(
@@ -372,9 +351,3 @@ def _non_embedding(model: Any) -> int:
         id(one.weight): one.weight.numel() for one in (*tables, model.get_output_embeddings())
     }
     return _total(model) - sum(weights.values())
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    os.replace(aside, path)
