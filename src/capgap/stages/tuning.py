@@ -105,6 +105,8 @@ class TuningRun:
     """One call of a stage: opens its model's tokenizer, finds or begins its record."""
 
     def __init__(self, request: TuningRequest, stage: str, say: Callable[[str], None]) -> None:
+        from transformers.utils import logging as transformers_logging
+
         from capgap.corpus.tokenizer import load_tokenizer
         from capgap.machine import resolve_device, started
         from capgap.models.identity import model_hash
@@ -113,6 +115,7 @@ class TuningRun:
         from capgap.tune.libraries import check_libraries
         from capgap.tune.template import set_template
 
+        transformers_logging.disable_progress_bar()
         check_libraries()
         request.check()
         if started()[1] > 1:

@@ -26,7 +26,7 @@ _ROLES = {
 }
 # What is wrong with a line, by the name that the record gives it
 PROBLEMS = {
-    "unreadable": "is no conversation in a known form",
+    "unreadable": "is in none of the forms that docs/chat.md tells",
     "no_assistant": "has no assistant turn",
     "roles": "has roles out of order (system first, then user and assistant in turn)",
     "empty_turn": "has an empty turn",
