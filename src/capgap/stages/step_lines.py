@@ -50,7 +50,7 @@ class StepLines:
         first = next(iter(reports.values()))
         step, tokens = first["step"], first["tokens"]
         if self.stream is None:
-            self._keep_before(step)
+            keep_before(self.path, step)
             self.stream = self.path.open("a", buffering=1)
         rate = None if found.seconds is None else tokens / found.seconds
         for name, report in reports.items():
@@ -78,19 +78,20 @@ class StepLines:
         )
         self.say(f"{line['tokens'] / self.tokens:.0%}{speed}; {losses}")
 
-    def _keep_before(self, step: int) -> None:
-        """A run that goes on from a checkpoint takes some steps again."""
-        if not self.path.exists():
-            return
-        kept = []
-        for text in self.path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                break  # cut off by a kill
-            if line["step"] >= step:
-                break
-            kept.append(text + "\n")
-        aside = self.path.with_name(f".{self.path.name}")
-        aside.write_text("".join(kept))
-        os.replace(aside, self.path)
+
+def keep_before(path: Path, step: int) -> None:
+    """A run that goes on from a checkpoint takes some steps again: their lines are cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break  # cut off by a kill
+        if line["step"] >= step:
+            break
+        kept.append(text + "\n")
+    aside = path.with_name(f".{path.name}")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
