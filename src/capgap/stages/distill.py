@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from capgap.config import StageSettings
 from capgap.corpus.tokens import Corpus
 from capgap.errors import UserError
+from capgap.records import write_json_atomically
+from capgap.scrub import scrub
 from capgap.stages.inputs import check_model, open_corpus
 from capgap.stages.step_lines import StepLines
+from capgap.train.trackers import Trackers, check_trackers
 
 if TYPE_CHECKING:
     from capgap.distill.teacher import TeacherSource
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 RECORD = "distill.json"
 METRICS = "metrics.jsonl"
+TRACKERS = "trackers"
 DATA_SEED = 2_000_003
 
 
@@ -32,7 +35,7 @@ class DistillRequest:
     """Who learns from whom, on which tokens, and how. `learning_rate` None is the rule per size.
 
     Every `heldout_steps` the held-out loss is taken and the best checkpoint kept; None: at the end
-    alone.
+    alone. `track`: names of trackers (capgap.train.trackers) that are told every step.
     """
 
     teacher: str
@@ -46,6 +49,7 @@ class DistillRequest:
     seed: int = 0
     heldout_steps: int | None = None
     settings: StageSettings = field(default_factory=StageSettings)
+    track: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """The students' names in the output folder."""
@@ -56,7 +60,7 @@ class DistillRequest:
 
     def asked(self) -> dict[str, Any]:
         """What a run in the same folder must agree on to be continued."""
-        return {
+        asked: dict[str, Any] = {
             "teacher": self.teacher,
             "students": list(self.students),
             "tokens": self.tokens,
@@ -67,6 +71,8 @@ class DistillRequest:
             "heldout_steps": self.heldout_steps,
             "training": self.settings.training.model_dump(mode="json"),
         }
+        # as the record holds it, or a run could not be continued
+        return scrub(asked)
 
 
 def run_distill(
@@ -89,6 +95,7 @@ def run_distill(
     transformers_logging.disable_progress_bar()
     device = resolve_device(request.settings.run.device)
     request.names()
+    check_trackers(request.track)
     corpus = open_corpus(request.corpus, request.window)
     for name in (request.teacher, *request.students):
         check_model(name, corpus)
@@ -146,6 +153,7 @@ class _Run:
         self.last_losses: dict[str, HeldoutLoss] = {}
 
     def train(self, say: Callable[[str], None], should_stop: Callable[[], bool]) -> None:
+        from capgap.machine import versions
         from capgap.train.loop import train
 
         if "before" not in self.record:
@@ -156,8 +164,11 @@ class _Run:
             return self.last_losses[learner.id].loss
 
         peak = _peak(self.settings, self.device) * self.ranks.world
+        out = self.request.out
+        config = {**self.request.asked(), "versions": versions()}
+        trackers = Trackers(self.request.track, out / TRACKERS, out.name, config, say)
         with StepLines(
-            self.request.out / METRICS, self.request.tokens, self._token_flops(), peak, say
+            out / METRICS, self.request.tokens, self._token_flops(), peak, say, trackers
         ) as metrics:
             train(
                 self.learners,
@@ -233,11 +244,17 @@ class _Run:
     def _save(self, learner: "Learner", name: str) -> str:
         from capgap.models.build import save_model
         from capgap.models.parallel import whole_weights
+        from capgap.models.stored import LICENCES, copy_companions, local_folder
+        from capgap.stages.prune import PROVENANCE
 
         folder = self.request.out / name / learner.id
         weights = whole_weights(learner.parts, self.ranks)
         if self.ranks.is_first:
             save_model(learner.model, folder, self.corpus.tokenizer, weights=weights)
+            # where it comes from, and on what terms, goes with it
+            students = dict(zip(self.request.names(), self.request.students, strict=True))
+            source = local_folder(students[learner.id])
+            copy_companions(source, folder, (PROVENANCE, *LICENCES))
         return str(folder)
 
     def _token_flops(self) -> int:
@@ -249,7 +266,7 @@ class _Run:
     def _record(self, **values: Any) -> None:
         self.record |= values
         if self.ranks.is_first:
-            _write(self.request.out / RECORD, self.record)
+            write_json_atomically(self.request.out / RECORD, self.record)
 
 
 def _settings(request: DistillRequest, corpus: Corpus, device: str) -> "LoopSettings":
@@ -309,7 +326,7 @@ def _begin(request: DistillRequest, corpus: Corpus) -> dict[str, Any]:
         raise UserError(f"{request.out} is no empty folder and no run: choose another --out")
     request.out.mkdir(parents=True, exist_ok=True)
     record = {"schema": 1, "finished": False, "asked": asked}
-    _write(path, record)
+    write_json_atomically(path, record)
     return record
 
 
@@ -372,9 +389,3 @@ def _non_embedding(model: Any) -> int:
         id(one.weight): one.weight.numel() for one in (*tables, model.get_output_embeddings())
     }
     return _total(model) - sum(weights.values())
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    os.replace(aside, path)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from capgap.errors import UserError
 from capgap.prune.methods import Depth, Method, check_methods, reading_methods
+from capgap.scrub import scrub
 from capgap.stages.inputs import check_model, open_corpus
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _provenance(request: ScoreRequest, corpus: "Corpus | None") -> dict[str, Any
             "batch_windows": request.batch_windows,
         }
     return {
-        "teacher": request.teacher,
+        "teacher": scrub(request.teacher),
         "teacher_hash": model_hash(request.teacher),
         "method": request.method,
         "depth": request.depth,
