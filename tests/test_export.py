@@ -25,6 +25,7 @@ from capgap.stages.export import ExportRequest, run_export
 from capgap.stages.prune import PruneRequest, run_prune
 from capgap.stages.score import ScoreRequest, run_score
 from report_data import write_output
+from test_docs import assert_told, keys
 
 APACHE = (
     "\n                                 Apache License\n                           Version 2.0\n"
@@ -392,15 +393,28 @@ def test_lm_eval_scores_what_was_exported(student, tmp_path):
     assert score == pytest.approx(by_hand, abs=1e-4)
 
 
-def test_the_page_runs_as_it_is_written(small_corpus, text_file, tmp_path, monkeypatch):
-    """The commands of docs/export.md, in a shell."""
+def test_the_page_runs_as_it_is_written(text_file, tmp_path):
+    """The commands of docs/export.md, in a shell; what it shows is what they print, but for the
+    digits of sizes."""
     page = (Path(__file__).parent.parent / "docs/export.md").read_text()
     (block,) = re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (shown,) = re.findall(r"^```\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     shutil.copy(text_file, tmp_path / "text.txt")
     script = block.replace("capgap ", f"{sys.executable} -m capgap ")
+    script = script.replace("python -", f"{sys.executable} -").replace("-m capgap.", "capgap.")
     done = subprocess.run(
         ["sh", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+    printed = "\n".join(done.stdout.splitlines()[-5:]) + "\n"
+    sizes = r"[\d.]+ kB"
+    assert re.sub(sizes, "", printed) == re.sub(sizes, "", shown)
     assert (tmp_path / "handed/README.md").is_file()
-    assert "are equal" in done.stdout
+    assert any((tmp_path / "run/trackers/tensorboard").iterdir())
+
+
+def test_what_the_command_tells_is_told(small_corpus, tmp_path):
+    source = save(tmp_path / "model", small_corpus)
+    request = ExportRequest(str(source), tmp_path / "out", gguf=tmp_path / "a.gguf")
+    found = run_export(request)
+    assert_told(found, keys("cli.md", "`--json` of export"))
