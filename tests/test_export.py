@@ -1,6 +1,7 @@
 """`capgap export`: a folder that others load, and a card that tells the truth."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import capgap
 from capgap.export import licence
 from capgap.export.card import Benchmark, Card, card_text
 from capgap.export.from_sweep import card_of_student
@@ -25,7 +27,7 @@ from capgap.stages.export import ExportRequest, run_export
 from capgap.stages.prune import PruneRequest, run_prune
 from capgap.stages.score import ScoreRequest, run_score
 from report_data import write_output
-from test_docs import assert_told, keys
+from test_docs import assert_told, code_blocks, keys
 
 APACHE = (
     "\n                                 Apache License\n                           Version 2.0\n"
@@ -397,13 +399,24 @@ def test_the_page_runs_as_it_is_written(text_file, tmp_path):
     """The commands of docs/export.md, in a shell; what it shows is what they print, but for the
     digits of sizes."""
     page = (Path(__file__).parent.parent / "docs/export.md").read_text()
-    (block,) = re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    (shown,) = re.findall(r"^```\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (block,), (shown,) = code_blocks(page, "sh"), code_blocks(page, "text")
     shutil.copy(text_file, tmp_path / "text.txt")
-    script = block.replace("capgap ", f"{sys.executable} -m capgap ")
-    script = script.replace("python -", f"{sys.executable} -").replace("-m capgap.", "capgap.")
+    (tmp_path / "bin").mkdir()
+    for name, options in (("capgap", "-m capgap"), ("python", "")):
+        command = tmp_path / "bin" / name
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} {options} "$@"\n')
+        command.chmod(0o755)
+    found = {
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(capgap.__file__).parents[1]),
+    }
     done = subprocess.run(
-        ["sh", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        ["sh", "-e", "-c", block],
+        cwd=tmp_path,
+        env=os.environ | found,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     printed = "\n".join(done.stdout.splitlines()[-5:]) + "\n"
