@@ -302,6 +302,10 @@ def distill(
         int | None,
         typer.Option(help="Held-out loss every so many steps; the best checkpoint is kept."),
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Also tell tensorboard, trackio or wandb; may be given several times."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", metavar="KEY=VALUE", help="training.alpha=1, run.device=cpu."),
@@ -328,6 +332,7 @@ def distill(
         seed=seed,
         heldout_steps=heldout_steps,
         settings=stage_settings(set_ or []),
+        track=tuple(track or ()),
     )
     train_models(request, quiet=quiet, json_=json_)
 
