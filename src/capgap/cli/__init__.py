@@ -20,13 +20,13 @@ from capgap.machine import started
 
 # in the order of --help
 # isort: off
-from capgap.cli import sweeps, laws, stages
+from capgap.cli import sweeps, laws, stages, evaluation
 # isort: on
 
 # What the machine refuses, and only its user can mend
 REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
-__all__ = ["app", "laws", "leave", "main", "stages", "sweeps"]
+__all__ = ["app", "evaluation", "laws", "leave", "main", "stages", "sweeps"]
 
 
 def main() -> None:
