@@ -33,7 +33,8 @@ def read_copy(path: Path) -> dict[str, bytes]:
         with tarfile.open(path) as archive:
             return _members(path, archive)
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise UserError(f"cannot read the archive {path} ({error}): get it again") from None
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot read the archive {path} ({cause}): get it again") from None
 
 
 def _members(path: Path, archive: tarfile.TarFile) -> dict[str, bytes]:

@@ -335,11 +335,25 @@ class _Told:
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
         self.said = time.monotonic()
+        self.prompts = 0
 
     def __call__(
         self, items: Any = None, total: int | None = None, desc: str = "", **_: Any
     ) -> Any:
         return _Bar(self, items, total, desc)
+
+    def tell(self, what: str, done: int, total: int | None) -> None:
+        # prompts are made part by part, and how many parts there are no bar knows
+        if not what:
+            self.prompts += 1
+        if time.monotonic() - self.said <= SAID_EVERY:
+            return
+        self.said = time.monotonic()
+        if what:
+            kind = "answers" if what.startswith("Running") else "requests cut into tokens"
+            self.say(f"{done:,} of {total:,} {kind}")
+        else:
+            self.say(f"{self.prompts:,} prompts made")
 
 
 class _Bar:
@@ -354,10 +368,7 @@ class _Bar:
 
     def update(self, count: int = 1) -> None:
         self.done += count
-        if time.monotonic() - self.told.said > SAID_EVERY:
-            self.told.said = time.monotonic()
-            kind = "answers" if self.what.startswith("Running") else "prompts made"
-            self.told.say(f"{self.done:,} of {self.total:,} {kind}")
+        self.told.tell(self.what, self.done, self.total)
 
     def close(self) -> None:
         pass

@@ -32,17 +32,16 @@ def read_local(folder: Path, name: str, parts: Sequence[str]) -> tuple[Path, Loc
     files = _Files(path, read_copy(path))
     try:
         found = {part: READERS[kept_as](files, part) for part in parts}
-    except (KeyError, ValueError, TypeError, IndexError, EOFError, OSError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, EOFError, OSError) as error:
         cause = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(
             f"the copy of {kept_as} in {path} cannot be read: {files.last}: {cause}"
         ) from None
     for part, splits in found.items():
-        empty = [split for split, records in splits.items() if not records]
-        if empty:
-            raise UserError(
-                f"the copy of {kept_as} in {path} has no {part} {empty[0]}: get it again"
-            )
+        for split, records in splits.items():
+            if not records:
+                where = f"{part}, {split}" if part else split
+                raise UserError(f"the copy of {kept_as} in {path} is empty ({where}): get it again")
     return path, found
 
 
