@@ -129,7 +129,7 @@ def test_blimp_is_that_of_plain_scoring(student, sets, tmp_path):
         scores = [hand.score("", f" {pair[k]}") for k in ("sentence_good", "sentence_bad")]
         assert_same(sample, scores)
         hits.append(likeliest(scores) == 0)
-    found = record["sets"]["blimp"]
+    found = record["tasks"]["blimp"]
     assert found["questions"] == len(hits) == 2 * 67
     assert 0 < sum(hits) < len(hits)
     assert found["score"] == pytest.approx(sum(hits) / len(hits))
@@ -145,7 +145,7 @@ def test_piqa_is_that_of_plain_scoring(student, sets, tmp_path):
         scores = [hand.score(prompt, f" {row[name]}") for name in ("sol1", "sol2")]
         assert_same(sample, scores)
         hits.append(likeliest(scores) == row["label"])
-    found = record["sets"]["piqa"]
+    found = record["tasks"]["piqa"]
     assert (found["score"], found["score_stderr"]) == pytest.approx(mean_error(hits))
     assert found["metrics"]["acc_norm,none"]["value"] is not None
 
@@ -160,7 +160,7 @@ def test_lambada_is_that_of_plain_scoring(student, sets, tmp_path):
         assert_same(sample, [score])
         logs.append(score[0])
         hits.append(score[1])
-    found = record["sets"]["lambada"]
+    found = record["tasks"]["lambada"]
     assert found["score"] == pytest.approx(sum(hits) / len(hits))
     perplexity = found["metrics"]["perplexity,none"]
     mean, error = mean_error(logs)
@@ -194,7 +194,7 @@ def test_mmlu_with_five_examples_is_that_of_plain_scoring(student, sets, tmp_pat
         assert_same(sample, scores)
         hits.append(likeliest(scores) == int(asked[5]))
         assert sample["scores"]["acc"] == hits[-1]
-    found = record["sets"]["mmlu"]
+    found = record["tasks"]["mmlu"]
     assert found["cut_prompts"] == 0
     assert found["score"] == pytest.approx(
         sum(sample["scores"]["acc"] for sample in samples) / len(samples)
@@ -291,14 +291,14 @@ def test_programs_run_only_when_allowed(student, sets, tmp_path, monkeypatch):
 
     monkeypatch.setattr("capgap.evaluate.harness.run_program", count)
     record, samples = evaluated(student, sets, tmp_path, "humaneval")
-    assert record["sets"]["humaneval"] == {
+    assert record["tasks"]["humaneval"] == {
         "missing": "runs programs that the model wrote, which --allow-code allows",
         "score": None,
         "score_stderr": None,
     }
     assert (samples, ran["programs"]) == ([], 0)
     record, samples = evaluated(student, sets, tmp_path, "humaneval", allow_code=True)
-    found = record["sets"]["humaneval"]
+    found = record["tasks"]["humaneval"]
     assert (found["score"], len(samples), ran["programs"]) == (0, 2, 2)
     assert sum(found["programs"].values()) == 2
     assert found["sandbox"]["audit_hook"] is True
@@ -316,20 +316,20 @@ def test_prompts_longer_than_the_context_are_counted(small_corpus, sets, tmp_pat
     )
     record = run_evaluate(request, said.append)
     assert record["context"] == 48
-    assert record["sets"]["mmlu"]["cut_prompts"] == 57
-    assert record["sets"]["mmlu"]["parts"]["virology"]["cut_prompts"] == 1
-    assert record["sets"]["blimp"]["cut_prompts"] == 0
-    assert record["sets"]["gsm8k"]["cut_prompts"] == 1
-    assert record["sets"]["gsm8k"]["max_gen_toks"] == {"asked": 256, "used": 24}
+    assert record["tasks"]["mmlu"]["cut_prompts"] == 57
+    assert record["tasks"]["mmlu"]["parts"]["virology"]["cut_prompts"] == 1
+    assert record["tasks"]["blimp"]["cut_prompts"] == 0
+    assert record["tasks"]["gsm8k"]["cut_prompts"] == 1
+    assert record["tasks"]["gsm8k"]["max_gen_toks"] == {"asked": 256, "used": 24}
     assert "mmlu: 57 of 57 prompts were cut to the 48 tokens that the model reads" in said
 
 
 def test_an_answer_longer_than_the_context_leaves_the_set_missing(small_corpus, sets, tmp_path):
     short = make_model(tmp_path / "short", small_corpus.tokenizer, positions=4)
     record, _ = evaluated(short, sets, tmp_path, "piqa", "mmlu", limit=1)
-    assert "more than the 4 that the model reads" in record["sets"]["piqa"]["missing"]
-    assert record["sets"]["piqa"]["score"] is None
-    assert record["sets"]["mmlu"]["score"] is not None
+    assert "more than the 4 that the model reads" in record["tasks"]["piqa"]["missing"]
+    assert record["tasks"]["piqa"]["score"] is None
+    assert record["tasks"]["mmlu"]["score"] is not None
 
 
 def test_a_model_that_is_not_finite_has_no_scores(small_corpus, sets, tmp_path):
@@ -341,7 +341,7 @@ def test_a_model_that_is_not_finite_has_no_scores(small_corpus, sets, tmp_path):
     record, _ = evaluated(
         folder, sets, tmp_path, "piqa", "heldout", corpora=(small_corpus.directory,)
     )
-    assert record["sets"]["piqa"]["missing"].startswith("log-likelihoods are not finite")
+    assert record["tasks"]["piqa"]["missing"].startswith("log-likelihoods are not finite")
     (loss,) = record["heldout"].values()
     assert (loss["loss"], loss["missing"]) == (None, "the loss is not finite")
 
@@ -354,13 +354,13 @@ def test_a_set_that_cannot_be_had_is_missing_and_the_others_go_on(student, sets,
     folder.mkdir()
     shutil.copy(sets / "lambada.tar.xz", folder)
     record, _ = evaluated(student, folder, tmp_path, "ceval", "lambada")
-    why = record["sets"]["ceval"]["missing"]
+    why = record["tasks"]["ceval"]["missing"]
     assert why == (
         f"no local copy in {folder}, and cannot reach the Hugging Face hub for the dataset "
         "'ceval/ceval-exam' (no network)"
     )
-    assert record["sets"]["ceval"]["score"] is None
-    assert record["sets"]["lambada"]["score"] is not None
+    assert record["tasks"]["ceval"]["score"] is None
+    assert record["tasks"]["lambada"]["score"] is not None
     assert record["mean_percent"] is None
     assert why in record["mean_missing"]
 
@@ -374,7 +374,7 @@ def test_a_set_the_hub_cannot_load_is_missing(student, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", fail)
     record, _ = evaluated(student, None, tmp_path, "piqa")
     wanted = "baber/piqa cannot be loaded from the Hub: the loader broke"
-    assert record["sets"]["piqa"]["missing"] == wanted
+    assert record["tasks"]["piqa"]["missing"] == wanted
 
 
 def test_the_six_have_a_mean_a_picture_and_a_full_record(typed, student, sets, tmp_path):
@@ -383,16 +383,16 @@ def test_the_six_have_a_mean_a_picture_and_a_full_record(typed, student, sets, t
     answer = typed("evaluate", student, *options, "--figure", picture, "--flops", "4e21")
     assert answer.code == 0, answer.err
     record = json.loads(out.read_text())
-    scores = [record["sets"][name]["score"] for name in SIX]
+    scores = [record["tasks"][name]["score"] for name in SIX]
     assert record["mean_percent"] == pytest.approx(100 * sum(scores) / 6)
     assert record["mean_missing"] is None
     assert record["finished"] is True
     assert picture.stat().st_size > 10_000
     assert f"mean of the six: {record['mean_percent']:.2f}" in answer.out
     assert "MiniMA-3B" in answer.out
-    shots = {name: record["sets"][name]["shots"] for name in SIX}
+    shots = {name: record["tasks"][name]["shots"] for name in SIX}
     assert shots == dict(zip(SIX, (5, 5, 3, 0, 3, 8), strict=True))
-    source = record["sets"]["mmlu"]["source"]
+    source = record["tasks"]["mmlu"]["source"]
     assert source["path"] == str(sets / "mmlu.tar.xz")
     assert len(source["sha256"]) == 64
     assert record["versions"]["lm_eval"].startswith("0.4.")
@@ -403,14 +403,14 @@ def told(record):
     """Every key of the record is told in docs/evaluation.md."""
     from test_docs import assert_told, keys
 
-    one = dict(record["sets"]["mmlu"])
+    one = dict(record["tasks"]["mmlu"])
     one["parts"] = {"PART": one["parts"]["virology"]}
-    humaneval = record["sets"]["humaneval"]
+    humaneval = record["tasks"]["humaneval"]
     one |= {key: humaneval[key] for key in ("max_gen_toks", "programs", "sandbox")}
     one["metrics"] = {"NAME": one["metrics"]["acc,none"]}
     one["programs"] = {"REASON": 1}
     heldout = {"CORPUS": dict.fromkeys(HELDOUT_KEYS)}
-    whole = record | {"sets": {"SET": one}, "heldout": heldout}
+    whole = record | {"tasks": {"TASK": one}, "heldout": heldout}
     assert_told(whole, keys("evaluation.md", "The record"))
 
 
@@ -427,7 +427,7 @@ def test_held_out_keys_are_those(student, small_corpus):
     record = run_evaluate(request)
     (found,) = record["heldout"].values()
     assert set(found) == set(HELDOUT_KEYS)
-    assert (record["sets"], record["mean_percent"], record["mean_missing"]) == ({}, None, None)
+    assert (record["tasks"], record["mean_percent"], record["mean_missing"]) == ({}, None, None)
 
 
 def full(**changes):
@@ -693,7 +693,7 @@ def test_nothing_measured_is_told_and_no_picture_is_drawn(
     monkeypatch.chdir(tmp_path)
     answer = typed("evaluate", student, "--tasks", "ceval")
     assert (answer.code, answer.err.splitlines()[-1]) == (1, "capgap: nothing was measured")
-    assert json.loads(Path("evaluate.json").read_text())["sets"]["ceval"]["score"] is None
+    assert json.loads(Path("evaluate.json").read_text())["tasks"]["ceval"]["score"] is None
     options = ("--tasks", "piqa", "--data", sets, "--figure", "a.png", "--flops", "1e20")
     answer = typed("evaluate", student, *options)
     wanted = "capgap: no picture: none of the six benchmarks was asked for"

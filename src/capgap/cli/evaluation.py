@@ -117,7 +117,7 @@ def print_scores(found: dict[str, Any], console: Any) -> None:
     from capgap.evaluate.scores import beside_published
     from capgap.evaluate.sets import SETS
 
-    measured = {name: one for name, one in found["sets"].items() if not one["missing"]}
+    measured = {name: one for name, one in found["tasks"].items() if not one["missing"]}
     if measured:
         table = _table(Table, "set", ("score", "±", "shots", "questions", "cut prompts"))
         for name, one in measured.items():
@@ -139,10 +139,10 @@ def print_scores(found: dict[str, Any], console: Any) -> None:
             continue
         loss = f"held-out loss on {folder}: {_with_error(one, 'loss')} nats a token, "
         print(f"{loss}{_with_error(one, 'bits_per_byte')} bits a byte")
-    for name, one in found["sets"].items():
+    for name, one in found["tasks"].items():
         if one["missing"]:
             print(f"{name}: missing, {one['missing']}")
-    beside = beside_published(found["sets"])
+    beside = beside_published(found["tasks"])
     if beside is not None:
         console.print()
         table = _table(Table, "beside arXiv 2311.07052", beside["columns"])
@@ -178,7 +178,7 @@ def _with_error(one: dict[str, Any], name: str) -> str:
 
 
 def _measured(found: dict[str, Any]) -> bool:
-    sets, heldout = found["sets"].values(), (found["heldout"] or {}).values()
+    sets, heldout = found["tasks"].values(), (found["heldout"] or {}).values()
     return any(not one["missing"] for one in (*sets, *heldout))
 
 

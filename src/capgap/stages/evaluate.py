@@ -83,7 +83,7 @@ def run_evaluate(
         "dtype": request.dtype,
         "batch_size": request.batch_size,
         "limit": request.limit,
-        "sets": {},
+        "tasks": {},
         "heldout": None,
         "mean_percent": None,
         "mean_missing": None,
@@ -100,7 +100,7 @@ def run_evaluate(
         _write(request, record)
     _run_sets(request, model, reader, found, record, say)
     if any(name in SIX for name in names):
-        mean, why = six_mean(record["sets"], limit=request.limit)
+        mean, why = six_mean(record["tasks"], limit=request.limit)
         record |= {"mean_percent": mean, "mean_missing": why}
     record["finished"] = True
     _write(request, record)
@@ -251,7 +251,7 @@ def _run_sets(
     with _samples(request.samples) as on_sample:
         for name, source in found.items():
             if isinstance(source, str):
-                record["sets"][name] = missing_set(source)
+                record["tasks"][name] = missing_set(source)
             else:
                 from capgap.evaluate.harness import counting_model
 
@@ -259,8 +259,8 @@ def _run_sets(
                     assert model is not None
                     counting = counting_model(model, reader.tokenizer, request.batch_size)
                     record["context"] = counting.max_length
-                record["sets"][name] = _run_one(request, name, source, counting, on_sample, say)
-            why = record["sets"][name]["missing"]
+                record["tasks"][name] = _run_one(request, name, source, counting, on_sample, say)
+            why = record["tasks"][name]["missing"]
             if why:
                 say(f"{name}: missing, {why}")
             _write(request, record)
