@@ -20,7 +20,7 @@ from capgap.machine import started
 
 # in the order of --help
 # isort: off
-from capgap.cli import sweeps, laws, pipeline, stages, training, conversation, export
+from capgap.cli import sweeps, laws, pipeline, stages, training, evaluation, conversation, export
 # isort: on
 
 # What the machine refuses, and only its user can mend
@@ -29,6 +29,7 @@ REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
 __all__ = [
     "app",
     "conversation",
+    "evaluation",
     "export",
     "laws",
     "leave",
