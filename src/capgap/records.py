@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from capgap.errors import UserError
+from capgap.scrub import scrub
 
 SCHEMA: Literal[1] = 1
 RECORD_FILE = "record.json"
@@ -259,11 +260,12 @@ def read_records(out_folder: Path | str) -> list[RunRecord]:
 
 
 def write_json_atomically(path: Path | str, obj: Any) -> None:
-    """Write `obj` as JSON, never half of it. Arrays and numpy numbers become plain ones.
+    """Write `obj` as JSON, never half of it. Arrays and numpy numbers become plain ones, secrets
+    become `***`.
 
     Raises ValueError for NaN and infinities, which JSON does not have: write None instead.
     """
-    text = json.dumps(obj, allow_nan=False, ensure_ascii=False, indent=1, default=_plain)
+    text = json.dumps(scrub(obj), allow_nan=False, ensure_ascii=False, indent=1, default=_plain)
     write_text_atomically(path, text + "\n")
 
 

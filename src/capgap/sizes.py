@@ -1,5 +1,6 @@
 """Sizes of models: "3B" and numbers, parameters by part, and floating-point operations."""
 
+import re
 from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
 
@@ -29,6 +30,21 @@ def parse_count(value: str | int | float) -> int:
     if not count.is_finite() or count <= 0 or count != count.to_integral_value():
         raise mistake
     return int(count)
+
+
+def parse_bytes(value: str | int) -> int:
+    """Read bytes such as "5GB", "500 MB", "64kB" or 4096; a kB is 10^3 bytes.
+
+    Raises UserError if the value is no positive whole number of them.
+    """
+    found = re.fullmatch(r"([\d._]+)\s*([kKMGT]?)B?", str(value).strip())
+    try:
+        if found is None:
+            raise UserError("")
+        # B, the letter of 10^9 in counts of parameters, is G in bytes
+        return parse_count(found[1] + found[2].replace("G", "B"))
+    except UserError:
+        raise UserError(f"{value!r} is no amount of bytes: give one like 5GB or 500MB") from None
 
 
 def format_percent(share: float) -> str:

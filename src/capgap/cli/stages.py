@@ -12,6 +12,7 @@ from capgap.cli.app import (
     Json,
     Quiet,
     StopFlag,
+    Track,
     app,
     exit_with,
     print_json,
@@ -302,6 +303,7 @@ def distill(
         int | None,
         typer.Option(help="Held-out loss every so many steps; the best checkpoint is kept."),
     ] = None,
+    track: Track = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", metavar="KEY=VALUE", help="training.alpha=1, run.device=cpu."),
@@ -328,6 +330,7 @@ def distill(
         seed=seed,
         heldout_steps=heldout_steps,
         settings=stage_settings(set_ or []),
+        track=tuple(track or ()),
     )
     train_models(request, quiet=quiet, json_=json_)
 

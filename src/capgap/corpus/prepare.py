@@ -17,6 +17,7 @@ from capgap.corpus.tokenizer import check_vocabulary, load_tokenizer, tokenizer_
 from capgap.corpus.tokens import MANIFEST, Corpus, damage, load_corpus, read_manifest
 from capgap.corpus.write import Options, Progress, write_corpus
 from capgap.errors import UserError, is_disk_full
+from capgap.scrub import scrub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -158,7 +159,7 @@ def _why_prepare(directory: Path, request: dict[str, Any]) -> str | None:
             raise UserError(f"{directory} exists and is no corpus: name another folder for it")
         return "it was made by another version"
     # As the manifest holds it: tuples are lists there.
-    asked, had = json.loads(json.dumps(request)), manifest["request"]
+    asked, had = json.loads(json.dumps(scrub(request))), manifest["request"]
     for name, value in asked["options"].items():
         if had["options"].get(name) != value:
             return f"{name} is {value}, was {had['options'].get(name)}"

@@ -211,8 +211,16 @@ def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerFast":
         # Without a network the loader below would retry for most of a minute.
         hub_revision(name, kind="model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_here)
+        # said here, since transformers would ask the terminal whether to run what it finds
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, local_files_only=is_here, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"the tokenizer of {name} needs its own code (auto_map): capgap runs no code of a "
+                "checkpoint, save it as a fast tokenizer (tokenizer.json)"
+            ) from None
         raise UserError(f"no tokenizer in {name}: {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {name} has no tokenizer.json; convert it to a fast one")

@@ -24,6 +24,7 @@ from capgap.corpus.tokenizer import (
 )
 from capgap.corpus.tokens import HELDOUT, MANIFEST, SCHEMA, TOKENIZER, ShardWriter, token_dtype
 from capgap.errors import UserError
+from capgap.scrub import scrub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -178,7 +179,7 @@ def write_corpus(
         "heldout_source": None if heldout_source is None else heldout_source.describe(),
         "request": request,
     }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (directory / MANIFEST).write_text(json.dumps(scrub(manifest), indent=1) + "\n")
 
 
 def _scan(source: Source, options: Options, progress: Progress) -> Scan:

@@ -28,6 +28,7 @@ from capgap.distill.cache_size import CHECKSUM_BYTES
 from capgap.distill.sparse import SparseSignal
 from capgap.distill.teacher import Batch, OnlineTeacher
 from capgap.errors import UserError
+from capgap.scrub import scrub
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -85,13 +86,15 @@ class CacheWriter:
         self._claim()
 
     def _claim(self) -> None:
-        manifest = {
-            "schema": SCHEMA,
-            **asdict(self.identity),
-            **asdict(self.format),
-            "token_bytes": self.format.token_bytes,
-            "windows_a_shard": self.windows_a_shard,
-        }
+        manifest = scrub(
+            {
+                "schema": SCHEMA,
+                **asdict(self.identity),
+                **asdict(self.format),
+                "token_bytes": self.format.token_bytes,
+                "windows_a_shard": self.windows_a_shard,
+            }
+        )
         path = self.folder / MANIFEST
         if path.exists():
             found = _read_manifest(self.folder)

@@ -24,8 +24,11 @@ SINGLE = "model.safetensors"
 SHARD_BYTES = 1 << 30
 # What transformers calls otherwise in memory than in the files of GPT-NeoX
 STORED_AS = {"lm_head.weight": "embed_out.weight"}
+# Weights as pickles, which run code when they are read
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # What belongs to a model beside its config, weights and tokenizer
-PAPERS = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+PAPERS = ("generation_config.json", *LICENCES)
 COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -49,7 +52,7 @@ def read_config(path_or_name: str | Path) -> "PreTrainedConfig":
 
     UserError in one line: nothing there, no config, quantised; no network, without waiting for it.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     name = str(path_or_name)
     if Path(name).is_dir():
@@ -61,12 +64,26 @@ def read_config(path_or_name: str | Path) -> "PreTrainedConfig":
         # without a network the loader below would retry for most of a minute
         hub_revision(name, kind="model")
     try:
+        _refuse_own_code(name, PreTrainedConfig.get_config_dict(name)[0])
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the model {name}: {cause}") from None
     _refuse_quantised(name, config)
     return config
+
+
+def _refuse_own_code(name: str, fields: dict[str, Any]) -> None:
+    """UserError for an architecture that only code of the checkpoint describes."""
+    from transformers import CONFIG_MAPPING
+
+    kind = fields.get("model_type")
+    if "auto_map" in fields and kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"{name} brings its own code (auto_map in config.json) for the architecture {kind!r}, "
+            "which transformers does not have: capgap runs no code of a checkpoint, take another "
+            "model"
+        )
 
 
 def _refuse_quantised(name: str, config: "PreTrainedConfig") -> None:
@@ -144,8 +161,14 @@ class StoredWeights:
         else:
             paths = [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
         if not paths:
+            pickles = sorted(one.name for kind in PICKLES for one in self.folder.glob(kind))
+            reason = (
+                f" ({pickles[0]} is a pickle, which can run any code when it is read)"
+                if pickles
+                else ""
+            )
             raise UserError(
-                f"{self.folder} holds no *.safetensors weights: convert the model with "
+                f"{self.folder} holds no *.safetensors weights{reason}: convert the model with "
                 "save_pretrained and try again"
             )
         missing = [path.name for path in paths if not path.is_file()]
@@ -167,12 +190,18 @@ class StoredWeights:
             raise UserError(f"cannot read {path} ({error}): download it again") from None
 
 
-def write_weights(folder: Path, skeleton: dict[str, Tensor], make: Callable[[str], Tensor]) -> None:
+def write_weights(
+    folder: Path,
+    skeleton: dict[str, Tensor],
+    make: Callable[[str], Tensor],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Writes the tensors of `skeleton` (on the meta device, by name) as transformers would.
 
     `make` gives each of them when its turn comes; no more than one file's tensors are in memory.
     """
-    plan = split_torch_state_dict_into_shards(skeleton, max_shard_size=SHARD_BYTES)
+    plan = split_torch_state_dict_into_shards(skeleton, max_shard_size=shard_bytes)
     for file, names in plan.filename_to_tensors.items():
         tensors = {}
         for name in names:

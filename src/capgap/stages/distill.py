@@ -12,6 +12,7 @@ from capgap.config import ABOUT_A_TEACHER, StageSettings
 from capgap.corpus.mixture import Given, Mixture, TrainingText
 from capgap.errors import UserError
 from capgap.records import write_json_atomically
+from capgap.scrub import scrub
 from capgap.sizes import format_count
 from capgap.stages.inputs import (
     check_model,
@@ -22,6 +23,7 @@ from capgap.stages.inputs import (
 )
 from capgap.stages.run_folder import begin_together
 from capgap.stages.step_lines import StepLines
+from capgap.train.trackers import Trackers, check_trackers
 
 if TYPE_CHECKING:
     from capgap.distill.teacher import TeacherSource
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from capgap.train.loop import LoopSettings
 
 METRICS = "metrics.jsonl"
+TRACKERS = "trackers"
 DATA_SEED = 2_000_003
 
 
@@ -42,7 +45,7 @@ class DistillRequest:
     `teacher` None: the students learn from the text alone, by cross-entropy. `size`: beside the
     students a new model of `architecture` and so many non-embedding parameters, with random
     weights. Every `heldout_steps` the held-out loss is taken and the best checkpoint kept; None: at
-    the end alone.
+    the end alone. `track`: names of trackers (capgap.train.trackers) that are told every step.
     """
 
     teacher: str | None
@@ -58,6 +61,7 @@ class DistillRequest:
     size: int | None = None
     architecture: str = "llama"
     settings: StageSettings = field(default_factory=StageSettings)
+    track: tuple[str, ...] = ()
 
     @property
     def record(self) -> Path:
@@ -82,7 +86,7 @@ class DistillRequest:
 
     def asked(self) -> dict[str, Any]:
         """What a run in the same folder must agree on to be continued."""
-        return {
+        asked: dict[str, Any] = {
             "teacher": self.teacher,
             "students": list(self.students),
             "new": self.new,
@@ -96,6 +100,8 @@ class DistillRequest:
                 mode="json", exclude=set(ABOUT_A_TEACHER) if self.teacher is None else None
             ),
         }
+        # as the record holds it, or a run could not be continued
+        return scrub(asked)
 
 
 def run_distill(
@@ -118,6 +124,7 @@ def run_distill(
     transformers_logging.disable_progress_bar()
     device = resolve_device(request.settings.run.device)
     check_request(request)
+    check_trackers(request.track)
     corpus = open_text(request.corpus, request.window)
     for name in (request.teacher, *request.students):
         if name is not None:
@@ -186,6 +193,7 @@ class _Run:
         self.last_losses: dict[str, HeldoutLoss | MixedLoss] = {}
 
     def train(self, say: Callable[[str], None], should_stop: Callable[[], bool]) -> None:
+        from capgap.machine import versions
         from capgap.train.loop import train
 
         if "before" not in self.record:
@@ -196,8 +204,11 @@ class _Run:
             return self.last_losses[learner.id].loss
 
         peak = _peak(self.settings, self.device) * self.ranks.world
+        out = self.request.out
+        config = {**self.request.asked(), "versions": versions()}
+        trackers = Trackers(self.request.track, out / TRACKERS, out.name, config, say)
         with StepLines(
-            self.request.out / METRICS, self.request.tokens, self._token_flops(), peak, say
+            out / METRICS, self.request.tokens, self._token_flops(), peak, say, trackers
         ) as metrics:
             train(
                 self.learners,
@@ -278,11 +289,17 @@ class _Run:
     def _save(self, learner: "Learner", name: str) -> str:
         from capgap.models.build import save_model
         from capgap.models.parallel import whole_weights
+        from capgap.models.stored import LICENCES, copy_companions, local_folder
+        from capgap.stages.prune import PROVENANCE
 
         folder = self.request.out / name / learner.id
         weights = whole_weights(learner.parts, self.ranks)
         if self.ranks.is_first:
             save_model(learner.model, folder, self.corpus.tokenizer, weights=weights)
+            # where it comes from, and on what terms, goes with it
+            students = dict(zip(self.request.names(), self.request.students, strict=True))
+            source = local_folder(students[learner.id])
+            copy_companions(source, folder, (PROVENANCE, *LICENCES))
         return str(folder)
 
     def _token_flops(self) -> int:

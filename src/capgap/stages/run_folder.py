@@ -11,14 +11,18 @@ if TYPE_CHECKING:
     from capgap.models.parallel import Ranks
 
 
-def begin(record: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """What the record says, or a new one; `record` is a file in the stage's output folder.
+def find_run(record: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What the record says, None where nothing has begun; `record` is a file in the stage's output
+    folder.
 
     UserError where the folder holds something else, or was asked for something else.
     """
     out = record.parent
     if record.exists():
-        found: dict[str, Any] = json.loads(record.read_text())
+        try:
+            found: dict[str, Any] = json.loads(record.read_text())
+        except ValueError as error:
+            raise UserError(f"{record} is no JSON ({error}): choose another --out") from None
         for key, value in asked.items():
             if found["asked"].get(key) != value:
                 raise UserError(
@@ -28,9 +32,16 @@ def begin(record: Path, asked: dict[str, Any]) -> dict[str, Any]:
         return found
     if out.exists() and not (out.is_dir() and _is_empty(out, record.name)):
         raise UserError(f"{out} is no empty folder and no run: choose another --out")
-    new = {"schema": 1, "finished": False, "asked": asked}
-    write_json_atomically(record, new)
-    return new
+    return None
+
+
+def begin(record: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """The record that `find_run` finds, or else a new one, written."""
+    found = find_run(record, asked)
+    if found is None:
+        found = {"schema": 1, "finished": False, "asked": asked}
+        write_json_atomically(record, found)
+    return found
 
 
 def begin_together(record: Path, asked: dict[str, Any], ranks: "Ranks") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from capgap.corpus.mixture import Given
 from capgap.errors import UserError
 from capgap.prune.methods import Depth, Method, check_methods, reading_methods
+from capgap.scrub import scrub
 from capgap.stages.inputs import check_model, open_text, text_identity
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _provenance(request: ScoreRequest, corpus: "TrainingText | None") -> dict[st
             "batch_windows": request.batch_windows,
         }
     return {
-        "teacher": request.teacher,
+        "teacher": scrub(request.teacher),
         "teacher_hash": model_hash(request.teacher),
         "method": request.method,
         "depth": request.depth,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from capgap.train.loop import Progress
     from capgap.train.metrics import StepReports
+    from capgap.train.trackers import Trackers
 
 SAID_EVERY = 10.0  # seconds
 
@@ -17,17 +18,25 @@ SAID_EVERY = 10.0  # seconds
 class StepLines:
     """Writes what the loop reports of a run of so many tokens. A context manager.
 
-    `flops` a token by 6 S + 2 T; `peak` FLOPs a second of all devices.
+    `flops` a token by 6 S + 2 T; `peak` FLOPs a second of all devices. `trackers` are told the
+    same lines.
     """
 
     def __init__(
-        self, path: Path, tokens: int, flops: int, peak: float, say: Callable[[str], None]
+        self,
+        path: Path,
+        tokens: int,
+        flops: int,
+        peak: float,
+        say: Callable[[str], None],
+        trackers: "Trackers | None" = None,
     ) -> None:
         self.path = path
         self.tokens = tokens
         self.flops = flops
         self.peak = peak
         self.say = say
+        self.trackers = trackers
         self.stream: Any = None
         self.said = time.monotonic()
 
@@ -37,6 +46,8 @@ class StepLines:
     def __exit__(self, *_: object) -> None:
         if self.stream is not None:
             self.stream.close()
+            if self.trackers is not None:
+                self.trackers.close()
 
     def add(self, progress: "Progress") -> None:
         for number, step in enumerate(progress.reports):
@@ -50,7 +61,9 @@ class StepLines:
         first = next(iter(reports.values()))
         step, tokens = first["step"], first["tokens"]
         if self.stream is None:
-            self._keep_before(step)
+            logged = keep_before(self.path, step)
+            if self.trackers is not None:
+                self.trackers.begin(step, logged)
             self.stream = self.path.open("a", buffering=1)
         rate = None if found.seconds is None else tokens / found.seconds
         for name, report in reports.items():
@@ -65,6 +78,8 @@ class StepLines:
             "students": reports,
         }
         self.stream.write(json.dumps(line) + "\n")
+        if self.trackers is not None:
+            self.trackers.log(line)
         if time.monotonic() - self.said < SAID_EVERY:
             return
         self.said = time.monotonic()
@@ -78,19 +93,23 @@ class StepLines:
         )
         self.say(f"{line['tokens'] / self.tokens:.0%}{speed}; {losses}")
 
-    def _keep_before(self, step: int) -> None:
-        """A run that goes on from a checkpoint takes some steps again."""
-        if not self.path.exists():
-            return
-        kept = []
-        for text in self.path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                break  # cut off by a kill
-            if line["step"] >= step:
-                break
+
+def keep_before(path: Path, step: int) -> int | None:
+    """A run that goes on from a checkpoint takes some steps again: their lines are cut off. Returns
+    the last step that was taken, None where there is none."""
+    if not path.exists():
+        return None
+    kept = []
+    last = None
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break  # cut off by a kill
+        last = line["step"]
+        if last < step:
             kept.append(text + "\n")
-        aside = self.path.with_name(f".{self.path.name}")
-        aside.write_text("".join(kept))
-        os.replace(aside, self.path)
+    aside = path.with_name(f".{path.name}")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
+    return last

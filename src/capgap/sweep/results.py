@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from capgap.corpus.tokens import Corpus
 from capgap.errors import UserError
 from capgap.evaluate.sample import sample_text
+from capgap.export.card import card_text
+from capgap.export.from_sweep import sweep_card
+from capgap.export.licence import CARD
 from capgap.models.build import load_model
 from capgap.records import RunRecord, read_records, write_json_atomically
 from capgap.report.page import write_report
-from capgap.sizes import format_count
 from capgap.sweep.context import Context
 from capgap.sweep.plan import Plan
 from capgap.sweep.summary import fit_tables
@@ -77,79 +79,9 @@ def _export_student(context: Context, best: RunRecord, records: Sequence[RunReco
         if leftover.exists():
             shutil.rmtree(leftover)
     shutil.copytree(trained, partial)
-    (partial / "README.md").write_text(model_card(context, best, records))
+    card = sweep_card(context.recipe.model_dump(mode="json"), best, records)
+    (partial / CARD).write_text(card_text(card))
     partial.rename(target)
-
-
-def model_card(context: Context, best: RunRecord, records: Sequence[RunRecord]) -> str:
-    """A model card that says how the student was made and how good it is."""
-    heldout, teacher_parameters = best.heldout, best.teacher_parameters
-    assert heldout is not None
-    assert teacher_parameters is not None
-    teacher = next(record for record in records if record.id == best.teacher)
-    rows = [("this student", best), ("its teacher", teacher)]
-    baselines = [
-        record
-        for record in records
-        if record.kind == "baseline"
-        and (record.init, record.student_size, record.tokens, record.seed)
-        == (best.init, best.student_size, best.tokens, best.seed)
-        and record.teacher in (None, best.teacher)
-    ]
-    rows += [("the same student by cross-entropy alone", record) for record in baselines]
-    table = "\n".join(
-        f"| {name} | {format_count(record.parameters.non_embedding)} | "
-        f"{record.heldout.loss:.3f} | {_number(record.heldout.bits_per_byte)} |"
-        for name, record in rows
-        if record.heldout is not None
-    )
-    recipe = context.recipe
-    tokens = format_count(best.steps * best.batch_tokens)
-    began = {
-        "pruned": f"cut out of {best.teacher}",
-        "fixed": "cut out of the smallest teacher",
-        "scratch": "random weights",
-        "chain": _by_way_of(best),
-    }[str(best.init)]
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [distillation, capgap]
----
-# {best.id}
-
-A {best.architecture} student of {format_count(best.parameters.non_embedding)} non-embedding \
-parameters ({format_count(best.parameters.total)} in all), distilled from `{best.teacher}` \
-({format_count(teacher_parameters.non_embedding)}) on {tokens} tokens of \
-`{recipe.corpus.source}` by the capgap recipe `{recipe.name}`.
-
-- start: {began}
-- loss: {1 - best.alpha:g} cross-entropy + {best.alpha:g} {best.divergence} to the teacher at \
-temperature {best.temperature:g}
-- peak learning rate {best.learning_rate:g}, batches of {best.batch_tokens} tokens, seed {best.seed}
-
-| held out ({format_count(heldout.tokens)} tokens) | parameters | nats per token | bits per byte |
-|---|---|---|---|
-{table}
-
-It is a small model made to measure how students learn from teachers. It inherits the licence and \
-the limits of the text and the teacher it was made from.
-"""
-
-
-def _by_way_of(best: RunRecord) -> str:
-    """How a chain went; empty for a direct cell."""
-    if best.assistant is None:
-        return ""
-    size = format_count(best.assistant.parameters.non_embedding)
-    return (
-        f"cut out of an assistant of {size}, which was cut out of {best.teacher}, distilled from "
-        f"it on {format_count(best.assistant.tokens)} tokens, and then was the teacher"
-    )
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f}"
 
 
 def _write_samples(context: Context, plan: Plan, corpus: Corpus, best: RunRecord) -> None:

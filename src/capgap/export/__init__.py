@@ -1,0 +1,1 @@
+"""What is handed on: model folder, model card, GGUF file."""

@@ -1,0 +1,157 @@
+"""A model folder for others: sharded safetensors, tokenizer, generation config, config, licence."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from capgap.errors import UserError
+from capgap.models.stored import (
+    LICENCES,
+    StoredWeights,
+    copy_companions,
+    empty_model,
+    write_weights,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+SAID_EVERY = 10.0  # seconds
+# What a tokenizer's config may tell of the machine it was saved on
+_LOCAL = ("auto_map", "is_local", "local_files_only", "name_or_path")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a folder, its config, its tokenizer, its weights by name."""
+
+    folder: Path
+    config: "PreTrainedConfig"
+    tokenizer: "PreTrainedTokenizerFast"
+    weights: StoredWeights
+    skeleton: dict[str, Tensor]
+
+
+def open_source(
+    folder: Path,
+    config: "PreTrainedConfig",
+    tokenizer: "PreTrainedTokenizerFast",
+    dtype: torch.dtype | None,
+) -> Source:
+    """The tensors of a model folder as they will be stored; `dtype` None keeps theirs.
+
+    UserError where weights are missing.
+    """
+    weights = StoredWeights(folder)
+    model = empty_model(config)
+    config.architectures = [type(model).__name__]
+    skeleton = {
+        name: tensor.to(dtype or weights.dtype(name)) for name, tensor in model.named_parameters()
+    }
+    # most tensors have that of the first table; norms may have been kept in fp32
+    config.dtype = next(iter(skeleton.values())).dtype
+    return Source(folder, config, tokenizer, weights, skeleton)
+
+
+def write_folder(
+    source: Source, folder: Path, *, shard_bytes: int, say: Callable[[str], None]
+) -> None:
+    """Writes config, weights, tokenizer, generation config and licence into an empty folder.
+
+    UserError with the tensor's name for weights of another shape, or that are not finite.
+    """
+    done, said = 0, time.monotonic()
+
+    def make(name: str) -> Tensor:
+        nonlocal done, said
+        done += 1
+        if time.monotonic() - said > SAID_EVERY:
+            said = time.monotonic()
+            say(f"export: {done} of {len(source.skeleton)} tensors")
+        return _checked(name, source)
+
+    _write_config(source.config, folder)
+    write_weights(folder, source.skeleton, make, shard_bytes=shard_bytes)
+    copy_companions(source.folder, folder)
+    _settle_tokenizer(source, folder)
+    _write_generation(source, folder)
+
+
+def copy_licence(teacher: Path, folder: Path) -> None:
+    """The texts that a teacher's licence asks to be passed on, where the student has none."""
+    if not any(path for pattern in LICENCES for path in folder.glob(pattern)):
+        copy_companions(teacher, folder, LICENCES)
+
+
+def _checked(name: str, source: Source) -> Tensor:
+    stored = source.weights[name]
+    wanted = source.skeleton[name]
+    where = f"{name} in {source.folder}"
+    if stored.shape != wanted.shape:
+        raise UserError(
+            f"{where} has the shape {list(stored.shape)}, its config says {list(wanted.shape)}: "
+            "give the model's own config"
+        )
+    if not torch.isfinite(stored).all():
+        raise UserError(f"{where} holds NaN or infinite weights: this model is broken, train again")
+    tensor = stored.to(wanted.dtype)
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{where} has weights too large for fp16: take --dtype bf16")
+    return tensor
+
+
+def _write_config(config: "PreTrainedConfig", folder: Path) -> None:
+    """config.json of this version of transformers, with the names that older readers look for: to
+    them a missing rope_theta would silently be another one."""
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    fields: dict[str, Any] = json.loads(path.read_text())
+    older: dict[str, Any] = {"torch_dtype": str(config.dtype).removeprefix("torch.")}
+    rope = fields.get("rope_parameters")
+    if rope is not None:
+        theta, partial = rope.get("rope_theta"), rope.get("partial_rotary_factor")
+        if fields["model_type"] == "gpt_neox":
+            older |= {"rotary_emb_base": theta, "rotary_pct": 1.0 if partial is None else partial}
+        else:
+            older |= {"rope_theta": theta}
+            if partial is not None:
+                older["partial_rotary_factor"] = partial
+        if rope.get("rope_type", "default") != "default":
+            older["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    path.write_text(json.dumps(fields | older, indent=2, sort_keys=True) + "\n")
+
+
+def _settle_tokenizer(source: Source, folder: Path) -> None:
+    """The class of fast tokenizers under the name that older versions of transformers have too."""
+    if not (folder / "tokenizer.json").is_file():
+        source.tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text()) if path.is_file() else {}
+    if fields.get("tokenizer_class") in (None, "TokenizersBackend"):
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    fields = {key: value for key, value in fields.items() if key not in _LOCAL}
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_generation(source: Source, folder: Path) -> None:
+    """As it was, or with the tokenizer's beginning, end and padding."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        return
+    tokenizer = source.tokenizer
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    ).save_pretrained(folder)

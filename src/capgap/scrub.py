@@ -1,0 +1,74 @@
+"""Secrets stay out of records: whatever looks like one becomes `***` before it is written.
+
+Three kinds are known: passwords and tokens within addresses, tokens of a known form, and the values
+of this process's environment variables that are named like secrets.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "***"
+
+# https://user:password@host, with or without a user
+_LOGIN = re.compile(r"(?<=://)[^/\s@\"']+(?=@)")
+# ?token=..., &X-Amz-Signature=...
+_QUERY = re.compile(
+    r"(?i)(?<=[?&])((?:[\w-]*(?:token|secret|password|signature|credential|api_?key)|sig|key)=)"
+    r"[^&#\s\"']+"
+)
+_TOKENS = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|\bgh[opsur]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}"
+    r"|\bglpat-[\w-]{16,}"
+    r"|\bsk-[\w-]{20,}"  # OpenAI and those who copied its form
+    r"|\bAKIA[0-9A-Z]{16}\b"
+    r"|(?<=\bBearer )[\w.~+/-]{16,}=*"
+)
+_SECRET_NAME = re.compile(
+    r"(?i)(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key|private_?key)$"
+)
+# Shorter values are words that texts have for other reasons
+_SHORTEST_VALUE = 12
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable or a key of this name holds a secret: HF_TOKEN, api_key."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def scrub_text(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """The text without its secrets; `environment` None is that of this process."""
+    for value in _secret_values(os.environ if environment is None else environment):
+        text = text.replace(value, HIDDEN)
+    text = _LOGIN.sub(HIDDEN, text)
+    text = _QUERY.sub(rf"\g<1>{HIDDEN}", text)
+    return _TOKENS.sub(HIDDEN, text)
+
+
+def scrub(value: Any, environment: Mapping[str, str] | None = None) -> Any:
+    """The same for all strings in dicts, lists and tuples; a value whose key names a secret goes
+    whole. Keys and everything else stay as they are."""
+    if isinstance(value, str):
+        return scrub_text(value, environment)
+    if isinstance(value, dict):
+        return {
+            key: HIDDEN
+            if isinstance(key, str) and isinstance(one, str) and one and is_secret_name(key)
+            else scrub(one, environment)
+            for key, one in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return type(value)(scrub(one, environment) for one in value)
+    return value
+
+
+def _secret_values(environment: Mapping[str, str]) -> list[str]:
+    """The longest first, since one may be a part of another."""
+    values = {
+        value
+        for name, value in environment.items()
+        if is_secret_name(name) and len(value) >= _SHORTEST_VALUE
+    }
+    return sorted(values, key=len, reverse=True)

@@ -1,0 +1,181 @@
+"""The stage `export`: a model as others load it, with a card that says where it comes from."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capgap.errors import UserError
+
+if TYPE_CHECKING:
+    from capgap.export.card import Card
+    from capgap.export.folder import Source
+    from capgap.export.licence import Licence
+    from capgap.models.shape import Shape
+
+DTYPES = ("fp32", "fp16", "bf16")
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is exported where. `dtype` None keeps the stored one; `records` come before those that
+    lie beside and above the model; `gguf` is a file to write as well; `name` stands in the card."""
+
+    model: str
+    out: Path
+    shard_bytes: int = SHARD_BYTES
+    dtype: str | None = None
+    records: tuple[Path, ...] = ()
+    gguf: Path | None = None
+    name: str | None = None
+
+
+def run_export(
+    request: ExportRequest, *, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Writes a Hugging Face folder, and the GGUF file; returns what `capgap export --json` prints.
+
+    Tensors are read, checked and written one file at a time. UserError for the user's mistakes,
+    NaN among the weights too; nothing is written then.
+    """
+    from capgap.export.card import card_text
+    from capgap.export.facts import find_records
+    from capgap.export.folder import copy_licence, write_folder
+    from capgap.export.licence import CARD
+    from capgap.export.vllm import check_vllm
+    from capgap.models.stored import local_folder, written_beside
+    from capgap.records import write_text_atomically
+
+    _check(request)
+    source, shape = _open(request)
+    records = find_records(source.folder, request.records)
+    card, teacher = _card(request, source, shape, records)
+    with written_beside(request.out) as folder:
+        write_folder(source, folder, shard_bytes=request.shard_bytes, say=say)
+        if teacher is not None and Path(teacher).is_dir():
+            copy_licence(local_folder(teacher), folder)
+        write_text_atomically(folder / CARD, card_text(card))
+        config = json.loads((folder / "config.json").read_text())
+        found = _told(request, folder, source, card) | {
+            "records": [str(path) for path in records.paths],
+            "vllm": check_vllm(shape, source.config.dtype, config),
+        }
+        found["gguf"] = _gguf(request, folder, card.name, card.licence)
+    return found
+
+
+def _check(request: ExportRequest) -> None:
+    if request.out.exists():
+        raise UserError(f"{request.out} exists: choose another --out, or delete it")
+    if request.gguf is not None and request.gguf.exists():
+        raise UserError(f"{request.gguf} exists: choose another --gguf, or delete it")
+    if request.dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype {request.dtype!r}: take one of {', '.join(DTYPES)}")
+
+
+def _open(request: ExportRequest) -> "tuple[Source, Shape]":
+    from capgap.corpus.tokenizer import load_tokenizer
+    from capgap.export.folder import DTYPES as TORCH_DTYPES
+    from capgap.export.folder import open_source
+    from capgap.models.build import shape_of
+    from capgap.models.stored import local_folder, read_config
+    from capgap.stages.inputs import check_words
+
+    config = read_config(request.model)
+    shape = shape_of(config)
+    folder = local_folder(request.model)
+    tokenizer = load_tokenizer(folder)
+    check_words(request.model, config, max(tokenizer.get_vocab().values()) + 1)
+    if request.gguf is not None:
+        from capgap.export.gguf_file import check_gguf
+
+        check_gguf(config, tokenizer)
+    dtype = None if request.dtype is None else TORCH_DTYPES[request.dtype]
+    return open_source(folder, config, tokenizer, dtype), shape
+
+
+def _card(
+    request: ExportRequest, source: "Source", shape: "Shape", records: Any
+) -> "tuple[Card, str | None]":
+    """The model card, and the teacher as the records name it."""
+    from capgap.export.card import Card
+    from capgap.export.facts import (
+        benchmarks_of,
+        how_made,
+        hub_name,
+        losses_of,
+        six_benchmark_mean,
+        teacher_of,
+    )
+    from capgap.export.from_sweep import card_of_student
+    from capgap.export.licence import find_licence
+
+    teacher = teacher_of(records)
+    places = [] if teacher is None else [("the teacher", teacher)]
+    is_here = Path(request.model).is_dir()
+    licence = find_licence([*places, ("the model", request.model)])
+    card = card_of_student(source.folder) if is_here else None
+    if card is None:
+        parameters = shape.parameters()
+        tokens, losses = losses_of(records, source.folder)
+        card = Card(
+            name=Path(request.model).resolve().name if is_here else request.model,
+            architecture=shape.architecture,
+            non_embedding=parameters.non_embedding,
+            total=parameters.total,
+            licence=licence,
+            teacher=None if teacher is None else hub_name(teacher) or Path(teacher).name,
+            teacher_non_embedding=_teacher_size(records),
+            base_model=hub_name(teacher),
+            made=how_made(records),
+            heldout_tokens=tokens,
+            losses=losses,
+        )
+    card = replace(
+        card,
+        name=request.name or card.name,
+        licence=card.licence if licence.id is None else licence,
+        benchmarks=benchmarks_of(records),
+        six_benchmark_mean=six_benchmark_mean(records),
+        has_chat_template=source.tokenizer.chat_template is not None,
+    )
+    return card, teacher
+
+
+def _teacher_size(records: Any) -> int | None:
+    """Non-embedding parameters, where the cut tells them."""
+    from capgap.models.shape import Shape
+
+    if records.cut is None:
+        return None
+    return Shape(**records.cut["teacher_shape"]).parameters().non_embedding
+
+
+def _gguf(
+    request: ExportRequest, folder: Path, name: str, licence: "Licence"
+) -> dict[str, Any] | None:
+    if request.gguf is None:
+        return None
+    from capgap.export.gguf_file import write_gguf
+
+    return write_gguf(folder, request.gguf, name=name, licence=licence)
+
+
+def _told(request: ExportRequest, folder: Path, source: "Source", card: "Card") -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "model": request.model,
+        "folder": str(request.out),
+        "name": card.name,
+        "architecture": card.architecture,
+        "non_embedding": card.non_embedding,
+        "parameters": card.total,
+        "dtype": str(source.config.dtype).removeprefix("torch."),
+        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "files": sorted(path.name for path in folder.iterdir()),
+        "teacher": card.teacher,
+        "licence": {"id": card.licence.id, "source": card.licence.source},
+        "chat_template": card.has_chat_template,
+    }

@@ -1,0 +1,433 @@
+"""`capgap export`: a folder that others load, and a card that tells the truth."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import capgap
+from capgap.export import licence
+from capgap.export.card import Benchmark, Card, card_text
+from capgap.export.from_sweep import card_of_student
+from capgap.export.licence import Licence, find_licence, front_matter
+from capgap.export.vllm import ARCHITECTURES, check_vllm
+from capgap.models.build import build_model, load_model, save_model, shape_of
+from capgap.models.families import FAMILIES
+from capgap.models.shape import ladder_shape
+from capgap.stages.distill import DistillRequest, run_distill
+from capgap.stages.export import ExportRequest, run_export
+from capgap.stages.prune import PruneRequest, run_prune
+from capgap.stages.score import ScoreRequest, run_score
+from report_data import write_output
+from test_docs import assert_told, code_blocks, keys
+
+APACHE = (
+    "\n                                 Apache License\n                           Version 2.0\n"
+)
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def save(folder, corpus, architecture="llama", *, size=12_000, dtype=torch.float32, template=None):
+    shape = ladder_shape(architecture, size, vocabulary=304, positions=32)
+    tokenizer = corpus.tokenizer
+    tokenizer.chat_template = template
+    save_model(build_model(shape, seed=1).to(dtype), folder, tokenizer)
+    tokenizer.chat_template = None
+    return folder
+
+
+def logits(folder, **loading):
+    """The same words through whatever was stored, as plain transformers reads it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, **loading).eval()
+    with torch.no_grad():
+        return model(torch.arange(24).reshape(2, 12) * 7 % 300).logits
+
+
+@pytest.fixture(scope="module")
+def student(small_corpus, tmp_path_factory):
+    """A student that was cut out of a teacher and distilled: OUT/students/cut."""
+    place = tmp_path_factory.mktemp("made")
+    teacher = save(place / "teacher", small_corpus, size=20_000)
+    (teacher / "LICENSE").write_text(APACHE)
+    scores, corpus = place / "scores.safetensors", small_corpus.directory
+    run_score(ScoreRequest(str(teacher), scores, corpus, tokens=512, window=16))
+    run_prune(PruneRequest(str(teacher), place / "cut", scores, params=9_000))
+    from capgap.config import stage_settings
+
+    settings = stage_settings(["training.batch_tokens=256"])
+    run_distill(
+        DistillRequest(
+            str(teacher),
+            (str(place / "cut"),),
+            corpus,
+            place / "run",
+            tokens=2048,
+            window=16,
+            settings=settings,
+        )
+    )
+    evaluated = {
+        "schema": 1,
+        "tasks": {
+            "piqa": {"score": 0.53125, "stderr": 0.01, "metric": "acc", "shots": 0, "samples": 64},
+            "lambada": {"score": 812.5, "stderr": 30.0, "metric": "perplexity", "shots": 0},
+            "ceval": {"score": None, "reason": "no local copy"},
+        },
+        "six_benchmark_mean": None,
+    }
+    (place / "run/students/cut/evaluate.json").write_text(json.dumps(evaluated))
+    return place / "run/students/cut"
+
+
+def test_a_student_is_handed_on_with_its_story(typed, student, tmp_path):
+    out = tmp_path / "handed"
+    done = typed("export", student, "--out", out, "--shard-size", "30kB", "--name", "Mini 9k")
+    assert done.code == 0, done.err
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits(out), logits(student))
+    assert (out / "LICENSE").read_text() == APACHE
+    assert GenerationConfig.from_pretrained(out).eos_token_id == 0
+
+    fields = front_matter(out / "README.md")
+    assert fields == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "apache-2.0",
+        "tags": ["distillation", "capgap"],
+    }
+    text = (out / "README.md").read_text()
+    record = json.loads((student.parents[1] / "distill.json").read_text())
+    after = record["after"]["cut"]["heldout"]
+    for told in (
+        "# Mini 9k",
+        "distilled from `teacher` (",
+        "cut: out of `teacher`, ",
+        "what to keep: by weights scores on 512 tokens",
+        "training: 2.05k tokens in windows of 16",
+        f"{record['flops']:.3g} FLOPs",
+        f"{after['loss']:.3f} | {after['bits_per_byte']:.3f}",
+        "| piqa | acc | 0 | 64 | 53.1% ± 1.0% |",
+        "| lambada | perplexity | 0 |  | 812.5 ± 30 |",
+        "| ceval |  |  |  | not measured: no local copy |",
+        "apache-2.0, inherited; read from LICENSE of the teacher 'teacher'",
+    ):
+        assert told in text, told
+    # where it was made is nobody's business
+    assert str(tmp_path.parent) not in text
+    assert "licence: apache-2.0, from LICENSE of the teacher" in done.out
+
+    code = text.split("```python\n")[1].split("```")[0]
+    code = code.replace('folder = "Mini 9k"', f"folder = {str(out)!r}")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("architecture", list(FAMILIES))
+def test_every_family_comes_back_as_it_was(small_corpus, tmp_path, architecture):
+    source = save(tmp_path / "model", small_corpus, architecture)
+    found = run_export(ExportRequest(str(source), tmp_path / "out", dtype="bf16"))
+    assert found["vllm"]["architecture"] == ARCHITECTURES[architecture]
+    # the ladder gives so small models of these heads of 12
+    assert [told.split(" in ")[0] for told in found["vllm"]["problems"]] == (
+        ["heads of size 12"] if architecture in ("gpt_neox", "gpt2") else []
+    )
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == [ARCHITECTURES[architecture]]
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+
+    run_export(ExportRequest(str(source), tmp_path / "same"))
+    assert torch.equal(logits(tmp_path / "same"), logits(source))
+    first, second = (load_model(tmp_path / name) for name in ("out", "same"))
+    assert first.dtype == torch.bfloat16
+    for mine, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(mine, other.bfloat16())
+    assert shape_of(first.config) == shape_of(second.config)
+
+
+def test_older_readers_find_the_rotary_base_under_its_old_names(small_corpus, tmp_path):
+    def exported(architecture, **rope):
+        model = build_model(
+            ladder_shape(architecture, 12_000, vocabulary=304, positions=32), seed=1
+        )
+        model.config.rope_parameters |= rope
+        save_model(model, tmp_path / architecture, small_corpus.tokenizer)
+        out = tmp_path / f"{architecture}-out"
+        run_export(ExportRequest(str(tmp_path / architecture), out))
+        again = load_model(out).config.rope_parameters
+        assert again == load_model(tmp_path / architecture).config.rope_parameters
+        return json.loads((out / "config.json").read_text())
+
+    assert exported("llama", rope_theta=500_000.0)["rope_theta"] == 500_000.0
+    scaled = exported("qwen2", rope_type="linear", factor=2.0)
+    assert scaled["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    old = exported("gpt_neox", rope_theta=1234.0)
+    assert (old["rotary_emb_base"], old["rotary_pct"]) == (1234.0, 1.0)
+
+
+def test_what_vllm_would_refuse_is_told(small_corpus, tmp_path):
+    shape = ladder_shape("gemma2", 12_000, vocabulary=304, positions=32)
+    config = {"architectures": ["Gemma2ForCausalLM"], "auto_map": {}}
+    told = " ".join(check_vllm(shape, torch.float16, config)["problems"])
+    assert "refuses fp16 for gemma2" in told
+    assert "auto_map" in told
+    config = {"architectures": ["Gemma2Model"]}
+    told = " ".join(check_vllm(shape, torch.float32, config)["problems"])
+    assert "Gemma2Model" in told
+    assert f"heads of size {shape.head_size} in float32" in told
+
+
+def test_broken_weights_are_refused_by_name_and_nothing_is_left(typed, small_corpus, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    for value, dtype, told in (
+        (float("nan"), (), "holds NaN or infinite weights"),
+        (1e6, ("--dtype", "fp16"), "too large for fp16: take --dtype bf16"),
+    ):
+        model = build_model(ladder_shape("llama", 12_000, vocabulary=304, positions=32), seed=1)
+        with torch.no_grad():
+            model.get_parameter(name)[0, 0] = value
+        save_model(model, tmp_path / "model", small_corpus.tokenizer)
+        done = typed("export", tmp_path / "model", "--out", tmp_path / "out", *dtype)
+        assert done.code == 2
+        assert name in done.err
+        assert told in done.err
+        assert done.err.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"README.md": "---\nlicense: mit\n---\n# x"}, ("mit", None)),
+        ({"LICENSE": APACHE}, ("apache-2.0", None)),
+        ({"LICENSE.txt": "LLAMA 2 COMMUNITY LICENSE AGREEMENT\n"}, ("llama2", None)),
+        (
+            {"README.md": "---\nlicense: other\nlicense_name: house\nlicense_link: LICENSE\n---\n"},
+            ("other", "house"),
+        ),
+        (
+            {"LICENSE": "\n\nHouse Rules, 2nd edition\n"},
+            ("other", "house-rules-2nd-edition"),
+        ),
+        ({"README.md": "no front matter\nlicense: mit"}, (None, None)),
+        ({"README.md": "---\n: : [\n---\n"}, (None, None)),
+        ({"README.md": "---\nlicense: [mit, gpl-3.0]\n---\n"}, (None, None)),
+        ({}, (None, None)),
+    ],
+)
+def test_a_licence_is_read_and_never_made_up(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    found = find_licence([("the teacher", str(tmp_path))])
+    assert (found.id, found.name) == expected
+    assert tmp_path.name in found.source
+
+
+def test_a_licence_from_the_hub_is_that_of_a_model_that_was_loaded(tmp_path, monkeypatch):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: apache-2.0\n---\n")
+    assert find_licence([("the teacher", "teachers/big")]).id is None
+    monkeypatch.setattr(licence, "is_cached", lambda name, file: True)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(card))
+    found = find_licence([("the teacher", "org/big")])
+    assert (found.id, found.source) == ("apache-2.0", "the model card of the teacher 'org/big'")
+
+
+def test_a_card_of_an_unknown_licence_says_so():
+    card = Card(
+        name='a: "model"',
+        architecture="llama",
+        non_embedding=9_000,
+        total=12_000,
+        licence=Licence(None, "the teacher 'x' tells none"),
+        base_model="org/x",
+        benchmarks=(Benchmark(name="a|b", score=0.25),),
+        six_benchmark_mean=0.25,
+    )
+    text = card_text(card)
+    fields = yaml.safe_load(re.match("---\n(.*?)\n---", text, re.DOTALL)[1])
+    assert "license" not in fields
+    assert fields["base_model"] == "org/x"
+    assert "Unknown (the teacher 'x' tells none)." in text
+    assert "| a/b |  |  |  | 25.0% |" in text
+    assert "| mean of the six |  |  |  | 25.0% |" in text
+
+
+def test_the_student_of_a_sweep_keeps_its_story(small_corpus, tmp_path):
+    out = write_output(tmp_path / "sweep")
+    marker = json.loads((out / "sweep.json").read_text())
+    marker["recipe"]["corpus"] = {"source": "stdlib"}
+    (out / "sweep.json").write_text(json.dumps(marker))
+    student = save(out / "student", small_corpus)
+    card = card_of_student(student)
+    assert card is not None
+    assert card.name == marker["best"]["cell"]
+    run_export(ExportRequest(str(student), tmp_path / "out"))
+    text = (tmp_path / "out/README.md").read_text()
+    assert "the same student by cross-entropy alone" in text
+    assert f"# {card.name}" in text
+    assert card_of_student(save(tmp_path / "student", small_corpus)) is None
+
+
+def test_records_can_be_given_and_those_of_other_models_are_left(typed, small_corpus, tmp_path):
+    source = save(tmp_path / "models/mine", small_corpus)
+    other = {"tasks": {"piqa": {"score": 0.1}}, "model": "some/other"}
+    (tmp_path / "models/evaluate.json").write_text(json.dumps(other))
+    found = run_export(ExportRequest(str(source), tmp_path / "one"))
+    assert found["records"] == []
+    given = tmp_path / "models/evaluate.json"
+    found = run_export(ExportRequest(str(source), tmp_path / "two", records=(given,)))
+    assert len(found["records"]) == 1
+    assert "| piqa |" in (tmp_path / "two/README.md").read_text()
+
+
+def test_the_form_that_evaluating_writes(small_corpus, tmp_path):
+    source = save(tmp_path / "mine", small_corpus)
+    one = {"score": 0.5, "score_stderr": 0.1, "questions": 9, "shots": 5, "metric": "acc"}
+    record = {"model": "mine", "sets": {"mmlu": one, "drop": {"missing": "no copy"}}}
+    (source / "evaluate.json").write_text(json.dumps(record | {"mean_percent": 12.5}))
+    run_export(ExportRequest(str(source), tmp_path / "out"))
+    text = (tmp_path / "out/README.md").read_text()
+    assert "| mmlu | acc | 5 | 9 | 50.0% ± 10.0% |" in text
+    assert "| drop |  |  |  | not measured: no copy |" in text
+    assert "| mean of the six |  |  |  | 12.5% |" in text
+
+
+def test_a_chat_template_goes_along(small_corpus, tmp_path):
+    source = save(tmp_path / "chat", small_corpus, template=TEMPLATE)
+    found = run_export(ExportRequest(str(source), tmp_path / "out"))
+    assert found["chat_template"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    talk = [{"role": "user", "content": "Kaba?"}]
+    written = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert written == "user: Kaba?\nassistant: "
+    assert "apply_chat_template" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_tokenizer_config_tells_nothing_of_the_machine(small_corpus, tmp_path):
+    source = save(tmp_path / "model", small_corpus)
+    run_export(ExportRequest(str(source), tmp_path / "out"))
+    fields = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"is_local", "local_files_only", "name_or_path"} & fields.keys()
+    first, second = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("model", "out"))
+    text = "Kaba lofi, mi ren.\n  x = 1"
+    assert first(text)["input_ids"] == second(text)["input_ids"]
+
+
+def test_mistakes_are_one_line(typed, small_corpus, tmp_path):
+    source = save(tmp_path / "model", small_corpus)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    broken = tmp_path / "broken.json"
+    broken.write_text("{}")
+    shutil.copytree(source, tmp_path / "unlike")
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "unlike/config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
+    new = ("--out", tmp_path / "new")
+    for arguments, told in (
+        ((source, "--out", taken), "taken exists: choose another --out"),
+        ((source, *new, "--dtype", "int8"), "--dtype 'int8': take one of fp32, fp16, bf16"),
+        ((source, *new, "--shard-size", "big"), "'big' is no amount of bytes"),
+        ((source, *new, "--record", broken), "broken.json is no pruning.json"),
+        ((source, *new, "--record", tmp_path / "none.json"), "none.json is no pruning.json"),
+        ((source, *new, "--gguf", broken), "broken.json exists: choose another --gguf"),
+        ((tmp_path / "none", *new), "is no model folder"),
+        ((tmp_path / "unlike", *new), "its config says [8, "),
+    ):
+        done = typed("export", *arguments)
+        assert done.code == 2, arguments
+        assert told in done.err, done.err
+        assert done.err.count("\n") == 1
+        assert not (tmp_path / "new").exists()
+
+
+def test_trl_trains_what_was_exported(student, tmp_path):
+    """And saves something that plain transformers loads again."""
+    pytest.importorskip("trl")
+    run_export(ExportRequest(str(student), tmp_path / "out"))
+    code = f"""
+import os
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+settings = SFTConfig(
+    output_dir={str(tmp_path / "sft")!r}, max_length=16, max_steps=1, use_cpu=True, bf16=False,
+    report_to="none", save_strategy="no", disable_tqdm=True, per_device_train_batch_size=2,
+    dataloader_pin_memory=False,
+)
+data = Dataset.from_list([{{"text": "Kaba lofi mi ren."}}] * 4)
+trainer = SFTTrainer(model={str(tmp_path / "out")!r}, args=settings, train_dataset=data)
+assert trainer.train().training_loss > 0
+trainer.save_model()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert logits(tmp_path / "sft").isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_lm_eval_scores_what_was_exported(student, tmp_path):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    run_export(ExportRequest(str(student), tmp_path / "out"))
+    harness = HFLM(pretrained=str(tmp_path / "out"), device="cpu", batch_size=1)
+    asked = Instance("loglikelihood", {}, ("Kaba", " lofi"), 0)
+    ((score, _),) = harness.loglikelihood([asked])
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    model = load_model(student).eval()
+    first, whole = (tokenizer(text)["input_ids"] for text in ("Kaba", "Kaba lofi"))
+    with torch.no_grad():
+        log_p = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    by_hand = sum(float(log_p[place - 1, whole[place]]) for place in range(len(first), len(whole)))
+    assert score == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_the_page_runs_as_it_is_written(text_file, tmp_path):
+    """The commands of docs/export.md, in a shell; what it shows is what they print, but for the
+    digits of sizes."""
+    page = (Path(__file__).parent.parent / "docs/export.md").read_text()
+    (block,), (shown,) = code_blocks(page, "sh"), code_blocks(page, "text")
+    shutil.copy(text_file, tmp_path / "text.txt")
+    (tmp_path / "bin").mkdir()
+    for name, options in (("capgap", "-m capgap"), ("python", "")):
+        command = tmp_path / "bin" / name
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} {options} "$@"\n')
+        command.chmod(0o755)
+    found = {
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(capgap.__file__).parents[1]),
+    }
+    done = subprocess.run(
+        ["sh", "-e", "-c", block],
+        cwd=tmp_path,
+        env=os.environ | found,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = "\n".join(done.stdout.splitlines()[-5:]) + "\n"
+    sizes = r"[\d.]+ kB"
+    assert re.sub(sizes, "", printed) == re.sub(sizes, "", shown)
+    assert (tmp_path / "handed/README.md").is_file()
+    assert any((tmp_path / "run/trackers/tensorboard").iterdir())
+
+
+def test_what_the_command_tells_is_told(small_corpus, tmp_path):
+    source = save(tmp_path / "model", small_corpus)
+    request = ExportRequest(str(source), tmp_path / "out", gguf=tmp_path / "a.gguf")
+    found = run_export(request)
+    assert_told(found, keys("cli.md", "`--json` of export"))
