@@ -134,7 +134,7 @@ def test_advice_shows_what_was_recommended() -> None:
     assert (valley.x[0], valley.y[0]) == pytest.approx((best.ratio * 1e9, best.loss))
     (shade,) = [one for one in chart.series if one.hatch]
     assert shade.x == pytest.approx((2e9, 1e10 / 3))
-    curve = next(one for one in chart.series if one.name == "surface, compute-optimal")
+    curve = next(one for one in chart.series if one.name == "surface, compute-optimal tokens")
     band = next(one for one in chart.series if one.name == "its error of 1%")
     assert np.array(band.y_high) == pytest.approx(1.01 * np.array(curve.y))
     assert [one.name for one in chart.series][-1] == "your teachers"

@@ -49,7 +49,7 @@ def parse_bytes(value: str | int) -> int:
 
 def format_percent(share: float) -> str:
     """A share in percent, to one digit: 1%, 0.3%."""
-    return f"{100 * share:.1g}%"
+    return "less than 0.01%" if share < 1e-4 else f"{100 * share:.1g}%"
 
 
 def format_count(count: int | float) -> str:

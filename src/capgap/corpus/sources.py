@@ -21,6 +21,9 @@ from capgap.corpus.readers import (
 from capgap.errors import UserError
 
 STANDARD_LIBRARY = "stdlib"
+PYTHON_DOCUMENTATION = "pydoc"
+# Its topics are cut at empty lines into documents of about this size
+TOPIC_CHARACTERS = 4_000
 DEFAULT_SEPARATOR = "<|endoftext|>"
 
 
@@ -36,7 +39,7 @@ class Source:
     """
 
     name: str
-    kind: Literal["stdlib", "files", "dataset"]
+    kind: Literal["stdlib", "pydoc", "files", "dataset"]
     root: Path | None
     files: tuple[Path, ...]
     text_column: str
@@ -76,7 +79,7 @@ class Source:
             dataset, _, _ = _dataset_parts(self.name)
             description["revision"] = hub_revision(dataset, kind="dataset")
             return description
-        if self.kind == "stdlib":
+        if self.kind in ("stdlib", "pydoc"):
             description["python"] = sys.version.split()[0]
         description["files"] = [
             {"path": self._label(path), "bytes": _status(path).st_size, "sha256": _sha256(path)}
@@ -91,6 +94,9 @@ class Source:
         if self.kind == "dataset":
             yield from _read_dataset(self.name, self.text_column)
             return
+        if self.kind == "pydoc":
+            yield from _topics()
+            return
         for path in self.files:
             yield from read_documents(path, text_column=self.text_column, separator=self.separator)
 
@@ -101,7 +107,8 @@ def open_source(
     """Find out what `source` names; reads no text yet.
 
     Args:
-        source: `stdlib` (every .py file of the running interpreter's standard library), a file, a
+        source: `stdlib` (every .py file of the running interpreter's standard library), `pydoc`
+            (its documentation's topics, English prose), a file, a
             folder (its .txt, .md and .py files), a glob, or a Hugging Face dataset as `name`,
             `name:config` or `name:config:split` (split `train` if none is named).
         text_column: the column with the text, for JSON lines, parquet and datasets.
@@ -118,6 +125,8 @@ def open_source(
     if source == STANDARD_LIBRARY:
         root, files = _standard_library_files()
         return Source(source, "stdlib", root, files, **options)
+    if source == PYTHON_DOCUMENTATION:
+        return Source(source, "pydoc", None, (_topics_file(),), **options)
     path = Path(source).expanduser()
     if path.is_dir():
         return Source(source, "files", path, _folder_files(path), **options)
@@ -139,6 +148,30 @@ def _standard_library_files() -> tuple[Path, tuple[Path, ...]]:
             "file or folder instead"
         )
     return root, _walk(root, (".py",), skip=("site-packages", "dist-packages"))
+
+
+def _topics_file() -> Path:
+    path = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
+    if not path.is_file():
+        raise UserError(
+            f"corpus 'pydoc': this Python has no documentation in {path}; name a text file or "
+            "folder instead"
+        )
+    return path
+
+
+def _topics() -> Iterator[bytes]:
+    """The topics of `help()` in pieces of whole paragraphs."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        piece = ""
+        for paragraph in topics[name].split("\n\n"):
+            piece += paragraph + "\n\n"
+            if len(piece) >= TOPIC_CHARACTERS:
+                yield piece.encode()
+                piece = ""
+        yield piece.encode()
 
 
 def _folder_files(folder: Path) -> tuple[Path, ...]:

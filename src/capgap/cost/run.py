@@ -13,7 +13,7 @@ from capgap.distill.cache_size import CHECKSUM_BYTES, TokenRecord
 from capgap.errors import UserError
 from capgap.hardware import GPUS, hours, parse_gpus
 from capgap.law.families import find_model, published_families
-from capgap.models.shape import Shape
+from capgap.models.shape import Shape, ladder_shape
 from capgap.prune.shape import (
     Target,
     changed_shape,
@@ -22,13 +22,15 @@ from capgap.prune.shape import (
     keep_target,
     search,
 )
-from capgap.sizes import forward_flops, training_flops
+from capgap.sizes import format_count, forward_flops, training_flops
 from capgap.stages.prune import MULTIPLE
 from capgap.train.learning_rate import auto_learning_rate
 
 # Of a parameter: its weight and AdamW's two moments, as a checkpoint has them
 CHECKPOINT_BYTES = 3 * FLOAT
 MOST_GPUS = 4096
+# Rows of a table after adaptation come in these
+ROWS_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def plan_run(
     return {
         "kind": "run",
         "name": recipe.name,
-        "teacher": recipe.teacher.model,
+        "teacher": recipe.teacher.model or f"new, {format_count(recipe.teacher.size or 0)}",
         "teacher_params": above.total,
         "student_params": counts.total,
         "teacher_parameters": above.as_dict(),
@@ -101,8 +103,15 @@ def plan_run(
 
 
 def find_teacher(recipe: RunRecipe) -> GivenTeacher:
-    """By its published name or its folder's config; published weights have 16 bits."""
+    """By its published name, its folder's config, or the size of a new one, with the rows that
+    adaptation adds; published weights have 16 bits."""
     name = recipe.teacher.model
+    if name is None:
+        size, words = recipe.teacher.size, recipe.teacher.vocabulary
+        assert size is not None
+        window = recipe.distill.window
+        shape = ladder_shape(recipe.teacher.architecture, size, vocabulary=words, positions=window)
+        return GivenTeacher(_adapted(shape, recipe), FLOAT)
     known = find_model(name)
     if known is not None:
         if known.head_norms:
@@ -126,8 +135,15 @@ def find_teacher(recipe: RunRecipe) -> GivenTeacher:
         raise UserError(
             f"distill.window {recipe.distill.window}: {name} reads at most {shape.positions} tokens"
         )
-    words = recipe.teacher.vocabulary
-    return GivenTeacher(shape if words is None else replace(shape, vocabulary=words), stored)
+    return GivenTeacher(_adapted(shape, recipe), stored)
+
+
+def _adapted(shape: Shape, recipe: RunRecipe) -> Shape:
+    """With the rows of the new tokens, in whole multiples as `capgap adapt` makes them."""
+    if recipe.adapt is None:
+        return shape
+    words = shape.vocabulary + recipe.adapt.pieces
+    return replace(shape, vocabulary=-(-words // ROWS_MULTIPLE) * ROWS_MULTIPLE)
 
 
 def student_shape(asked: PruneSection, teacher: Shape) -> Shape:

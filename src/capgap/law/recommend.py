@@ -75,13 +75,14 @@ def recommend(
     candidates: Sequence[Candidate],
     *,
     own: LinearRule | None = None,
-    surfaces: Sequence[SurfaceRule] = (PUBLISHED_RULE,),
+    surfaces: Sequence[SurfaceRule] = (),
     gpus: tuple[int, str] | None = None,
     measurement: Measurement | None = None,
 ) -> dict[str, Any]:
     """The candidates, best first, with what each rests on (docs/cli.md has the keys).
 
-    `student` in non-embedding parameters. The first of the surfaces gives every candidate an
+    `student` in non-embedding parameters. The first of the surfaces, by default the published one,
+    gives every candidate an
     expected loss, good to its error. Those whose loss is within that error of the lowest cannot be
     told apart by it: among them the one nearest (in the logarithm) to the linear law's T* is first,
     by the user's own law where there is one, and then the cheaper; all others follow by their loss.
@@ -92,14 +93,15 @@ def recommend(
     the surface gives it. Among those that the surface cannot tell apart, a candidate whose own
     loss is no lower than a smaller one's comes after the others.
     """
-    rule, surface = own or published_rule(student), surfaces[0]
+    surface, *others = surfaces or [PUBLISHED_RULE]
+    rule = own or published_rule(student)
     anchor, losses = _teacher_losses(surface, candidates, measurement)
     rows = []
     for one in candidates:
         row = _row(student, tokens, one, losses[one.name], rule, surface, gpus)
         if one.tokens is None and anchor in (None, one.name):
             row["cautions"].insert(
-                0, f"its training tokens are not known: taken as {surface.teacher_tokens_name}"
+                0, f"its training tokens are not known: {surface.teacher_tokens_name} are taken"
             )
         rows.append(row)
     if measurement is not None:
@@ -123,9 +125,8 @@ def recommend(
     by_line["rests_on"].append(f"nearest to the linear law of {rule.source}")
     by_surface["rests_on"][0] += ", on which it gives the lowest loss"
     alone = float(surface.surface.supervised.loss(student, tokens))
-    others = [
-        _other(one, student, tokens, candidates, rows[0]["teacher"], measurement)
-        for one in surfaces[1:]
+    beside = [
+        _other(one, student, tokens, candidates, rows[0]["teacher"], measurement) for one in others
     ]
     return {
         "student": student,
@@ -146,10 +147,10 @@ def recommend(
             "anchor": anchor,
             "caution": surface.caution(student, tokens),
         },
-        "other_surfaces": others,
+        "other_surfaces": beside,
         "measure": None if measurement is None else measurement.as_dict(),
         "verdict": " ".join(
-            [_verdict(rows, by_line, by_surface, alone, surface), *map(_beside, others)]
+            [_verdict(rows, by_line, by_surface, alone, surface), *map(_beside, beside)]
         ),
     }
 
@@ -329,13 +330,14 @@ def _verdict(
 def _beside(other: dict[str, Any]) -> str:
     """What another surface says, and why it does not rank."""
     name = other["name"][0].upper() + other["name"][1:]
-    weak = f", but it was {other['caution']}" if other["caution"] else ""
+    weak = f"; it was {other['caution']}" if other["caution"] else ""
     if other["nearest"] == other["first"]:
         return f"{name} puts it first as well{weak}."
     if other["first_margin"] <= other["error"]:
         told = f"less than the {format_percent(other['error'])} it is good to"
     else:
-        told = "more than its error: it was read from other text and models than yours"
+        told = f"more than the {format_percent(other['error'])} it is good to"
+        weak = weak or "; it was read from other text and models than yours"
     return (
         f"{name} puts {other['nearest']} first and {other['first']} {other['first_margin']:.2%} "
         f"above it, {told}{weak}."

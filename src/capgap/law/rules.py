@@ -78,7 +78,7 @@ PUBLISHED_RULE = SurfaceRule(
     teachers=SURFACE_RANGE,
     tokens=None,
     teacher_tokens=PUBLISHED_SURFACE.supervised.compute_optimal_tokens(),
-    teacher_tokens_name="compute-optimal",
+    teacher_tokens_name="compute-optimal tokens",
 )
 
 
@@ -164,5 +164,5 @@ def _own_surface_rule(own: OwnSurface) -> SurfaceRule:
         teachers=own.teachers,
         tokens=own.tokens,
         teacher_tokens=own.teacher_tokens,
-        teacher_tokens_name="as much as the sweep's teachers",
+        teacher_tokens_name="the sweep teachers' tokens",
     )

@@ -5,7 +5,9 @@ y is a loss in nats per token, x = ln(T/S), sigma the standard deviation of one 
 A curve is a quadratic of its own plus a departure from it, because loss rises faster on one side
 of its optimum than on the other. The departure is a sum of higher Legendre polynomials with small
 coefficients, which the curves of a kind have mostly in common: a skew that one curve alone cannot
-tell from noise would move all optima the same way.
+tell from noise would move all optima the same way. What they have in common is therefore hardly
+held back, however little of it the losses show: more students would not make up for a skew that
+was taken for noise. How far curves depart from one another is held to what the losses show.
 """
 
 from collections.abc import Sequence
@@ -22,14 +24,14 @@ OWN = 3  # coefficients of the quadratic
 DEGREE = 6
 # Each polynomial is expected to be this much smaller than the one before it
 DECAY = 0.35
-# Share of a departure, in standard deviations, that a curve does not have in common with the others
-OWN_SHARE = 0.5
 PLACES = 401
 
-# Of the median curve's range of losses: what one run's noise, and the departure, can be. That there
-# is no departure is for the losses to say, not for a small guess of it, hence its lower end.
+# Of the median curve's range of losses: the departure that all curves may have in common, about the
+# most that an exponential rise on one side of an optimum makes
+COMMON = 0.2
+# The same for what one run's noise can be, and what each curve departs on top of that
 NOISE = np.geomspace(1e-4, 1.0, 22)
-DEPARTURE = np.geomspace(0.05, 1.0, 7)
+DEPARTURE = np.geomspace(0.01, 0.5, 7)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class _Model:
     losses: Floats
     own: Floats  # [points, OWN * curves]
     departures: Floats  # [points, (DEGREE + 1 - OWN) * curves]
-    prior: Floats  # covariance of the departures' coefficients
+    common: Floats  # covariance of the departures' coefficients that all curves have in common
     known: Floats
     runs: Floats
     scale: float  # the median curve's range of losses
@@ -138,25 +140,26 @@ class _Model:
         runs = np.zeros((len(gaps), len(gaps)))
         for i, one in enumerate(observed):
             runs[np.ix_(mine[:, i], mine[:, i])] = one.runs
-        shared = (1 - OWN_SHARE**2) * np.ones((number, number)) + OWN_SHARE**2 * np.eye(number)
-        ranges = [np.ptp(one.losses) for one in observed]
+        # curves that are exactly flat still need a unit
+        scale = max(float(np.median([np.ptp(one.losses) for one in observed])), 1e-12)
+        degrees = np.eye(DEGREE + 1 - OWN)
         return cls(
             domain=domain,
             losses=np.concatenate([one.losses for one in observed]),
             own=(mine[:, :, None] * basis[:, None, :OWN]).reshape(len(gaps), -1),
             departures=(mine[:, :, None] * basis[:, None, OWN:]).reshape(len(gaps), -1),
-            prior=np.kron(shared, np.eye(DEGREE + 1 - OWN)),
+            common=(COMMON * scale) ** 2 * np.kron(np.ones((number, number)), degrees),
             known=known,
             runs=runs,
-            # curves that are exactly flat still need a unit
-            scale=max(float(np.median(ranges)), 1e-12),
+            scale=scale,
         )
 
     def covariance(self, sigma: Floats, departure: Floats) -> Floats:
         """Of the losses about their quadratics: [..., points, points]."""
-        shape = self.departures @ self.prior @ self.departures.T
+        common = self.departures @ self.common @ self.departures.T
+        rest = self.departures @ self.departures.T
         sigma, departure = sigma[..., None, None], departure[..., None, None]
-        return self.known + sigma**2 * self.runs + departure**2 * shape
+        return self.known + common + sigma**2 * self.runs + departure**2 * rest
 
     def weigh(self, repeats: tuple[float, int]) -> tuple[Floats, Floats]:
         """(sigma, departure) [places, 2], and the posterior weight of each: the restricted
@@ -181,7 +184,7 @@ class _Model:
     def posterior(self, sigma: float, departure: float) -> tuple[Floats, Floats]:
         """Mean of all coefficients, and a root of their covariance: quadratics, then departures."""
         covariance = self.covariance(np.array(sigma), np.array(departure))
-        prior = departure**2 * self.prior
+        prior = self.common + departure**2 * np.eye(len(self.common))
         onto = np.linalg.solve(covariance, self.departures @ prior).T  # [departures, points]
         solved = np.linalg.solve(covariance, self.own)
         spread = np.linalg.inv(self.own.T @ solved)

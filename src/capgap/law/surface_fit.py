@@ -366,26 +366,31 @@ def _profile_end(
     name = problem.names[place]
     names = tuple(one for one in problem.names if one != name)
     start = np.delete(best.x, place)
+    # refitted from another start a value may come out otherwise, and a sign with it
+    known = {float(best.x[place]): -float(np.sqrt(allowed))}
 
     def excess(value: float) -> float:
         """About linear in the value, and 0 where the end is."""
         nonlocal start
+        if value in known:
+            return known[value]
         fixed = float(value) if name in _LINEAR else float(np.exp(value))
         smaller = _Problem(
             names, problem.fixed | {name: fixed}, problem.predict, problem.losses, problem.errors
         )
         found = _solve(smaller, start)
         start = found.x
-        return float(np.sqrt(max(found.cost - best.cost, 0.0)) - np.sqrt(allowed))
+        known[value] = float(np.sqrt(max(found.cost - best.cost, 0.0)) - np.sqrt(allowed))
+        return known[value]
 
     nearer = min if step > 0 else max
-    inside = best.x[place]
-    outside = nearer(inside + step, bound)
+    inside = float(best.x[place])
+    outside = float(nearer(inside + step, bound))
     while excess(outside) < 0:
         if outside == bound:
             return None
         inside, step = outside, 1.7 * step
-        outside = nearer(inside + step, bound)
+        outside = float(nearer(inside + step, bound))
     if inside == best.x[place]:
         start = np.delete(best.x, place)
     width = abs(outside - best.x[place])

@@ -36,13 +36,14 @@ COLOURS = 6
 def advice_chart(
     found: Mapping[str, Any],
     *,
-    surface: SurfaceRule = PUBLISHED_RULE,
+    surface: SurfaceRule | None = None,
     name: str = "advice",
     title: str = "",
 ) -> Chart:
-    """What `capgap.law.recommend.recommend` has found by this surface: every candidate at its size
-    and the student's expected loss, with the surface's error, its valley, and the linear law's
-    T*."""
+    """What `capgap.law.recommend.recommend` has found by a surface, by default the published one:
+    every candidate at its size and the student's expected loss, with the surface's error, its
+    valley, and the linear law's T*."""
+    surface = surface or PUBLISHED_RULE
     student, tokens = found["student"], found["tokens"]
     rows = sorted(found["recommendations"], key=lambda row: row["non_embedding"])
     best = surface.surface.best_teacher(student, tokens, teacher_tokens=surface.teacher_tokens)
@@ -55,7 +56,8 @@ def advice_chart(
     curve_x, curve_y = _on_the_surface(surface, student, tokens, limits)
     lowest = min(*losses, min(curve_y))
     edge = (1 + WORST) * lowest
-    low = lowest * (1 - 1.6 * error)
+    # a surface that fits to the last digit still wants room below its lowest point
+    low = lowest * (1 - 1.6 * max(error, 0.002))
     high = min(max(*losses, lowest * (1 + 2 * error)) * (1 + 1.2 * error), edge * (1 + error))
     x = Axis("teacher size", SIZE_UNIT, True, limits, count_ticks(limits))
     y = Axis("expected student loss", LOSS_UNIT, limits=(low, high))
@@ -116,7 +118,7 @@ def advice_chart(
 
 
 def draw_advice(
-    found: Mapping[str, Any], path: Path, *, surface: SurfaceRule = PUBLISHED_RULE
+    found: Mapping[str, Any], path: Path, *, surface: SurfaceRule | None = None
 ) -> Path:
     """Draw the advice into one file, .png or .svg; UserError where there is none to write."""
     return write_picture(advice_chart(found, surface=surface), path)

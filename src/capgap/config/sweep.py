@@ -1,0 +1,98 @@
+"""The recipe of a sweep: a grid of teachers and students over one corpus."""
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from capgap.config.base import (
+    Architecture,
+    Count,
+    Init,
+    LearningRate,
+    RunSection,
+    Section,
+    TrainingSection,
+    check_batches,
+    check_tokens,
+)
+from capgap.prune.methods import Depth, Method
+
+
+class CorpusSection(Section):
+    """Text in. `source` is `stdlib`, a file, a folder, a glob or a Hugging Face dataset name."""
+
+    source: str = "stdlib"
+    text_column: str = "text"
+    separator: str = "<|endoftext|>"
+    heldout_source: str | None = None
+    tokenizer: str | None = None
+    vocabulary: Annotated[Count, Field(ge=257)] = 2048  # every byte and the end of a document
+    window: Annotated[int, Field(ge=8)] = 128
+    max_bytes: Count | None = None
+    heldout_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    heldout_tokens: Count = 60_000
+    max_epochs: Annotated[float, Field(gt=0)] = 4.0
+
+
+class TeachersSection(Section):
+    """Either a ladder to train (`sizes`, `tokens`) or models that exist (`models`)."""
+
+    sizes: tuple[Count, ...] = ()
+    tokens: Count | None = None
+    models: tuple[str, ...] = ()
+    learning_rate: LearningRate = "auto"
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "TeachersSection":
+        if bool(self.sizes) == bool(self.models):
+            raise ValueError("give either sizes (a ladder to train) or models (folders or names)")
+        if self.sizes and self.tokens is None:
+            raise ValueError("a ladder to train needs tokens")
+        return self
+
+
+class StudentsSection(Section):
+    """Sizes are non-embedding parameters; every size is distilled for every token budget."""
+
+    sizes: Annotated[tuple[Count, ...], Field(min_length=1)]
+    tokens: Annotated[tuple[Count, ...], Field(min_length=1)]
+    inits: Annotated[tuple[Init, ...], Field(min_length=1)] = ("pruned",)
+    assistant_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    learning_rate: LearningRate = "auto"
+
+
+class Recipe(Section):
+    """A sweep: a grid of teachers and students over one corpus."""
+
+    name: str
+    description: str = ""
+    architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = ("llama",)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    baselines: Literal["all", "best_and_largest"] = "all"
+    scoring_tokens: Count = 32_768
+    scoring_method: Method = "first_order"
+    scoring_depth: Depth | None = None
+    corpus: CorpusSection = CorpusSection()
+    teachers: TeachersSection
+    students: StudentsSection
+    training: TrainingSection = TrainingSection()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        for name in ("seeds", "architectures"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} {list(values)} names one of them twice")
+        check_batches(self.training, "corpus.window", self.corpus.window)
+        check_tokens(self.training, "students.tokens", min(self.students.tokens))
+        if self.teachers.tokens is not None:
+            check_tokens(self.training, "teachers.tokens", self.teachers.tokens)
+        return self
+
+    def hash(self) -> str:
+        """Of everything that changes the results: the name and [run] do not."""
+        content = self.model_dump(mode="json", exclude={"name", "description", "run"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

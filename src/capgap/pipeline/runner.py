@@ -1,0 +1,177 @@
+"""Runs the steps of a recipe, each as a process of its own, and keeps what became of them."""
+
+import fcntl
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from capgap.config import RunRecipe
+from capgap.errors import UserError
+from capgap.pipeline.results import result_of
+from capgap.pipeline.state import RECORD, Decision, RunState, check_step, decide
+from capgap.pipeline.steps import SHARED, Step, plan_steps
+from capgap.sizes import clock_time
+
+Say = Callable[[str], None]
+
+
+class StepFailed(Exception):
+    """A step ended with this exit code; its own output has said why."""
+
+    def __init__(self, step: str, code: int) -> None:
+        super().__init__(f"the step {step} ended with exit code {code}")
+        self.step = step
+        self.code = code
+
+
+def plan_pipeline(
+    recipe: RunRecipe, out: Path, *, again_from: str | None = None, until: str | None = None
+) -> list[Decision]:
+    """What `run_pipeline` would do, without doing it."""
+    return _selected(recipe, RunState(out, recipe.name), out, again_from, until)
+
+
+def run_pipeline(
+    recipe: RunRecipe,
+    out: Path,
+    *,
+    again_from: str | None = None,
+    until: str | None = None,
+    quiet: bool = False,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Runs what is not done or has changed, up to the step `until`; returns run.json.
+
+    Every step's process has our standard error; what it prints goes there too, so that standard
+    output stays the caller's. UserError: the user's mistakes, an output folder in use; StepFailed
+    where a step's command failed or was stopped, which the same call continues.
+    """
+    with _claimed(out) as lock:
+        state = RunState(out, recipe.name)
+        decisions = _selected(recipe, state, out, again_from, until)
+        state.forget_others(plan_steps(recipe, out))
+        state.record["recipe"] = recipe.model_dump(mode="json")
+        for number, decision in enumerate(decisions, 1):
+            head = f"[{number}/{len(decisions)}] {decision.step.name}"
+            if decision.state == "done":
+                say(f"{head}: done before")
+                continue
+            say(f"{head}: {_announced(decision)}")
+            _run(decision, state, recipe, quiet, lock)
+            kept = state.begun(decision.step) or {}
+            told = f", {kept['result']}" if kept["result"] else ""
+            say(f"{head}: {clock_time(kept['seconds'])}{told}")
+        return state.record
+
+
+def _selected(
+    recipe: RunRecipe, state: RunState, out: Path, again_from: str | None, until: str | None
+) -> list[Decision]:
+    steps = plan_steps(recipe, out)
+    names = [step.name for step in steps]
+    if until is not None:
+        check_step(until, names)
+        steps = steps[: names.index(until) + 1]
+    return decide(steps, state, again_from=again_from)
+
+
+def _announced(decision: Decision) -> str:
+    if decision.why == "it never ran":
+        return "starts"
+    verb = "goes on" if decision.state == "continue" else "starts again"
+    return f"{verb}: {decision.why}"
+
+
+def _run(decision: Decision, state: RunState, recipe: RunRecipe, quiet: bool, lock: int) -> None:
+    step = decision.step
+    if decision.state == "run":
+        for path in step.writes:
+            _remove(path)
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    argv = step.argv()
+    state.keep(
+        step,
+        status="running",
+        inputs=decision.inputs,
+        command=["capgap", *argv],
+        started=began,
+        result=None,
+    )
+    start = time.monotonic()
+    code = _process(step, argv, processes=recipe.hardware.processes, quiet=quiet, lock=lock)
+    seconds = time.monotonic() - start
+    if code != 0:
+        stopped = code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        state.keep(step, status="stopped" if stopped else "failed", seconds=seconds)
+        raise StepFailed(step.name, code)
+    state.keep(step, status="done", seconds=seconds, result=result_of(step))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _process(step: Step, argv: Sequence[str], *, processes: int, quiet: bool, lock: int) -> int:
+    """The exit code; a signal that killed it counts as 128 and its number.
+
+    What we are sent goes on to the process, which saves its state before it ends. It has the
+    folder's lock too: should we be killed, nobody else starts beside it.
+    """
+    start = [sys.executable, "-m"]
+    if processes > 1 and step.command in SHARED:
+        start += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+    command = [*start, "capgap", *argv, *(["--quiet"] if quiet else [])]
+    # a group of its own: a Ctrl-C in the terminal would else reach it twice, and the second one
+    # does not wait for its state to be saved
+    with (
+        subprocess.Popen(
+            command, stdout=sys.stderr.fileno(), start_new_session=True, pass_fds=(lock,)
+        ) as process,
+        _forwarding(process),
+    ):
+        code = process.wait()
+    return 128 - code if code < 0 else code
+
+
+@contextmanager
+def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    def forward(number: int, frame: object) -> None:
+        process.send_signal(number)
+
+    before = {one: signal.signal(one, forward) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[int]:
+    """The folder belongs to a run and, while inside, to this process alone: its lock."""
+    foreign = out.exists() and not (out / RECORD).exists() and not (out / ".lock").exists()
+    if foreign and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is no empty folder and no run: choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("a")
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {out}: {error.strerror}; choose another --out"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {out}") from None
+        yield lock.fileno()

@@ -1,0 +1,238 @@
+"""The steps of a run: what they are, which have to run and why, how they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from capgap.cli import app
+from capgap.config import find_recipe, load_any_recipe
+from capgap.errors import UserError
+from capgap.pipeline import runner
+from capgap.pipeline.state import RunState, decide
+from capgap.pipeline.steps import plan_steps
+
+ALL = [
+    "teacher-corpus",
+    "teacher",
+    "adapt",
+    "corpus-code",
+    "corpus-english",
+    "score",
+    "prune",
+    "distill",
+    "evaluate",
+    "instruct",
+    "prefer",
+    "evaluate-final",
+    "export",
+]
+
+
+def tiny(*overrides):
+    return load_any_recipe(find_recipe("minima-tiny"), overrides)
+
+
+def mark_done(steps, state):
+    """As if every step had run."""
+    for decision in decide(steps, state):
+        state.keep(decision.step, inputs=decision.inputs, status="done", result="")
+    for step in steps:
+        for path in step.writes:
+            path.mkdir(parents=True, exist_ok=True)
+
+
+@pytest.fixture
+def done(tmp_path):
+    """A run of which all is done, and its folder."""
+    steps = plan_steps(tiny(), tmp_path)
+    mark_done(steps, RunState(tmp_path, "minima-tiny"))
+    return tmp_path
+
+
+def states(recipe, out, **options):
+    found = decide(plan_steps(recipe, out), RunState(out, recipe.name), **options)
+    return {one.step.name: one.state for one in found}, {one.step.name: one.why for one in found}
+
+
+def test_the_steps_of_the_whole_pipeline(tmp_path):
+    steps = plan_steps(tiny(), tmp_path)
+    assert [step.name for step in steps] == ALL
+    known = set()
+    for step in steps:
+        assert set(step.after) <= known
+        known.add(step.name)
+
+
+@pytest.mark.parametrize("name", ["minima-tiny", "minima-3b"])
+def test_every_command_line_is_one_that_capgap_takes(name, tmp_path):
+    commands = typer.main.get_command(app).commands
+    recipe = load_any_recipe(find_recipe(name))
+    for section in ("instruct", "prefer"):
+        # these need not exist for the command line to be right
+        assert getattr(recipe, section) is not None
+    for step in plan_steps(recipe, tmp_path):
+        command = commands[step.command]
+        argv = step.argv()[1:]
+        context = command.make_context(step.command, list(argv), resilient_parsing=False)
+        assert not context.args
+
+
+def test_the_paper_s_run_without_data_is_planned_by_steps(tmp_path):
+    steps = plan_steps(load_any_recipe(find_recipe("minima-3b")), tmp_path)
+    by_name = {step.name: step for step in steps}
+    assert "teacher" not in by_name
+    assert by_name["adapt"].arguments == ("meta-llama/Llama-2-7b-hf",)
+    assert by_name["prune"].options["--shape"] == "hidden=3072,heads=24,ffn=8192,layers=24"
+    assert by_name["distill"].argv().count("--corpus") == 3
+
+
+def test_a_recipe_without_text_says_so(tmp_path):
+    recipe = tiny().model_copy(update={"corpus": ()})
+    with pytest.raises(UserError, match=r"has no \[\[corpus\]\]"):
+        plan_steps(recipe, tmp_path)
+
+
+def test_nothing_runs_twice(done):
+    assert set(states(tiny(), done)[0].values()) == {"done"}
+
+
+def test_a_change_runs_its_step_and_what_follows(done):
+    found, why = states(tiny("prune.keep=0.5"), done)
+    first = ALL.index("prune")
+    assert [found[name] for name in ALL[:first]] == ["done"] * first
+    assert {found[name] for name in ALL[first:]} == {"run"}
+    assert why["prune"] == "--keep is 0.5, before it was 0.4"
+    assert why["distill"] == "prune runs again"
+
+
+def test_a_change_at_the_end_leaves_the_rest(done):
+    found, why = states(tiny("prefer.beta=0.2"), done)
+    assert [name for name in ALL if found[name] == "run"] == ["prefer", "evaluate-final", "export"]
+    assert why["prefer"] == "--beta is 0.2, before it was 0.1"
+
+
+def test_changed_conversations_are_noticed(tmp_path):
+    data = tmp_path / "conversations.jsonl"
+    data.write_text('["a", "b"]\n')
+    recipe = tiny(f'instruct.data="{data}"')
+    steps = plan_steps(recipe, tmp_path / "out")
+    mark_done(steps, RunState(tmp_path / "out", "minima-tiny"))
+    data.write_text('["a", "c"]\n')
+    found, why = states(recipe, tmp_path / "out")
+    assert why["instruct"] == f"{data} has changed"
+    assert found["distill"] == "done"
+    data.unlink()
+    with pytest.raises(UserError, match=r"instruct: cannot read .*conversations\.jsonl"):
+        states(recipe, tmp_path / "out")
+
+
+def test_a_stopped_step_goes_on_where_its_command_can(done):
+    state = RunState(done, "minima-tiny")
+    by_name = {step.name: step for step in plan_steps(tiny(), done)}
+    state.keep(by_name["distill"], status="stopped")
+    found, why = states(tiny(), done)
+    assert (found["distill"], why["distill"]) == ("continue", "it was stopped")
+    # what was made out of an unfinished one is not done
+    state.keep(by_name["score"], status="running")
+    assert states(tiny(), done)[0]["score"] == "run"
+
+
+def test_what_was_deleted_is_made_again(done):
+    folder = next(s for s in plan_steps(tiny(), done) if s.name == "prune").writes[0]
+    folder.rmdir()
+    found, why = states(tiny(), done)
+    assert (found["prune"], why["prune"]) == ("run", f"{folder} is gone")
+
+
+def test_from_and_until(done):
+    found, why = states(tiny(), done, again_from="instruct")
+    assert [name for name in ALL if found[name] == "run"] == ALL[ALL.index("instruct") :]
+    assert why["instruct"] == "--from asks for it"
+    selected = runner.plan_pipeline(tiny(), done, until="prune")
+    assert selected[-1].step.name == "prune"
+    with pytest.raises(UserError, match="no step 'prun' in this run: its steps are teacher-corpus"):
+        states(tiny(), done, again_from="prun")
+    with pytest.raises(UserError, match="the step teacher-corpus before it is not done"):
+        states(tiny(), done / "new", again_from="prune")
+
+
+def test_dry_run_tells_commands(typed, tmp_path):
+    found = typed("run", "minima-tiny", "--out", str(tmp_path / "out"), "--dry-run")
+    assert found.code == 0, found.err
+    assert "1. teacher-corpus: would run (it never ran)" in found.out
+    assert "   capgap distill " in found.out
+    assert not (tmp_path / "out").exists()
+    told = typed("run", "minima-tiny", "--out", str(tmp_path / "out"), "--dry-run", "--json")
+    assert [one["step"] for one in json.loads(told.out)["steps"]] == ALL
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        (["run", "laptop"], "laptop is the recipe of a sweep, not of a run: see `capgap sweep`"),
+        (["run", "minima-tiny", "--until", "disti"], "no step 'disti' in this run"),
+        (["run", "minima-tiny", "-s", "adapt.peices=3"], "did you mean 'pieces'?"),
+        (["run", "minima-tiny", "-s", "teacher.model=x"], "give either model (a name or folder)"),
+        (["run", "minima-3b", "--until", "prune"], "data/wudao"),
+    ],
+)
+def test_a_mistake_is_one_line(asked, line, typed, tmp_path):
+    found = typed(*asked, "--out", str(tmp_path / "out"))
+    assert found.code == 2
+    assert line in found.err
+    assert "Traceback" not in found.err
+
+
+def test_a_foreign_folder_is_left_alone(typed, tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    found = typed("run", "minima-tiny", "--out", str(tmp_path))
+    assert found.code == 2
+    assert "is no empty folder and no run" in found.err
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_step_s_mistake_ends_the_run_with_its_line(tmp_path):
+    """The corpus that the teacher should be trained on is too short for a window."""
+    text = tmp_path / "short.txt"
+    text.write_text("too short\n")
+    arguments = ["run", "minima-tiny", "--out", str(tmp_path / "out"), "-s"]
+    found = capgap(*arguments, f'teacher.source="{text}"')
+    assert found.returncode == 2
+    lines = found.stderr.strip().splitlines()
+    assert lines[-1].startswith("capgap: ")
+    assert "Traceback" not in found.stderr
+    kept = json.loads((tmp_path / "out" / "run.json").read_text())["steps"]
+    assert kept["teacher-corpus"]["status"] == "failed"
+
+
+def capgap(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "capgap", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_a_stopped_run_keeps_what_is_done(tmp_path):
+    """SIGTERM while a step is at work: its own process stops first, then the run."""
+    out = tmp_path / "out"
+    arguments = [sys.executable, "-m", "capgap", "run", "minima-tiny", "--out", str(out)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "run.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGTERM)
+        _, told = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command continues" in told
+    kept = json.loads((out / "run.json").read_text())["steps"]
+    assert kept["teacher-corpus"]["status"] in ("stopped", "failed", "done")
+    assert Path(out, ".lock").exists()
