@@ -80,11 +80,17 @@ def student(small_corpus, tmp_path_factory):
     evaluated = {
         "schema": 1,
         "tasks": {
-            "piqa": {"score": 0.53125, "stderr": 0.01, "metric": "acc", "shots": 0, "samples": 64},
-            "lambada": {"score": 812.5, "stderr": 30.0, "metric": "perplexity", "shots": 0},
-            "ceval": {"score": None, "reason": "no local copy"},
+            "piqa": {
+                "score": 0.53125,
+                "score_stderr": 0.01,
+                "metric": "acc",
+                "shots": 0,
+                "questions": 64,
+            },
+            "lambada": {"score": 812.5, "score_stderr": 30.0, "metric": "perplexity", "shots": 0},
+            "ceval": {"score": None, "missing": "no local copy"},
         },
-        "six_benchmark_mean": None,
+        "mean_percent": None,
     }
     (place / "run/students/cut/evaluate.json").write_text(json.dumps(evaluated))
     return place / "run/students/cut"
@@ -326,18 +332,6 @@ def test_a_tuned_model_tells_the_whole_way(student, tmp_path):
     given = tuple(tmp_path / f"{name}/{name}.json" for name in ("instruct", "prefer"))
     again = run_export(ExportRequest(str(before), tmp_path / "again", records=given))
     assert sorted(again["records"]) == sorted(found["records"])
-
-
-def test_the_form_that_evaluating_writes(small_corpus, tmp_path):
-    source = save(tmp_path / "mine", small_corpus)
-    one = {"score": 0.5, "score_stderr": 0.1, "questions": 9, "shots": 5, "metric": "acc"}
-    record = {"model": "mine", "sets": {"mmlu": one, "drop": {"missing": "no copy"}}}
-    (source / "evaluate.json").write_text(json.dumps(record | {"mean_percent": 12.5}))
-    run_export(ExportRequest(str(source), tmp_path / "out"))
-    text = (tmp_path / "out/README.md").read_text()
-    assert "| mmlu | acc | 5 | 9 | 50.0% ± 10.0% |" in text
-    assert "| drop |  |  |  | not measured: no copy |" in text
-    assert "| mean of the six |  |  |  | 12.5% |" in text
 
 
 def test_a_chat_template_goes_along(small_corpus, tmp_path):

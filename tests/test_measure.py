@@ -224,12 +224,12 @@ def test_a_document_begins_with_the_token_that_the_model_began_with(models, text
     tokenizer.save_pretrained(tmp_path / "tokens")
     texts = excerpt(str(text_file), 1000)
     from capgap.models.build import load_model
-    from capgap.stages.measure import _Reader
+    from capgap.stages.measure import Reader
 
     for source, begin in ((models["small"], "<|endoftext|>"), (str(tmp_path / "other"), "a")):
         if begin == "a":
             save_model(load_model(models["small"]), tmp_path / "other", tokenizer)
-        documents, _ = _Reader.of(source).documents(texts)
+        documents, _ = Reader.of(source).documents(texts)
         assert {int(one.tokens[0]) for one in documents} == {tokenizer.get_vocab()[begin]}
 
 

@@ -20,13 +20,25 @@ from capgap.machine import started
 
 # in the order of --help
 # isort: off
-from capgap.cli import sweeps, laws, pipeline, stages, export
+from capgap.cli import sweeps, laws, pipeline, stages, training, evaluation, conversation, export
 # isort: on
 
 # What the machine refuses, and only its user can mend
 REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
-__all__ = ["app", "export", "laws", "leave", "main", "pipeline", "stages", "sweeps"]
+__all__ = [
+    "app",
+    "conversation",
+    "evaluation",
+    "export",
+    "laws",
+    "leave",
+    "main",
+    "pipeline",
+    "stages",
+    "sweeps",
+    "training",
+]
 
 
 def main() -> None:

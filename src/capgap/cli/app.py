@@ -25,6 +25,16 @@ app = typer.Typer(
 Out = Annotated[Path, typer.Option(help="Output folder.", show_default=True)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Corpora = Annotated[
+    list[str],
+    typer.Option(
+        metavar="FOLDER[=WEIGHT]", help="What `capgap corpus` prepared; several are mixed."
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="training.clip=0.5, run.device=cpu."),
+]
 Override = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe."),

@@ -8,6 +8,7 @@ import typer
 
 from capgap.cli.app import (
     FAILED,
+    Corpora,
     Json,
     Quiet,
     StopFlag,
@@ -22,6 +23,7 @@ from capgap.machine import started
 
 if TYPE_CHECKING:
     from capgap.prune.methods import Depth, Method
+    from capgap.stages.distill import DistillRequest
     from capgap.stages.prune import Prefer
 
 
@@ -78,7 +80,9 @@ def corpus(
 @app.command()
 def cache(
     teacher: Annotated[str, typer.Argument(help="A Hugging Face folder or name.")],
-    corpus: Annotated[Path, typer.Argument(help="A corpus that `capgap corpus` prepared.")],
+    corpus: Annotated[
+        list[str], typer.Argument(help="What `capgap corpus` prepared; several for a mixture.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the cache.")],
     window: Annotated[int, typer.Option(help="Tokens of a training window.")] = 512,
     top_k: Annotated[int, typer.Option(help="Likeliest words kept with their probability.")] = 12,
@@ -104,13 +108,14 @@ def cache(
     """Keep a teacher's signal on disk; the same command goes on with what is missing."""
     from rich.console import Console
 
+    from capgap.corpus.mixture import unweighted
     from capgap.stages.cache import CacheRequest, parse_part, run_cache
     from capgap.sweep.progress import make_lines
 
     quieten_transformers()
     request = CacheRequest(
         teacher,
-        corpus,
+        unweighted(corpus),
         out,
         window=window,
         top_k=top_k,
@@ -148,7 +153,10 @@ def score(
     teacher: Annotated[str, typer.Argument(help="A Hugging Face folder or name.")],
     out: Annotated[Path, typer.Option(help="File for the scores (safetensors).")],
     corpus: Annotated[
-        Path | None, typer.Option(help="A corpus that `capgap corpus` prepared.")
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER[=WEIGHT]", help="What `capgap corpus` prepared; several are mixed."
+        ),
     ] = None,
     method: Annotated[
         str, typer.Option(help="weights, first_order, activation, norm or random.")
@@ -172,6 +180,7 @@ def score(
     """Measure how much every unit of a model matters, once for many cuts."""
     from rich.console import Console
 
+    from capgap.corpus.mixture import parse_mixture
     from capgap.sizes import parse_count
     from capgap.stages.score import ScoreRequest, run_score
     from capgap.sweep.progress import make_lines
@@ -180,7 +189,7 @@ def score(
     request = ScoreRequest(
         teacher,
         out,
-        corpus,
+        parse_mixture(corpus) if corpus else None,
         method=cast("Method", method),
         depth=cast("Depth | None", depth),
         tokens=parse_count(tokens),
@@ -278,7 +287,7 @@ def prune(
 def distill(
     teacher: Annotated[str, typer.Argument(help="A Hugging Face folder or name.")],
     students: Annotated[list[str], typer.Argument(help="One or several, fed by one pass.")],
-    corpus: Annotated[Path, typer.Option(help="A corpus that `capgap corpus` prepared.")],
+    corpus: Corpora,
     tokens: Annotated[str, typer.Option(help="Training tokens, such as 10M.")],
     out: Annotated[Path, typer.Option(help="Folder for students, metrics and record.")],
     window: Annotated[int, typer.Option(help="Tokens of a training window.")] = 512,
@@ -305,18 +314,16 @@ def distill(
     json_: Json = False,
 ) -> None:
     """Let students learn from a teacher; the same command continues one that was stopped."""
-    from rich.console import Console
 
     from capgap.config import stage_settings
+    from capgap.corpus.mixture import parse_mixture
     from capgap.sizes import parse_count
-    from capgap.stages.distill import DistillRequest, run_distill
-    from capgap.sweep.progress import make_lines
+    from capgap.stages.distill import DistillRequest
 
-    quieten_transformers()
     request = DistillRequest(
         teacher,
         tuple(students),
-        corpus,
+        parse_mixture(corpus),
         out,
         parse_count(tokens),
         window=window,
@@ -327,25 +334,7 @@ def distill(
         settings=stage_settings(set_ or []),
         track=tuple(track or ()),
     )
-    flag = StopFlag()
-    from capgap.train.loop import Interrupted
-
-    try:
-        found = run_distill(
-            request,
-            say=make_lines(Console(stderr=True), quiet=quiet),
-            should_stop=lambda: flag.signal is not None,
-        )
-    except (Interrupted, KeyboardInterrupt):
-        stopped(out, flag.signal or signal.SIGINT)
-    if started()[0]:
-        return
-    if json_:
-        print_json(found)
-    else:
-        _print_students(found)
-    if all(student["failure"] for student in found["after"].values()):
-        exit_with("no student was finished", FAILED)
+    train_models(request, quiet=quiet, json_=json_)
 
 
 @app.command()
@@ -384,6 +373,35 @@ def sample(
         print(text + written)
 
 
+def train_models(request: "DistillRequest", *, quiet: bool, json_: bool) -> None:
+    """What `train` and `distill` do with what they are asked for."""
+    from rich.console import Console
+
+    from capgap.stages.distill import run_distill
+    from capgap.sweep.progress import make_lines
+
+    quieten_transformers()
+    flag = StopFlag()
+    from capgap.train.loop import Interrupted
+
+    try:
+        found = run_distill(
+            request,
+            say=make_lines(Console(stderr=True), quiet=quiet),
+            should_stop=lambda: flag.signal is not None,
+        )
+    except (Interrupted, KeyboardInterrupt):
+        stopped(request.out, flag.signal or signal.SIGINT)
+    if started()[0]:
+        return
+    if json_:
+        print_json(found)
+    else:
+        _print_students(found)
+    if all(student["failure"] for student in found["after"].values()):
+        exit_with("no model was finished", FAILED)
+
+
 def _print_students(found: dict[str, Any]) -> None:
     for name, student in found["after"].items():
         before = found["before"][name]["loss"]
@@ -391,9 +409,12 @@ def _print_students(found: dict[str, Any]) -> None:
             step = student["failure"].get("step")
             where = "" if step is None else f" at step {step}"
             print(f"{name}: failed{where}, {student['failure']['message']}")
-        else:
-            after = student["heldout"]["loss"]
-            print(f"{name}: held-out loss {before:.4f} -> {after:.4f}, {student['folder']}")
+            continue
+        after = student["heldout"]["loss"]
+        print(f"{name}: held-out loss {before:.4f} -> {after:.4f}, {student['folder']}")
+        for source, one in student["heldout"].get("sources", {}).items():
+            began = found["before"][name]["sources"][source]["loss"]
+            print(f"    {source} ({one['share']:.0%}): {began:.4f} -> {one['loss']:.4f}")
     for name, student in (found["best"] or {"students": {}})["students"].items():
         loss, step = student["heldout"]["loss"], found["best"]["step"]
         print(f"{name}: held-out loss {loss:.4f} at step {step}, {student['folder']}")

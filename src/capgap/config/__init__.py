@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from capgap.config.base import (
+    ABOUT_A_TEACHER,
     Architecture,
     Count,
     Fraction,
@@ -32,6 +33,7 @@ from capgap.config.sweep import CorpusSection, Recipe, StudentsSection, Teachers
 from capgap.errors import UserError
 
 __all__ = [
+    "ABOUT_A_TEACHER",
     "Architecture",
     "CorpusSection",
     "Count",

@@ -57,6 +57,10 @@ class TrainingSection(Section):
     teacher_dtype: Literal["stored", "fp32", "bf16"] = "stored"
 
 
+# Keys of [training] that have no meaning without a teacher
+ABOUT_A_TEACHER = ("alpha", "temperature", "divergence", "divergence_mix", "teacher_dtype")
+
+
 class RunSection(Section):
     """How the work is carried out; nothing here changes what is asked for."""
 

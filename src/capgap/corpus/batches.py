@@ -27,11 +27,22 @@ def batch_indices(
         batch_windows: windows in one step.
         num_windows: windows in the corpus.
     """
-    if step < 0 or batch_windows < 1 or num_windows < 1:
-        raise ValueError(f"no batch: {step=}, {batch_windows=}, {num_windows=}")
-    places = step * batch_windows + np.arange(batch_windows, dtype=np.int64)
+    return walk(batch_places(step, batch_windows), seed=seed, num_windows=num_windows)
+
+
+def batch_places(step: int, batch_windows: int) -> NDArray[np.int64]:
+    """The places of a step's windows, counted over all steps, int64 [batch_windows]."""
+    if step < 0 or batch_windows < 1:
+        raise ValueError(f"no batch: {step=}, {batch_windows=}")
+    return step * batch_windows + np.arange(batch_windows, dtype=np.int64)
+
+
+def walk(places: NDArray[np.int64], *, seed: int, num_windows: int) -> NDArray[np.int64]:
+    """The windows at these places of the endless walk through them, int64 [num_places]."""
+    if num_windows < 1:
+        raise ValueError(f"no batch: {num_windows=}")
     epochs, places_in_epoch = np.divmod(places, num_windows)
-    indices = np.empty(batch_windows, dtype=np.int64)
+    indices = np.empty(len(places), dtype=np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
         keys = _round_keys(seed, int(epoch))

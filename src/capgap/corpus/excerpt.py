@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from capgap.corpus.sources import open_source
-from capgap.corpus.split import Reading, SmallestDigests
+from capgap.corpus.split import (
+    DIGESTS,
+    HELDOUT_FRACTION,
+    Reading,
+    SmallestDigests,
+    split_for,
+)
 from capgap.corpus.tokenizer import TokenCodec
 from capgap.corpus.tokens import load_corpus, read_manifest
 from capgap.corpus.write import SAMPLE_BYTES, cut_text, fair_limit
@@ -29,6 +35,30 @@ def excerpt(source: str, num_bytes: int) -> list[bytes]:
         raise UserError(f"{source!r} holds no text to measure on")
     limit = fair_limit([len(text) for text in texts], num_bytes)
     return [cut_text(text, limit) for text in texts]
+
+
+def training_sample(source: str, num_bytes: int) -> list[bytes]:
+    """Documents of a source that `capgap corpus` trains on, not of those it holds out: about
+    `num_bytes` of the smallest digests.
+
+    UserError: nothing there, no text, one document alone.
+    """
+    kept = SmallestDigests(max_bytes=num_bytes)
+    digests = set()
+    largest = (-1, b"")
+    for digest, document in Reading().unique(open_source(source), max_bytes=READ_BYTES):
+        digests.add(digest)
+        largest = max(largest, (digest, document))
+        if digest >= int(HELDOUT_FRACTION * DIGESTS):
+            kept.add(digest, document)
+    if len(digests) < 2:
+        raise UserError(
+            f"{source!r} has {len(digests)} documents: 2 or more are needed, one of them to hold "
+            "out; a line <|endoftext|> parts those of a text file"
+        )
+    split = split_for(HELDOUT_FRACTION, digests)
+    sample = [text for digest, text in kept.documents() if not split.is_heldout(digest)]
+    return sample or [largest[1]]
 
 
 def _documents(source: str, num_bytes: int) -> list[bytes]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capgap.corpus.sources import DEFAULT_SEPARATOR, open_source
+from capgap.corpus.split import HELDOUT_FRACTION
 from capgap.corpus.tokenizer import check_vocabulary, load_tokenizer, tokenizer_hash
 from capgap.corpus.tokens import MANIFEST, Corpus, damage, load_corpus, read_manifest
 from capgap.corpus.write import Options, Progress, write_corpus
@@ -36,7 +37,7 @@ def prepare_corpus(
     separator: str = DEFAULT_SEPARATOR,
     window: int = 128,
     heldout_source: str | None = None,
-    heldout_fraction: float = 0.02,
+    heldout_fraction: float = HELDOUT_FRACTION,
     heldout_tokens: int = 60_000,
     max_bytes: int | None = None,
     max_train_tokens: int | None = None,

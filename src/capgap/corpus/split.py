@@ -10,6 +10,7 @@ from capgap.corpus.sources import Source
 DIGEST_BYTES = 16
 DIGESTS = 1 << (8 * DIGEST_BYTES)
 MIN_HELDOUT_DOCUMENTS = 8
+HELDOUT_FRACTION = 0.02
 
 
 def digest_of(document: bytes) -> int:

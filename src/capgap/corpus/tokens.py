@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from capgap.corpus.batches import batch_indices
 from capgap.errors import UserError
 
 if TYPE_CHECKING:
@@ -181,6 +182,31 @@ class Corpus:
         return str(self.manifest["corpus_hash"])
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """As of a mixture of one source."""
+        return (self.directory.name or str(self.directory),)
+
+    @property
+    def sources(self) -> "tuple[Corpus, ...]":
+        """As of a mixture of one source."""
+        return (self,)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """As of a mixture of one source."""
+        return (1.0,)
+
+    def batch(self, *, seed: int, step: int, batch_windows: int) -> NDArray[np.int64]:
+        """The windows of a step: see `capgap.corpus.batches.batch_indices`."""
+        return batch_indices(
+            seed=seed, step=step, batch_windows=batch_windows, num_windows=self.windows
+        )
+
+    def epochs(self, tokens: int) -> float:
+        """How often so many training tokens walk through the training part."""
+        return tokens / (self.windows * self.window)
+
+    @property
     def _dtype(self) -> np.dtype[Any]:
         return np.dtype(self.manifest["dtype"])
 
@@ -256,7 +282,7 @@ def check_epochs(corpus: Corpus, tokens: int, max_epochs: float) -> None:
     Raises:
         UserError: `tokens` are more than `max_epochs` passes over the training part.
     """
-    epochs = tokens / (corpus.windows * corpus.window)
+    epochs = corpus.epochs(tokens)
     if epochs > max_epochs:
         raise UserError(
             f"{tokens} training tokens are {epochs:.1f} epochs of the corpus "

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capgap.corpus.batches import document_positions
-from capgap.corpus.tokens import Corpus
+from capgap.corpus.mixture import TrainingText
 from capgap.distill.cache_format import CacheFormat
 from capgap.distill.cache_size import CHECKSUM_BYTES
 from capgap.distill.sparse import SparseSignal
@@ -53,7 +53,13 @@ class CacheIdentity:
 
     @classmethod
     def of(
-        cls, teacher: str, teacher_hash: str, dtype: str, corpus: Corpus, *, document_mask: bool
+        cls,
+        teacher: str,
+        teacher_hash: str,
+        dtype: str,
+        corpus: TrainingText,
+        *,
+        document_mask: bool,
     ) -> "CacheIdentity":
         return cls(
             teacher,
@@ -151,7 +157,7 @@ class CacheProgress:
 def write_cache(
     writer: CacheWriter,
     teacher: OnlineTeacher,
-    corpus: Corpus,
+    corpus: TrainingText,
     *,
     device: torch.device,
     part: tuple[int, int] = (0, 1),
@@ -202,7 +208,7 @@ class CachedTeacher:
     def __init__(
         self,
         folder: Path,
-        corpus: Corpus,
+        corpus: TrainingText,
         *,
         document_mask: bool = False,
         teacher_hash: str | None = None,

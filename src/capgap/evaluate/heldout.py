@@ -54,6 +54,83 @@ class HeldoutLoss:
 
 
 @dataclass(frozen=True)
+class MixedLoss:
+    """The held-out losses of a mixture's sources, and of the mixture: the mean over sources,
+    weighted by their shares of the training tokens, whatever the sizes of their held-out parts.
+
+    So it is what training brings down. Bits per byte are those of a text with these shares of
+    tokens.
+    """
+
+    sources: dict[str, HeldoutLoss]
+    shares: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return sum(self.shares[name] * one.loss for name, one in self.sources.items())
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss / math.log(2) / self._bytes_per_token
+
+    @property
+    def _bytes_per_token(self) -> float:
+        return sum(
+            self.shares[name] * sum(one.document_bytes) / sum(one.document_tokens)
+            for name, one in self.sources.items()
+        )
+
+    def _stderr(self, bits_per_byte: float) -> float | None:
+        """Of the loss less what the bytes are worth at so many bits each, nats per token."""
+        total = 0.0
+        for name, one in self.sources.items():
+            rests = [
+                loss - bits_per_byte * math.log(2) * size
+                for loss, size in zip(one.document_losses, one.document_bytes, strict=True)
+            ]
+            error = ratio_standard_error(rests, one.document_tokens)
+            if error is None:
+                return None
+            total += (self.shares[name] * error) ** 2
+        return math.sqrt(total)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of one corpus, with the documents of all sources in order, and `sources`."""
+        every = list(self.sources.values())
+        bits = self._stderr(self.bits_per_byte)
+        return {
+            "loss": self.loss,
+            "loss_stderr": self._stderr(0.0),
+            "bits_per_byte": self.bits_per_byte,
+            "bits_per_byte_stderr": bits and bits / math.log(2) / self._bytes_per_token,
+            "tokens": sum(sum(one.document_tokens) for one in every),
+            "bytes": sum(sum(one.document_bytes) for one in every),
+            "document_losses": [loss for one in every for loss in one.document_losses],
+            "document_tokens": [tokens for one in every for tokens in one.document_tokens],
+            "sources": {
+                name: {"share": self.shares[name], **one.as_dict()}
+                for name, one in self.sources.items()
+            },
+        }
+
+
+def mixed_loss(
+    found: HeldoutLoss, documents: dict[str, int], shares: dict[str, float]
+) -> MixedLoss:
+    """By source what was found of all at once; `documents` of every source, in their order."""
+    sources = {}
+    start = 0
+    for name, number in documents.items():
+        part = slice(start, start + number)
+        sources[name] = HeldoutLoss(
+            found.document_losses[part], found.document_tokens[part], found.document_bytes[part]
+        )
+        start += number
+    return MixedLoss(sources, shares)
+
+
+@dataclass(frozen=True)
 class HeldoutSet:
     """Held-out documents cut into rows of at most `window` targets, ready to be scored.
 

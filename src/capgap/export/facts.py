@@ -98,9 +98,8 @@ def _kind(record: dict[str, Any], path: Path) -> str | None:
     asked = record.get("asked")
     if isinstance(asked, dict) and "model" in asked and path.name in TUNED:
         return path.name
-    keys = {CUT: ("teacher_shape", "shape"), DISTILLED: ("asked", "after")}
-    kind = next((kind for kind, has in keys.items() if all(key in record for key in has)), None)
-    return kind or (EVALUATED if isinstance(_first(record, "tasks", "sets"), dict) else None)
+    keys = {CUT: ("teacher_shape", "shape"), DISTILLED: ("asked", "after"), EVALUATED: ("tasks",)}
+    return next((kind for kind, has in keys.items() if all(key in record for key in has)), None)
 
 
 def _is_about(record: dict[str, Any], kind: str, folder: Path) -> bool:
@@ -223,30 +222,17 @@ def benchmarks_of(records: Records) -> tuple[Benchmark, ...]:
         Benchmark(
             name=name,
             score=task.get("score"),
-            stderr=_first(task, "stderr", "score_stderr"),
+            stderr=task.get("score_stderr"),
             metric=task.get("metric"),
             shots=task.get("shots"),
-            samples=_first(task, "samples", "questions"),
-            reason=_first(task, "reason", "missing"),
+            samples=task.get("questions"),
+            reason=task.get("missing"),
         )
-        for name, task in _tasks(records.evaluated or {}).items()
-        if isinstance(task, dict)
+        for name, task in (records.evaluated or {"tasks": {}})["tasks"].items()
     )
 
 
 def six_benchmark_mean(records: Records) -> float | None:
     """A share of 1; None where the six were not all measured."""
-    record = records.evaluated or {}
-    if record.get("mean_percent") is not None:
-        return float(record["mean_percent"]) / 100
-    mean: float | None = record.get("six_benchmark_mean")
-    return mean
-
-
-def _tasks(record: dict[str, Any]) -> dict[str, Any]:
-    tasks: dict[str, Any] = _first(record, "tasks", "sets") or {}
-    return tasks
-
-
-def _first(values: dict[str, Any], *names: str) -> Any:
-    return next((values[name] for name in names if values.get(name) is not None), None)
+    mean = (records.evaluated or {}).get("mean_percent")
+    return None if mean is None else mean / 100

@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 1 << 30
-LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+# What transformers calls otherwise in memory than in the files of GPT-NeoX
+STORED_AS = {"lm_head.weight": "embed_out.weight"}
 # Weights as pickles, which run code when they are read
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
-# What belongs to a model beside its config and weights
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+# What belongs to a model beside its config, weights and tokenizer
+PAPERS = ("generation_config.json", *LICENCES)
 COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -34,8 +37,7 @@ COMPANIONS = (
     "merges.txt",
     "*.model",
     "chat_template*",
-    "generation_config.json",
-    *LICENCES,
+    *PAPERS,
 )
 _FLOATS = {
     "F64": torch.float64,
@@ -143,8 +145,9 @@ class StoredWeights:
             return opened.get_tensor(stored)
 
     def _find(self, name: str) -> str:
-        """What it is called in the files: checkpoints of a bare backbone leave the first word."""
-        for stored in (name, name.partition(".")[2]):
+        """What it is called in the files: checkpoints of a bare backbone leave the first word, and
+        GPT-NeoX has a name of its own for the head."""
+        for stored in (name, name.partition(".")[2], STORED_AS.get(name)):
             if stored in self._files:
                 return stored
         raise UserError(f"the weights in {self.folder} lack {name}: give the whole model")

@@ -48,6 +48,10 @@ def _cut(found: dict[str, Any]) -> str:
 
 def _evaluated(found: dict[str, Any]) -> str:
     told = [
+        "held-out loss missing" if one["loss"] is None else f"held-out loss {one['loss']:.3f}"
+        for one in (found["heldout"] or {}).values()
+    ]
+    told += [
         f"{name} missing" if one["score"] is None else f"{name} {one['score']:.3f}"
         for name, one in found["tasks"].items()
     ]

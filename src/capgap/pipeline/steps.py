@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capgap.config import RunRecipe
+from capgap.config import ABOUT_A_TEACHER, RunRecipe
 from capgap.errors import UserError
 
 # A step of these is continued by its own command; of all others a half-done one leaves nothing
@@ -72,6 +72,7 @@ class _Planner:
         self.out = out
         self.steps: list[Step] = []
         self.training = _training_options(recipe)
+        self.plain_training = _training_options(recipe, without=ABOUT_A_TEACHER)
         teacher, needed = self._teacher()
         teacher, needed = self._adapt(teacher, needed)
         corpora = self._corpora(teacher, needed)
@@ -116,14 +117,14 @@ class _Planner:
                     "--window": self.recipe.distill.window,
                     "--learning-rate": _rate(asked.learning_rate),
                     "--out": training,
-                    **self.training,
+                    **self.plain_training,
                 },
                 (training,),
-                training / "distill.json",
+                training / "train.json",
                 after=("teacher-corpus",),
             )
         )
-        return str(training / "students" / new_name(asked.architecture, asked.size)), ("teacher",)
+        return str(training / "models" / new_name(asked.architecture, asked.size)), ("teacher",)
 
     def _adapt(self, teacher: str, needed: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
         asked = self.recipe.adapt
@@ -144,7 +145,7 @@ class _Planner:
                     "--window": self.recipe.distill.window,
                     "--learning-rate": _rate(asked.learning_rate),
                     "--out": folder,
-                    **self.training,
+                    **self.plain_training,
                 },
                 (folder,),
                 folder / "adapt.json",
@@ -385,12 +386,14 @@ def _tuning_options(asked: Any) -> dict[str, Any]:
     }
 
 
-def _training_options(recipe: RunRecipe) -> dict[str, Any]:
-    """What the recipe changes in [training] and [run], as the stages take it."""
+def _training_options(recipe: RunRecipe, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What the recipe changes in [training] and [run], as the stages take it; `without` keys of
+    [training] that a stage has no use for."""
     changed = [
         (f"{name}.{key}", value)
         for name, section in (("training", recipe.training), ("run", recipe.run))
         for key, value in section.model_dump(mode="json", exclude_defaults=True).items()
+        if not (name == "training" and key in without)
     ]
     return {"--set": tuple(f"{key}={_toml(value)}" for key, value in changed) or None}
 

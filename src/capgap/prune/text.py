@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-from capgap.corpus.batches import batch_indices
-from capgap.corpus.tokens import Corpus
+from capgap.corpus.mixture import TrainingText
 
 _ORDER_SEED = 3_000_017
 
 
 def scoring_batches(
-    corpus: Corpus, tokens: int, *, batch_windows: int = 8, seed: int = 0
+    corpus: TrainingText, tokens: int, *, batch_windows: int = 8, seed: int = 0
 ) -> list[Tensor]:
     """Batches [batch_windows, window + 1] of about `tokens` in all, or of the whole corpus where it
     has fewer; the last one may be smaller.
@@ -19,7 +18,5 @@ def scoring_batches(
     ones.
     """
     rows = min(max(1, tokens // corpus.window), corpus.windows)
-    indices = batch_indices(
-        seed=_ORDER_SEED + seed, step=0, batch_windows=rows, num_windows=corpus.windows
-    )
+    indices = corpus.batch(seed=_ORDER_SEED + seed, step=0, batch_windows=rows)
     return list(torch.from_numpy(corpus.train.windows_at(indices)).split(batch_windows))

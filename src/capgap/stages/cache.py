@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capgap.corpus.mixture import Given
 from capgap.errors import UserError
-from capgap.stages.inputs import check_model, open_corpus
+from capgap.stages.inputs import check_model, open_text
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class CacheRequest:
     """
 
     teacher: str
-    corpus: Path
+    corpus: Given
     out: Path
     window: int = 512
     top_k: int = 12
@@ -62,7 +63,7 @@ def run_cache(
     if request.batch_windows < 1:
         raise UserError(f"--batch-windows {request.batch_windows} must be above 0")
     device = resolve_device(request.device)
-    corpus = open_corpus(request.corpus, request.window)
+    corpus = open_text(request.corpus, request.window)
     check_model(request.teacher, corpus)
     try:
         kept = CacheFormat(corpus.vocabulary, request.top_k, request.samples, request.temperature)

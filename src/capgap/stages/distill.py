@@ -1,6 +1,6 @@
-"""The stage `distill`: students learn from one teacher, or from what a cache keeps of it."""
+"""The stages `distill` and `train`: students learn from one teacher, or from what a cache keeps of
+it, or models from the text alone."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -8,23 +8,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capgap.config import StageSettings
-from capgap.corpus.tokens import Corpus
+from capgap.config import ABOUT_A_TEACHER, StageSettings
+from capgap.corpus.mixture import Given, Mixture, TrainingText
 from capgap.errors import UserError
 from capgap.records import write_json_atomically
 from capgap.scrub import scrub
-from capgap.stages.inputs import check_model, open_corpus
+from capgap.sizes import format_count
+from capgap.stages.inputs import (
+    check_model,
+    open_text,
+    sources_read,
+    text_identity,
+    warn_of_epochs,
+)
+from capgap.stages.run_folder import begin_together
 from capgap.stages.step_lines import StepLines
 from capgap.train.trackers import Trackers, check_trackers
 
 if TYPE_CHECKING:
     from capgap.distill.teacher import TeacherSource
-    from capgap.evaluate.heldout import HeldoutLoss
+    from capgap.evaluate.heldout import HeldoutLoss, MixedLoss
     from capgap.models.parallel import Ranks
+    from capgap.models.shape import Shape
     from capgap.train.learner import Learner
     from capgap.train.loop import LoopSettings
 
-RECORD = "distill.json"
 METRICS = "metrics.jsonl"
 TRACKERS = "trackers"
 DATA_SEED = 2_000_003
@@ -34,13 +42,15 @@ DATA_SEED = 2_000_003
 class DistillRequest:
     """Who learns from whom, on which tokens, and how. `learning_rate` None is the rule per size.
 
-    Every `heldout_steps` the held-out loss is taken and the best checkpoint kept; None: at the end
-    alone. `track`: names of trackers (capgap.train.trackers) that are told every step.
+    `teacher` None: the students learn from the text alone, by cross-entropy. `size`: beside the
+    students a new model of `architecture` and so many non-embedding parameters, with random
+    weights. Every `heldout_steps` the held-out loss is taken and the best checkpoint kept; None: at
+    the end alone. `track`: names of trackers (capgap.train.trackers) that are told every step.
     """
 
-    teacher: str
+    teacher: str | None
     students: tuple[str, ...]
-    corpus: Path
+    corpus: Given
     out: Path
     tokens: int
     window: int = 512
@@ -48,12 +58,28 @@ class DistillRequest:
     learning_rate: float | None = None
     seed: int = 0
     heldout_steps: int | None = None
+    size: int | None = None
+    architecture: str = "llama"
     settings: StageSettings = field(default_factory=StageSettings)
     track: tuple[str, ...] = ()
 
+    @property
+    def record(self) -> Path:
+        """The file of the record: distill.json, or train.json without a teacher."""
+        return self.out / ("train.json" if self.teacher is None else "distill.json")
+
+    @property
+    def new(self) -> str | None:
+        """The name of the new model, where one is asked for."""
+        return None if self.size is None else f"{self.architecture}-{format_count(self.size)}"
+
     def names(self) -> list[str]:
-        """The students' names in the output folder."""
+        """The students' names in the output folder, the new one last."""
         names = [Path(student).name for student in self.students]
+        if self.new is not None:
+            names.append(self.new)
+        if not names:
+            raise UserError("nothing to train: name a model, or the --size of a new one")
         if len(set(names)) < len(names):
             raise UserError(f"two students have one name among {', '.join(names)}: rename a folder")
         return names
@@ -63,13 +89,16 @@ class DistillRequest:
         asked: dict[str, Any] = {
             "teacher": self.teacher,
             "students": list(self.students),
+            "new": self.new,
             "tokens": self.tokens,
             "window": self.window,
             "cache": None if self.cache is None else str(self.cache),
             "learning_rate": self.learning_rate,
             "seed": self.seed,
             "heldout_steps": self.heldout_steps,
-            "training": self.settings.training.model_dump(mode="json"),
+            "training": self.settings.training.model_dump(
+                mode="json", exclude=set(ABOUT_A_TEACHER) if self.teacher is None else None
+            ),
         }
         # as the record holds it, or a run could not be continued
         return scrub(asked)
@@ -81,7 +110,7 @@ def run_distill(
     say: Callable[[str], None] = lambda text: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Trains the students and writes each as a Hugging Face folder; returns distill.json.
+    """Trains the students and writes each as a Hugging Face folder; returns the record.
 
     Stopped or killed, the same call continues from the last checkpoint. Started by torchrun, all
     its processes share the work; the first one writes and says. UserError for the user's mistakes,
@@ -94,18 +123,23 @@ def run_distill(
 
     transformers_logging.disable_progress_bar()
     device = resolve_device(request.settings.run.device)
-    request.names()
+    check_request(request)
     check_trackers(request.track)
-    corpus = open_corpus(request.corpus, request.window)
+    corpus = open_text(request.corpus, request.window)
     for name in (request.teacher, *request.students):
-        check_model(name, corpus)
+        if name is not None:
+            check_model(name, corpus)
+    shape = _new_shape(request, corpus)
     settings = _settings(request, corpus, device)
+    asked = request.asked() | text_identity(corpus)
     with joined(device, settings.batch_windows) as ranks:
-        record = _begin_together(request, corpus, ranks)
+        record = begin_together(request.record, asked, ranks)
         if not record["finished"]:
-            run = _Run(request, corpus, settings, device, ranks, record)
+            say = say if ranks.is_first else _say_nothing
+            warn_of_epochs(corpus, request.tokens, say)
+            run = _Run(request, corpus, shape, settings, device, ranks, record)
             try:
-                run.train(say if ranks.is_first else lambda text: None, should_stop)
+                run.train(say, should_stop)
             except UserError as error:
                 # a damaged window of a cache, say: one rank may meet it alone
                 error.rank = ranks.rank
@@ -120,7 +154,8 @@ class _Run:
     def __init__(
         self,
         request: DistillRequest,
-        corpus: Corpus,
+        corpus: TrainingText,
+        shape: "Shape | None",
         settings: "LoopSettings",
         device: str,
         ranks: "Ranks",
@@ -132,7 +167,6 @@ class _Run:
         from capgap.models.build import load_model
         from capgap.models.parallel import parallelize
         from capgap.train.learner import Learner
-        from capgap.train.learning_rate import auto_learning_rate
 
         self.request = request
         self.corpus = corpus
@@ -141,16 +175,22 @@ class _Run:
         self.ranks = ranks
         self.record = record
         self.heldout = heldout_set(corpus.heldout_documents(), corpus.window, corpus.vocabulary)
-        self.teacher, self.teacher_parameters = _teacher(request, corpus, device, ranks)
+        self.teacher, self.teacher_parameters = None, 0
+        if request.teacher is not None:
+            found = _teacher(request, request.teacher, corpus, device, ranks)
+            self.teacher, self.teacher_parameters = found
         self.steps = request.tokens // request.settings.training.batch_tokens
         self.learners: list[Learner] = []
-        for name, path in zip(request.names(), request.students, strict=True):
-            model = load_model(path, dtype=torch.float32)
-            rate = request.learning_rate or auto_learning_rate(_non_embedding(model), is_cut=True)
-            learner = Learner(name, model, self.steps, rate, request.settings.training.alpha)
+        models = [load_model(path, dtype=torch.float32) for path in request.students]
+        if shape is not None:
+            models.append(_new_model(shape, corpus, request.seed))
+        for name, model in zip(request.names(), models, strict=True):
+            rate = request.learning_rate or _auto_rate(model, is_new=name == request.new)
+            alpha = 0.0 if self.teacher is None else request.settings.training.alpha
+            learner = Learner(name, model, self.steps, rate, alpha)
             parallelize(learner.parts, ranks, torch.device(device))
             self.learners.append(learner)
-        self.last_losses: dict[str, HeldoutLoss] = {}
+        self.last_losses: dict[str, HeldoutLoss | MixedLoss] = {}
 
     def train(self, say: Callable[[str], None], should_stop: Callable[[], bool]) -> None:
         from capgap.machine import versions
@@ -188,6 +228,7 @@ class _Run:
         from capgap.train.learner import NOT_FINITE
 
         students = {}
+        trained = "models" if self.teacher is None else "students"
         for one in self.learners:
             loss = None
             if one.failure is None:
@@ -195,7 +236,7 @@ class _Run:
                 if not math.isfinite(loss.loss):
                     loss, one.failure = None, NOT_FINITE
             students[one.id] = {
-                "folder": None if one.failure else self._save(one, "students"),
+                "folder": None if one.failure else self._save(one, trained),
                 "failure": one.failure,
                 "parameters": _total(one.model),
                 "non_embedding": _non_embedding(one.model),
@@ -208,6 +249,7 @@ class _Run:
             finished=True,
             steps=self.steps,
             flops=self._token_flops() * self.steps * batch_tokens,
+            sources=sources_read(self.corpus, self.steps * batch_tokens),
             after=students,
             best=self._best(),
             processes=self.ranks.world,
@@ -236,10 +278,13 @@ class _Run:
     def _checkpoints(self) -> Path:
         return self.request.out / "checkpoints"
 
-    def _evaluate(self, learner: "Learner") -> "HeldoutLoss":
-        from capgap.evaluate.heldout import evaluate_heldout
+    def _evaluate(self, learner: "Learner") -> "HeldoutLoss | MixedLoss":
+        from capgap.evaluate.heldout import evaluate_heldout, mixed_loss
 
-        return evaluate_heldout(learner.parts, self.heldout, self.ranks)
+        found = evaluate_heldout(learner.parts, self.heldout, self.ranks)
+        if not isinstance(self.corpus, Mixture):
+            return found
+        return mixed_loss(found, self.corpus.heldout_counts(), self.corpus.share_of)
 
     def _save(self, learner: "Learner", name: str) -> str:
         from capgap.models.build import save_model
@@ -266,12 +311,12 @@ class _Run:
     def _record(self, **values: Any) -> None:
         self.record |= values
         if self.ranks.is_first:
-            write_json_atomically(self.request.out / RECORD, self.record)
+            write_json_atomically(self.request.record, self.record)
 
 
-def _settings(request: DistillRequest, corpus: Corpus, device: str) -> "LoopSettings":
-    from capgap.train.settings import loop_settings
-
+def check_request(request: DistillRequest) -> None:
+    """UserError for what can be told wrong without models and text."""
+    request.names()
     window, training = request.window, request.settings.training
     for name, tokens in (
         ("training.batch_tokens", training.batch_tokens),
@@ -285,8 +330,16 @@ def _settings(request: DistillRequest, corpus: Corpus, device: str) -> "LoopSett
         )
     if request.heldout_steps is not None and request.heldout_steps < 1:
         raise UserError(f"--heldout-steps {request.heldout_steps} must be above 0")
+    without_effect = [name for name in ABOUT_A_TEACHER if name in training.model_fields_set]
+    if request.teacher is None and without_effect:
+        raise UserError(f"training.{without_effect[0]} is about a teacher, and there is none here")
+
+
+def _settings(request: DistillRequest, corpus: TrainingText, device: str) -> "LoopSettings":
+    from capgap.train.settings import loop_settings
+
     return loop_settings(
-        training,
+        request.settings.training,
         request.settings.run,
         corpus,
         data_seed=DATA_SEED + request.seed,
@@ -295,48 +348,42 @@ def _settings(request: DistillRequest, corpus: Corpus, device: str) -> "LoopSett
     )
 
 
-def _begin_together(request: DistillRequest, corpus: Corpus, ranks: "Ranks") -> dict[str, Any]:
-    """What the first rank finds, on all; its UserError too."""
-    outcome: dict[str, Any] | UserError = {}
-    if ranks.is_first:
-        try:
-            outcome = _begin(request, corpus)
-        except UserError as error:
-            outcome = error
-    outcome = ranks.told(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome
+def _say_nothing(text: str) -> None:
+    """For all ranks but the first."""
 
 
-def _begin(request: DistillRequest, corpus: Corpus) -> dict[str, Any]:
-    """The record of this run, found or new; UserError where the folder holds something else."""
-    asked = request.asked() | {"corpus_hash": corpus.corpus_hash}
-    path = request.out / RECORD
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        for key, value in asked.items():
-            if found["asked"].get(key) != value:
-                raise UserError(
-                    f"{request.out} holds a run with another {key} ({found['asked'].get(key)}, now "
-                    f"{value}): choose another --out"
-                )
-        return found
-    if request.out.exists() and not (request.out.is_dir() and _is_empty(request.out)):
-        raise UserError(f"{request.out} is no empty folder and no run: choose another --out")
-    request.out.mkdir(parents=True, exist_ok=True)
-    record = {"schema": 1, "finished": False, "asked": asked}
-    write_json_atomically(path, record)
-    return record
+def _new_shape(request: DistillRequest, corpus: TrainingText) -> "Shape | None":
+    """Of the new model, which reads one window and no more; UserError as `ladder_shape`."""
+    from capgap.models.shape import ladder_shape
+
+    if request.size is None:
+        return None
+    return ladder_shape(
+        request.architecture,
+        request.size,
+        vocabulary=corpus.vocabulary,
+        positions=request.window,
+    )
 
 
-def _is_empty(folder: Path) -> bool:
-    """But for a record that a kill has left half written."""
-    return all(path.name.startswith(f".{RECORD}.") for path in folder.iterdir())
+def _new_model(shape: "Shape", corpus: TrainingText, seed: int) -> Any:
+    from capgap.models.build import build_model
+
+    model = build_model(shape, seed=seed)
+    for config in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(corpus.tokenizer, name))
+    return model
+
+
+def _auto_rate(model: Any, *, is_new: bool) -> float:
+    from capgap.train.learning_rate import auto_learning_rate
+
+    return auto_learning_rate(_non_embedding(model), is_cut=not is_new)
 
 
 def _teacher(
-    request: DistillRequest, corpus: Corpus, device: str, ranks: "Ranks"
+    request: DistillRequest, name: str, corpus: TrainingText, device: str, ranks: "Ranks"
 ) -> "tuple[TeacherSource, int]":
     """The teacher, and the parameters that work while students learn: none where it is cached."""
     from capgap.distill.cache import CachedTeacher
@@ -350,7 +397,7 @@ def _teacher(
             request.cache,
             corpus,
             document_mask=training.document_mask,
-            teacher_hash=model_hash(request.teacher),
+            teacher_hash=model_hash(name),
         )
         cached.check(training.temperature, training.divergence)
         return cached, 0
@@ -360,7 +407,7 @@ def _teacher(
             "sharded over the devices of its students; leave it at 'same'"
         )
     teacher = load_teacher(
-        request.teacher,
+        name,
         device if run.teacher_device == "same" else resolve_device(run.teacher_device),
         dtype=training.teacher_dtype,
         offload=run.teacher_offload,

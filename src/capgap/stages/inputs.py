@@ -1,8 +1,11 @@
 """What a stage is given by name: checked before any work."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capgap.config import CorpusSection
+from capgap.corpus.mixture import Given, Mixture, TrainingText, mix, source_epochs
 from capgap.corpus.tokens import Corpus, load_corpus
 from capgap.errors import UserError
 
@@ -20,7 +23,51 @@ def open_corpus(folder: Path, window: int) -> Corpus:
     return load_corpus(folder, window=window)
 
 
-def check_model(path_or_name: str, corpus: Corpus) -> "PreTrainedConfig":
+def open_text(given: Given, window: int) -> TrainingText:
+    """One prepared corpus, or several as a mixture; UserError as `open_corpus` and `mix`."""
+    if isinstance(given, Path):
+        return open_corpus(given, window)
+    sources = [open_corpus(one.folder, window) for one in given]
+    if len(sources) == 1:
+        return sources[0]
+    # all weigh the same where none has a weight
+    return mix(sources, [one.weight or 1.0 for one in given])
+
+
+def text_identity(text: TrainingText) -> dict[str, Any]:
+    """Which text it is: what a run that continues must agree on."""
+    shares = list(text.shares) if isinstance(text, Mixture) else None
+    return {"corpus_hash": text.corpus_hash, "shares": shares}
+
+
+def sources_read(text: TrainingText, tokens: int) -> list[dict[str, Any]]:
+    """What so many training tokens read of every source, for a record."""
+    epochs = source_epochs(text, tokens)
+    return [
+        {
+            "name": name,
+            "folder": str(source.directory),
+            "corpus_hash": source.corpus_hash,
+            "share": share,
+            "train_tokens": source.train_tokens,
+            "epochs": epochs[name],
+        }
+        for name, source, share in zip(text.names, text.sources, text.shares, strict=True)
+    ]
+
+
+def warn_of_epochs(text: TrainingText, tokens: int, say: Callable[[str], None]) -> None:
+    """Tells which sources are read more often than a sweep would let them be."""
+    most = CorpusSection().max_epochs
+    for name, epochs in source_epochs(text, tokens).items():
+        if epochs > most:
+            say(
+                f"warning: {name} is read {epochs:.1f} times, more than {most:g}: more text or "
+                "fewer tokens would serve better"
+            )
+
+
+def check_model(path_or_name: str, corpus: TrainingText) -> "PreTrainedConfig":
     """The config of a model that can read the corpus.
 
     UserError: no such model, another tokenizer (the first token that differs), a table with fewer

@@ -51,7 +51,7 @@ def run_measure(
     if request.dtype not in DTYPES:
         raise UserError(f"--dtype {request.dtype!r}: take one of {', '.join(DTYPES)}")
     device = torch.device(resolve_device(request.device))
-    readers = {name: _Reader.of(source) for name, source in models.items()}
+    readers = {name: Reader.of(source) for name, source in models.items()}
     window = min([WINDOW, *(one.positions for one in readers.values() if one.positions)])
     texts = excerpt(request.corpus, request.num_bytes)
     say(f"measure: {len(texts)} documents, {sum(map(len, texts)):,} bytes")
@@ -64,7 +64,7 @@ def run_measure(
 
 
 @dataclass(frozen=True)
-class _Reader:
+class Reader:
     """A model that is known to fit its tokenizer. `words` that this has; `positions` that the model
     reads, None where it sets no limit."""
 
@@ -74,7 +74,7 @@ class _Reader:
     positions: int | None
 
     @classmethod
-    def of(cls, source: str) -> "_Reader":
+    def of(cls, source: str) -> "Reader":
         from capgap.corpus.tokenizer import load_tokenizer
         from capgap.models.stored import StoredWeights, read_config
 
@@ -110,7 +110,7 @@ class _Reader:
 
 def _measure(
     name: str,
-    reader: _Reader,
+    reader: Reader,
     texts: Sequence[bytes],
     window: int,
     dtype: str,

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capgap.corpus.mixture import Given
 from capgap.errors import UserError
 from capgap.prune.methods import Depth, Method, check_methods, reading_methods
 from capgap.scrub import scrub
-from capgap.stages.inputs import check_model, open_corpus
+from capgap.stages.inputs import check_model, open_text, text_identity
 
 if TYPE_CHECKING:
-    from capgap.corpus.tokens import Corpus
+    from capgap.corpus.mixture import TrainingText
     from capgap.prune.importance import ScoringState
 
 SAVED_EVERY = 30.0  # seconds
@@ -28,7 +29,7 @@ class ScoreRequest:
 
     teacher: str
     out: Path
-    corpus: Path | None = None
+    corpus: Given | None = None
     method: Method = "weights"
     depth: Depth | None = None
     tokens: int = 32_768
@@ -111,7 +112,7 @@ def run_score(
     return _told(request, importance, time.monotonic() - began)
 
 
-def _corpus(request: ScoreRequest) -> "Corpus | None":
+def _corpus(request: ScoreRequest) -> "TrainingText | None":
     if not reading_methods(request.method, request.depth):
         return None
     if request.corpus is None:
@@ -119,12 +120,12 @@ def _corpus(request: ScoreRequest) -> "Corpus | None":
             f"--method {request.method} reads text: give --corpus, a folder that `capgap corpus "
             f"SOURCE --out FOLDER --tokenizer {request.teacher}` made"
         )
-    corpus = open_corpus(request.corpus, request.window)
+    corpus = open_text(request.corpus, request.window)
     check_model(request.teacher, corpus)
     return corpus
 
 
-def _batches(request: ScoreRequest, corpus: "Corpus | None") -> list[Any]:
+def _batches(request: ScoreRequest, corpus: "TrainingText | None") -> list[Any]:
     from capgap.prune.text import scoring_batches
 
     if corpus is None:
@@ -134,14 +135,14 @@ def _batches(request: ScoreRequest, corpus: "Corpus | None") -> list[Any]:
     )
 
 
-def _provenance(request: ScoreRequest, corpus: "Corpus | None") -> dict[str, Any]:
+def _provenance(request: ScoreRequest, corpus: "TrainingText | None") -> dict[str, Any]:
     """What decides the scores."""
     from capgap.models.identity import model_hash
 
     text = {}
     if corpus is not None:
         text = {
-            "corpus_hash": corpus.corpus_hash,
+            **text_identity(corpus),
             "tokens_asked": request.tokens,
             "window": request.window,
             "batch_windows": request.batch_windows,

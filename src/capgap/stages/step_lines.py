@@ -61,7 +61,7 @@ class StepLines:
         first = next(iter(reports.values()))
         step, tokens = first["step"], first["tokens"]
         if self.stream is None:
-            logged = self._keep_before(step)
+            logged = keep_before(self.path, step)
             if self.trackers is not None:
                 self.trackers.begin(step, logged)
             self.stream = self.path.open("a", buffering=1)
@@ -93,21 +93,23 @@ class StepLines:
         )
         self.say(f"{line['tokens'] / self.tokens:.0%}{speed}; {losses}")
 
-    def _keep_before(self, step: int) -> int | None:
-        """A run that goes on from a checkpoint takes some steps again; the last that was taken."""
-        if not self.path.exists():
-            return None
-        kept = []
-        last = None
-        for text in self.path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                break  # cut off by a kill
-            last = line["step"]
-            if last < step:
-                kept.append(text + "\n")
-        aside = self.path.with_name(f".{self.path.name}")
-        aside.write_text("".join(kept))
-        os.replace(aside, self.path)
-        return last
+
+def keep_before(path: Path, step: int) -> int | None:
+    """A run that goes on from a checkpoint takes some steps again: their lines are cut off. Returns
+    the last step that was taken, None where there is none."""
+    if not path.exists():
+        return None
+    kept = []
+    last = None
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break  # cut off by a kill
+        last = line["step"]
+        if last < step:
+            kept.append(text + "\n")
+    aside = path.with_name(f".{path.name}")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
+    return last

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from capgap.corpus.tokens import Corpus
+from capgap.corpus.mixture import TrainingText
 from capgap.distill.divergences import Divergence
 from capgap.distill.head import HeadInput
 from capgap.distill.losses import FORWARD_KL, ColumnLoss, column_loss
@@ -100,7 +100,7 @@ class Progress:
 
 def train(
     learners: Sequence[Learner],
-    corpus: Corpus,
+    corpus: TrainingText,
     settings: LoopSettings,
     *,
     teacher: TeacherSource | None = None,

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from capgap.corpus.batches import batch_indices, document_positions
-from capgap.corpus.tokens import Corpus
+from capgap.corpus.batches import document_positions
+from capgap.corpus.mixture import TrainingText
 from capgap.distill.head import IGNORED_LABEL
 from capgap.distill.teacher import Batch, TeacherSource
 from capgap.models.parallel import ALONE, Ranks
@@ -30,7 +30,7 @@ class BatchReader:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: TrainingText,
         *,
         batch_windows: int,
         seed: int,
@@ -71,12 +71,7 @@ class BatchReader:
         return ReadBatch(read.indices, read.batch.to(self.device))
 
     def _read(self, step: int) -> ReadBatch:
-        indices = batch_indices(
-            seed=self.seed,
-            step=step,
-            batch_windows=self.batch_windows,
-            num_windows=self.corpus.windows,
-        )
+        indices = self.corpus.batch(seed=self.seed, step=step, batch_windows=self.batch_windows)
         mine = indices[self.mine]
         windows = self.corpus.train.windows_at(mine)
         positions = labels = None

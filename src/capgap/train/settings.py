@@ -1,7 +1,7 @@
 """From a recipe's [training] and [run] to the loop's settings."""
 
 from capgap.config import RunSection, TrainingSection
-from capgap.corpus.tokens import Corpus
+from capgap.corpus.mixture import TrainingText
 from capgap.distill.divergences import Divergence
 from capgap.errors import UserError
 from capgap.train.loop import LoopSettings
@@ -11,7 +11,7 @@ from capgap.train.precision import autocast_dtype
 def loop_settings(
     training: TrainingSection,
     run: RunSection,
-    corpus: Corpus,
+    corpus: TrainingText,
     *,
     data_seed: int,
     device: str,
@@ -43,7 +43,7 @@ def loop_settings(
     )
 
 
-def _ids(tokens: tuple[str, ...], corpus: Corpus) -> tuple[int, ...]:
+def _ids(tokens: tuple[str, ...], corpus: TrainingText) -> tuple[int, ...]:
     if not tokens:
         return ()
     words = corpus.tokenizer.get_vocab()

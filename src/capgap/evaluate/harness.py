@@ -1,0 +1,397 @@
+"""Evaluation sets by lm-evaluation-harness (0.4.13), on a model that is loaded already.
+
+The harness' own task files say what is asked and how it is scored; what is ours: where the records
+come from, HumanEval's programs in `code_runner`, and what is counted beside.
+"""
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import datasets
+import lm_eval.tasks
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from capgap.evaluate.code_runner import CodeLimits, code_layers, run_program
+from capgap.evaluate.local_data import LocalSet
+from capgap.evaluate.scores import Part, SetScores, combine
+from capgap.evaluate.sets import CODE, BenchmarkSet
+
+# Decides which examples stand before a question, where they are drawn; the harness' own
+SHOT_SEED = 1234
+SAID_EVERY = 10.0  # seconds
+TASKS = Path(lm_eval.tasks.__file__).parent
+
+
+class NotMeasured(Exception):
+    """Why a set cannot be measured on this model; the others can."""
+
+
+class CountingModel(HFLM):
+    """The harness' model that also counts the questions whose prompt it had to cut.
+
+    `cut` has (task, number of the question). Log-likelihoods are in float32 whatever the weights.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int
+    ) -> None:
+        self.cut: set[tuple[str, int]] = set()
+        self._asked: Sequence[Any] = ()
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
+        )
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
+        self._asked = requests
+        found = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        if any(math.isnan(value) for value, _ in found):
+            raise NotMeasured("log-likelihoods are not finite: try --dtype fp32")
+        return found
+
+    def _loglikelihood_tokens(self, requests: Any, *arguments: Any, **options: Any) -> Any:
+        for asked, (_, context, answer) in zip(self._asked, requests, strict=True):
+            if len(answer) > self.max_length:
+                raise NotMeasured(
+                    f"an answer has {len(answer)} tokens, more than the {self.max_length} that "
+                    "the model reads"
+                )
+            if len(context) + len(answer) > self.max_length + 1:
+                self.cut.add((asked.task_name, asked.doc_id))
+        return super()._loglikelihood_tokens(requests, *arguments, **options)
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
+        for asked in requests:
+            prompt, options = asked.args
+            room = self.max_length - options.get("max_gen_toks", self.max_gen_toks)
+            if len(self.tok_encode(prompt)) > room:
+                self.cut.add((asked.task_name, asked.doc_id))
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+
+def counting_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> CountingModel:
+    """For `run_set`; the model stays where it is."""
+    with _quiet():
+        return CountingModel(model, tokenizer, batch_size)
+
+
+def part_names(one: BenchmarkSet) -> tuple[str, ...]:
+    """What the parts of a set are called; ("",) for a set without parts."""
+    if not one.has_parts:
+        return ("",)
+    names = _manager(one).all_subtasks
+    return tuple(name.removeprefix(one.task) for name in names if name.startswith(one.task))
+
+
+def load_tasks(
+    one: BenchmarkSet, local: LocalSet | None, shots: int, *, outcomes: Counter[str]
+) -> dict[str, Any]:
+    """The harness' tasks of a set by their names there, with the records of a local copy or, where
+    it is None, of the Hub. How HumanEval's programs end is counted in `outcomes`."""
+    specs = []
+    for part in part_names(one):
+        spec: dict[str, Any] = {"task": one.task + part}
+        if local is not None:
+            spec["custom_dataset"] = _records(local[part])
+        specs.append(spec | _changes(one, local))
+    with _quiet():
+        if one.name == CODE:
+            (spec,) = specs
+            tasks = _manager(one).load([_humaneval(one, outcomes) | spec])["tasks"]
+        else:
+            tasks = _manager(one).load([{"group": "capgap", "task": specs}])["tasks"]
+    for task in tasks.values():
+        task.set_config("num_fewshot", shots)
+        task.set_fewshot_seed(SHOT_SEED)
+    return dict(tasks)
+
+
+def run_set(
+    one: BenchmarkSet,
+    model: CountingModel,
+    local: LocalSet | None,
+    *,
+    shots: int,
+    limit: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    on_sample: Callable[[dict[str, Any]], None] = lambda sample: None,
+) -> SetScores:
+    """A model's scores on a set, on the first `limit` questions of every part.
+
+    `on_sample` is told every question with its prompt and what the model answered. NotMeasured for
+    a set that this model cannot be measured on.
+    """
+    began = time.monotonic()
+    outcomes: Counter[str] = Counter()
+    tasks = _load(one, local, shots, outcomes)
+    lowered = _fit_answers(tasks, model)
+    if lowered is not None:
+        say(
+            f"{one.name}: answers of at most {lowered['used']} tokens, not {lowered['asked']}: "
+            f"the model reads {model.max_length}"
+        )
+    model.cut.clear()
+    with _quiet(lambda text: say(f"{one.name}: {text}")):
+        found = evaluate(
+            model,
+            {"tasks": tasks, "groups": {}, "group_map": {}},
+            limit=limit,
+            # closed forms only: its bootstrap starts a process for every core
+            bootstrap_iters=1,
+            confirm_run_unsafe_code=one.name == CODE,
+        )
+    parts = {}
+    for name in tasks:
+        samples = found["samples"][name]
+        counts = found["n-samples"][name]
+        parts[name.removeprefix(one.task) if one.has_parts else ""] = Part(
+            _metrics(found["results"][name], samples),
+            counts["effective"],
+            counts["original"],
+            sum(task == name for task, _ in model.cut),
+        )
+        for sample in samples:
+            on_sample({"set": one.name, "task": name} | _sample(sample))
+    versions = sorted({str(found["versions"][name]) for name in tasks})
+    return combine(
+        one,
+        parts,
+        shots=shots,
+        task_version=", ".join(versions),
+        max_gen_toks=lowered,
+        programs=dict(outcomes) if one.name == CODE else None,
+        sandbox=code_layers() if one.name == CODE else None,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _load(
+    one: BenchmarkSet, local: LocalSet | None, shots: int, outcomes: Counter[str]
+) -> dict[str, Any]:
+    try:
+        return load_tasks(one, local, shots, outcomes=outcomes)
+    # A loader of the Hub raises whatever its parts raise; the cause goes into the record
+    except Exception as error:
+        if local is not None:
+            raise
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise NotMeasured(f"{one.hub} cannot be loaded from the Hub: {cause}") from error
+
+
+def _manager(one: BenchmarkSet) -> Any:
+    # all of the harness' task files would take most of a minute to read
+    folder = [] if one.name == CODE else [TASKS / one.folder]
+    return TaskManager(include_defaults=False, include_path=folder)
+
+
+def _records(splits: Mapping[str, list[dict[str, Any]]]) -> Callable[..., Any]:
+    """What the harness calls, with arguments of no use here, for a task's records."""
+
+    def make(**_: Any) -> Any:
+        return datasets.DatasetDict(
+            {split: datasets.Dataset.from_list(records) for split, records in splits.items()}
+        )
+
+    return make
+
+
+def _changes(one: BenchmarkSet, local: LocalSet | None) -> dict[str, Any]:
+    """Where a task is not taken as the harness has it."""
+    if one.name == "piqa" and local is not None:
+        # the local copy has no such part, and no examples are drawn from it
+        return {"training_split": None}
+    if one.name == "lambada":
+        # its own perplexity would be bootstrapped
+        return {
+            "metric_list": [
+                {"metric": "perplexity", "aggregation": _perplexity, "higher_is_better": False},
+                {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+            ]
+        }
+    if one.name == "bbh":
+        # a model writes the space before its answer, and the wanted answers have none
+        steps = [{"function": "remove_whitespace"}, {"function": "take_first"}]
+        return {"filter_list": [{"name": "strip", "filter": steps}]}
+    return {}
+
+
+def _perplexity(log_likelihoods: Sequence[float]) -> float:
+    """Of whole words, as the harness has it; infinite for what no float holds."""
+    mean = -math.fsum(log_likelihoods) / len(log_likelihoods)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _humaneval(one: BenchmarkSet, outcomes: Counter[str]) -> dict[str, Any]:
+    """The harness' task with programs run by `code_runner`; its own file asks the Hub as soon as
+    it is read, for code that runs them in this process."""
+
+    def pass_at_1(references: list[str], predictions: list[list[str]]) -> dict[str, float]:
+        results = []
+        for tests, written in zip(references, predictions, strict=True):
+            outcome = run_program(f"{written[0]}\n{tests}", CodeLimits())
+            results.append(outcome.passed)
+            reason = "passed" if outcome.passed else str(outcome.reason).partition(":")[0]
+            outcomes[reason] += 1
+        return {"pass@1": sum(results) / len(results)}
+
+    def whole_programs(answers: Any, questions: Any) -> list[list[str]]:
+        pairs = zip(answers, questions, strict=True)
+        return [[question["prompt"] + text for text in texts] for texts, question in pairs]
+
+    return {
+        "dataset_path": one.hub,
+        "unsafe_code": True,
+        "output_type": "generate_until",
+        "test_split": "test",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{test}}\ncheck({{entry_point}})",
+        "metric_list": [{"metric": pass_at_1, "aggregation": "mean", "higher_is_better": True}],
+        "generation_kwargs": {
+            "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"],
+            "max_gen_toks": 1024,
+            "do_sample": False,
+        },
+        "filter_list": [
+            {
+                "name": "create_test",
+                "filter": [{"function": "custom", "filter_fn": whole_programs}],
+            }
+        ],
+        "metadata": {"version": 1.0},
+    }
+
+
+def _fit_answers(tasks: Mapping[str, Any], model: CountingModel) -> dict[str, int] | None:
+    """Lets no answer take more than half of what the model reads; told where that is less than the
+    task asks for, which the harness would refuse or cut the prompt for."""
+    most = model.max_length // 2
+    lowered = None
+    for task in tasks.values():
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+        asked = (task.config.generation_kwargs or {}).get("max_gen_toks", model.max_gen_toks)
+        if asked > most:
+            task.set_config("generation_kwargs", {"max_gen_toks": most}, update=True)
+            lowered = {"asked": asked, "used": most}
+    return lowered
+
+
+def _metrics(
+    results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[float | None, float | None]]:
+    """The harness' numbers by its names for them, each with its standard error."""
+    found = {}
+    for name, value in results.items():
+        metric, comma, kind = name.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        error = results.get(f"{metric}_stderr,{kind}")
+        found[name] = (_finite(value), _finite(error))
+        if metric == "perplexity" and len(samples) > 1:
+            logs = [sample["perplexity"] for sample in samples]
+            mean = math.fsum(logs) / len(logs)
+            spread = math.fsum((log - mean) ** 2 for log in logs) / (len(logs) - 1)
+            # to first order, from the standard error of the mean
+            found[name] = (_finite(value), _finite(value * math.sqrt(spread / len(logs))))
+    return found
+
+
+def _finite(value: Any) -> float | None:
+    """None where the harness has no number ("N/A"), or none that is finite."""
+    is_number = isinstance(value, int | float)
+    return float(value) if is_number and math.isfinite(value) else None
+
+
+def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person wants to see of a question."""
+    prompt = sample["arguments"][0][0]
+    is_choice = isinstance(sample["arguments"][0][1], str)
+    answers = [arguments[1] for arguments in sample["arguments"]] if is_choice else None
+    return {
+        "question": sample["doc_id"],
+        "filter": sample["filter"],
+        "prompt": prompt,
+        "answers": answers,
+        "responses": [response[0] for response in sample["resps"]],
+        "target": sample["target"],
+        "scores": {name: sample[name] for name in sample["metrics"]},
+    }
+
+
+class _Told:
+    """Stands where the harness draws its bars, and tells in lines how far it is."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.said = time.monotonic()
+        self.prompts = 0
+
+    def __call__(
+        self, items: Any = None, total: int | None = None, desc: str = "", **_: Any
+    ) -> Any:
+        return _Bar(self, items, total, desc)
+
+    def tell(self, what: str, done: int, total: int | None) -> None:
+        # prompts are made part by part, and how many parts there are no bar knows
+        if not what:
+            self.prompts += 1
+        if time.monotonic() - self.said <= SAID_EVERY:
+            return
+        self.said = time.monotonic()
+        if what:
+            kind = "answers" if what.startswith("Running") else "requests cut into tokens"
+            self.say(f"{done:,} of {total:,} {kind}")
+        else:
+            self.say(f"{self.prompts:,} prompts made")
+
+
+class _Bar:
+    def __init__(self, told: _Told, items: Any, total: int | None, what: str) -> None:
+        self.told, self.items, self.what, self.done = told, items, what, 0
+        self.total = len(items) if total is None and items is not None else total
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.items:
+            yield item
+            self.update(1)
+
+    def update(self, count: int = 1) -> None:
+        self.done += count
+        self.told.tell(self.what, self.done, self.total)
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def _quiet(say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """Lines of ours in place of the harness' bars, and none of its warnings: what they tell is in
+    the record. All is as before afterwards."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    had_bars = datasets.are_progress_bars_disabled()
+    told = _Told(say)
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with (
+            mock.patch("lm_eval.api.task.tqdm", told),
+            mock.patch("lm_eval.api.model.tqdm", told),
+            mock.patch("lm_eval.models.huggingface.tqdm", told),
+        ):
+            yield
+    finally:
+        logger.setLevel(level)
+        if not had_bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,303 @@
+"""What the stages `instruct` and `prefer` share: request, checks, record, steps, model folder."""
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from capgap.errors import UserError
+from capgap.records import write_json_atomically
+from capgap.stages.run_folder import begin, find_run
+from capgap.stages.step_lines import SAID_EVERY, keep_before
+from capgap.tune.conversations import Findings, Reading, file_hash
+from capgap.tune.settings import Lora, TuneSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from capgap.tune.training import StepLine, Tuned
+
+METRICS = "metrics.jsonl"
+# The window where the model reads more
+WINDOW = 4096
+# Held-out conversations are scored twice; more than these would tell no more
+MOST_HELDOUT = 1000
+# What may change between a run and its continuation without changing what comes out
+_FREE = {"model", "data", "out", "device", "checkpoint_seconds"}
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class TuningRequest:
+    """Which model learns from which file, and how; see `capgap.tune.settings`.
+
+    `window`: tokens of the longest conversation, None for 4096 or all that the model reads.
+    `heldout_fraction` of the conversations, at most 1000, are kept out of training and scored
+    before and after it. `skip_bad` leaves bad lines out instead of refusing the file.
+    """
+
+    model: str
+    data: Path
+    out: Path
+    window: int | None = None
+    batch: int = 256
+    micro_batch: int = 4
+    learning_rate: float = 2e-5
+    epochs: int = 3
+    warmup_fraction: float = 0.1
+    lora: Lora | None = None
+    heldout_fraction: float = 0.05
+    template: str = "minichat"
+    system: str = ""
+    skip_bad: bool = False
+    activation_checkpointing: bool = False
+    seed: int = 0
+    device: str = "auto"
+    checkpoint_seconds: float = 600.0
+
+    def asked(self) -> dict[str, Any]:
+        """What a run in the same folder must agree on to be continued."""
+        found = {one.name: getattr(self, one.name) for one in fields(self)}
+        found = {name: value for name, value in found.items() if name not in _FREE}
+        if self.lora is not None:
+            lora = asdict(self.lora)
+            modules = lora["modules"]
+            found["lora"] = lora | {"modules": None if modules is None else list(modules)}
+        return found
+
+    def check(self) -> None:
+        """UserError for a number that cannot be."""
+        for name, value in (
+            ("--batch", self.batch),
+            ("--micro-batch", self.micro_batch),
+            ("--epochs", self.epochs),
+        ):
+            if value < 1:
+                raise UserError(f"{name} {value} must be above 0")
+        if self.batch % self.micro_batch:
+            raise UserError(
+                f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch}"
+            )
+        if not self.learning_rate > 0:
+            raise UserError(f"--learning-rate {self.learning_rate:g} must be above 0")
+        for name, share in (
+            ("--warmup-fraction", self.warmup_fraction),
+            ("--heldout-fraction", self.heldout_fraction),
+        ):
+            if not 0 <= share < 1:
+                raise UserError(f"{name} {share:g} must be 0 or more and below 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed} must be 0 to {2**32 - 1}")
+        if self.lora is not None and (self.lora.rank < 1 or not 0 <= self.lora.dropout < 1):
+            raise UserError(
+                f"--lora-rank {self.lora.rank} must be above 0, the dropout {self.lora.dropout:g} "
+                "0 or more and below 1"
+            )
+
+
+class TuningRun:
+    """One call of a stage: opens its model's tokenizer, finds or begins its record."""
+
+    def __init__(self, request: TuningRequest, stage: str, say: Callable[[str], None]) -> None:
+        from transformers.utils import logging as transformers_logging
+
+        from capgap.corpus.tokenizer import load_tokenizer
+        from capgap.machine import resolve_device, started
+        from capgap.models.identity import model_hash
+        from capgap.models.stored import read_config
+        from capgap.stages.inputs import check_words
+        from capgap.tune.libraries import check_libraries
+        from capgap.tune.template import set_template
+
+        transformers_logging.disable_progress_bar()
+        check_libraries()
+        request.check()
+        if started()[1] > 1:
+            raise UserError(f"{stage} is the work of one process: start it without torchrun")
+        self.request = request
+        self.stage = stage
+        self.say = say
+        self.path = request.out / f"{stage}.json"
+        self.device = resolve_device(request.device)
+        if self.device not in ("cpu", "cuda:0"):
+            raise UserError(
+                f"--device {request.device}: TRL trains on the first GPU in sight; choose it with "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        data_hash = file_hash(request.data)
+        self.tokenizer = load_tokenizer(request.model)
+        self.config: Any = read_config(request.model)
+        check_words(request.model, self.config, max(self.tokenizer.get_vocab().values()) + 1)
+        self.window = _window(request, self.config)
+        set_template(self.tokenizer, request.template, request.system)
+        self.asked = {
+            "model": request.model,
+            "model_hash": model_hash(request.model),
+            "data": str(request.data),
+            "data_hash": data_hash,
+            **request.asked(),
+        }
+        self.record = find_run(self.path, self.asked) or {"finished": False}
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.record["finished"])
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.request.out / "checkpoints"
+
+    @property
+    def bf16(self) -> bool:
+        """On a GPU that computes in it; a CPU keeps to fp32."""
+        from capgap.train.precision import autocast_dtype
+
+        return self.device != "cpu" and autocast_dtype("auto", self.device) is not None
+
+    @property
+    def settings(self) -> TuneSettings:
+        request = self.request
+        names = {one.name for one in fields(TuneSettings)} - {"device", "bf16"}
+        shared = {name: getattr(request, name) for name in names}
+        return TuneSettings(**shared, device=self.device, bf16=self.bf16)
+
+    def split(self, items: Sequence[_Item]) -> tuple[list[_Item], list[_Item]]:
+        """(for training, held out), drawn by the seed; UserError where there are too few."""
+        share = self.request.heldout_fraction
+        count = min(MOST_HELDOUT, max(1, round(share * len(items)))) if share else 0
+        if len(items) <= count:
+            raise UserError(
+                f"{self.request.data} leaves {len(items)} usable lines, too few to hold some out: "
+                "give more, or --heldout-fraction 0"
+            )
+        places = set(random.Random(self.request.seed).sample(range(len(items)), count))
+        training = [item for i, item in enumerate(items) if i not in places]
+        return training, [items[i] for i in sorted(places)]
+
+    def begin(self, counts: dict[str, Any], findings: Findings) -> None:
+        """Writes a new record where there is none, and says what was found in the data."""
+        for sentence in findings.sentences():
+            self.say(f"{self.stage}: {sentence}")
+        self.record = begin(self.path, self.asked)
+        self.keep(data=counts | {"problems": findings.as_dict()}, window=self.window)
+        steps = self.request.epochs * -(-counts["training"] // self.request.batch)
+        self.say(
+            f"{self.stage}: {counts['training']:,} for training, {counts['heldout']:,} held out; "
+            f"{steps} steps of {min(self.request.batch, counts['training'])}"
+        )
+
+    def keep(self, **values: Any) -> None:
+        self.record |= values
+        write_json_atomically(self.path, self.record)
+
+    def load(self) -> "PreTrainedModel":
+        """In fp32; as it is stored where adapters alone learn, on a GPU."""
+        import torch
+
+        from capgap.models.build import load_model
+
+        frozen = self.request.lora is not None and self.device != "cpu"
+        model = load_model(self.request.model, dtype=None if frozen else torch.float32)
+        return model.to(self.device)
+
+    @contextmanager
+    def steps(self, names: dict[str, str]) -> "Iterator[Callable[[StepLine], None]]":
+        """What writes metrics.jsonl and speaks now and then; `names`: TRL's numbers and ours."""
+        path = self.request.out / METRICS
+        stream: Any = None
+        said = time.monotonic()
+
+        def add(line: "StepLine") -> None:
+            nonlocal stream, said
+            if stream is None:
+                keep_before(path, line.step)
+                stream = path.open("a", buffering=1)
+            found: dict[str, float | None] = {
+                "step": line.step,
+                "loss": line.loss,
+                "learning_rate": line.learning_rate,
+                "gradient_norm": line.gradient_norm,
+                "seconds": line.seconds,
+            }
+            found |= {ours: line.others.get(theirs) for theirs, ours in names.items()}
+            stream.write(json.dumps(found) + "\n")
+            if time.monotonic() - said > SAID_EVERY:
+                said = time.monotonic()
+                self.say(f"{self.stage}: step {line.step} of {line.steps}, loss {line.loss:.4f}")
+
+        try:
+            yield add
+        finally:
+            if stream is not None:
+                stream.close()
+
+    def finish(self, tuned: "Tuned", **values: Any) -> None:
+        """The model as a folder, and the rest of the record."""
+        import shutil
+
+        from capgap.machine import machine, versions
+
+        folder = self.request.out / "model"
+        self._save(tuned.model, folder)
+        self.keep(
+            finished=True,
+            folder=str(folder),
+            steps=tuned.steps,
+            curve={"loss": tuned.losses, "learning_rate": tuned.learning_rates},
+            precision="bf16" if self.bf16 else "fp32",
+            **values,
+            versions=versions() | {name: version(name) for name in ("trl", "peft", "accelerate")},
+            machine=machine(self.device, None),
+        )
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def _save(self, model: "PreTrainedModel", folder: Path) -> None:
+        """In the dtype that the model came in, with its licence, tokenizer and template."""
+        from capgap.models.stored import copy_companions, local_folder, written_beside
+
+        tokenizer: PreTrainedTokenizerFast = self.tokenizer
+        end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+        for config in (model.config, model.generation_config):
+            config.bos_token_id = tokenizer.bos_token_id
+            config.eos_token_id = end
+            config.pad_token_id = end if padding is None else padding
+        model.config.use_cache = True
+        with written_beside(folder) as partial:
+            copy_companions(local_folder(self.request.model), partial)
+            model.to(self.config.dtype or model.dtype).save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+
+
+def usable_texts(
+    reading: Reading[Any], tokenizer: "PreTrainedTokenizerFast", texts: Callable[[Any], list[str]]
+) -> list[Any]:
+    """The lines without a special token in a text; the others are added to the findings."""
+    from capgap.tune.template import special_in
+
+    usable = []
+    for one in reading.usable:
+        if any(special_in(tokenizer, text) for text in texts(one)):
+            reading.findings.add("special_token", one.line)
+        else:
+            usable.append(one)
+    return usable
+
+
+def _window(request: TuningRequest, config: Any) -> int:
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if request.window is None:
+        return min(WINDOW, positions or WINDOW)
+    if request.window < 2:
+        raise UserError(f"--window {request.window} must be 2 or more")
+    if positions is not None and request.window > positions:
+        raise UserError(
+            f"{request.model} reads at most {positions} tokens, the window has {request.window}: "
+            f"take --window {positions} or less"
+        )
+    return request.window

@@ -1,0 +1,153 @@
+"""How a conversation is written for a model, and which of its tokens are the assistant's."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from capgap.errors import UserError
+from capgap.tune.conversations import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TEMPLATES = ("minichat", "own")
+
+# As the authors of MiniChat write it (GeneZC/MiniMA, conversation.py and its data builder): the
+# system prompt and every turn end with the token that ends a document, a space stands behind the
+# roles, none before the end. What the assistant writes begins with that space.
+_MINICHAT = """\
+{%- set system = SYSTEM -%}
+{%- set turns = messages -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+  {%- set system = messages[0]['content'] -%}
+  {%- set turns = messages[1:] -%}
+{%- endif -%}
+{{- bos_token if bos_token is defined and bos_token else '' -}}
+{{- system | trim + eos_token if system | trim else '' -}}
+{%- for turn in turns -%}
+  {%- if turn['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+    {{- raise_exception('user and assistant must take turns, the user first') -}}
+  {%- elif turn['role'] == 'user' -%}
+    {{- '[|User|] ' + turn['content'] | trim + eos_token -}}
+  {%- else -%}
+    {{- '[|Assistant|]' -}}
+    {%- generation -%}{{- ' ' + turn['content'] | trim + eos_token -}}{%- endgeneration -%}
+  {%- endif -%}
+{%- endfor -%}
+{{- '[|Assistant|]' if add_generation_prompt else '' -}}
+"""
+
+
+def minichat_template(system: str = "") -> str:
+    """MiniChat's template in Jinja; `system` stands where a conversation has no system message."""
+    return _MINICHAT.replace("SYSTEM", json.dumps(system, ensure_ascii=False))
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a conversation, and which of them the loss counts: the assistant's, with the
+    token that ends each of its turns."""
+
+    line: int
+    ids: list[int]
+    counted: list[bool]
+
+    @property
+    def num_counted(self) -> int:
+        return sum(self.counted)
+
+    @property
+    def labels(self) -> list[int]:
+        """ids where they count and -100 elsewhere, not shifted."""
+        return [i if counts else -100 for i, counts in zip(self.ids, self.counted, strict=True)]
+
+
+def set_template(tokenizer: "PreTrainedTokenizerFast", template: str, system: str = "") -> None:
+    """Gives the tokenizer its template, `minichat` or its `own`, and makes sure that it serves.
+
+    UserError: no such template, none of its own, one that does not mark the assistant's part, or
+    one that the tokenizer cannot express.
+    """
+    if template not in TEMPLATES:
+        raise UserError(f"--template {template!r}: take one of {', '.join(TEMPLATES)}")
+    if template == "minichat":
+        tokenizer.chat_template = minichat_template(system)
+    else:
+        own = tokenizer.chat_template
+        if own is None:
+            raise UserError("--template own: the tokenizer has no chat template; take minichat")
+        if "{% generation" not in own and "{%- generation" not in own:
+            raise UserError(
+                "--template own: the tokenizer's chat template does not mark the assistant's part "
+                "with {% generation %}; add that, or take minichat"
+            )
+        if system:
+            raise UserError("--system goes with --template minichat: put it into your template")
+    check_template(tokenizer)
+
+
+def check_template(tokenizer: "PreTrainedTokenizerFast") -> None:
+    """UserError where the tokenizer cannot express its template.
+
+    A short conversation must come out as the assistant's text with the end token last, and begin
+    with exactly the tokens that a prompt for its answer has.
+    """
+    name = "the chat template"
+    eos = tokenizer.eos_token
+    if tokenizer.encode(f"a{eos}", add_special_tokens=False)[-1:] != [tokenizer.eos_token_id]:
+        raise UserError(f"{name} cannot be used: the tokenizer does not read {eos!r} as one token")
+    question: Message = {"role": "user", "content": "ab c"}
+    answer: Message = {"role": "assistant", "content": "b ca"}
+    example = encode(tokenizer, [question, answer])
+    prompt = prompt_ids(tokenizer, [question])
+    spoken = [i for i, counts in zip(example.ids, example.counted, strict=True) if counts]
+    if example.ids[: len(prompt)] != prompt or any(example.counted[: len(prompt)]):
+        raise UserError(f"{name} cannot be used: its prompt is not how a conversation begins")
+    if (
+        not spoken
+        or spoken.count(tokenizer.eos_token_id) != 1
+        or tokenizer.eos_token_id not in (spoken[-2:])
+    ):
+        raise UserError(f"{name} cannot be used: the assistant's turn does not end with {eos!r}")
+    if tokenizer.decode(spoken, skip_special_tokens=True).strip() != answer["content"]:
+        raise UserError(f"{name} cannot be used: the tokenizer changes the assistant's text")
+    text = tokenizer.decode(example.ids)
+    for role in ("[|User|]", "[|Assistant|]"):
+        if role in str(tokenizer.chat_template) and role not in text:
+            raise UserError(f"{name} cannot be used: the tokenizer cannot write {role}")
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], line: int = 0
+) -> Example:
+    """The tokens of a whole conversation, the assistant's marked."""
+    found: Any = tokenizer.apply_chat_template(
+        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return Example(line, list(found["input_ids"]), [bool(i) for i in found["assistant_masks"]])
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> list[int]:
+    """The tokens of a conversation that the assistant is to go on with."""
+    found: Any = tokenizer.apply_chat_template(
+        list(messages), tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    return list(found["input_ids"])
+
+
+def fitted(example: Example, window: int) -> Example | None:
+    """At most `window` tokens, cut behind an answer; None where no whole answer lies within."""
+    if len(example.ids) <= window:
+        return example
+    counted = example.counted
+    ends = (i + 1 for i in range(window) if counted[i] and not counted[i + 1])
+    end = max(ends, default=None)
+    if end is None:
+        return None
+    return Example(example.line, example.ids[:end], counted[:end])
+
+
+def special_in(tokenizer: "PreTrainedTokenizerFast", text: str) -> str | None:
+    """A special token that stands literally in a text: it would be read as the token itself."""
+    return next((token for token in tokenizer.all_special_tokens if token and token in text), None)

@@ -1,0 +1,129 @@
+"""Programs of a model's: what they may do, and what holds them back."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from capgap.evaluate.code_runner import GUARD, CodeLimits, code_layers, run_program
+
+# so short that a program that hangs costs a test little
+SHORT = {"seconds": 6.0, "cpu_seconds": 1}
+HAS_KERNEL = {name for name, there in code_layers().items() if there}
+BOTH = [
+    pytest.param(CodeLimits(**SHORT), id="all"),
+    pytest.param(CodeLimits(**SHORT, kernel=False), id="hook alone"),
+    pytest.param(
+        CodeLimits(**SHORT, hook=False),
+        id="kernel alone",
+        marks=pytest.mark.skipif(
+            not {"seccomp", "landlock"} <= HAS_KERNEL, reason="this kernel has not both"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("limits", BOTH)
+def test_honest_programs_pass(limits):
+    honest = (
+        "import math, re, collections, hashlib\n"
+        "open('notes.txt', 'w').write('mine')\n"
+        "import os\nos.mkdir('folder')\nos.rename('notes.txt', 'folder/notes.txt')\n"
+        "assert open('folder/notes.txt').read() == 'mine'\n"
+        "assert math.sqrt(4) == 2"
+    )
+    outcome = run_program(honest, limits)
+    assert (outcome.passed, outcome.reason) == (True, None)
+
+
+@pytest.mark.parametrize("limits", BOTH)
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "import socket\nsocket.socket()",
+        "import _socket\n_socket.socket()",
+        "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:9')",
+        "import os\nos.fork()",
+        "import os\nos.system('true') and exit(1)",
+        "import subprocess\nsubprocess.run(['true'], check=True)",
+        "import os\nos.execv('/bin/true', ['true'])",
+        "import os, signal\nos.kill(os.getppid(), 0)",
+    ],
+)
+def test_no_network_and_no_other_process(limits, attempt):
+    # whoever stops it, it must not come to its end
+    assert not run_program(f"{attempt}\n", limits).passed
+
+
+@pytest.mark.parametrize("limits", BOTH)
+def test_nothing_outside_is_written_or_removed(limits, tmp_path: Path):
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    for attempt in (
+        f"open({str(tmp_path / 'new')!r}, 'w')",
+        f"open({str(kept)!r}, 'a').write('more')",
+        f"import os\nos.remove({str(kept)!r})",
+        f"import os\nos.truncate({str(kept)!r}, 0)",
+        f"import os\nos.chmod({str(kept)!r}, 0)",
+        f"import os\nos.rename({str(kept)!r}, 'mine')",
+        f"import os\nos.mkdir({str(tmp_path / 'folder')!r})",
+        f"import os\nos.symlink({str(tmp_path)!r}, 'way')\nopen('way/new', 'w')",
+    ):
+        assert not run_program(attempt, limits).passed, attempt
+        assert [path.name for path in tmp_path.iterdir()] == ["kept"], attempt
+        assert kept.read_text() == "kept"
+
+
+@pytest.mark.parametrize("limits", BOTH)
+def test_memory_time_and_files_end(limits):
+    hungry = run_program("kept = [bytearray(10**8) for _ in range(100)]", limits)
+    assert (hungry.passed, hungry.reason) == (False, "MemoryError: ")
+    busy = run_program("while True:\n    pass", limits)
+    assert (busy.passed, busy.reason) == (False, "out of time")
+    large = "with open('large', 'wb') as file:\n    for _ in range(9):\n        "
+    large = run_program(f"{large}file.write(bytes(10**6))", limits)
+    assert not large.passed
+
+
+def test_one_that_sleeps_is_ended():
+    outcome = run_program("import time\ntime.sleep(60)", CodeLimits(seconds=1.0))
+    assert (outcome.passed, outcome.reason) == (False, "out of time")
+
+
+def test_a_stubborn_one_is_ended_too():
+    stubborn = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True:\n    pass"
+    assert not run_program(stubborn, CodeLimits(seconds=3.0, cpu_seconds=1)).passed
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("assert 1 == 2", "AssertionError: "),
+        ("def f(:", "SyntaxError: invalid syntax (<program>, line 1)"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("import os\nos._exit(0)", "left early"),
+        ("import sys\nprint('{}')\nsys.stdout.flush()\nimport os\nos._exit(0)", "left early"),
+    ],
+)
+def test_only_a_program_that_comes_to_its_end_passes(program, reason):
+    outcome = run_program(program)
+    assert (outcome.passed, outcome.reason) == (False, reason)
+
+
+def test_secrets_of_the_environment_stay(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert run_program("import os\nassert 'HF_TOKEN' not in os.environ").passed
+
+
+def test_the_folder_is_gone_afterwards(tmp_path):
+    inside = "import os\nraise ValueError(os.getcwd())"
+    folder = Path(str(run_program(inside).reason).removeprefix("ValueError: "))
+    assert folder.name.startswith("capgap-code-")
+    assert not folder.exists()
+
+
+def test_the_guard_stands_alone():
+    """Its process is isolated: a module of ours would not be found, and would take a second."""
+    found = ast.walk(ast.parse(GUARD.read_text()))
+    names = {alias.name for node in found if isinstance(node, ast.Import) for alias in node.names}
+    assert names == {"ctypes", "json", "os", "platform", "resource", "struct", "sys"}
