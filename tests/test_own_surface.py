@@ -148,8 +148,8 @@ def test_recommend_by_a_surface_of_ones_own(law, tmp_path, typed):
 
 def test_the_surface_is_drawn(law):
     (own,) = surfaces_of(law)
-    chart = own_surface_chart(own)
-    assert chart.name == "surface-llama"
+    chart = own_surface_chart(own, 4_800_000)
+    assert chart.name == "surface-llama-4800000"
     (valley,) = [one for one in chart.series if one.name == "valley of best teachers"]
     true = TRUTH.best_teacher(valley.x[5], 4_800_000, teacher_tokens=READ)
     assert valley.y[5] / valley.x[5] == pytest.approx(true.ratio, rel=0.02)

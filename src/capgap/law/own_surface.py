@@ -77,27 +77,35 @@ def surfaces_of(law: Mapping[str, Any]) -> list[OwnSurface]:
 
 
 def surface_sentence(entry: Mapping[str, Any]) -> str:
-    """What a surface says of the middle of its students, for the verdict."""
+    """What a surface says of the middle of its students, at its ends of tokens, for the verdict."""
     architecture = entry["architecture"]
     if entry["status"] != "fitted":
         return f"{architecture}: no loss surface was fitted: {entry['reason']}."
     own = _read(entry)
     student = math.sqrt(own.students[0] * own.students[1])
-    best = own.surface.best_teacher(
-        student, own.tokens[1], teacher_tokens=own.teacher_tokens, tolerance=own.error
-    )
-    teacher, low, high = (
-        format_count(round(ratio * student)) for ratio in (best.ratio, *best.within)
-    )
-    inside = own.teachers[0] <= best.ratio * student <= own.teachers[1]
-    where = "" if inside else ", beyond the teachers of the sweep"
+    told = "; ".join(_best_on(own, student, tokens) for tokens in sorted(set(own.tokens)))
     return (
         f"{architecture}, {INIT}: a loss surface (form {entry['distillation']['form']!r}) fits "
         f"{entry['distillation']['points']} cells to {own.error:.2%} of the loss; by it the best "
-        f"teacher of a student of {format_count(round(student))} on "
-        f"{format_count(round(own.tokens[1]))} tokens has {teacher} (T/S {best.ratio:.2f}){where}, "
-        f"and all from {low} to {high} are within that error."
+        f"teacher of a student of {format_count(round(student))} is {told}."
     )
+
+
+def _best_on(own: OwnSurface, student: float, tokens: float) -> str:
+    """Among teachers of the sizes that the surface was read from."""
+    ratios = (own.teachers[0] / student, own.teachers[1] / student)
+    best = own.surface.best_teacher(
+        student, tokens, teacher_tokens=own.teacher_tokens, ratios=ratios, tolerance=own.error
+    )
+    where = f"on {format_count(round(tokens))} tokens"
+    low, high = (format_count(round(ratio * student)) for ratio in best.within)
+    alike = f"all from {low} to {high} are within that error"
+    if best.ratio <= 1.001 * ratios[0]:
+        return f"{where} the smallest of the sweep or a smaller one ({alike})"
+    if best.ratio >= ratios[1] / 1.001:
+        return f"{where} the largest of the sweep or a larger one ({alike})"
+    size = format_count(round(best.ratio * student))
+    return f"{where} one of {size} (T/S {best.ratio:.2f}; {alike})"
 
 
 def _read(entry: Mapping[str, Any]) -> OwnSurface:

@@ -45,7 +45,11 @@ def report_sections(results: Results) -> Iterator[Section]:
         "as published. There the best teacher is no fixed multiple of the student: it depends on "
         "the tokens.",
         (
-            *(own_surface_chart(own) for own in surfaces_of(results.law)),
+            *(
+                own_surface_chart(own, tokens)
+                for own in surfaces_of(results.law)
+                for tokens in sorted(set(own.tokens))
+            ),
             *(published_surface_chart(tokens) for tokens in SURFACE_TOKENS),
         ),
     )

@@ -191,13 +191,12 @@ def published_surface_chart(tokens_per_parameter: float) -> Chart:
     )
 
 
-def own_surface_chart(own: OwnSurface) -> Chart:
-    """The surface fitted to a sweep's students from scratch, at its largest token budget, between
-    the sizes of its students and teachers."""
-    tokens = own.tokens[1]
+def own_surface_chart(own: OwnSurface, tokens: float) -> Chart:
+    """The surface fitted to a sweep's students from scratch, on so many tokens, between the sizes
+    of its students and teachers."""
     return surface_chart(
         own.surface,
-        f"surface-{safe(own.architecture)}",
+        f"surface-{safe(own.architecture)}-{tokens:.0f}",
         f"Surface of this sweep: {own.architecture} from scratch, {words.size(tokens)} tokens",
         students=_around(own.students),
         teachers=_around(own.teachers),
