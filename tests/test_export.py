@@ -80,11 +80,17 @@ def student(small_corpus, tmp_path_factory):
     evaluated = {
         "schema": 1,
         "tasks": {
-            "piqa": {"score": 0.53125, "stderr": 0.01, "metric": "acc", "shots": 0, "samples": 64},
-            "lambada": {"score": 812.5, "stderr": 30.0, "metric": "perplexity", "shots": 0},
-            "ceval": {"score": None, "reason": "no local copy"},
+            "piqa": {
+                "score": 0.53125,
+                "score_stderr": 0.01,
+                "metric": "acc",
+                "shots": 0,
+                "questions": 64,
+            },
+            "lambada": {"score": 812.5, "score_stderr": 30.0, "metric": "perplexity", "shots": 0},
+            "ceval": {"score": None, "missing": "no local copy"},
         },
-        "six_benchmark_mean": None,
+        "mean_percent": None,
     }
     (place / "run/students/cut/evaluate.json").write_text(json.dumps(evaluated))
     return place / "run/students/cut"
@@ -291,16 +297,41 @@ def test_records_can_be_given_and_those_of_other_models_are_left(typed, small_co
     assert "| piqa |" in (tmp_path / "two/README.md").read_text()
 
 
-def test_the_form_that_evaluating_writes(small_corpus, tmp_path):
-    source = save(tmp_path / "mine", small_corpus)
-    one = {"score": 0.5, "score_stderr": 0.1, "questions": 9, "shots": 5, "metric": "acc"}
-    record = {"model": "mine", "sets": {"mmlu": one, "drop": {"missing": "no copy"}}}
-    (source / "evaluate.json").write_text(json.dumps(record | {"mean_percent": 12.5}))
-    run_export(ExportRequest(str(source), tmp_path / "out"))
+def test_a_tuned_model_tells_the_whole_way(student, tmp_path):
+    """Through the models that it began as."""
+    before = student
+    for name, told in (
+        ("instruct", {"lora": {"rank": 8}}),
+        ("prefer", {"lora": None}),
+    ):
+        place = tmp_path / name
+        shutil.copytree(before, place / "model")
+        for record in place.glob("model/*.json"):
+            if record.name in ("pruning.json", "evaluate.json"):
+                record.unlink()
+        counted = {"training": 1200}
+        losses = {"before": {"loss": 2.0}, "after": {"loss": 1.5}}
+        record = {"asked": {"model": str(before), **told}, "data": counted, **losses}
+        (place / f"{name}.json").write_text(json.dumps(record))
+        before = place / "model"
+    found = run_export(ExportRequest(str(before), tmp_path / "out"))
+    assert [Path(path).name for path in found["records"]] == [
+        "prefer.json",
+        "instruct.json",
+        "distill.json",
+        "pruning.json",
+    ]
     text = (tmp_path / "out/README.md").read_text()
-    assert "| mmlu | acc | 5 | 9 | 50.0% ± 10.0% |" in text
-    assert "| drop |  |  |  | not measured: no copy |" in text
-    assert "| mean of the six |  |  |  | 12.5% |" in text
+    assert (
+        "conversations, 1,200 of them, LoRA of rank 8, merged; held-out loss 2.000 -> 1.5" in text
+    )
+    assert "DPO on pairs of answers, 1,200 of them; held-out" in text
+    assert "| after distilling |" in text
+    assert "cut: out of `teacher`" in text
+
+    given = tuple(tmp_path / f"{name}/{name}.json" for name in ("instruct", "prefer"))
+    again = run_export(ExportRequest(str(before), tmp_path / "again", records=given))
+    assert sorted(again["records"]) == sorted(found["records"])
 
 
 def test_a_chat_template_goes_along(small_corpus, tmp_path):
@@ -339,8 +370,8 @@ def test_mistakes_are_one_line(typed, small_corpus, tmp_path):
         ((source, "--out", taken), "taken exists: choose another --out"),
         ((source, *new, "--dtype", "int8"), "--dtype 'int8': take one of fp32, fp16, bf16"),
         ((source, *new, "--shard-size", "big"), "'big' is no amount of bytes"),
-        ((source, *new, "--record", broken), "broken.json is no pruning.json"),
-        ((source, *new, "--record", tmp_path / "none.json"), "none.json is no pruning.json"),
+        ((source, *new, "--record", broken), "broken.json is none of pruning.json"),
+        ((source, *new, "--record", tmp_path / "none.json"), "none.json is none of pruning.json"),
         ((source, *new, "--gguf", broken), "broken.json exists: choose another --gguf"),
         ((tmp_path / "none", *new), "is no model folder"),
         ((tmp_path / "unlike", *new), "its config says [8, "),

@@ -3,14 +3,12 @@
 import io
 import json
 import pickle
-import stat
 import tarfile
-import zipfile
 
 import pytest
 import torch
 
-from capgap.archives import open_archive, safe_members
+from capgap.archives import safe_members
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import UserError
 from capgap.models.build import build_model, load_model, save_model
@@ -107,27 +105,14 @@ def tar_with(path, *members):
     return path
 
 
-def zip_with(path, *names, mode=0):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in names:
-            member = zipfile.ZipInfo(name)
-            member.external_attr = mode << 16
-            archive.writestr(member, b"text")
-    return path
-
-
 def contents(path, **limits):
-    with open_archive(path) as archive:
+    with tarfile.open(path) as archive:
         return {name: stream.read() for name, stream in safe_members(archive, **limits)}
 
 
 def test_plain_files_of_an_archive_are_read(tmp_path):
-    file, folder = (tarfile.REGTYPE, ""), (tarfile.DIRTYPE, "")
-    tar = tar_with(tmp_path / "a.tar.gz", ("set", *folder), ("set/a.txt", *file))
-    assert contents(tar) == {"set/a.txt": b"text"}
-    assert contents(zip_with(tmp_path / "a.zip", "set/", "set/a.txt")) == {"set/a.txt": b"text"}
-    written = zip_with(tmp_path / "b.zip", "a.txt", mode=stat.S_IFREG | 0o644)
-    assert contents(written) == {"a.txt": b"text"}
+    members = ("set", tarfile.DIRTYPE, ""), ("./set/a.txt", tarfile.REGTYPE, "")
+    assert contents(tar_with(tmp_path / "a.tar.gz", *members)) == {"set/a.txt": b"text"}
 
 
 @pytest.mark.parametrize(
@@ -135,38 +120,35 @@ def test_plain_files_of_an_archive_are_read(tmp_path):
 )
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, name):
     good = ("good.txt", tarfile.REGTYPE, "")
-    paths = [tar_with(tmp_path / "a.tar", good, (name, tarfile.REGTYPE, ""))]
-    paths.append(zip_with(tmp_path / "a.zip", "good.txt", name))
-    for path in paths:
-        seen = []
-        with pytest.raises(UserError, match="is not unpacked"), open_archive(path) as archive:
-            seen += [name for name, _ in safe_members(archive)]
-        assert seen == []  # all names are looked at before the first is given
+    path = tar_with(tmp_path / "a.tar", good, (name, tarfile.REGTYPE, ""))
+    seen = []
+    with pytest.raises(UserError, match="is outside of the archive"), tarfile.open(path) as archive:
+        seen += [name for name, _ in safe_members(archive)]
+    assert seen == []  # all names are looked at before the first is given
 
 
 @pytest.mark.parametrize(
-    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+    ("kind", "fault"),
+    [
+        (tarfile.SYMTYPE, "a link"),
+        (tarfile.LNKTYPE, "a link"),
+        (tarfile.FIFOTYPE, "a device or a pipe"),
+        (tarfile.CHRTYPE, "a device or a pipe"),
+    ],
 )
-def test_links_and_devices_are_refused(tmp_path, kind):
-    with pytest.raises(UserError, match="is a link or a device"):
+def test_links_and_devices_are_refused(tmp_path, kind, fault):
+    with pytest.raises(UserError, match=f"'a' is {fault}"):
         contents(tar_with(tmp_path / "a.tar", ("a", kind, "/etc/passwd")))
 
 
-def test_other_evil_archives_are_refused(tmp_path):
-    with pytest.raises(UserError, match="is a link or a device"):
-        contents(zip_with(tmp_path / "link.zip", "a", mode=stat.S_IFLNK | 0o777))
-    with pytest.warns(UserWarning, match="Duplicate"):
-        twice = zip_with(tmp_path / "twice.zip", "a", "a")
+def test_too_much_and_twice_are_refused(tmp_path):
+    file = (tarfile.REGTYPE, "")
     with pytest.raises(UserError, match="is there twice"):
-        contents(twice)
-    many = zip_with(tmp_path / "many.zip", *map(str, range(9)))
-    with pytest.raises(UserError, match="holds more than"):
-        contents(many, most_members=8)
-    with pytest.raises(UserError, match="holds more than"):
-        contents(many, most_bytes=35)
-    (tmp_path / "no.tar").write_bytes(b"no archive")
-    with pytest.raises(UserError, match="is no zip or tar archive"):
-        contents(tmp_path / "no.tar")
+        contents(tar_with(tmp_path / "twice.tar", ("a", *file), ("./a", *file)))
+    many = tar_with(tmp_path / "many.tar", *((str(number), *file) for number in range(9)))
+    for limit in ({"most_members": 8}, {"most_bytes": 35}):
+        with pytest.raises(UserError, match="unpacks to more than"):
+            contents(many, **limit)
 
 
 @pytest.mark.parametrize(

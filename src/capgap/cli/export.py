@@ -18,7 +18,7 @@ def export(
     ] = None,
     record: Annotated[
         list[Path] | None,
-        typer.Option(help="A pruning.json, distill.json or evaluate.json for the model card."),
+        typer.Option(help="A record of another stage, for the model card."),
     ] = None,
     gguf: Annotated[Path | None, typer.Option(help="Also write this file for llama.cpp.")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in its card.")] = None,

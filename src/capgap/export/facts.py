@@ -12,45 +12,58 @@ from capgap.export.licence import is_on_hub
 from capgap.sizes import format_count
 
 CUT, DISTILLED, EVALUATED = "pruning.json", "distill.json", "evaluate.json"
+INSTRUCTED, PREFERRED = "instruct.json", "prefer.json"
+TUNED = (INSTRUCTED, PREFERRED)
 # How far above the model's folder a record may lie: OUT/distill.json, OUT/students/NAME
 LEVELS = 3
 
 
 @dataclass(frozen=True)
 class Records:
-    """Those that were found, as they are; None where there is none. `paths` in the order found."""
+    """Those that were found, as they are; None where there is none. `tuned` by file name, in the
+    order of the work; `paths` in the order found."""
 
     cut: dict[str, Any] | None
     distilled: dict[str, Any] | None
+    tuned: dict[str, dict[str, Any]]
     evaluated: dict[str, Any] | None
     paths: tuple[Path, ...]
 
 
 def find_records(folder: Path, given: Sequence[Path] = ()) -> Records:
-    """Given records come first, then those beside and above the model's folder that are about it.
-
-    The cut may also be told beside the student that distilling began with. UserError for a given
-    record that is none.
+    """Given records come first, the last of a kind; then those beside and above the model's folder
+    that are about it, and about the models that it began as. UserError for a given record that is
+    none.
     """
     found: dict[str, dict[str, Any]] = {}
     paths: dict[str, Path] = {}
     for path in given:
         record = _read(path)
-        kind = None if record is None else _kind(record)
+        kind = None if record is None else _kind(record, path)
         if record is None or kind is None:
-            raise UserError(
-                f"--record {path} is no {CUT}, {DISTILLED} or {EVALUATED} of capgap: leave it out"
-            )
+            known = ", ".join((CUT, DISTILLED, EVALUATED, INSTRUCTED, PREFERRED))
+            raise UserError(f"--record {path} is none of {known}: leave it out")
         found[kind], paths[kind] = record, path
-    places = [folder.resolve(), *folder.resolve().parents][:LEVELS]
-    for kind in (DISTILLED, EVALUATED, CUT):
-        for place in places:
-            _take(kind, place / kind, folder, found, paths)
-    if CUT not in found and DISTILLED in found:
-        for student in _students_before(found[DISTILLED], folder.name):
-            _take(CUT, Path(student) / CUT, folder, found, paths)
+    _take(EVALUATED, folder, found, paths)
+    place = folder
+    # the way back: every stage once
+    for kind in (PREFERRED, INSTRUCTED, DISTILLED):
+        _take(kind, place, found, paths)
+        if kind in found:
+            place = _before(kind, found[kind], place)
+    _take(CUT, folder, found, paths)
+    _take(CUT, place, found, paths)
+    tuned = {name: found[name] for name in TUNED if name in found}
     short = tuple(_from_here(path) for path in paths.values())
-    return Records(found.get(CUT), found.get(DISTILLED), found.get(EVALUATED), short)
+    return Records(found.get(CUT), found.get(DISTILLED), tuned, found.get(EVALUATED), short)
+
+
+def _before(kind: str, record: dict[str, Any], place: Path) -> Path:
+    """The model that the one in this folder began as; the same where the record does not tell."""
+    if kind in TUNED:
+        return Path(record["asked"]["model"])
+    students = [Path(one) for one in record["asked"].get("students", [])]
+    return next((one for one in students if one.name == place.name), place)
 
 
 def _from_here(path: Path) -> Path:
@@ -60,17 +73,16 @@ def _from_here(path: Path) -> Path:
 
 
 def _take(
-    kind: str,
-    path: Path,
-    folder: Path,
-    found: dict[str, dict[str, Any]],
-    paths: dict[str, Path],
+    kind: str, folder: Path, found: dict[str, dict[str, Any]], paths: dict[str, Path]
 ) -> None:
-    if kind in found or not path.is_file():
-        return
-    record = _read(path)
-    if record is not None and _kind(record) == kind and _is_about(record, kind, folder):
-        found[kind], paths[kind] = record, path
+    """The record of this kind beside or above a model, where it is about it."""
+    for place in [folder.resolve(), *folder.resolve().parents][:LEVELS]:
+        path = place / kind
+        if kind in found or not path.is_file():
+            continue
+        record = _read(path)
+        if record is not None and _kind(record, path) == kind and _is_about(record, kind, folder):
+            found[kind], paths[kind] = record, path
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -81,23 +93,23 @@ def _read(path: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _kind(record: dict[str, Any]) -> str | None:
-    keys = {CUT: ("teacher_shape", "shape"), DISTILLED: ("asked", "after")}
-    kind = next((kind for kind, has in keys.items() if all(key in record for key in has)), None)
-    return kind or (EVALUATED if isinstance(_first(record, "tasks", "sets"), dict) else None)
+def _kind(record: dict[str, Any], path: Path) -> str | None:
+    """By what it holds; the two ways of tuning hold the same and are told by their names."""
+    asked = record.get("asked")
+    if isinstance(asked, dict) and "model" in asked and path.name in TUNED:
+        return path.name
+    keys = {CUT: ("teacher_shape", "shape"), DISTILLED: ("asked", "after"), EVALUATED: ("tasks",)}
+    return next((kind for kind, has in keys.items() if all(key in record for key in has)), None)
 
 
 def _is_about(record: dict[str, Any], kind: str, folder: Path) -> bool:
     """Whether a record that lies near a model tells of it: the folder above may hold several."""
     if kind == DISTILLED:
         return folder.name in record["after"]
-    named = record.get("model") if kind == EVALUATED else None
-    return not isinstance(named, str) or Path(named).name == folder.name
-
-
-def _students_before(distilled: dict[str, Any], name: str) -> list[str]:
-    students = distilled["asked"].get("students", [])
-    return [student for student in students if Path(student).name == name]
+    if kind == CUT:
+        return True
+    told = record.get("model" if kind == EVALUATED else "folder")
+    return not isinstance(told, str) or Path(told).name == folder.name
 
 
 def teacher_of(records: Records) -> str | None:
@@ -130,7 +142,23 @@ def how_made(records: Records) -> tuple[str, ...]:
             lines.append(f"what to keep: by {scores['method']} scores{on}")
     if records.distilled is not None:
         lines += _training(records.distilled)
+    lines += [_tuning(name, record) for name, record in records.tuned.items()]
     return tuple(lines)
+
+
+def _tuning(name: str, record: dict[str, Any]) -> str:
+    what = {
+        INSTRUCTED: "instruction tuning: on conversations",
+        PREFERRED: "preferences: DPO on pairs of answers",
+    }[name]
+    counted, lora = record.get("data"), record["asked"].get("lora")
+    size = counted.get("training") if isinstance(counted, dict) else None
+    told = f"{what}" + ("" if size is None else f", {size:,} of them")
+    told += "" if lora is None else f", LoRA of rank {lora.get('rank', '?')}, merged"
+    losses = [(record.get(when) or {}).get("loss") for when in ("before", "after")]
+    if None not in losses:
+        told += f"; held-out loss {losses[0]:.3f} -> {losses[1]:.3f}"
+    return told
 
 
 def _sizes(shape: dict[str, Any]) -> str:
@@ -157,24 +185,28 @@ def _training(record: dict[str, Any]) -> list[str]:
 
 
 def losses_of(records: Records, folder: Path) -> tuple[int | None, tuple[Loss, ...]]:
-    """(held-out tokens, rows) of the student in this folder, before and after; those of best/NAME
-    for such one."""
+    """(held-out tokens, rows) of the student before and after distilling; those of best/NAME for
+    such one."""
+    record = records.distilled or {"after": {}}
+    # tuned further on it has another name, which only a single student leaves without doubt
     name = folder.name
-    if records.distilled is None or name not in records.distilled["after"]:
+    if name not in record["after"] and len(record["after"]) == 1:
+        (name,) = record["after"]
+    student = record["after"].get(name)
+    if student is None:
         return None, ()
-    record = records.distilled
-    after, size = record["after"][name]["heldout"], record["after"][name].get("non_embedding")
+    after = student["heldout"]
     best = (record.get("best") or {}).get("students", {}).get(name)
     if best is not None and folder.parent.name == "best":
         after = best["heldout"]
     rows = [
-        ("this student", after),
+        ("after distilling" if records.tuned else "this student", after),
         ("before distilling", record.get("before", {}).get(name)),
     ]
     losses = tuple(
         Loss(
             what=what,
-            non_embedding=size,
+            non_embedding=student.get("non_embedding"),
             loss=heldout.get("loss"),
             bits_per_byte=heldout.get("bits_per_byte"),
         )
@@ -190,30 +222,17 @@ def benchmarks_of(records: Records) -> tuple[Benchmark, ...]:
         Benchmark(
             name=name,
             score=task.get("score"),
-            stderr=_first(task, "stderr", "score_stderr"),
+            stderr=task.get("score_stderr"),
             metric=task.get("metric"),
             shots=task.get("shots"),
-            samples=_first(task, "samples", "questions"),
-            reason=_first(task, "reason", "missing"),
+            samples=task.get("questions"),
+            reason=task.get("missing"),
         )
-        for name, task in _tasks(records.evaluated or {}).items()
-        if isinstance(task, dict)
+        for name, task in (records.evaluated or {"tasks": {}})["tasks"].items()
     )
 
 
 def six_benchmark_mean(records: Records) -> float | None:
     """A share of 1; None where the six were not all measured."""
-    record = records.evaluated or {}
-    if record.get("mean_percent") is not None:
-        return float(record["mean_percent"]) / 100
-    mean: float | None = record.get("six_benchmark_mean")
-    return mean
-
-
-def _tasks(record: dict[str, Any]) -> dict[str, Any]:
-    tasks: dict[str, Any] = _first(record, "tasks", "sets") or {}
-    return tasks
-
-
-def _first(values: dict[str, Any], *names: str) -> Any:
-    return next((values[name] for name in names if values.get(name) is not None), None)
+    mean = (records.evaluated or {}).get("mean_percent")
+    return None if mean is None else mean / 100

@@ -11,6 +11,7 @@ from capgap.corpus.sources import open_source
 from capgap.errors import UserError
 from capgap.pipeline.steps import Step
 from capgap.records import write_json_atomically
+from capgap.scrub import scrub
 
 RECORD = "run.json"
 State = Literal["done", "continue", "run"]
@@ -95,7 +96,8 @@ def check_step(name: str, names: Sequence[str]) -> None:
 
 
 def _decide(step: Step, state: RunState, before: Mapping[str, Decision], forced: bool) -> Decision:
-    inputs = {"options": _options(step), "read": _identities(step)}
+    # as the record holds it, or a step with a secret in an option would start again each time
+    inputs: dict[str, Any] = scrub({"options": _options(step), "read": _identities(step)})
     inputs["after"] = {name: _digest(before[name].inputs) for name in step.after}
     begun = state.begun(step)
     if begun is None:

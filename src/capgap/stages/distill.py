@@ -296,11 +296,10 @@ class _Run:
         weights = whole_weights(learner.parts, self.ranks)
         if self.ranks.is_first:
             save_model(learner.model, folder, self.corpus.tokenizer, weights=weights)
-            # where it comes from, and on what terms, goes with it; a new one comes from nowhere
-            students = dict(zip(self.request.names(), self.request.students, strict=False))
-            if learner.id in students:
-                source = local_folder(students[learner.id])
-                copy_companions(source, folder, (PROVENANCE, *LICENCES))
+            # where it comes from, and on what terms, goes with it
+            given = {Path(student).name: student for student in self.request.students}
+            if learner.id in given:
+                copy_companions(local_folder(given[learner.id]), folder, (PROVENANCE, *LICENCES))
         return str(folder)
 
     def _token_flops(self) -> int:
