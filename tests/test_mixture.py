@@ -249,7 +249,7 @@ def test_a_new_model_and_an_old_one_learn_without_a_teacher(
         (("--size", "8k", "--architecture", "lama"), "unknown architecture 'lama'"),
         (("--size", "8k", "-s", "training.alpha=1"), "training.alpha is about a teacher"),
         (("--size", "8k", "--corpus", "nothing"), "nothing holds no prepared corpus"),
-        (("no/model",), "no such tokenizer folder"),
+        (("./no/model",), "no such tokenizer folder"),
     ],
 )
 def test_what_cannot_be_trained_is_told_in_a_line(typed, small_corpus, tmp_path, more, told):

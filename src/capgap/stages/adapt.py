@@ -308,7 +308,6 @@ class _Run:
 
     def train(self, should_stop: Callable[[], bool]) -> None:
         """The extended model learns from the mixture."""
-        from capgap.models.stored import PAPERS, copy_companions
         from capgap.stages.distill import run_distill
 
         asked = self.request.training()
@@ -328,7 +327,6 @@ class _Run:
             | {"learning_rate": one["learning_rate"]},
         )
         trained = Path(one["folder"])
-        copy_companions(self.extended, trained, PAPERS)
         one["folder"] = str(self.model)
         write_json_atomically(asked.record, found)
         trained.rename(self.model)
