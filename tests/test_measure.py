@@ -47,9 +47,28 @@ def uniform(model):
 # --- one model ----------------------------------------------------------------------------------
 
 
+def in_double(monkeypatch):
+    """Norms and attention of transformers round to single precision, whose sums depend, on some
+    processors, on how many rows are read at once."""
+
+    def wide(function):
+        def call(*arguments, **options):
+            given = [torch.float64 if one is torch.float32 else one for one in arguments]
+            if options.get("dtype") is torch.float32:
+                options["dtype"] = torch.float64
+            return function(*given, **options)
+
+        return call
+
+    monkeypatch.setattr(torch.Tensor, "to", wide(torch.Tensor.to))
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch.nn.functional, "softmax", wide(torch.nn.functional.softmax))
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_loss_entropy_and_confidence_are_those_of_transformers_logits(architecture):
+def test_loss_entropy_and_confidence_are_those_of_transformers_logits(architecture, monkeypatch):
     """Gemma 2 caps its logits; of both, the last words stand for no token."""
+    in_double(monkeypatch)
     model = model_of(architecture, words=WORDS + 3).double().eval()
     documents = documents_of([1, 7, 8, 9, 30])
     found = measure_model(Parts(model), documents, window=WINDOW, vocabulary=WORDS)

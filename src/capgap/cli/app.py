@@ -35,6 +35,10 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="training.clip=0.5, run.device=cpu."),
 ]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(help="Also tell tensorboard, trackio or wandb; may be given several times."),
+]
 Override = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe."),

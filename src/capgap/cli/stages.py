@@ -12,6 +12,7 @@ from capgap.cli.app import (
     Json,
     Quiet,
     StopFlag,
+    Track,
     app,
     exit_with,
     print_json,
@@ -302,10 +303,7 @@ def distill(
         int | None,
         typer.Option(help="Held-out loss every so many steps; the best checkpoint is kept."),
     ] = None,
-    track: Annotated[
-        list[str] | None,
-        typer.Option(help="Also tell tensorboard, trackio or wandb; may be given several times."),
-    ] = None,
+    track: Track = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", metavar="KEY=VALUE", help="training.alpha=1, run.device=cpu."),

@@ -12,6 +12,7 @@ from capgap.cli.app import (
     Quiet,
     Set,
     StopFlag,
+    Track,
     app,
     print_json,
     quieten_transformers,
@@ -45,6 +46,7 @@ def train(
         int | None,
         typer.Option(help="Held-out loss every so many steps; the best checkpoint is kept."),
     ] = None,
+    track: Track = None,
     set_: Set = None,
     quiet: Quiet = False,
     json_: Json = False,
@@ -68,6 +70,7 @@ def train(
         size=None if size is None else parse_count(size),
         architecture=architecture,
         settings=stage_settings(set_ or []),
+        track=tuple(track or ()),
     )
     train_models(request, quiet=quiet, json_=json_)
 
@@ -92,6 +95,7 @@ def adapt(
         float | None, typer.Option(help="Peak rate; a rule per size if none.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides the order of the windows.")] = 0,
+    track: Track = None,
     set_: Set = None,
     quiet: Quiet = False,
     json_: Json = False,
@@ -117,6 +121,7 @@ def adapt(
         learning_rate=learning_rate,
         seed=seed,
         settings=stage_settings(set_ or []),
+        track=tuple(track or ()),
     )
     flag = StopFlag()
     from capgap.train.loop import Interrupted

@@ -21,6 +21,7 @@ from capgap.corpus.mixture import Given, Weighted
 from capgap.errors import UserError
 from capgap.machine import started
 from capgap.records import write_json_atomically
+from capgap.scrub import scrub
 from capgap.stages.run_folder import begin
 
 if TYPE_CHECKING:
@@ -59,10 +60,11 @@ class AdaptRequest:
     learning_rate: float | None = None
     seed: int = 0
     settings: StageSettings = field(default_factory=StageSettings)
+    track: tuple[str, ...] = ()
 
     def asked(self) -> dict[str, Any]:
         """What a run in the same folder must agree on to be continued."""
-        return {
+        asked = {
             "model": self.model,
             "new": self.new,
             "old": self.old,
@@ -74,6 +76,8 @@ class AdaptRequest:
             "seed": self.seed,
             "training": self.training().asked()["training"],
         }
+        # as the record holds it, or a run could not be continued
+        return scrub(asked)
 
     @property
     def share(self) -> float:
@@ -98,6 +102,7 @@ class AdaptRequest:
             learning_rate=self.learning_rate,
             seed=self.seed,
             settings=self.settings,
+            track=self.track,
         )
 
     def text(self, part: str) -> Path:
@@ -179,6 +184,7 @@ def _check(request: AdaptRequest) -> None:
     from capgap.models.stored import read_config
     from capgap.stages.distill import check_request
     from capgap.stages.inputs import check_words
+    from capgap.train.trackers import check_trackers
 
     if request.new_share is not None and request.old is None:
         raise UserError(
@@ -190,6 +196,7 @@ def _check(request: AdaptRequest) -> None:
         raise UserError(f"--pieces {request.pieces} must be 1 or more")
     if request.tokens:
         check_request(request.training())
+        check_trackers(request.track)
     tokenizer = load_tokenizer(request.model)
     config: Any = read_config(request.model)
     shape = shape_of(config)
@@ -301,6 +308,7 @@ class _Run:
 
     def train(self, should_stop: Callable[[], bool]) -> None:
         """The extended model learns from the mixture."""
+        from capgap.models.stored import PAPERS, copy_companions
         from capgap.stages.distill import run_distill
 
         asked = self.request.training()
@@ -320,6 +328,7 @@ class _Run:
             | {"learning_rate": one["learning_rate"]},
         )
         trained = Path(one["folder"])
+        copy_companions(self.extended, trained, PAPERS)
         one["folder"] = str(self.model)
         write_json_atomically(asked.record, found)
         trained.rename(self.model)

@@ -297,9 +297,9 @@ class _Run:
         if self.ranks.is_first:
             save_model(learner.model, folder, self.corpus.tokenizer, weights=weights)
             # where it comes from, and on what terms, goes with it
-            students = dict(zip(self.request.names(), self.request.students, strict=True))
-            source = local_folder(students[learner.id])
-            copy_companions(source, folder, (PROVENANCE, *LICENCES))
+            given = {Path(student).name: student for student in self.request.students}
+            if learner.id in given:
+                copy_companions(local_folder(given[learner.id]), folder, (PROVENANCE, *LICENCES))
         return str(folder)
 
     def _token_flops(self) -> int:

@@ -1,0 +1,110 @@
+"""All stages of minima-tiny in a shorter cut: from text to a model that answers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from conftest import made_up_text
+
+SEPARATOR = "<|endoftext|>"
+# its own steps are tested elsewhere; here they have to fit together
+SHORT = (
+    "teacher.size=12k",
+    "teacher.vocabulary=300",
+    "teacher.tokens=8192",
+    "adapt.pieces=20",
+    "adapt.tokens=4096",
+    "score.tokens=2048",
+    "prune.keep=0.687",
+    "distill.tokens=4096",
+    "instruct.epochs=1",
+    "prefer.epochs=1",
+)
+
+
+def run(folder, *more):
+    first, second = (folder / f"{name}.txt" for name in ("first", "second"))
+    texts = [
+        f'teacher.source="{first}"',
+        f'adapt.source="{second}"',
+        f'adapt.old="{first}"',
+        f'corpus=[{{name="first", source="{first}", weight=0.7}}, '
+        f'{{name="second", source="{second}", weight=0.3}}]',
+    ]
+    changes = [part for one in (*SHORT, *texts) for part in ("--set", one)]
+    arguments = ["run", "minima-tiny", "--out", str(folder / "out"), *changes, *more]
+    return subprocess.run(
+        [sys.executable, "-m", "capgap", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    for seed, name in enumerate(("first", "second")):
+        text = made_up_text(400, seed=seed)
+        # another language: the same grammar in other letters
+        if seed == 1:
+            text = SEPARATOR.join(
+                one.translate(str.maketrans("abdfikl", "äßðøïқł")) for one in text.split(SEPARATOR)
+            )
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return folder, run(folder, "--json")
+
+
+def test_all_stages_run(finished):
+    folder, process = finished
+    assert process.returncode == 0, process.stderr
+    assert "Traceback" not in process.stderr
+    assert "Warning" not in process.stderr
+    steps = json.loads(process.stdout)["steps"]
+    assert {step["status"] for step in steps.values()} == {"done"}
+    assert list(steps)[-1] == "export"
+    for name in ("teacher", "adapt", "prune", "distill", "evaluate", "instruct", "prefer"):
+        assert steps[name]["result"], name
+    assert "bits per byte" in steps["adapt"]["result"]
+    assert json.loads((folder / "out" / "run.json").read_text())["steps"] == steps
+
+
+def test_the_same_command_has_nothing_to_do(finished):
+    folder, _ = finished
+    again = run(folder)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("done before") == again.stderr.count("[") == 13
+    assert again.stdout.splitlines()[-1] == f"run: {folder / 'out'}"
+
+
+def test_a_change_concerns_what_rests_on_it(finished):
+    folder, _ = finished
+    told = run(folder, "--dry-run", "--json", "--set", "prefer.beta=0.3")
+    steps = {one["step"]: one for one in json.loads(told.stdout)["steps"]}
+    assert [name for name, one in steps.items() if one["state"] == "run"] == [
+        "prefer",
+        "evaluate-final",
+        "export",
+    ]
+    assert steps["prefer"]["why"] == "--beta is 0.3, before it was 0.1"
+
+
+def test_what_comes_out_loads_and_tells_its_story(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(folder / "out" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out" / "model")
+    # 300 tokens of the teacher and 20 of the adaptation, in a table of whole 64s
+    assert model.config.vocab_size == 320
+    assert tokenizer.chat_template is not None
+    card = (folder / "out" / "model" / "README.md").read_text()
+    assert "minima-tiny" in card
+    assert (folder / "out" / "model.gguf").exists()
+
+
+def test_the_model_answers(finished, typed):
+    folder, _ = finished
+    asked = ("chat", str(folder / "out" / "model"), "--once", "What is json for?", "--tokens", "8")
+    found = typed(*asked, "--json")
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["tokens"] <= 8
