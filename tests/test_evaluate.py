@@ -638,7 +638,7 @@ def test_models_that_cannot_be_read_are_one_line(typed, student, sets, tmp_path)
     (pickled / "model.safetensors").unlink()
     torch.save({}, pickled / "pytorch_model.bin")
     for model, line in (
-        (pickled, "holds no *.safetensors weights: convert the model with save_pretrained"),
+        (pickled, "is a pickle, which can run any code when it is read): convert the model"),
         (tmp_path / "nothing", "no such tokenizer folder"),
         (sets, "no tokenizer in"),
     ):
