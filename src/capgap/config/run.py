@@ -19,6 +19,9 @@ from capgap.hardware import UTILISATION, parse_gpus
 from capgap.prune.methods import Depth, Method
 
 
+Tracker = Literal["tensorboard", "trackio", "wandb"]
+
+
 class TeacherSection(Section):
     """A model that exists, or a small one to train from nothing (`size` on `tokens` of `source`).
 
@@ -185,6 +188,7 @@ class RunRecipe(Section):
 
     name: str
     description: str = ""
+    track: tuple[Tracker, ...] = ()
     teacher: TeacherSection
     corpus: tuple[CorpusEntry, ...] = ()
     adapt: AdaptSection | None = None

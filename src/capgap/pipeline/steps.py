@@ -181,17 +181,17 @@ class _Planner:
         return tuple(entry.name for entry in self.recipe.corpus)
 
     def _cut(self, teacher: str, corpora: tuple[str, ...], needed: tuple[str, ...]) -> str:
-        """Scores on the first text, then the cut; the folder of the student."""
+        """Scores on the texts, then the cut; the folder of the student."""
         scoring, cut = self.recipe.score, self.recipe.prune
         scores, student = self.out / "scores.safetensors", self.out / "cut" / "student"
-        reads = (f"corpus-{corpora[0]}", *needed)
+        reads = (*(f"corpus-{name}" for name in corpora), *needed)
         self._add(
             Step(
                 "score",
                 "score",
                 (teacher,),
                 {
-                    "--corpus": self.out / "corpus" / corpora[0],
+                    "--corpus": self._weighted(corpora),
                     "--method": scoring.method,
                     "--depth": scoring.depth,
                     "--tokens": scoring.tokens,
@@ -387,15 +387,18 @@ def _tuning_options(asked: Any) -> dict[str, Any]:
 
 
 def _training_options(recipe: RunRecipe, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What the recipe changes in [training] and [run], as the stages take it; `without` keys of
-    [training] that a stage has no use for."""
+    """What the recipe changes in [training] and [run], as the stages take it, and who is told of
+    the steps; `without` keys of [training] that a stage has no use for."""
     changed = [
         (f"{name}.{key}", value)
         for name, section in (("training", recipe.training), ("run", recipe.run))
         for key, value in section.model_dump(mode="json", exclude_defaults=True).items()
         if not (name == "training" and key in without)
     ]
-    return {"--set": tuple(f"{key}={_toml(value)}" for key, value in changed) or None}
+    return {
+        "--set": tuple(f"{key}={_toml(value)}" for key, value in changed) or None,
+        "--track": recipe.track or None,
+    }
 
 
 def _toml(value: Any) -> str:
