@@ -18,7 +18,6 @@ from capgap.errors import UserError
 from capgap.hardware import UTILISATION, parse_gpus
 from capgap.prune.methods import Depth, Method
 
-
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 
 

@@ -21,7 +21,6 @@ from capgap.corpus.mixture import Given, Weighted
 from capgap.errors import UserError
 from capgap.machine import started
 from capgap.records import write_json_atomically
-from capgap.scrub import scrub
 from capgap.stages.run_folder import begin
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ class AdaptRequest:
 
     def asked(self) -> dict[str, Any]:
         """What a run in the same folder must agree on to be continued."""
-        asked = {
+        return {
             "model": self.model,
             "new": self.new,
             "old": self.old,
@@ -76,8 +75,6 @@ class AdaptRequest:
             "seed": self.seed,
             "training": self.training().asked()["training"],
         }
-        # as the record holds it, or a run could not be continued
-        return scrub(asked)
 
     @property
     def share(self) -> float:

@@ -12,7 +12,6 @@ from capgap.config import ABOUT_A_TEACHER, StageSettings
 from capgap.corpus.mixture import Given, Mixture, TrainingText
 from capgap.errors import UserError
 from capgap.records import write_json_atomically
-from capgap.scrub import scrub
 from capgap.sizes import format_count
 from capgap.stages.inputs import (
     check_model,
@@ -86,7 +85,7 @@ class DistillRequest:
 
     def asked(self) -> dict[str, Any]:
         """What a run in the same folder must agree on to be continued."""
-        asked: dict[str, Any] = {
+        return {
             "teacher": self.teacher,
             "students": list(self.students),
             "new": self.new,
@@ -100,8 +99,6 @@ class DistillRequest:
                 mode="json", exclude=set(ABOUT_A_TEACHER) if self.teacher is None else None
             ),
         }
-        # as the record holds it, or a run could not be continued
-        return scrub(asked)
 
 
 def run_distill(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from capgap.errors import UserError
 from capgap.records import write_json_atomically
+from capgap.scrub import scrub
 
 if TYPE_CHECKING:
     from capgap.models.parallel import Ranks
@@ -18,6 +19,8 @@ def find_run(record: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     UserError where the folder holds something else, or was asked for something else.
     """
     out = record.parent
+    # as the record holds it, or a run whose source has a password could not be continued
+    asked = scrub(asked)
     if record.exists():
         try:
             found: dict[str, Any] = json.loads(record.read_text())
