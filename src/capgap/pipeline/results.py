@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from capgap.pipeline.steps import Step
@@ -48,8 +49,9 @@ def _cut(found: dict[str, Any]) -> str:
 
 def _evaluated(found: dict[str, Any]) -> str:
     told = [
-        "held-out loss missing" if one["loss"] is None else f"held-out loss {one['loss']:.3f}"
-        for one in (found["heldout"] or {}).values()
+        f"held-out loss on {Path(name).name} "
+        + ("missing" if one["loss"] is None else f"{one['loss']:.3f}")
+        for name, one in (found["heldout"] or {}).items()
     ]
     told += [
         f"{name} missing" if one["score"] is None else f"{name} {one['score']:.3f}"
