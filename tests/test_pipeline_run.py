@@ -1,13 +1,17 @@
 """All stages of minima-tiny in a shorter cut: from text to a model that answers."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from conftest import made_up_text
 
+ROOT = Path(__file__).parent.parent
 SEPARATOR = "<|endoftext|>"
 # its own steps are tested elsewhere; here they have to fit together
 SHORT = (
@@ -108,3 +112,32 @@ def test_the_model_answers(finished, typed):
     found = typed(*asked, "--json")
     assert found.code == 0, found.err
     assert json.loads(found.out)["tokens"] <= 8
+
+
+def page_commands(page, number):
+    """Command lines of a block of a page, as lists of words."""
+    text = (ROOT / "docs" / page).read_text()
+    block = re.findall(r"^```console\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[number]
+    lines = [line.removeprefix("$ ") for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("capgap ")]
+
+
+def test_the_commands_of_the_pruning_page_run(finished, typed, monkeypatch):
+    folder, _ = finished
+    monkeypatch.chdir(folder)
+    # a teacher so small has few cuts
+    names = {"texts/": "first.txt", "TEACHER": "out/adapt/model", "0.4": "0.687"}
+    commands = page_commands("pruning.md", 0)
+    assert [words[0] for words in commands] == ["corpus", "score", "prune"]
+    for words in commands:
+        done = typed(*(names.get(word, word) for word in words))
+        assert done.code == 0, done.err
+    assert (folder / "student" / "pruning.json").exists()
+
+
+def test_the_commands_of_the_pipeline_page_run(typed):
+    (words,) = page_commands("pipeline.md", 0)
+    assert words[:2] == ["run", "minima-tiny"]
+    done = typed(*words)
+    assert done.code == 0, done.err
+    assert "prune: would run" in done.out
