@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 @app.command()
 def corpus(
     source: Annotated[
-        str, typer.Argument(help="stdlib, a file, a folder, a glob or a Hugging Face dataset.")
+        str,
+        typer.Argument(help="stdlib, pydoc, a file, a folder, a glob or a Hugging Face dataset."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for tokenizer, token shards and manifest.")],
     vocabulary: Annotated[str, typer.Option(help="Tokens of the tokenizer to train.")] = "2048",
