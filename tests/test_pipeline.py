@@ -42,8 +42,9 @@ def tiny(*overrides):
 def mark_done(steps, state):
     """As if every step had run."""
     for decision in decide(steps, state):
-        state.keep(decision.step, inputs=decision.inputs, status="done", result="")
-    for step in steps:
+        step = decision.step
+        inputs = decision.inputs | {"after": state.made_by(step.after)}
+        state.keep(step, id=step.name, inputs=inputs, status="done", result="")
         for path in step.writes:
             path.mkdir(parents=True, exist_ok=True)
 
@@ -126,11 +127,14 @@ def test_changed_conversations_are_noticed(tmp_path):
     mark_done(steps, RunState(tmp_path / "out", "minima-tiny"))
     data.write_text('["a", "c"]\n')
     found, why = states(recipe, tmp_path / "out")
-    assert why["instruct"] == f"{data} has changed"
+    assert why["instruct"] == "data has changed"
     assert found["distill"] == "done"
+    # another name, or a file that is gone: what was made out of it stays
+    data.write_text('["a", "b"]\n')
+    data = data.rename(tmp_path / "talks.jsonl")
+    assert states(tiny(f'instruct.data="{data}"'), tmp_path / "out")[0]["instruct"] == "done"
     data.unlink()
-    with pytest.raises(UserError, match=r"instruct: cannot read .*conversations\.jsonl"):
-        states(recipe, tmp_path / "out")
+    assert states(recipe, tmp_path / "out")[0]["instruct"] == "done"
 
 
 def test_a_stopped_step_goes_on_where_its_command_can(done):
@@ -139,6 +143,7 @@ def test_a_stopped_step_goes_on_where_its_command_can(done):
     state.keep(by_name["distill"], status="stopped")
     found, why = states(tiny(), done)
     assert (found["distill"], why["distill"]) == ("continue", "it was stopped")
+    assert (found["evaluate"], why["evaluate"]) == ("run", "distill goes on")
     # what was made out of an unfinished one is not done
     state.keep(by_name["score"], status="running")
     assert states(tiny(), done)[0]["score"] == "run"
@@ -180,7 +185,10 @@ def test_dry_run_tells_commands(typed, tmp_path):
         (["run", "minima-tiny", "--until", "disti"], "no step 'disti' in this run"),
         (["run", "minima-tiny", "-s", "adapt.peices=3"], "did you mean 'pieces'?"),
         (["run", "minima-tiny", "-s", "teacher.model=x"], "give either model (a name or folder)"),
-        (["run", "minima-3b", "--until", "prune"], "data/wudao"),
+        (
+            ["run", "minima-tiny", "--until", "score", "--from", "prune"],
+            "--from prune comes after --until score",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(asked, line, typed, tmp_path):
@@ -236,3 +244,65 @@ def test_a_stopped_run_keeps_what_is_done(tmp_path):
     kept = json.loads((out / "run.json").read_text())["steps"]
     assert kept["teacher-corpus"]["status"] in ("stopped", "failed", "done")
     assert Path(out, ".lock").exists()
+
+
+def test_what_rests_on_an_earlier_start_runs_again(done):
+    """Distilled anew and stopped, then gone on to its end: evaluations and tuning are of the old
+    student."""
+    state = RunState(done, "minima-tiny")
+    by_name = {step.name: step for step in plan_steps(tiny(), done)}
+    state.keep(by_name["distill"], id="anew", status="done")
+    found, why = states(tiny(), done)
+    assert (found["evaluate"], why["evaluate"]) == ("run", "distill has run again")
+    assert found["prune"] == "done"
+    assert {found[name] for name in ALL[ALL.index("evaluate") :]} == {"run"}
+
+
+def test_how_a_step_is_carried_out_does_not_count(done):
+    changed = tiny("run.checkpoint_seconds=60", "run.device=cpu", 'track=["tensorboard"]')
+    assert set(states(changed, done)[0].values()) == {"done"}
+    assert set(states(tiny("evaluate.batch_size=2"), done)[0].values()) == {"done"}
+
+
+def test_a_run_may_be_moved(done):
+    moved = done.rename(done.with_name("moved"))
+    assert set(states(tiny(), moved)[0].values()) == {"done"}
+
+
+def test_sets_that_came_later_are_evaluated(tmp_path):
+    sets = tmp_path / "sets"
+    sets.mkdir()
+    recipe = tiny(f'evaluate.data="{sets}"', 'evaluate.tasks=["piqa"]')
+    steps = plan_steps(recipe, tmp_path / "out")
+    mark_done(steps, RunState(tmp_path / "out", "minima-tiny"))
+    (sets / "piqa.tar.xz").write_text("a set")
+    found, why = states(recipe, tmp_path / "out")
+    assert (found["evaluate"], why["evaluate"]) == ("run", f"{sets} has changed")
+    assert found["distill"] == "done"
+
+
+def test_a_training_that_failed_for_good_begins_again(done):
+    state = RunState(done, "minima-tiny")
+    distill = next(step for step in plan_steps(tiny(), done) if step.name == "distill")
+    state.keep(distill, status="failed")
+    assert states(tiny(), done)[0]["distill"] == "continue"
+    distill.record.write_text('{"finished": true}')
+    assert states(tiny(), done)[0]["distill"] == "run"
+
+
+def test_another_run_s_folder_is_refused(done, typed):
+    recipe = done / "other.toml"
+    text = find_recipe("minima-tiny").read_text()
+    recipe.write_text(text.replace('name = "minima-tiny"', 'name = "other"'))
+    found = typed("run", str(recipe), "--out", str(done))
+    assert found.code == 2
+    assert "holds the run 'minima-tiny', not 'other': choose another --out" in found.err
+
+
+def test_the_paper_s_run_is_shown_without_its_texts(typed, tmp_path):
+    found = typed("run", "minima-3b", "--out", str(tmp_path / "out"), "--dry-run")
+    assert found.code == 0, found.err
+    assert "capgap adapt meta-llama/Llama-2-7b-hf --new" in found.out
+    nowhere = typed("run", "minima-tiny", "-s", "teacher={model='Llama-2-7B'}", "--dry-run")
+    assert nowhere.code == 2
+    assert "say where its weights are" in nowhere.err

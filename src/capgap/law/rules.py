@@ -15,6 +15,8 @@ from capgap.sizes import format_count
 Range = tuple[float, float]
 # A surface of one's own says nothing of token budgets further than this from its own
 TOKENS_REACH = 2.0
+# Sizes that are asked for are round ones; what was made out of them missed them by a little
+SIZES_REACH = 1.05
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class SurfaceRule:
     def caution(self, student: int, tokens: int) -> str | None:
         """Why the surface is no good for such a student, if it is not."""
         low, high = self.students
-        if not low <= student <= high:
+        if not low / SIZES_REACH <= student <= high * SIZES_REACH:
             return f"read from students of {format_count(low)} to {format_count(high)}"
         if self.tokens is not None:
             low, high = self.tokens
@@ -64,7 +66,8 @@ class SurfaceRule:
 
     def has_read(self, teacher: float) -> bool:
         """Whether a teacher is of a size that the surface was read from."""
-        return self.teachers[0] <= teacher <= self.teachers[1]
+        low, high = self.teachers
+        return low / SIZES_REACH <= teacher <= high * SIZES_REACH
 
 
 # What the published surface was read from, in non-embedding parameters, and is good to
@@ -101,11 +104,12 @@ def read_law(path: Path) -> dict[str, Any]:
     try:
         law = json.loads(path.read_text(encoding="utf-8"))
         laws = law["laws"]
+        is_of_use = bool(_identified(law) or surfaces_of(law))
     except FileNotFoundError:
         raise UserError(f"no law {path}: it is the law.json in a sweep's output folder") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{path} is no law.json of a sweep ({error})") from None
-    if not _identified(law) and not surfaces_of(law):
+    if not is_of_use:
         reasons = "; ".join(f"{one['init']}: {one['reason']}" for one in laws) or "it has no curve"
         raise UserError(
             f"{path} identifies no law ({reasons}) and has no loss surface: leave --law away, or "
@@ -129,7 +133,7 @@ def own_rule(law: Mapping[str, Any], student: int) -> LinearRule | None:
     )
     students = line["band"]["student"]
     caution = None
-    if not students[0] <= student <= students[-1]:
+    if not students[0] / SIZES_REACH <= student <= students[-1] * SIZES_REACH:
         caution = (
             f"read from students of {format_count(students[0])} to {format_count(students[-1])}, "
             f"so for {format_count(student)} it is an extrapolation"

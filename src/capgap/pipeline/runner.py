@@ -1,6 +1,8 @@
 """Runs the steps of a recipe, each as a process of its own, and keeps what became of them."""
 
 import fcntl
+import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -35,6 +37,7 @@ def plan_pipeline(
     recipe: RunRecipe, out: Path, *, again_from: str | None = None, until: str | None = None
 ) -> list[Decision]:
     """What `run_pipeline` would do, without doing it."""
+    out = out.absolute()
     return _selected(recipe, RunState(out, recipe.name), out, again_from, until)
 
 
@@ -53,6 +56,8 @@ def run_pipeline(
     output stays the caller's. UserError: the user's mistakes, an output folder in use; StepFailed
     where a step's command failed or was stopped, which the same call continues.
     """
+    # the same folder, wherever the next call is made from
+    out = out.absolute()
     with _claimed(out) as lock:
         state = RunState(out, recipe.name)
         decisions = _selected(recipe, state, out, again_from, until)
@@ -76,8 +81,12 @@ def _selected(
 ) -> list[Decision]:
     steps = plan_steps(recipe, out)
     names = [step.name for step in steps]
+    for name in (again_from, until):
+        if name is not None:
+            check_step(name, names)
     if until is not None:
-        check_step(until, names)
+        if again_from is not None and names.index(again_from) > names.index(until):
+            raise UserError(f"--from {again_from} comes after --until {until}")
         steps = steps[: names.index(until) + 1]
     return decide(steps, state, again_from=again_from)
 
@@ -96,61 +105,81 @@ def _run(decision: Decision, state: RunState, recipe: RunRecipe, quiet: bool, lo
             _remove(path)
     began = datetime.now(UTC).isoformat(timespec="seconds")
     argv = step.argv()
+    begun = state.begun(step) or {}
     state.keep(
         step,
         status="running",
-        inputs=decision.inputs,
+        # what comes after knows by it whether it rests on this start or on one before
+        id=secrets.token_hex(4) if decision.state == "run" else begun["id"],
+        inputs=decision.inputs | {"after": state.made_by(step.after)},
         command=["capgap", *argv],
         started=began,
         result=None,
     )
     start = time.monotonic()
-    code = _process(step, argv, processes=recipe.hardware.processes, quiet=quiet, lock=lock)
+    code, sent = _process(step, argv, processes=recipe.hardware.processes, quiet=quiet, lock=lock)
     seconds = time.monotonic() - start
-    if code != 0:
-        stopped = code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    if code == 0:
+        state.keep(step, status="done", seconds=seconds, result=result_of(step))
+    else:
+        # torchrun has an exit code of its own for what it is sent
+        stopped = sent is not None or code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
         state.keep(step, status="stopped" if stopped else "failed", seconds=seconds)
-        raise StepFailed(step.name, code)
-    state.keep(step, status="done", seconds=seconds, result=result_of(step))
+    if code != 0 or sent is not None:
+        raise StepFailed(step.name, code if sent is None else 128 + sent)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def _process(step: Step, argv: Sequence[str], *, processes: int, quiet: bool, lock: int) -> int:
-    """The exit code; a signal that killed it counts as 128 and its number.
+def _process(
+    step: Step, argv: Sequence[str], *, processes: int, quiet: bool, lock: int
+) -> tuple[int, int | None]:
+    """The exit code, 128 and the number for a signal that killed it, and the signal that we were
+    sent meanwhile, if any.
 
     What we are sent goes on to the process, which saves its state before it ends. It has the
     folder's lock too: should we be killed, nobody else starts beside it.
     """
     start = [sys.executable, "-m"]
     if processes > 1 and step.command in SHARED:
-        start += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [*start, "capgap", *argv, *(["--quiet"] if quiet else [])]
-    # a group of its own: a Ctrl-C in the terminal would else reach it twice, and the second one
-    # does not wait for its state to be saved
     with (
+        # a group of its own: a Ctrl-C in the terminal would else reach it twice, and the second one
+        # does not wait for its state to be saved
         subprocess.Popen(
-            command, stdout=sys.stderr.fileno(), start_new_session=True, pass_fds=(lock,)
+            command,
+            stdout=sys.stderr.fileno(),
+            # a random.py in the working folder is not Python's
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
+            start_new_session=True,
+            pass_fds=(lock,),
         ) as process,
-        _forwarding(process),
+        _forwarding(process) as sent,
     ):
         code = process.wait()
-    return 128 - code if code < 0 else code
+    return 128 - code if code < 0 else code, sent[0] if sent else None
 
 
 @contextmanager
-def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """The signals that came meanwhile, the first one first; a terminal that closes is a SIGTERM."""
+    sent: list[int] = []
+
     def forward(number: int, frame: object) -> None:
+        number = signal.SIGTERM if number == signal.SIGHUP else number
+        sent.append(number)
         process.send_signal(number)
 
-    before = {one: signal.signal(one, forward) for one in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {one: signal.signal(one, forward) for one in numbers}
     try:
-        yield
+        yield sent
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -159,8 +188,8 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
 @contextmanager
 def _claimed(out: Path) -> Iterator[int]:
     """The folder belongs to a run and, while inside, to this process alone: its lock."""
-    foreign = out.exists() and not (out / RECORD).exists() and not (out / ".lock").exists()
-    if foreign and (not out.is_dir() or any(out.iterdir())):
+    foreign = out.exists() and not (out / RECORD).exists()
+    if foreign and (not out.is_dir() or any(path.name != ".lock" for path in out.iterdir())):
         raise UserError(f"{out} is no empty folder and no run: choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,9 @@ from capgap.records import write_json_atomically
 from capgap.scrub import scrub
 
 RECORD = "run.json"
+# How a step is carried out, not what it makes
+HOW = {"--out", "--device", "--batch-size", "--track"}
+MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt")
 State = Literal["done", "continue", "run"]
 
 
@@ -35,7 +38,10 @@ class RunState:
         self.path = out / RECORD
         found = _read(self.path)
         self.record: dict[str, Any] = found or {"schema": 1, "name": name, "steps": {}}
-        self.record["name"] = name
+        if self.record["name"] != name:
+            raise UserError(
+                f"{out} holds the run {self.record['name']!r}, not {name!r}: choose another --out"
+            )
 
     def begun(self, step: Step) -> dict[str, Any] | None:
         """What is known of a step, None where it never ran."""
@@ -46,6 +52,11 @@ class RunState:
         """Adds to what is known of a step, and writes it down."""
         self.record["steps"].setdefault(step.name, {}).update(values)
         write_json_atomically(self.path, self.record)
+
+    def made_by(self, names: Sequence[str]) -> dict[str, str | None]:
+        """Which start of each of these steps made what lies there now."""
+        steps = self.record["steps"]
+        return {name: steps[name]["id"] if name in steps else None for name in names}
 
     def forget_others(self, steps: Sequence[Step]) -> None:
         """Steps that the recipe no longer has."""
@@ -69,8 +80,7 @@ def decide(
 ) -> list[Decision]:
     """What each step needs. From the step `again_from` on, all start anew.
 
-    UserError: no such step, or one before it that is not done; a text or file that is not there,
-    unless an earlier step has still to make it.
+    UserError: no such step, or one before it that is not done.
     """
     names = [step.name for step in steps]
     if again_from is not None:
@@ -96,18 +106,20 @@ def check_step(name: str, names: Sequence[str]) -> None:
 
 
 def _decide(step: Step, state: RunState, before: Mapping[str, Decision], forced: bool) -> Decision:
+    out = state.path.parent
     # as the record holds it, or a step with a secret in an option would start again each time
-    inputs: dict[str, Any] = scrub({"options": _options(step), "read": _identities(step)})
-    inputs["after"] = {name: _digest(before[name].inputs) for name in step.after}
+    inputs: dict[str, Any] = scrub({"options": _options(step, out), "read": _identities(step)})
+    inputs["after"] = state.made_by(step.after)
     begun = state.begun(step)
     if begun is None:
         return Decision(step, "run", "it never ran", inputs)
     if forced:
         return Decision(step, "run", "--from asks for it", inputs)
-    upstream = next((name for name in step.after if before[name].state == "run"), None)
-    change = _change(begun["inputs"], inputs)
+    upstream = next((before[name] for name in step.after if before[name].state != "done"), None)
     if upstream is not None:
-        return Decision(step, "run", f"{upstream} runs again", inputs)
+        verb = "runs again" if upstream.state == "run" else "goes on"
+        return Decision(step, "run", f"{upstream.step.name} {verb}", inputs)
+    change = _change(begun["inputs"], inputs)
     if change is not None:
         return Decision(step, "run", change, inputs)
     if begun["status"] == "done":
@@ -116,7 +128,8 @@ def _decide(step: Step, state: RunState, before: Mapping[str, Decision], forced:
             return Decision(step, "run", f"{gone} is gone", inputs)
         return Decision(step, "done", "", inputs)
     why = "it failed" if begun["status"] == "failed" else "it was stopped"
-    return Decision(step, "continue" if step.is_continued else "run", why, inputs)
+    goes_on = step.is_continued and not (begun["status"] == "failed" and _is_finished(step))
+    return Decision(step, "continue" if goes_on else "run", why, inputs)
 
 
 def _must_exist(step: Step, path: Path) -> bool:
@@ -125,28 +138,48 @@ def _must_exist(step: Step, path: Path) -> bool:
     return str(path) in asked and not path.exists()
 
 
-def _options(step: Step) -> dict[str, Any]:
-    """The command line by option, as JSON gives it back."""
-    told: dict[str, Any] = {"arguments": list(step.arguments)}
+def _is_finished(step: Step) -> bool:
+    """Whether a failed step came to its end: a training that diverged can only begin again."""
+    if step.record is None or not step.record.exists():
+        return False
+    try:
+        return bool(json.loads(step.record.read_text(encoding="utf-8")).get("finished"))
+    except ValueError:
+        return False
+
+
+def _options(step: Step, out: Path) -> dict[str, Any]:
+    """What decides the result, by option. The output folder may be written otherwise or have been
+    moved, and what a file is called does not matter: its content is among what is read."""
+
+    def told(value: Any) -> str:
+        return str(value).replace(str(out), "OUT")
+
+    found: dict[str, Any] = {"arguments": [told(one) for one in step.arguments]}
     for name, value in step.options.items():
-        if value is None or value is False:
+        if value is None or value is False or name in HOW or str(value) in step.files:
             continue
-        told[name] = [str(one) for one in value] if isinstance(value, tuple) else str(value)
-    return told
+        if not isinstance(value, tuple):
+            found[name] = told(value)
+            continue
+        kept = [told(one) for one in value if not (name == "--set" and one.startswith("run."))]
+        if kept:
+            found[name] = kept
+    return found
 
 
 def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first difference in words."""
+    """The first difference in words. What can no longer be read counts as it was."""
     old, new = before["options"], now["options"]
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             return f"{name} is {_shown(new.get(name))}, before it was {_shown(old.get(name))}"
-    for name in sorted(before["read"].keys() | now["read"].keys()):
-        if before["read"].get(name) != now["read"].get(name):
+    for name, identity in sorted(now["read"].items()):
+        if identity is not None and before["read"].get(name) != identity:
             return f"{name} has changed"
-    for name in sorted(before["after"].keys() | now["after"].keys()):
-        if before["after"].get(name) != now["after"].get(name):
-            return f"{name} has changed"
+    for name, made in sorted(now["after"].items()):
+        if before["after"].get(name) != made:
+            return f"{name} has run again"
     return None
 
 
@@ -156,27 +189,33 @@ def _shown(value: Any) -> str:
     return " ".join(value) if isinstance(value, list) else str(value)
 
 
-def _identities(step: Step) -> dict[str, str]:
-    """Of everything that a step reads from outside of the run."""
-    found = {text: _digest(open_source(text).fingerprint()) for text in step.texts}
+def _identities(step: Step) -> dict[str, str | None]:
+    """Of everything that a step reads from outside of the run; None for what is not there, of
+    which its command tells if it has to run."""
+    found: dict[str, str | None] = {}
+    for text in step.texts:
+        try:
+            found[text] = _digest(open_source(text).fingerprint())
+        except UserError:
+            found[text] = None
     for name in step.files:
         try:
             with Path(name).open("rb") as stream:
-                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-        except OSError as error:
-            raise UserError(f"{step.name}: cannot read {name}: {error.strerror}") from None
+                found["data"] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+        except OSError:
+            found["data"] = None
     for name in step.models:
-        found[name] = _model_identity(name)
+        found[name] = _folder_identity(Path(name), MODEL_FILES) if Path(name).is_dir() else name
+    for name in step.folders:
+        found[name] = _folder_identity(Path(name), None) if Path(name).is_dir() else None
     return found
 
 
-def _model_identity(name: str) -> str:
-    """Names, sizes and times of a folder's files; a model of the Hub is its name."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return name
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    return _digest([(path.name, *_size_and_time(path)) for path in files])
+def _folder_identity(folder: Path, suffixes: tuple[str, ...] | None) -> str:
+    """Names, sizes and times of the files in a folder, of all or of some suffixes."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    kept = (path for path in files if suffixes is None or path.suffix in suffixes)
+    return _digest([(str(path.relative_to(folder)), *_size_and_time(path)) for path in kept])
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:

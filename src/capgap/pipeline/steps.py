@@ -3,12 +3,14 @@
 Every step is a command of capgap that serves alone as well.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from capgap.config import ABOUT_A_TEACHER, RunRecipe
 from capgap.errors import UserError
+from capgap.law.families import find_model
 
 # A step of these is continued by its own command; of all others a half-done one leaves nothing
 CONTINUED = {"train", "adapt", "distill", "instruct", "prefer"}
@@ -22,8 +24,8 @@ class Step:
 
     `arguments` follow the command's name, then `options`, each with its value, a list of values, or
     True for a flag. `writes`: what is deleted before it starts anew. `texts` are sources as `capgap
-    corpus` takes them, `files` and `models` are read as they are; where one has changed, the step
-    runs again. `after`: the steps whose results it reads.
+    corpus` takes them, `files`, `models` and `folders` are read as they are; where one has changed,
+    the step runs again. `after`: the steps whose results it reads.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Step:
     texts: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
 
     def argv(self) -> list[str]:
@@ -89,6 +92,11 @@ class _Planner:
     def _teacher(self) -> tuple[str, tuple[str, ...]]:
         """The model, and the steps that make it."""
         asked = self.recipe.teacher
+        if asked.model is not None and asked.weights is None and find_model(asked.model):
+            raise UserError(
+                f"teacher.model {asked.model} is a published name: say where its weights are, as "
+                "teacher.weights=FOLDER or a name on the Hub"
+            )
         if asked.size is None:
             return asked.weights or asked.model or "", ()
         folder = self.out / "teacher"
@@ -288,6 +296,7 @@ class _Planner:
                 },
                 (record,),
                 record,
+                folders=() if asked.data is None else (asked.data,),
                 after=after,
             )
         )
@@ -313,10 +322,8 @@ class _Planner:
                     options,
                     (folder,),
                     record,
-                    (),
-                    files,
-                    (),
-                    last,
+                    files=files,
+                    after=last,
                 )
             )
             model, last = str(folder / "model"), ("instruct",)
@@ -331,7 +338,16 @@ class _Planner:
             record = folder / "prefer.json"
             files = (wanted.data,)
             self._add(
-                Step("prefer", "prefer", (model,), options, (folder,), record, (), files, (), last)
+                Step(
+                    "prefer",
+                    "prefer",
+                    (model,),
+                    options,
+                    (folder,),
+                    record,
+                    files=files,
+                    after=last,
+                )
             )
             model, last = str(folder / "model"), ("prefer",)
         return model, last
@@ -406,4 +422,5 @@ def _toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return "[" + ", ".join(_toml(one) for one in value) + "]"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    # a JSON string is a TOML string
+    return json.dumps(value) if isinstance(value, str) else repr(value)
