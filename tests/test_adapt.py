@@ -386,3 +386,19 @@ def test_the_commands_of_the_page_run(typed, tmp_path, monkeypatch):
     found = json.loads(Path("adapted/adapt.json").read_text())
     after = found["heldout"]["new"]
     assert after["after"]["bits_per_byte"] < after["before"]["bits_per_byte"]
+
+
+def test_special_tokens_of_a_chat_template_stay_special(tmp_path):
+    from capgap.tune.template import special_in
+
+    trained = train_tokenizer(OLD, 300)
+    chatting = PreTrainedTokenizerFast(
+        tokenizer_object=trained.backend_tokenizer,
+        eos_token=trained.eos_token,
+        extra_special_tokens=["<|im_start|>"],
+    )
+    extended = extend_tokenizer(chatting, NEW, 10).tokenizer
+    extended.save_pretrained(tmp_path)
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    assert "<|im_start|>" in found.all_special_tokens
+    assert special_in(found, "so <|im_start|>system") == "<|im_start|>"

@@ -335,6 +335,8 @@ def _with_backend(tokenizer: "PreTrainedTokenizerFast", backend: Any) -> "PreTra
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{name: token for name, token in special.items() if token is not None},
+        # those of a chat template, say
+        extra_special_tokens=list(getattr(tokenizer, "extra_special_tokens", None) or ()),
         model_max_length=tokenizer.model_max_length,
         padding_side=tokenizer.padding_side,
         truncation_side=tokenizer.truncation_side,

@@ -323,11 +323,12 @@ class _Run:
             training={key: found[key] for key in ("steps", "flops", "sources")}
             | {"learning_rate": one["learning_rate"]},
         )
+        # moved before the record says so: a call that was killed between finds the model in place
         trained = Path(one["folder"])
-        one["folder"] = str(self.model)
-        write_json_atomically(asked.record, found)
         trained.rename(self.model)
         trained.parent.rmdir()
+        one["folder"] = str(self.model)
+        write_json_atomically(asked.record, found)
 
     def finish(self) -> None:
         """The model in its place, the record, and no model twice."""

@@ -150,4 +150,6 @@ def fitted(example: Example, window: int) -> Example | None:
 
 def special_in(tokenizer: "PreTrainedTokenizerFast", text: str) -> str | None:
     """A special token that stands literally in a text: it would be read as the token itself."""
-    return next((token for token in tokenizer.all_special_tokens if token and token in text), None)
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    names = (*tokenizer.all_special_tokens, *added)
+    return next((name for name in names if name and name in text), None)
