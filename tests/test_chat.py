@@ -83,6 +83,16 @@ def test_the_same_seed_gives_the_same_answers(talker):
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_words_are_counted_once_and_not_for_every_token(talker, monkeypatch):
+    chat = chat_of(talker)
+    calls = []
+    real = chat.tokenizer.get_vocab
+    monkeypatch.setattr(chat.tokenizer, "get_vocab", lambda: calls.append(1) or real())
+    list(chat.answer("hi"))
+    assert chat.num_tokens > 1
+    assert calls == []
+
+
 def test_pieces_are_whole_characters_without_outer_white_space(talker):
     text = " Oui,  水 \U0001f600 é.\n\n"
     chat = scripted(chat_of(talker, tokens=100), [text])
@@ -124,8 +134,10 @@ def test_the_oldest_turns_go_when_the_context_is_full(talker):
     assert chat.num_dropped % 2 == 0
     assert len(chat.messages) == 18 - chat.num_dropped
     assert chat.messages[-2]["content"].endswith("8")
+    before = list(chat.messages), chat.num_dropped
     with pytest.raises(UserError, match="ask in fewer words"):
         list(chat.answer("plus " * 200))
+    assert (chat.messages, chat.num_dropped) == before
     chat.reset()
     assert chat.messages == []
 

@@ -1,15 +1,19 @@
 """Programs of a model's: what they may do, and what holds them back."""
 
 import ast
+import resource
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from capgap.evaluate import code_guard
 from capgap.evaluate.code_runner import GUARD, CodeLimits, code_layers, run_program
 
 # so short that a program that hangs costs a test little
 SHORT = {"seconds": 6.0, "cpu_seconds": 1}
-HAS_KERNEL = {name for name, there in code_layers().items() if there}
+HAS_KERNEL = {name for name, there in (code_layers() or {}).items() if there}
 BOTH = [
     pytest.param(CodeLimits(**SHORT), id="all"),
     pytest.param(CodeLimits(**SHORT, kernel=False), id="hook alone"),
@@ -76,7 +80,7 @@ def test_nothing_outside_is_written_or_removed(limits, tmp_path: Path):
 
 @pytest.mark.parametrize("limits", BOTH)
 def test_memory_time_and_files_end(limits):
-    hungry = run_program("kept = [bytearray(10**8) for _ in range(100)]", limits)
+    hungry = run_program("kept = [bytearray(1 << 30) for _ in range(100)]", limits)
     assert (hungry.passed, hungry.reason) == (False, "MemoryError: ")
     busy = run_program("while True:\n    pass", limits)
     assert (busy.passed, busy.reason) == (False, "out of time")
@@ -101,6 +105,8 @@ def test_a_stubborn_one_is_ended_too():
         ("assert 1 == 2", "AssertionError: "),
         ("def f(:", "SyntaxError: invalid syntax (<program>, line 1)"),
         ("raise SystemExit(0)", "SystemExit: 0"),
+        ("raise type('a secret', (Exception,), {})('text')", "another error: text"),
+        ("import json\njson.loads('')", "another error: Expecting value: line 1 column 1 (char 0)"),
         ("import os\nos._exit(0)", "left early"),
         ("import sys\nprint('{}')\nsys.stdout.flush()\nimport os\nos._exit(0)", "left early"),
     ],
@@ -120,6 +126,46 @@ def test_the_folder_is_gone_afterwards(tmp_path):
     folder = Path(str(run_program(inside).reason).removeprefix("ValueError: "))
     assert folder.name.startswith("capgap-code-")
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "for _ in range(1200):\n    os.mkdir('a')\n    os.chdir('a')",
+        "for a in 'xy':\n    os.makedirs(f'{a}/z/w')\n    open(f'{a}/z/f', 'w')",
+        "os.symlink('/', 'a')\nos.mkdir('b', 0)\nos.mkfifo('c')\nopen(b'\\xff', 'w')",
+        "os.rmdir(os.getcwd())",
+    ],
+)
+def test_the_folder_is_gone_whatever_is_in_it(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    outcome = run_program(f"import os\n{program}", CodeLimits(hook=False))
+    # the last one may not be allowed to remove its folder
+    assert outcome.passed or "rmdir" in program
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_is_never_above_the_one_that_is_there(monkeypatch):
+    there = {resource.RLIMIT_NOFILE: 32, resource.RLIMIT_CPU: 5}
+    found = {}
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda kind: (1, there.get(kind, resource.RLIM_INFINITY))
+    )
+    monkeypatch.setattr(resource, "setrlimit", found.__setitem__)
+    code_guard._limit({"cpu_seconds": 5, "memory_bytes": 1 << 30, "file_bytes": 1 << 20})
+    assert found[resource.RLIMIT_NOFILE] == (32, 32)
+    assert found[resource.RLIMIT_CPU] == (5, 5)
+    assert found[resource.RLIMIT_AS] == (1 << 30, 1 << 30)
+
+
+@pytest.mark.parametrize(("version", "holds"), [(-1, False), (2, False), (3, True)])
+def test_landlock_that_lets_files_be_cut_off_does_not_count(version, holds, tmp_path, monkeypatch):
+    def syscall(number, attributes, *_):
+        return version if number == 444 and attributes is None else 0
+
+    kernel = SimpleNamespace(syscall=syscall, prctl=lambda *_: 0)
+    monkeypatch.setattr(code_guard.ctypes, "CDLL", lambda *_, **__: kernel)
+    assert code_guard._guard_files(str(tmp_path)) is holds
 
 
 def test_the_guard_stands_alone():

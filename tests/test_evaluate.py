@@ -305,6 +305,15 @@ def test_programs_run_only_when_allowed(student, sets, tmp_path, monkeypatch):
     assert found["max_gen_toks"] == {"asked": 1024, "used": POSITIONS // 2}
 
 
+def test_no_program_is_asked_for_where_none_can_run(student, sets, tmp_path, monkeypatch):
+    monkeypatch.setattr("capgap.evaluate.harness.code_layers", lambda: None)
+    monkeypatch.setattr(CountingModel, "generate_until", None)
+    record, _ = evaluated(student, sets, tmp_path, "humaneval", allow_code=True)
+    found = record["tasks"]["humaneval"]
+    assert found["missing"] == "programs cannot be run on this machine: an empty one fails"
+    assert found["score"] is None
+
+
 # --- a short context ----------------------------------------------------------------------------
 
 
@@ -339,9 +348,11 @@ def test_a_model_that_is_not_finite_has_no_scores(small_corpus, sets, tmp_path):
         model.model.norm.weight.fill_(math.nan)
     save_model(model, folder, small_corpus.tokenizer)
     record, _ = evaluated(
-        folder, sets, tmp_path, "piqa", "heldout", corpora=(small_corpus.directory,)
+        folder, sets, tmp_path, "piqa", "gsm8k", "heldout", corpora=(small_corpus.directory,)
     )
     assert record["tasks"]["piqa"]["missing"].startswith("log-likelihoods are not finite")
+    assert record["tasks"]["gsm8k"]["missing"].startswith("logits are not finite")
+    assert record["tasks"]["gsm8k"]["score"] is None
     (loss,) = record["heldout"].values()
     assert (loss["loss"], loss["missing"]) == (None, "the loss is not finite")
 

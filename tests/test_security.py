@@ -156,6 +156,8 @@ def test_too_much_and_twice_are_refused(tmp_path):
     [
         ("https://me:pass@host/a", "https://***@host/a"),
         ("https://token@host/a", "https://***@host/a"),
+        ("https://bob:p@ssw0rd@host", "https://***@host"),
+        ("https://bob:p@ss@host/a/b@main", "https://***@host/a/b@main"),
         ("https://host/a?x=1&token=abc&y=2", "https://host/a?x=1&token=***&y=2"),
         ("https://s3/a?X-Amz-Signature=ab12&b", "https://s3/a?X-Amz-Signature=***&b"),
         (f"teacher {TOKEN}", "teacher ***"),

@@ -11,8 +11,8 @@ from typing import Any
 
 HIDDEN = "***"
 
-# https://user:password@host, with or without a user
-_LOGIN = re.compile(r"(?<=://)[^/\s@\"']+(?=@)")
+# https://user:password@host, with or without a user; a password may have an @ of its own
+_LOGIN = re.compile(r"(?<=://)[^/\s\"']+(?=@)")
 # ?token=..., &X-Amz-Signature=...
 _QUERY = re.compile(
     r"(?i)(?<=[?&])((?:[\w-]*(?:token|secret|password|signature|credential|api_?key)|sig|key)=)"

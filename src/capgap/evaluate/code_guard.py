@@ -4,7 +4,8 @@ It imports nothing of capgap. Standard input has what to run as JSON, standard o
 line of JSON. What holds the program back, from the outside in:
 
 - limits of the process: processor time, memory, size of files, number of files;
-- Landlock, where the kernel has it: no file outside of the current folder is written or removed;
+- Landlock, where the kernel has it: no file outside of the current folder is written or removed.
+  Before Linux 6.2 files can still be cut off, so that it is not counted there;
 - seccomp, where the kernel has it: no socket, no other process, no signal, no change of rights;
 - an audit hook of Python: the same from inside the interpreter, everywhere, but a program that
   knows how can get around it. It is a fence for accidents, the kernel's two are walls.
@@ -88,11 +89,17 @@ def _limit(order):  # type: ignore[no-untyped-def]
         (resource.RLIMIT_NPROC, 0),
     ):
         # a second more, so that the soft limit's signal tells why
-        resource.setrlimit(kind, (most, most + (kind == resource.RLIMIT_CPU)))
+        wanted = (most, most + (kind == resource.RLIMIT_CPU))
+        _, hard = resource.getrlimit(kind)
+        if hard != resource.RLIM_INFINITY:
+            # only root may raise it
+            wanted = (min(wanted[0], hard), min(wanted[1], hard))
+        resource.setrlimit(kind, wanted)
 
 
 def _guard_files(folder: str) -> bool:
-    """Landlock: whether the kernel has let go of all ways to write but below `folder`."""
+    """Landlock: whether the kernel refuses all ways to write but below `folder`. False also where
+    it holds back all but cutting files off."""
     libc = ctypes.CDLL(None, use_errno=True)
     version = libc.syscall(444, None, ctypes.c_size_t(0), 1)
     if version < 1:
@@ -109,6 +116,7 @@ def _guard_files(folder: str) -> bool:
         and libc.syscall(445, rules, 1, beneath, 0) == 0
         and libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0) == 0
         and libc.syscall(446, rules, 0) == 0
+        and version >= 3
     )
 
 

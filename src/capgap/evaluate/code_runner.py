@@ -1,6 +1,8 @@
 """Programs that a model wrote, each in a process that can do little: see `code_guard`."""
 
+import builtins
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -8,11 +10,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 GUARD = Path(__file__).with_name("code_guard.py")
+_ERRORS = {
+    name
+    for name, kind in vars(builtins).items()
+    if isinstance(kind, type) and issubclass(kind, BaseException)
+}
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,9 @@ class CodeLimits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`passed`: the program ran to its end. Else `reason`: the error that it raised, "out of time",
-    "killed" or "left early". `layers`: what held it back, None where it did not live to tell."""
+    """`passed`: the program ran to its end. Else `reason`: the error that it raised, with "another
+    error" for a type that Python does not come with; "out of time", "killed" or "left early".
+    `layers`: what held it back, None where it did not live to tell."""
 
     passed: bool
     reason: str | None
@@ -47,7 +56,7 @@ def run_program(program: str, limits: CodeLimits | None = None) -> Outcome:
     limits = limits or CodeLimits()
     key = secrets.token_hex()
     order = json.dumps({"program": program, "key": key} | asdict(limits))
-    with tempfile.TemporaryDirectory(prefix="capgap-code-") as folder:
+    with _folder() as folder:
         process = subprocess.Popen(
             # isolated: no paths or settings of the user's
             [sys.executable, "-I", str(GUARD)],
@@ -67,11 +76,10 @@ def run_program(program: str, limits: CodeLimits | None = None) -> Outcome:
     return _outcome(told, key, process.returncode)
 
 
-def code_layers() -> dict[str, bool]:
-    """What holds programs back on this machine, asked of a program that does nothing."""
-    found = run_program("pass").layers
-    assert found is not None
-    return found
+def code_layers() -> dict[str, bool] | None:
+    """What holds programs back on this machine, asked of a program that does nothing; None where
+    that one does not run."""
+    return run_program("pass").layers
 
 
 def _outcome(told: bytes, key: str, code: int) -> Outcome:
@@ -84,7 +92,15 @@ def _outcome(told: bytes, key: str, code: int) -> Outcome:
             "out of time" if code == -signal.SIGXCPU else "killed" if code < 0 else "left early"
         )
         return Outcome(False, reason, None)
-    return Outcome(answer["error"] is None, answer["error"], answer["layers"])
+    error = answer.get("error")
+    return Outcome(error is None, None if error is None else _known(error), answer.get("layers"))
+
+
+def _known(error: object) -> str:
+    """An error, its type named only where it is Python's own: the name is the program's to choose,
+    and the record keeps it."""
+    name, colon, text = str(error).partition(":")
+    return f"{name if name in _ERRORS else 'another error'}{colon}{text}"
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
@@ -95,3 +111,61 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             stream.close()
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """A temporary folder that is removed afterwards, whatever a program has made of it."""
+    folder = tempfile.mkdtemp(prefix="capgap-code-")
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Folders within folders are moved up to the first before they are emptied: the depth then
+    costs no recursion, no long paths and no open files."""
+    if os.path.islink(folder):
+        os.unlink(folder)
+        return
+    os.chmod(folder, 0o700)
+    top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        # names that the program cannot have taken
+        names = (
+            f"{key}-{number}" for key in (secrets.token_hex(),) for number in itertools.count()
+        )
+        waiting = _empty(top, top, names)
+        while waiting:
+            name = waiting.pop()
+            with contextlib.suppress(OSError):
+                inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+                try:
+                    waiting += _empty(inner, top, names)
+                finally:
+                    os.close(inner)
+                os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(folder)
+
+
+def _empty(folder: int, top: int, names: Iterator[str]) -> list[str]:
+    """Removes the files of an open folder and moves its folders to `top`, under the names given
+    back. What cannot be removed stays."""
+    moved = []
+    with os.scandir(folder) as found:
+        entries = list(found)
+    for entry in entries:
+        with contextlib.suppress(OSError):
+            if entry.is_dir(follow_symlinks=False):
+                # a folder that may not be written cannot be moved
+                os.chmod(entry.name, 0o700, dir_fd=folder)
+                name = next(names)
+                os.rename(entry.name, name, src_dir_fd=folder, dst_dir_fd=top)
+                moved.append(name)
+            else:
+                os.unlink(entry.name, dir_fd=folder)
+    return moved

@@ -16,10 +16,12 @@ from unittest import mock
 
 import datasets
 import lm_eval.tasks
+import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from capgap.evaluate.code_runner import CodeLimits, code_layers, run_program
 from capgap.evaluate.local_data import LocalSet
@@ -77,6 +79,19 @@ class CountingModel(HFLM):
                 self.cut.add((asked.task_name, asked.doc_id))
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
+    def _model_generate(self, *arguments: Any, **options: Any) -> Any:
+        processors = LogitsProcessorList([_MustBeNumbers()])
+        return super()._model_generate(*arguments, logits_processor=processors, **options)
+
+
+class _MustBeNumbers(LogitsProcessor):
+    """Looks at every step of an answer. What is ruled out, minus infinity, is no fault."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if bool((scores.isnan() | scores.isposinf()).any()):
+            raise NotMeasured("logits are not finite: try --dtype fp32")
+        return scores
+
 
 def counting_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int
@@ -133,6 +148,7 @@ def run_set(
     a set that this model cannot be measured on.
     """
     began = time.monotonic()
+    sandbox = _sandbox() if one.name == CODE else None
     outcomes: Counter[str] = Counter()
     tasks = _load(one, local, shots, outcomes)
     lowered = _fit_answers(tasks, model)
@@ -171,9 +187,20 @@ def run_set(
         task_version=", ".join(versions),
         max_gen_toks=lowered,
         programs=dict(outcomes) if one.name == CODE else None,
-        sandbox=code_layers() if one.name == CODE else None,
+        sandbox=sandbox,
         seconds=time.monotonic() - began,
     )
+
+
+def _sandbox() -> dict[str, bool]:
+    """What holds programs back; NotMeasured where not even an empty one runs."""
+    try:
+        layers = code_layers()
+    except OSError as error:
+        raise NotMeasured(f"programs cannot be run on this machine: {error}") from error
+    if layers is None:
+        raise NotMeasured("programs cannot be run on this machine: an empty one fails")
+    return layers
 
 
 def _load(

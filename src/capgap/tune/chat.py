@@ -69,6 +69,8 @@ class Chat:
         if system is not None:
             self._check_text(system)
             self.system.append({"role": "system", "content": system})
+        # rows behind the tokenizer's words only pad the table
+        self.num_words = max(tokenizer.get_vocab().values()) + 1
         self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
         self.generator = torch.Generator(device=model.device).manual_seed(self.sampling.seed)
         self.messages: list[Message] = []
@@ -111,22 +113,25 @@ class Chat:
             raise UserError(f"{found!r} is a special token of this model: leave it out of the text")
 
     def _fitting(self, asked: Message) -> list[int]:
-        """The prompt's tokens, the oldest turns dropped until there is room for an answer."""
+        """The prompt's tokens, the oldest turns dropped until there is room for an answer. The
+        history stays whole where there is none even so."""
         room = None
         if self.positions is not None:
             room = self.positions - min(self.sampling.tokens, self.positions // ANSWER_SHARE)
+        kept = self.messages
         while True:
-            ids = prompt_ids(self.tokenizer, [*self.system, *self.messages, asked])
+            ids = prompt_ids(self.tokenizer, [*self.system, *kept, asked])
             if room is None or len(ids) <= room:
+                self.num_dropped += len(self.messages) - len(kept)
+                self.messages = kept
                 return ids
-            if not self.messages:
+            if not kept:
                 raise UserError(
                     f"the question takes {len(ids)} tokens; this model reads {self.positions}, of "
                     f"which {room} may be the question: ask in fewer words"
                 )
             # a question with its answer
-            self.messages = self.messages[2:]
-            self.num_dropped += 2
+            kept = kept[2:]
 
     def _pieces(self, ids: list[int]) -> Iterator[str]:
         stream = _TextStream(self.tokenizer)
@@ -145,9 +150,7 @@ class Chat:
         """A drawn token, and the cache that has read `ids`."""
         inputs = torch.tensor([ids], device=self.model.device)
         output: Any = self.model(input_ids=inputs, past_key_values=cache, use_cache=True)
-        # rows behind the tokenizer's words only pad the table
-        words = max(self.tokenizer.get_vocab().values()) + 1
-        logits = output.logits[:, -1, :words].float()
+        logits = output.logits[:, -1, : self.num_words].float()
         sampling = self.sampling
         if sampling.temperature == 0:
             return int(logits.argmax()), output.past_key_values
