@@ -103,6 +103,8 @@ def test_what_comes_out_loads_and_tells_its_story(finished):
     assert tokenizer.chat_template is not None
     card = (folder / "out" / "model" / "README.md").read_text()
     assert "minima-tiny" in card
+    assert "adaptation of the teacher: 20 new pieces" in card
+    assert str(folder) not in card
     assert (folder / "out" / "model.gguf").exists()
 
 
