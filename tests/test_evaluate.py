@@ -475,6 +475,14 @@ def test_flops_are_read_from_the_distillation_that_wrote_the_student(tmp_path):
     (tmp_path / "run/distill.json").write_text(json.dumps({"finished": True, "flops": 12}))
     assert known_flops(str(folder)) == 12
     assert known_flops(str(tmp_path)) is None
+    # those of the whole run are not those of its best moment, nor of one student among others
+    assert known_flops(str(tmp_path / "run/best/small")) is None
+    found = {"finished": True, "flops": 12, "after": {"small": {}}}
+    (tmp_path / "run/distill.json").write_text(json.dumps(found))
+    assert known_flops(str(folder)) == 12
+    found["after"]["large"] = {}
+    (tmp_path / "run/distill.json").write_text(json.dumps(found))
+    assert known_flops(str(folder)) is None
     assert parse_flops("4e21") == 4e21
 
 

@@ -88,7 +88,7 @@ def student(small_corpus, tmp_path_factory):
                 "questions": 64,
             },
             "lambada": {"score": 812.5, "score_stderr": 30.0, "metric": "perplexity", "shots": 0},
-            "ceval": {"score": None, "missing": "no local copy"},
+            "ceval": {"score": None, "missing": f"no local copy in {place}, and no network"},
         },
         "mean_percent": None,
     }
@@ -272,7 +272,7 @@ def test_a_card_of_an_unknown_licence_says_so():
 def test_the_student_of_a_sweep_keeps_its_story(small_corpus, tmp_path):
     out = write_output(tmp_path / "sweep")
     marker = json.loads((out / "sweep.json").read_text())
-    marker["recipe"]["corpus"] = {"source": "stdlib"}
+    marker["recipe"]["corpus"] = {"source": str(tmp_path / "texts")}
     (out / "sweep.json").write_text(json.dumps(marker))
     student = save(out / "student", small_corpus)
     card = card_of_student(student)
@@ -281,6 +281,8 @@ def test_the_student_of_a_sweep_keeps_its_story(small_corpus, tmp_path):
     run_export(ExportRequest(str(student), tmp_path / "out"))
     text = (tmp_path / "out/README.md").read_text()
     assert "the same student by cross-entropy alone" in text
+    assert "text: `texts`, " in text
+    assert str(tmp_path) not in text
     assert f"# {card.name}" in text
     assert card_of_student(save(tmp_path / "student", small_corpus)) is None
 
@@ -332,6 +334,98 @@ def test_a_tuned_model_tells_the_whole_way(student, tmp_path):
     given = tuple(tmp_path / f"{name}/{name}.json" for name in ("instruct", "prefer"))
     again = run_export(ExportRequest(str(before), tmp_path / "again", records=given))
     assert sorted(again["records"]) == sorted(found["records"])
+
+
+def write(path, **record):
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_records_of_another_model_of_the_same_name_are_left(small_corpus, tmp_path):
+    """adapt, instruct and prefer all call their folder `model`."""
+    mine, other = (save(tmp_path / f"{name}/model", small_corpus) for name in ("mine", "other"))
+    tasks = {"piqa": {"score": 0.5}}
+    write(tmp_path / "evaluate.json", tasks=tasks, model=str(other))
+    write(tmp_path / "instruct.json", asked={"model": "gone"}, folder=str(other))
+    write(tmp_path / "pruning.json", teacher="x", teacher_shape={}, shape={})
+    assert run_export(ExportRequest(str(mine), tmp_path / "one"))["records"] == []
+    # a name alone tells nothing either where its folder is gone
+    write(tmp_path / "evaluate.json", tasks=tasks, model=str(tmp_path / "gone/model"))
+    assert run_export(ExportRequest(str(mine), tmp_path / "two"))["records"] == []
+    write(tmp_path / "evaluate.json", tasks=tasks, model=str(mine))
+    assert len(run_export(ExportRequest(str(mine), tmp_path / "three"))["records"]) == 1
+    named = save(tmp_path / "mine/named", small_corpus)
+    write(tmp_path / "evaluate.json", tasks=tasks, model=str(tmp_path / "before/named"))
+    assert len(run_export(ExportRequest(str(named), tmp_path / "four"))["records"]) == 1
+
+
+def test_a_given_evaluation_of_an_earlier_model_is_told_as_such(small_corpus, tmp_path):
+    first = save(tmp_path / "first", small_corpus)
+    tuned = save(tmp_path / "instruct/model", small_corpus)
+    write(tmp_path / "instruct/instruct.json", asked={"model": str(first)}, folder=str(tuned))
+    early = write(tmp_path / "early.json", tasks={"piqa": {"score": 0.25}}, model=str(first))
+    late = write(tmp_path / "late.json", tasks={"piqa": {"score": 0.75}}, model=str(tuned))
+    for number, (given, heading, score) in enumerate(
+        (
+            ((early,), "## Benchmarks of a model that this one began as\n", "25.0%"),
+            ((late, early), "## Benchmarks\n", "75.0%"),
+            ((early, late), "## Benchmarks\n", "75.0%"),
+        )
+    ):
+        run_export(ExportRequest(str(tuned), tmp_path / f"out{number}", records=given))
+        text = (tmp_path / f"out{number}/README.md").read_text()
+        assert heading in text
+        assert score in text
+
+
+def test_licence_and_adaptation_come_through_all_stages(small_corpus, tmp_path):
+    """A licence that only the first model's card tells: adapt, distill, instruct, prefer."""
+    first = save(tmp_path / "first", small_corpus)
+    (first / "README.md").write_text("---\nlicense: mit\n---\n")
+    adapted, instructed, preferred = (
+        save(tmp_path / f"{name}/model", small_corpus) for name in ("adapt", "instruct", "prefer")
+    )
+    student = save(tmp_path / "distill/students/small", small_corpus)
+    heldout = {
+        "new": {"before": {"bits_per_byte": 2.5}, "after": {"bits_per_byte": 1.25}},
+        "old": {"before": {"bits_per_byte": 1.0}, "after": {"bits_per_byte": 1.125}},
+    }
+    told = {"tokenizer": {"pieces": 20}, "heldout": heldout, "folder": str(adapted)}
+    write(tmp_path / "adapt/adapt.json", asked={"model": str(first), "tokens": 4096}, **told)
+    asked = {"teacher": str(adapted), "students": [], "tokens": 64, "window": 16}
+    after = {"small": {"folder": str(student), "heldout": {"loss": 3.0}}}
+    write(tmp_path / "distill/distill.json", asked=asked, after=after)
+    for name, before, folder in (
+        ("instruct", student, instructed),
+        ("prefer", instructed, preferred),
+    ):
+        asked = {"model": str(before)}
+        write(tmp_path / name / f"{name}.json", asked=asked, folder=str(folder))
+    line = (
+        "20 new pieces, 4.1k tokens; bits per byte of new text 2.500 -> 1.250; "
+        "bits per byte of old text 1.000 -> 1.125"
+    )
+    for model, what, of in (
+        (adapted, "the model that it began as", ""),
+        (student, "the model that the teacher began as", " of the teacher"),
+        (preferred, "the model that the teacher began as", " of the teacher"),
+    ):
+        out = tmp_path / f"out-{model.parent.parent.name}-{model.parent.name}"
+        found = run_export(ExportRequest(str(model), out))
+        assert found["licence"] == {"id": "mit", "source": f"the model card of {what} 'first'"}
+        assert f"- adaptation{of}: {line}\n" in (out / "README.md").read_text()
+
+
+def test_the_base_model_is_the_first_of_the_hub(small_corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(licence, "is_cached", lambda name, file: name == "org/big")
+    card = tmp_path / "card.md"
+    card.write_text("---\nlicense: mit\n---\n")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(card))
+    tuned = save(tmp_path / "instruct/model", small_corpus)
+    write(tmp_path / "instruct/instruct.json", asked={"model": "org/big"}, folder=str(tuned))
+    run_export(ExportRequest(str(tuned), tmp_path / "out"))
+    fields = front_matter(tmp_path / "out/README.md")
+    assert (fields["base_model"], fields["license"]) == ("org/big", "mit")
 
 
 def test_a_chat_template_goes_along(small_corpus, tmp_path):

@@ -163,15 +163,17 @@ def beside_published(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | 
 def known_flops(model: str) -> float | None:
     """FLOPs of the distillation that wrote this folder, from its distill.json; None where unknown.
 
-    A distillation writes OUT/distill.json and its students below OUT/students and OUT/best.
+    A distillation writes OUT/distill.json and its students below OUT/students. What it tells is of
+    all its students and of the whole run, so neither one of several nor OUT/best has its own.
     """
     folder = Path(model).absolute()
     record = folder.parent.parent / "distill.json"
-    if folder.parent.name not in ("students", "best") or not record.is_file():
+    if folder.parent.name != "students" or not record.is_file():
         return None
     try:
         found = json.loads(record.read_text())
-        return float(found["flops"]) if found.get("finished") else None
+        is_alone = len(found.get("after", {})) < 2
+        return float(found["flops"]) if found.get("finished") and is_alone else None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"cannot read {record} ({error}): give --flops") from None
 

@@ -39,7 +39,8 @@ class Benchmark:
 class Card:
     """What a model card says; what is None or empty is left out.
 
-    `teacher` by name, `base_model` its name on the Hub, `made` the lines of how it was made.
+    `teacher` by name, `base_model` its name on the Hub, `made` the lines of how it was made;
+    `benchmarks_before`: these are of a model that this one began as.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Card:
     losses: tuple[Loss, ...] = ()
     benchmarks: tuple[Benchmark, ...] = ()
     six_benchmark_mean: float | None = None
+    benchmarks_before: bool = False
     has_chat_template: bool = False
 
 
@@ -66,7 +68,7 @@ def card_text(card: Card) -> str:
         _introduction(card),
         _section("How it was made", _list(card.made)),
         _section(_loss_heading(card), _losses(card)),
-        _section("Benchmarks", _benchmarks(card)),
+        _section(_benchmark_heading(card), _benchmarks(card)),
         _section("Use", _use(card)),
         _section("Licence", _licence(card.licence)),
     ]
@@ -123,6 +125,10 @@ def _losses(card: Card) -> str:
         for one in card.losses
     ]
     return _table(("", "parameters", "nats per token", "bits per byte"), rows)
+
+
+def _benchmark_heading(card: Card) -> str:
+    return "Benchmarks" + (" of a model that this one began as" if card.benchmarks_before else "")
 
 
 def _benchmarks(card: Card) -> str:

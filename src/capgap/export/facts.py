@@ -1,115 +1,15 @@
-"""What is known of a model: the records beside and above its folder, as facts of a model card."""
+"""What the records of a model tell, as facts of a model card."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capgap.errors import UserError
 from capgap.export.card import Benchmark, Loss
+from capgap.export.found import INSTRUCTED, PREFERRED, Records
 from capgap.export.licence import is_on_hub
 from capgap.sizes import format_count
 
-CUT, DISTILLED, EVALUATED = "pruning.json", "distill.json", "evaluate.json"
-INSTRUCTED, PREFERRED = "instruct.json", "prefer.json"
-TUNED = (INSTRUCTED, PREFERRED)
-# How far above the model's folder a record may lie: OUT/distill.json, OUT/students/NAME
-LEVELS = 3
-
-
-@dataclass(frozen=True)
-class Records:
-    """Those that were found, as they are; None where there is none. `tuned` by file name, in the
-    order of the work; `paths` in the order found."""
-
-    cut: dict[str, Any] | None
-    distilled: dict[str, Any] | None
-    tuned: dict[str, dict[str, Any]]
-    evaluated: dict[str, Any] | None
-    paths: tuple[Path, ...]
-
-
-def find_records(folder: Path, given: Sequence[Path] = ()) -> Records:
-    """Given records come first, the last of a kind; then those beside and above the model's folder
-    that are about it, and about the models that it began as. UserError for a given record that is
-    none.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    paths: dict[str, Path] = {}
-    for path in given:
-        record = _read(path)
-        kind = None if record is None else _kind(record, path)
-        if record is None or kind is None:
-            known = ", ".join((CUT, DISTILLED, EVALUATED, INSTRUCTED, PREFERRED))
-            raise UserError(f"--record {path} is none of {known}: leave it out")
-        found[kind], paths[kind] = record, path
-    _take(EVALUATED, folder, found, paths)
-    place = folder
-    # the way back: every stage once
-    for kind in (PREFERRED, INSTRUCTED, DISTILLED):
-        _take(kind, place, found, paths)
-        if kind in found:
-            place = _before(kind, found[kind], place)
-    _take(CUT, folder, found, paths)
-    _take(CUT, place, found, paths)
-    tuned = {name: found[name] for name in TUNED if name in found}
-    short = tuple(_from_here(path) for path in paths.values())
-    return Records(found.get(CUT), found.get(DISTILLED), tuned, found.get(EVALUATED), short)
-
-
-def _before(kind: str, record: dict[str, Any], place: Path) -> Path:
-    """The model that the one in this folder began as; the same where the record does not tell."""
-    if kind in TUNED:
-        return Path(record["asked"]["model"])
-    students = [Path(one) for one in record["asked"].get("students", [])]
-    return next((one for one in students if one.name == place.name), place)
-
-
-def _from_here(path: Path) -> Path:
-    """Relative to the current folder where it lies in it."""
-    whole, here = path.resolve(), Path.cwd()
-    return whole.relative_to(here) if whole.is_relative_to(here) else path
-
-
-def _take(
-    kind: str, folder: Path, found: dict[str, dict[str, Any]], paths: dict[str, Path]
-) -> None:
-    """The record of this kind beside or above a model, where it is about it."""
-    for place in [folder.resolve(), *folder.resolve().parents][:LEVELS]:
-        path = place / kind
-        if kind in found or not path.is_file():
-            continue
-        record = _read(path)
-        if record is not None and _kind(record, path) == kind and _is_about(record, kind, folder):
-            found[kind], paths[kind] = record, path
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _kind(record: dict[str, Any], path: Path) -> str | None:
-    """By what it holds; the two ways of tuning hold the same and are told by their names."""
-    asked = record.get("asked")
-    if isinstance(asked, dict) and "model" in asked and path.name in TUNED:
-        return path.name
-    keys = {CUT: ("teacher_shape", "shape"), DISTILLED: ("asked", "after"), EVALUATED: ("tasks",)}
-    return next((kind for kind, has in keys.items() if all(key in record for key in has)), None)
-
-
-def _is_about(record: dict[str, Any], kind: str, folder: Path) -> bool:
-    """Whether a record that lies near a model tells of it: the folder above may hold several."""
-    if kind == DISTILLED:
-        return folder.name in record["after"]
-    if kind == CUT:
-        return True
-    told = record.get("model" if kind == EVALUATED else "folder")
-    return not isinstance(told, str) or Path(told).name == folder.name
+# How the reason of a set begins that lies neither in --data nor on the Hub
+NO_COPY = "no local copy"
 
 
 def teacher_of(records: Records) -> str | None:
@@ -125,9 +25,18 @@ def hub_name(place: str | None) -> str | None:
     return place if place is not None and is_on_hub(place) else None
 
 
+def base_model(records: Records) -> str | None:
+    """The nearest model on the Hub that this one was made from; teachers before others."""
+    names = (hub_name(place) for _, place in records.origins)
+    return next((name for name in names if name is not None), None)
+
+
 def how_made(records: Records) -> tuple[str, ...]:
     """The lines of a card."""
     lines = []
+    adapted = [] if records.adapted is None else [_adaptation(records)]
+    if records.teacher_adapted:
+        lines += adapted
     if records.cut is not None:
         own, cut = records.cut["teacher_shape"], records.cut["shape"]
         kept = records.cut["parameters"]["non_embedding"]
@@ -142,8 +51,26 @@ def how_made(records: Records) -> tuple[str, ...]:
             lines.append(f"what to keep: by {scores['method']} scores{on}")
     if records.distilled is not None:
         lines += _training(records.distilled)
+    if not records.teacher_adapted:
+        lines += adapted
     lines += [_tuning(name, record) for name, record in records.tuned.items()]
     return tuple(lines)
+
+
+def _adaptation(records: Records) -> str:
+    record = records.adapted
+    assert record is not None
+    of = " of the teacher" if records.teacher_adapted else ""
+    pieces = record.get("tokenizer", {}).get("pieces", record["asked"].get("pieces", 0))
+    told = (
+        f"adaptation{of}: {pieces:,} new pieces, {format_count(record['asked']['tokens'])} tokens"
+    )
+    for kind, measured in record.get("heldout", {}).items():
+        ends = (measured.get("before"), measured.get("after") or measured.get("extended"))
+        bits = [one["bits_per_byte"] for one in ends if one is not None]
+        if len(bits) == 2:
+            told += f"; bits per byte of {kind} text {bits[0]:.3f} -> {bits[1]:.3f}"
+    return told
 
 
 def _tuning(name: str, record: dict[str, Any]) -> str:
@@ -199,8 +126,9 @@ def losses_of(records: Records, folder: Path) -> tuple[int | None, tuple[Loss, .
     best = (record.get("best") or {}).get("students", {}).get(name)
     if best is not None and folder.parent.name == "best":
         after = best["heldout"]
+    is_further = records.tuned or (records.adapted and not records.teacher_adapted)
     rows = [
-        ("after distilling" if records.tuned else "this student", after),
+        ("after distilling" if is_further else "this student", after),
         ("before distilling", record.get("before", {}).get(name)),
     ]
     losses = tuple(
@@ -226,10 +154,19 @@ def benchmarks_of(records: Records) -> tuple[Benchmark, ...]:
             metric=task.get("metric"),
             shots=task.get("shots"),
             samples=task.get("questions"),
-            reason=task.get("missing"),
+            reason=_reason(task.get("missing")),
         )
         for name, task in (records.evaluated or {"tasks": {}})["tasks"].items()
     )
+
+
+def _reason(missing: str | None) -> str | None:
+    """Why a set has no score, without the folders and addresses that the record tells."""
+    if missing is None:
+        return None
+    if missing.startswith(NO_COPY):
+        return NO_COPY
+    return "its record says why" if "/" in missing or "\\" in missing else missing
 
 
 def six_benchmark_mean(records: Records) -> float | None:

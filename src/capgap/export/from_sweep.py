@@ -27,7 +27,8 @@ def sweep_card(recipe: dict[str, Any], best: RunRecord, records: Sequence[RunRec
         for what, record in _compared(best, records)
         if record.heldout is not None
     ]
-    source = recipe["corpus"]["source"]
+    # where it lies is nobody's business
+    source = Path(recipe["corpus"]["source"]).name
     made = (
         f"recipe: `{recipe['name']}` of a capgap sweep; text: `{source}`, "
         f"{format_count(best.steps * best.batch_tokens)} tokens",

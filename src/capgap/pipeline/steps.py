@@ -341,7 +341,7 @@ class _Planner:
         if asked is None:
             return
         known = {step.name for step in self.steps}
-        told = ("prune", "distill", "evaluate-final", "evaluate", "instruct", "prefer")
+        told = ("adapt", "prune", "distill", "evaluate-final", "evaluate", "instruct", "prefer")
         records = [step.record for step in self.steps if step.name in told]
         folder, gguf = self.out / "model", self.out / "model.gguf"
         measured = tuple(name for name in ("evaluate", "evaluate-final") if name in known)

@@ -11,6 +11,7 @@ from capgap.errors import UserError
 if TYPE_CHECKING:
     from capgap.export.card import Card
     from capgap.export.folder import Source
+    from capgap.export.found import Records
     from capgap.export.licence import Licence
     from capgap.models.shape import Shape
 
@@ -41,8 +42,8 @@ def run_export(
     NaN among the weights too; nothing is written then.
     """
     from capgap.export.card import card_text
-    from capgap.export.facts import find_records
     from capgap.export.folder import copy_licence, write_folder
+    from capgap.export.found import find_records
     from capgap.export.licence import CARD
     from capgap.export.vllm import check_vllm
     from capgap.models.stored import local_folder, written_beside
@@ -51,11 +52,12 @@ def run_export(
     _check(request)
     source, shape = _open(request)
     records = find_records(source.folder, request.records)
-    card, teacher = _card(request, source, shape, records)
+    card = _card(request, source, shape, records)
     with written_beside(request.out) as folder:
         write_folder(source, folder, shard_bytes=request.shard_bytes, say=say)
-        if teacher is not None and Path(teacher).is_dir():
-            copy_licence(local_folder(teacher), folder)
+        for _, place in records.origins:
+            if Path(place).is_dir():
+                copy_licence(local_folder(place), folder)
         write_text_atomically(folder / CARD, card_text(card))
         config = json.loads((folder / "config.json").read_text())
         found = _told(request, folder, source, card) | {
@@ -96,12 +98,10 @@ def _open(request: ExportRequest) -> "tuple[Source, Shape]":
     return open_source(folder, config, tokenizer, dtype), shape
 
 
-def _card(
-    request: ExportRequest, source: "Source", shape: "Shape", records: Any
-) -> "tuple[Card, str | None]":
-    """The model card, and the teacher as the records name it."""
+def _card(request: ExportRequest, source: "Source", shape: "Shape", records: "Records") -> "Card":
     from capgap.export.card import Card
     from capgap.export.facts import (
+        base_model,
         benchmarks_of,
         how_made,
         hub_name,
@@ -113,9 +113,8 @@ def _card(
     from capgap.export.licence import find_licence
 
     teacher = teacher_of(records)
-    places = [] if teacher is None else [("the teacher", teacher)]
     is_here = Path(request.model).is_dir()
-    licence = find_licence([*places, ("the model", request.model)])
+    licence = find_licence([*records.origins, ("the model", request.model)])
     card = card_of_student(source.folder) if is_here else None
     if card is None:
         parameters = shape.parameters()
@@ -128,23 +127,23 @@ def _card(
             licence=licence,
             teacher=None if teacher is None else hub_name(teacher) or Path(teacher).name,
             teacher_non_embedding=_teacher_size(records),
-            base_model=hub_name(teacher),
+            base_model=base_model(records),
             made=how_made(records),
             heldout_tokens=tokens,
             losses=losses,
         )
-    card = replace(
+    return replace(
         card,
         name=request.name or card.name,
         licence=card.licence if licence.id is None else licence,
         benchmarks=benchmarks_of(records),
         six_benchmark_mean=six_benchmark_mean(records),
+        benchmarks_before=records.evaluated_before,
         has_chat_template=source.tokenizer.chat_template is not None,
     )
-    return card, teacher
 
 
-def _teacher_size(records: Any) -> int | None:
+def _teacher_size(records: "Records") -> int | None:
     """Non-embedding parameters, where the cut tells them."""
     from capgap.models.shape import Shape
 
