@@ -195,13 +195,14 @@ def write_weights(
     skeleton: dict[str, Tensor],
     make: Callable[[str], Tensor],
     *,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
 ) -> None:
     """Writes the tensors of `skeleton` (on the meta device, by name) as transformers would.
 
-    `make` gives each of them when its turn comes; no more than one file's tensors are in memory.
+    Files have at most `shard_bytes`, SHARD_BYTES if None. `make` gives each tensor when its turn
+    comes; no more than one file's are in memory.
     """
-    plan = split_torch_state_dict_into_shards(skeleton, max_shard_size=shard_bytes)
+    plan = split_torch_state_dict_into_shards(skeleton, max_shard_size=shard_bytes or SHARD_BYTES)
     for file, names in plan.filename_to_tensors.items():
         tensors = {}
         for name in names:
