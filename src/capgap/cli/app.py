@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -71,6 +72,28 @@ class StopFlag:
 def stopped(folder: Path, number: signal.Signals) -> NoReturn:
     line = f"stopped; what is done is kept in {folder}, the same command continues"
     exit_with("" if started()[0] else line, 128 + number)
+
+
+def run_stoppable(
+    stage: Callable[..., dict[str, Any]], request: Any, *, out: Path, quiet: bool
+) -> dict[str, Any]:
+    """Runs a stage that saves its state when it is asked to stop; `out` is what it writes."""
+    from rich.console import Console
+
+    from capgap.sweep.progress import make_lines
+
+    quieten_transformers()
+    flag = StopFlag()
+    from capgap.train.loop import Interrupted
+
+    try:
+        return stage(
+            request,
+            say=make_lines(Console(stderr=True), quiet=quiet),
+            should_stop=lambda: flag.signal is not None,
+        )
+    except (Interrupted, KeyboardInterrupt):
+        stopped(out, flag.signal or signal.SIGINT)
 
 
 def quieten_transformers() -> None:

@@ -1,7 +1,6 @@
 """Commands for models that answer: instruct, prefer, chat."""
 
 import contextlib
-import signal
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -13,11 +12,10 @@ import typer
 from capgap.cli.app import (
     Json,
     Quiet,
-    StopFlag,
     app,
     print_json,
     quieten_transformers,
-    stopped,
+    run_stoppable,
 )
 from capgap.errors import UserError
 
@@ -232,25 +230,10 @@ def _lora(
 
 
 def _run(stage: Callable[..., dict[str, Any]], request: Any, *, quiet: bool) -> dict[str, Any]:
-    """Runs a stage that can be stopped and continued."""
-    from rich.console import Console
-
-    from capgap.sweep.progress import make_lines
     from capgap.tune.libraries import check_libraries
 
     check_libraries()
-    quieten_transformers()
-    flag = StopFlag()
-    from capgap.train.loop import Interrupted
-
-    try:
-        return stage(
-            request,
-            say=make_lines(Console(stderr=True), quiet=quiet),
-            should_stop=lambda: flag.signal is not None,
-        )
-    except (Interrupted, KeyboardInterrupt):
-        stopped(request.out, flag.signal or signal.SIGINT)
+    return run_stoppable(stage, request, out=request.out, quiet=quiet)
 
 
 def _place(found: dict[str, Any]) -> str:

@@ -11,12 +11,12 @@ from capgap.cli.app import (
     Corpora,
     Json,
     Quiet,
-    StopFlag,
     Track,
     app,
     exit_with,
     print_json,
     quieten_transformers,
+    run_stoppable,
     stopped,
 )
 from capgap.errors import UserError
@@ -180,14 +180,11 @@ def score(
     json_: Json = False,
 ) -> None:
     """Measure how much every unit of a model matters, once for many cuts."""
-    from rich.console import Console
 
     from capgap.corpus.mixture import parse_mixture
     from capgap.sizes import parse_count
     from capgap.stages.score import ScoreRequest, run_score
-    from capgap.sweep.progress import make_lines
 
-    quieten_transformers()
     request = ScoreRequest(
         teacher,
         out,
@@ -202,17 +199,7 @@ def score(
         device=device,
         activation_checkpointing=activation_checkpointing,
     )
-    flag = StopFlag()
-    from capgap.train.loop import Interrupted
-
-    try:
-        found = run_score(
-            request,
-            say=make_lines(Console(stderr=True), quiet=quiet),
-            should_stop=lambda: flag.signal is not None,
-        )
-    except (Interrupted, KeyboardInterrupt):
-        stopped(out, flag.signal or signal.SIGINT)
+    found = run_stoppable(run_score, request, out=out, quiet=quiet)
     if json_:
         print_json(found)
     else:
@@ -374,23 +361,9 @@ def sample(
 
 def train_models(request: "DistillRequest", *, quiet: bool, json_: bool) -> None:
     """What `train` and `distill` do with what they are asked for."""
-    from rich.console import Console
-
     from capgap.stages.distill import run_distill
-    from capgap.sweep.progress import make_lines
 
-    quieten_transformers()
-    flag = StopFlag()
-    from capgap.train.loop import Interrupted
-
-    try:
-        found = run_distill(
-            request,
-            say=make_lines(Console(stderr=True), quiet=quiet),
-            should_stop=lambda: flag.signal is not None,
-        )
-    except (Interrupted, KeyboardInterrupt):
-        stopped(request.out, flag.signal or signal.SIGINT)
+    found = run_stoppable(run_distill, request, out=request.out, quiet=quiet)
     if started()[0]:
         return
     if json_:

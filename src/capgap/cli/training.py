@@ -1,6 +1,5 @@
 """Commands that train without a teacher: train, adapt."""
 
-import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +10,10 @@ from capgap.cli.app import (
     Json,
     Quiet,
     Set,
-    StopFlag,
     Track,
     app,
     print_json,
-    quieten_transformers,
-    stopped,
+    run_stoppable,
 )
 from capgap.cli.stages import train_models
 from capgap.machine import started
@@ -101,14 +98,11 @@ def adapt(
     json_: Json = False,
 ) -> None:
     """Teach a model another language or a code base, with new tokens for it."""
-    from rich.console import Console
 
     from capgap.config import stage_settings
     from capgap.sizes import parse_count
     from capgap.stages.adapt import AdaptRequest, run_adapt
-    from capgap.sweep.progress import make_lines
 
-    quieten_transformers()
     request = AdaptRequest(
         model,
         new,
@@ -123,17 +117,7 @@ def adapt(
         settings=stage_settings(set_ or []),
         track=tuple(track or ()),
     )
-    flag = StopFlag()
-    from capgap.train.loop import Interrupted
-
-    try:
-        found = run_adapt(
-            request,
-            say=make_lines(Console(stderr=True), quiet=quiet),
-            should_stop=lambda: flag.signal is not None,
-        )
-    except (Interrupted, KeyboardInterrupt):
-        stopped(out, flag.signal or signal.SIGINT)
+    found = run_stoppable(run_adapt, request, out=out, quiet=quiet)
     if started()[0]:
         return
     if json_:

@@ -1,6 +1,5 @@
 """Runs the steps of a recipe, each as a process of its own, and keeps what became of them."""
 
-import fcntl
 import os
 import secrets
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 
 from capgap.config import RunRecipe
 from capgap.errors import UserError
+from capgap.locking import LOCK, locked_folder
 from capgap.pipeline.results import result_of
 from capgap.pipeline.state import RECORD, Decision, RunState, check_step, decide
 from capgap.pipeline.steps import SHARED, Step, plan_steps
@@ -58,7 +58,7 @@ def run_pipeline(
     """
     # the same folder, wherever the next call is made from
     out = out.absolute()
-    with _claimed(out) as lock:
+    with _claimed(out) as lock, _Signals() as signals:
         state = RunState(out, recipe.name)
         decisions = _selected(recipe, state, out, again_from, until)
         state.forget_others(plan_steps(recipe, out))
@@ -69,7 +69,20 @@ def run_pipeline(
                 say(f"{head}: done before")
                 continue
             say(f"{head}: {_announced(decision)}")
-            _run(decision, state, recipe, quiet, lock)
+            code = _run(
+                decision,
+                state,
+                signals,
+                processes=recipe.hardware.processes,
+                quiet=quiet,
+                lock=lock,
+            )
+            # whatever the step made of it: torchrun has an exit code of its own, and a step that
+            # was about to end does so well
+            if signals.sent:
+                code = 128 + signals.sent[0]
+            if code != 0:
+                raise StepFailed(decision.step.name, code)
             kept = state.begun(decision.step) or {}
             told = f", {kept['result']}" if kept["result"] else ""
             say(f"{head}: {clock_time(kept['seconds'])}{told}")
@@ -98,7 +111,51 @@ def _announced(decision: Decision) -> str:
     return f"{verb}: {decision.why}"
 
 
-def _run(decision: Decision, state: RunState, recipe: RunRecipe, quiet: bool, lock: int) -> None:
+class _Signals:
+    """What we are sent goes on to the process of the step, which saves its state before it ends. A
+    context manager; `sent` are the signals so far, a terminal that closes as a SIGTERM."""
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        self._before = {one: signal.signal(one, self._note) for one in self.NUMBERS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def wait_for(self, process: "subprocess.Popen[bytes]") -> int:
+        """Its exit code; also what came before it was there is passed on to it."""
+        self._process = process
+        for number in self.sent:
+            process.send_signal(number)
+        code = process.wait()
+        self._process = None
+        return code
+
+    def _note(self, number: int, frame: object) -> None:
+        number = signal.SIGTERM if number == signal.SIGHUP else number
+        self.sent.append(number)
+        if self._process is not None:
+            self._process.send_signal(number)
+
+
+def _run(
+    decision: Decision,
+    state: RunState,
+    signals: _Signals,
+    *,
+    processes: int,
+    quiet: bool,
+    lock: int,
+) -> int:
+    """The exit code of the step's process, which is kept with what it made."""
     step = decision.step
     if decision.state == "run":
         for path in step.writes:
@@ -117,16 +174,14 @@ def _run(decision: Decision, state: RunState, recipe: RunRecipe, quiet: bool, lo
         result=None,
     )
     start = time.monotonic()
-    code, sent = _process(step, argv, processes=recipe.hardware.processes, quiet=quiet, lock=lock)
+    code = _process(step, argv, signals, processes=processes, quiet=quiet, lock=lock)
     seconds = time.monotonic() - start
     if code == 0:
         state.keep(step, status="done", seconds=seconds, result=result_of(step))
     else:
-        # torchrun has an exit code of its own for what it is sent
-        stopped = sent is not None or code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        stopped = bool(signals.sent) or code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
         state.keep(step, status="stopped" if stopped else "failed", seconds=seconds)
-    if code != 0 or sent is not None:
-        raise StepFailed(step.name, code if sent is None else 128 + sent)
+    return code
 
 
 def _remove(path: Path) -> None:
@@ -137,70 +192,41 @@ def _remove(path: Path) -> None:
 
 
 def _process(
-    step: Step, argv: Sequence[str], *, processes: int, quiet: bool, lock: int
-) -> tuple[int, int | None]:
-    """The exit code, 128 and the number for a signal that killed it, and the signal that we were
-    sent meanwhile, if any.
+    step: Step,
+    argv: Sequence[str],
+    signals: _Signals,
+    *,
+    processes: int,
+    quiet: bool,
+    lock: int,
+) -> int:
+    """The exit code, 128 and the number for a signal that killed it.
 
-    What we are sent goes on to the process, which saves its state before it ends. It has the
-    folder's lock too: should we be killed, nobody else starts beside it.
+    It has the folder's lock too: should we be killed, nobody else starts beside it.
     """
     start = [sys.executable, "-m"]
     if processes > 1 and step.command in SHARED:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [*start, "capgap", *argv, *(["--quiet"] if quiet else [])]
-    with (
-        # a group of its own: a Ctrl-C in the terminal would else reach it twice, and the second one
-        # does not wait for its state to be saved
-        subprocess.Popen(
-            command,
-            stdout=sys.stderr.fileno(),
-            # a random.py in the working folder is not Python's
-            env=os.environ | {"PYTHONSAFEPATH": "1"},
-            start_new_session=True,
-            pass_fds=(lock,),
-        ) as process,
-        _forwarding(process) as sent,
-    ):
-        code = process.wait()
-    return 128 - code if code < 0 else code, sent[0] if sent else None
-
-
-@contextmanager
-def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """The signals that came meanwhile, the first one first; a terminal that closes is a SIGTERM."""
-    sent: list[int] = []
-
-    def forward(number: int, frame: object) -> None:
-        number = signal.SIGTERM if number == signal.SIGHUP else number
-        sent.append(number)
-        process.send_signal(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {one: signal.signal(one, forward) for one in numbers}
-    try:
-        yield sent
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    # a group of its own: a Ctrl-C in the terminal would else reach it twice, and the second one
+    # does not wait for its state to be saved
+    with subprocess.Popen(
+        command,
+        stdout=sys.stderr.fileno(),
+        # a random.py in the working folder is not Python's
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
+        start_new_session=True,
+        pass_fds=(lock,),
+    ) as process:
+        code = signals.wait_for(process)
+    return 128 - code if code < 0 else code
 
 
 @contextmanager
 def _claimed(out: Path) -> Iterator[int]:
     """The folder belongs to a run and, while inside, to this process alone: its lock."""
     foreign = out.exists() and not (out / RECORD).exists()
-    if foreign and (not out.is_dir() or any(path.name != ".lock" for path in out.iterdir())):
+    if foreign and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise UserError(f"{out} is no empty folder and no run: choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("a")
-    except OSError as error:
-        raise UserError(
-            f"cannot write into {out}: {error.strerror}; choose another --out"
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is at work in {out}") from None
-        yield lock.fileno()
+    with locked_folder(out) as lock:
+        yield lock

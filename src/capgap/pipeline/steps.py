@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from capgap.config import ABOUT_A_TEACHER, RunRecipe
+from capgap.config.run import InstructSection, PreferSection
 from capgap.errors import UserError
 from capgap.law.families import find_model
 
@@ -303,54 +304,43 @@ class _Planner:
 
     def _answer(self, student: str) -> tuple[str, tuple[str, ...]]:
         """The model after conversations and preferences, and the step that made it."""
-        model, last = student, ("distill",)
-        if (asked := self.recipe.instruct) is not None:
-            folder = self.out / "instruct"
-            options = _tuning_options(asked) | {
-                "--neftune": asked.neftune,
-                "--system": asked.system or None,
-                "--device": self.recipe.run.device,
-                "--out": folder,
-            }
-            record = folder / "instruct.json"
-            files = (asked.data,)
-            self._add(
-                Step(
-                    "instruct",
-                    "instruct",
-                    (model,),
-                    options,
-                    (folder,),
-                    record,
-                    files=files,
-                    after=last,
-                )
-            )
-            model, last = str(folder / "model"), ("instruct",)
-        if (wanted := self.recipe.prefer) is not None:
-            folder = self.out / "prefer"
-            options = _tuning_options(wanted) | {
-                "--beta": wanted.beta,
-                "--template": "own" if self.recipe.instruct is not None else "minichat",
-                "--device": self.recipe.run.device,
-                "--out": folder,
-            }
-            record = folder / "prefer.json"
-            files = (wanted.data,)
-            self._add(
-                Step(
-                    "prefer",
-                    "prefer",
-                    (model,),
-                    options,
-                    (folder,),
-                    record,
-                    files=files,
-                    after=last,
-                )
-            )
-            model, last = str(folder / "model"), ("prefer",)
+        model = student
+        last: tuple[str, ...] = ("distill",)
+        conversations, pairs = self.recipe.instruct, self.recipe.prefer
+        if conversations is not None:
+            own = {"--neftune": conversations.neftune, "--system": conversations.system or None}
+            model, last = self._tune("instruct", conversations, own, model, last)
+        if pairs is not None:
+            template = "minichat" if conversations is None else "own"
+            own = {"--beta": pairs.beta, "--template": template}
+            model, last = self._tune("prefer", pairs, own, model, last)
         return model, last
+
+    def _tune(
+        self,
+        name: str,
+        asked: InstructSection | PreferSection,
+        own: dict[str, Any],
+        model: str,
+        last: tuple[str, ...],
+    ) -> tuple[str, tuple[str, ...]]:
+        """The step of this name, with options of its own besides those that both have."""
+        folder = self.out / name
+        options = {
+            "--data": asked.data,
+            "--batch": asked.batch,
+            "--micro-batch": asked.micro_batch,
+            "--window": asked.window,
+            "--learning-rate": asked.learning_rate,
+            "--epochs": asked.epochs,
+            "--lora": asked.lora,
+            **own,
+            "--device": self.recipe.run.device,
+            "--out": folder,
+        }
+        record, files = folder / f"{name}.json", (asked.data,)
+        self._add(Step(name, name, (model,), options, (folder,), record, files=files, after=last))
+        return str(folder / "model"), (name,)
 
     def _export(self, final: str, last: tuple[str, ...]) -> None:
         asked = self.recipe.export
@@ -388,18 +378,6 @@ def new_name(architecture: str, size: int) -> str:
 
 def _rate(rate: Any) -> Any:
     return None if rate == "auto" else rate
-
-
-def _tuning_options(asked: Any) -> dict[str, Any]:
-    return {
-        "--data": asked.data,
-        "--batch": asked.batch,
-        "--micro-batch": asked.micro_batch,
-        "--window": asked.window,
-        "--learning-rate": asked.learning_rate,
-        "--epochs": asked.epochs,
-        "--lora": asked.lora,
-    }
 
 
 def _training_options(recipe: RunRecipe, without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What can be known to be wrong before any work: the output folder, its records, disk, text."""
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from capgap.config import Recipe
 from capgap.corpus.sources import open_source
 from capgap.errors import UserError
+from capgap.locking import LOCK, locked_folder
 from capgap.records import RunRecord, read_record, read_records
 from capgap.sweep.context import Context
 from capgap.sweep.plan import Cell, Column, Plan, Teacher
@@ -48,25 +48,14 @@ def claimed(out: Path, recipe: Recipe) -> Iterator[None]:
     """
     if _is_foreign(out):
         raise UserError(f"{out} is no empty folder and no sweep: choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("a")
-    except OSError as error:
-        raise UserError(
-            f"cannot write into {out}: {error.strerror}; choose another --out"
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is running the sweep in {out}") from None
+    with locked_folder(out):
         _refuse_other_recipe(out, recipe)
         yield
 
 
 def _is_foreign(out: Path) -> bool:
     """A file, or a folder with something in it that no sweep began."""
-    if not out.exists() or (out / ".lock").exists() or (out / "sweep.json").exists():
+    if not out.exists() or (out / LOCK).exists() or (out / "sweep.json").exists():
         return False
     return not out.is_dir() or any(out.iterdir())
 
