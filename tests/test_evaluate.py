@@ -1,6 +1,7 @@
 """`capgap evaluate`: the harness against scoring by hand, sets that are missing, bad input."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -14,6 +15,7 @@ import torch
 
 from capgap.corpus.tokenizer import load_tokenizer, train_tokenizer
 from capgap.errors import UserError
+from capgap.evaluate import heldout
 from capgap.evaluate.archive import read_copy
 from capgap.evaluate.code_runner import run_program
 from capgap.evaluate.harness import CountingModel, counting_model, load_tasks, part_names, run_set
@@ -495,6 +497,126 @@ def test_flops_are_read_from_the_distillation_that_wrote_the_student(tmp_path):
     (tmp_path / "run/distill.json").write_text(json.dumps(found))
     assert known_flops(str(folder)) is None
     assert parse_flops("4e21") == 4e21
+
+
+# --- going on -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Names of the sets that the harness was asked for, and how many held-out losses were taken."""
+    asked = []
+
+    def note(one, *more, **options):
+        asked.append(one.name)
+        return run_set(one, *more, **options)
+
+    monkeypatch.setattr("capgap.evaluate.harness.run_set", note)
+    plain = heldout.evaluate_heldout
+
+    def lost(*arguments):
+        asked.append("heldout")
+        return plain(*arguments)
+
+    monkeypatch.setattr(heldout, "evaluate_heldout", lost)
+    return asked
+
+
+def without_time(record):
+    tasks = {
+        name: {key: value for key, value in one.items() if key != "seconds"}
+        for name, one in record["tasks"].items()
+    }
+    return record | {"tasks": tasks}
+
+
+def test_a_stopped_evaluation_goes_on(
+    student, sets, tmp_path, small_corpus, measured, monkeypatch, no_hub
+):
+    asked = ("heldout", "lambada", "piqa", "blimp")
+    corpora = (small_corpus.directory,)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    expected, samples = evaluated(student, sets, whole, *asked, corpora=corpora)
+
+    out = tmp_path / "record.json"
+    plain = CountingModel.loglikelihood
+
+    def killed(self, requests, **options):
+        if measured[-1] == "piqa":
+            raise KeyboardInterrupt
+        return plain(self, requests, **options)
+
+    del measured[:]
+    with monkeypatch.context() as patched:
+        patched.setattr(CountingModel, "loglikelihood", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(student, sets, tmp_path, *asked, corpora=corpora, out=out)
+    assert measured == ["heldout", "lambada", "piqa"]
+    stopped = json.loads(out.read_text())
+    assert (stopped["finished"], list(stopped["tasks"])) == (False, ["lambada"])
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"set": "piqa", "task": "of a set that was not finished"}\n{"set": "la')
+    del measured[:]
+    told = []
+    request = EvaluateRequest(
+        *(str(student), asked),
+        data=sets,
+        device="cpu",
+        batch_size=3,
+        corpora=corpora,
+        out=out,
+        samples=tmp_path / "samples.jsonl",
+    )
+    record = run_evaluate(request, told.append)
+    assert measured == ["piqa", "blimp"]
+    assert "lambada: was measured before" in told
+    assert without_time(record) == without_time(expected)
+    found = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert found == samples
+    # all is there: the model is not even loaded
+    del measured[:]
+    monkeypatch.setattr("capgap.models.build.load_model", None)
+    assert without_time(run_evaluate(request)) == without_time(expected)
+    assert measured == []
+
+
+def test_what_would_be_another_measurement_is_made(
+    student, small_corpus, sets, tmp_path, measured, no_hub
+):
+    own = tmp_path / "own"
+    own.mkdir()
+    write_folder(own / "gsm8k", files_of("gsm8k"))
+    out = tmp_path / "record.json"
+
+    def again(model=student, **options):
+        del measured[:]
+        request = EvaluateRequest(str(model), ("gsm8k", "lambada"), data=own, device="cpu", out=out)
+        record = run_evaluate(dataclasses.replace(request, **options))
+        return list(measured), record
+
+    assert again()[0] == ["gsm8k"]
+    assert again()[0] == []
+    assert again(batch_size=2)[0] == []
+    # a set that was missing is looked for once more
+    shutil.copy(sets / "lambada.tar.xz", own)
+    assert again()[0] == ["lambada"]
+    assert again(shots={"gsm8k": 1})[0] == ["gsm8k"]
+    assert again(shots={"gsm8k": 1}, limit=2)[0] == ["gsm8k", "lambada"]
+    assert again()[0] == ["gsm8k", "lambada"]
+    # lines that nobody has
+    assert again(samples=tmp_path / "lines.jsonl")[0] == ["gsm8k", "lambada"]
+    assert again(samples=tmp_path / "lines.jsonl")[0] == []
+    assert again(dtype="bf16")[0] == ["gsm8k", "lambada"]
+    (file,) = own.rglob("test.jsonl")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines[1:], lines[0]]))
+    assert again(dtype="bf16")[0] == ["gsm8k"]
+    other = make_model(tmp_path / "other", small_corpus.tokenizer, seed=4)
+    assert again(other, dtype="bf16")[0] == ["gsm8k", "lambada"]
+    # no record
+    out.write_text("[1")
+    assert again(other)[0] == ["gsm8k", "lambada"]
 
 
 # --- local copies -------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 from capgap.distill.teacher import Batch, OnlineTeacher, load_teacher
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.shape import ladder_shape
+from test_docs import DOCS, code_blocks
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +234,21 @@ def test_a_teacher_computes_in_its_own_dtype_under_the_students_autocast(folder)
     assert torch.equal(found.hidden, expected.hidden)
     assert found.dtype is None
     assert load_teacher(folder / "teacher", "cpu", dtype="bf16").dtype == torch.bfloat16
+
+
+def test_the_commands_of_the_page_run(typed, tmp_path, monkeypatch):
+    """Those of docs/distillation.md, on a tenth of its tokens."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = code_blocks((DOCS / "distillation.md").read_text(), "sh")
+    (teacher,) = re.findall("^TEACHER=(.*)$", block, re.MULTILINE)
+    block = block.replace("$TEACHER", teacher).replace("$LIB", sysconfig.get_path("stdlib"))
+    commands = [shlex.split(line) for line in block.splitlines() if line.startswith("capgap")]
+    assert len(commands) == 9
+    for words in commands:
+        done = typed(*(re.sub(r"^(\d\d)0k$", r"\1k", word) for word in words[1:]))
+        assert done.code == 0, done.err
+    assert sorted(path.name for path in (tmp_path / "cached/students").iterdir()) == [
+        "fifth",
+        "half",
+    ]
+    assert any((tmp_path / "run/trackers/tensorboard").iterdir())

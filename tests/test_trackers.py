@@ -13,6 +13,7 @@ from capgap.models.build import build_model, save_model
 from capgap.models.shape import ladder_shape
 from capgap.train import trackers
 from capgap.train.trackers import Trackers, check_trackers
+from talks import save_base, talks, write_lines
 
 LINE = {
     "step": 0,
@@ -75,6 +76,31 @@ def test_tensorboard_has_every_step(typed, small_corpus, folder, tmp_path):
     assert_same(told, lines_of(out))
     assert [step for step, _ in told["tokens"]] == list(range(10))
     assert "tokens_per_second" in told
+
+
+@pytest.mark.parametrize("stage", ["instruct", "prefer"])
+def test_tuning_is_told_too(typed, tmp_path, stage):
+    """Every number of every step."""
+    pytest.importorskip("tensorboard")
+    answers = [(one[0]["content"], one[1]["content"]) for one in talks()]
+    lines = {
+        "instruct": [list(pair) for pair in answers],
+        "prefer": [{"prompt": q, "chosen": a, "rejected": "No."} for q, a in answers],
+    }
+    data = write_lines(tmp_path / "data.jsonl", lines[stage])
+    base, out = save_base(tmp_path / "base"), tmp_path / "run"
+    more = ("--batch", 4, "--epochs", 2, "--device", "cpu", "--template", "minichat")
+    words = (stage, base, "--data", data, "--out", out, *more, "--track", "tensorboard")
+    done = typed(*words)
+    assert done.code == 0, done.err
+    told, lines = scalars(out / "trackers/tensorboard"), lines_of(out)
+    assert [line["step"] for line in lines] == list(range(10))
+    for key in set(lines[0]) - {"step"}:
+        wanted = [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines]
+        assert told[key] == wanted, key
+    unknown = typed(*words[:-1], "tensorbord", "--json")
+    assert (unknown.code, unknown.err.count("\n")) == (2, 1)
+    assert "did you mean tensorboard?" in unknown.err
 
 
 def test_a_killed_run_goes_on_without_a_step_twice(tmp_path):

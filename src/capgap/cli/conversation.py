@@ -12,6 +12,7 @@ import typer
 from capgap.cli.app import (
     Json,
     Quiet,
+    Track,
     app,
     print_json,
     quieten_transformers,
@@ -81,6 +82,7 @@ def instruct(
     activation_checkpointing: Checkpointing = False,
     seed: Seed = 0,
     device: Device = "auto",
+    track: Track = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -106,6 +108,7 @@ def instruct(
         activation_checkpointing=activation_checkpointing,
         seed=seed,
         device=device,
+        track=tuple(track or ()),
     )
     found = _run(run_instruct, request, quiet=quiet)
     if json_:
@@ -140,6 +143,7 @@ def prefer(
     activation_checkpointing: Checkpointing = False,
     seed: Seed = 0,
     device: Device = "auto",
+    track: Track = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -166,6 +170,7 @@ def prefer(
         activation_checkpointing=activation_checkpointing,
         seed=seed,
         device=device,
+        track=tuple(track or ()),
     )
     found = _run(run_prefer, request, quiet=quiet)
     if json_:

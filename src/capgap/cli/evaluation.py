@@ -58,7 +58,8 @@ def evaluate(
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
-    """Evaluate a model: benchmarks with their published shots, and held-out loss."""
+    """Evaluate a model: benchmarks with their published shots, and held-out loss; the same command
+    goes on with what is missing."""
     from rich.console import Console
 
     from capgap.evaluate.scores import known_flops, parse_flops
@@ -199,4 +200,4 @@ def _draw(found: dict[str, Any], figure: Path, flops: float | None) -> bool:
 
 
 def _stopped(out: Path, number: signal.Signals) -> None:
-    exit_with(f"stopped; sets that were finished are in {out}", 128 + number)
+    exit_with(f"stopped; the same command goes on, what is measured is in {out}", 128 + number)

@@ -14,7 +14,7 @@ from capgap.errors import UserError
 from capgap.law.families import find_model
 
 # A step of these is continued by its own command; of all others a half-done one leaves nothing
-CONTINUED = {"train", "adapt", "distill", "instruct", "prefer"}
+CONTINUED = {"train", "adapt", "distill", "evaluate", "instruct", "prefer"}
 # These train, and torchrun may share them over processes
 SHARED = {"train", "adapt", "distill"}
 
@@ -336,6 +336,7 @@ class _Planner:
             "--lora": asked.lora,
             **own,
             "--device": self.recipe.run.device,
+            "--track": self.recipe.track or None,
             "--out": folder,
         }
         record, files = folder / f"{name}.json", (asked.data,)

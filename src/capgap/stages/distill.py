@@ -22,7 +22,7 @@ from capgap.stages.inputs import (
 )
 from capgap.stages.run_folder import begin_together
 from capgap.stages.step_lines import StepLines
-from capgap.train.trackers import Trackers, check_trackers
+from capgap.train.trackers import FOLDER, Trackers, check_trackers
 
 if TYPE_CHECKING:
     from capgap.distill.teacher import TeacherSource
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from capgap.train.loop import LoopSettings
 
 METRICS = "metrics.jsonl"
-TRACKERS = "trackers"
 DATA_SEED = 2_000_003
 
 
@@ -203,7 +202,7 @@ class _Run:
         peak = _peak(self.settings, self.device) * self.ranks.world
         out = self.request.out
         config = {**self.request.asked(), "versions": versions()}
-        trackers = Trackers(self.request.track, out / TRACKERS, out.name, config, say)
+        trackers = Trackers(self.request.track, out / FOLDER, out.name, config, say)
         with StepLines(
             out / METRICS, self.request.tokens, self._token_flops(), peak, say, trackers
         ) as metrics:

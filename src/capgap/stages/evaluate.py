@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,11 +57,15 @@ def run_evaluate(
 ) -> dict[str, Any]:
     """The record, which docs/evaluation.md describes; written anew after every set.
 
-    A set that cannot be had is left missing with its reason. UserError, before the model is
-    loaded, for a wrong request, a model that cannot be read, a local copy that is broken, a corpus
-    that is none, and benchmarks without the harness.
+    What the record at `out` has already of the same model, measured alike, is kept as it is. A set
+    that cannot be had is left missing with its reason. UserError, before the model is loaded, for a
+    wrong request, a model that cannot be read, a local copy that is broken, a corpus that is none,
+    and benchmarks without the harness.
     """
+    from capgap.corpus.tokenizer import tokenizer_hash
+    from capgap.evaluate.earlier import Earlier
     from capgap.machine import machine, resolve_device, versions
+    from capgap.models.identity import model_hash
     from capgap.stages.inputs import open_corpus
     from capgap.stages.measure import Reader
 
@@ -78,9 +82,12 @@ def run_evaluate(
         "schema": 1,
         "finished": False,
         "model": request.model,
+        "model_hash": model_hash(request.model),
+        "tokenizer_hash": tokenizer_hash(reader.tokenizer),
         "parameters": None,
         "context": None,
-        "dtype": request.dtype,
+        "dtype": None,
+        "dtype_asked": request.dtype,
         "batch_size": request.batch_size,
         "limit": request.limit,
         "tasks": {},
@@ -90,15 +97,31 @@ def run_evaluate(
         "versions": versions_now,
         "machine": machine(device, None),
     }
+    earlier = Earlier(request.out, request.samples, record)
+    record |= {key: earlier.record.get(key) for key in ("parameters", "context", "dtype")}
+    window = min(request.window, reader.positions or request.window)
+    losses = {
+        str(one.directory): earlier.heldout(str(one.directory), one.corpus_hash, window)
+        for one in corpora
+    }
+    scores = {
+        name: None if isinstance(one, str) else earlier.task(name, _shots(request, name), one[0])
+        for name, one in found.items()
+    }
+    wanted = [name for name, one in found.items() if not isinstance(one, str)]
     model = None
-    if corpora or any(not isinstance(one, str) for one in found.values()):
+    if None in losses.values() or any(scores[name] is None for name in wanted):
         model = _load(request, device, record)
-    if HELDOUT in request.tasks and model is not None:
-        record["heldout"] = {
-            str(one.directory): _heldout(model, reader, one, request.window, say) for one in corpora
-        }
+    for one in corpora:
+        folder = str(one.directory)
+        if losses[folder] is None:
+            assert model is not None
+            losses[folder] = _heldout(model, reader, one, window, say)
+        else:
+            say(f"heldout: {folder} was measured before")
+        record["heldout"] = {name: loss for name, loss in losses.items() if loss is not None}
         _write(request, record)
-    _run_sets(request, model, reader, found, record, say)
+    _run_sets(request, model, reader, found, scores, record, say)
     if any(name in SIX for name in names):
         mean, why = six_mean(record["tasks"], limit=request.limit)
         record |= {"mean_percent": mean, "mean_missing": why}
@@ -169,13 +192,18 @@ def _source(request: EvaluateRequest, name: str) -> "tuple[dict[str, Any], Local
     return _on_hub(SETS[name].hub, "" if request.data is None else f" in {request.data}")
 
 
-def _sha256(path: Path) -> str | None:
+def _sha256(path: Path) -> str:
+    """Of an archive, or of all files of a folder with their names."""
     import hashlib
 
-    if path.is_dir():
-        return None
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    whole = hashlib.sha256()
+    for one in sorted(path.rglob("*")):
+        if one.is_file():
+            whole.update(f"{one.relative_to(path)}\0{_sha256(one)}\n".encode())
+    return whole.hexdigest()
 
 
 def _on_hub(dataset: str, where: str) -> tuple[dict[str, Any], None] | str:
@@ -211,7 +239,8 @@ def _heldout(
     window: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """A corpus's held-out loss; the text is cut anew where the model has other tokens."""
+    """A corpus's held-out loss, in rows of `window` tokens; the text is cut anew for a model with
+    other tokens."""
     from capgap.corpus.tokenizer import TokenCodec, tokenizer_hash
     from capgap.evaluate.heldout import evaluate_heldout, heldout_set
     from capgap.models.build import Parts
@@ -221,7 +250,6 @@ def _heldout(
     if not is_same:
         codec = TokenCodec(corpus.tokenizer)
         documents, _ = reader.documents([codec.decode(one.tokens[1:]) for one in documents])
-    window = min(window, reader.positions or window)
     say(f"heldout: {len(documents)} documents of {corpus.directory}")
     found = evaluate_heldout(Parts(model), heldout_set(documents, window, reader.words)).as_dict()
     kept = {key: value for key, value in found.items() if not key.startswith("document_")}
@@ -244,14 +272,20 @@ def _run_sets(
     model: "PreTrainedModel | None",
     reader: "Reader",
     found: "Mapping[str, tuple[dict[str, Any], LocalSet | None] | str]",
+    before: Mapping[str, dict[str, Any] | None],
     record: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
+    """Every set's scores: as they were found `before`, else from its source."""
     counting = None
-    with _samples(request.samples) as on_sample:
+    kept = [name for name, scores in before.items() if scores is not None]
+    with _samples(request.samples, kept) as on_sample:
         for name, source in found.items():
             if isinstance(source, str):
                 record["tasks"][name] = missing_set(source)
+            elif name in kept:
+                say(f"{name}: was measured before")
+                record["tasks"][name] = before[name]
             else:
                 from capgap.evaluate.harness import counting_model
 
@@ -277,7 +311,7 @@ def _run_one(
     from capgap.evaluate.harness import NotMeasured, run_set
 
     where, local = source
-    shots = request.shots.get(name, SETS[name].shots)
+    shots = _shots(request, name)
     say(f"{name}: {shots} shots, from {where.get('path') or 'the Hub, ' + where['dataset']}")
     try:
         scores = run_set(
@@ -300,13 +334,20 @@ def _run_one(
     return found
 
 
+def _shots(request: EvaluateRequest, name: str) -> int:
+    return request.shots.get(name, SETS[name].shots)
+
+
 @contextmanager
-def _samples(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What takes a sample: a line in the file, or nothing."""
+def _samples(path: Path | None, kept: Sequence[str]) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What takes a sample: a line in the file, behind those of the sets that are kept."""
+    from capgap.evaluate.earlier import keep_samples
+
     if path is None:
         yield lambda sample: None
         return
-    with path.open("w") as file:
+    keep_samples(path, kept)
+    with path.open("a") as file:
 
         def write(sample: dict[str, Any]) -> None:
             file.write(json.dumps(sample, ensure_ascii=False, default=str) + "\n")

@@ -28,7 +28,7 @@ WINDOW = 4096
 # Held-out conversations are scored twice; more than these would tell no more
 MOST_HELDOUT = 1000
 # What may change between a run and its continuation without changing what comes out
-_FREE = {"model", "data", "out", "device", "checkpoint_seconds"}
+_FREE = {"model", "data", "out", "device", "checkpoint_seconds", "track"}
 
 _Item = TypeVar("_Item")
 
@@ -39,7 +39,8 @@ class TuningRequest:
 
     `window`: tokens of the longest conversation, None for 4096 or all that the model reads.
     `heldout_fraction` of the conversations, at most 1000, are kept out of training and scored
-    before and after it. `skip_bad` leaves bad lines out instead of refusing the file.
+    before and after it. `skip_bad` leaves bad lines out instead of refusing the file. `track`:
+    names of trackers (capgap.train.trackers) that are told every step.
     """
 
     model: str
@@ -60,6 +61,7 @@ class TuningRequest:
     seed: int = 0
     device: str = "auto"
     checkpoint_seconds: float = 600.0
+    track: tuple[str, ...] = ()
 
     def asked(self) -> dict[str, Any]:
         """What a run in the same folder must agree on to be continued."""
@@ -72,7 +74,10 @@ class TuningRequest:
         return found
 
     def check(self) -> None:
-        """UserError for a number that cannot be."""
+        """UserError for a number that cannot be, and for a tracker that is not there."""
+        from capgap.train.trackers import check_trackers
+
+        check_trackers(self.track)
         for name, value in (
             ("--batch", self.batch),
             ("--micro-batch", self.micro_batch),
@@ -208,15 +213,22 @@ class TuningRun:
 
     @contextmanager
     def steps(self, names: dict[str, str]) -> "Iterator[Callable[[StepLine], None]]":
-        """What writes metrics.jsonl and speaks now and then; `names`: TRL's numbers and ours."""
-        path = self.request.out / METRICS
+        """What writes metrics.jsonl, tells the trackers, and speaks now and then; `names`: TRL's
+        numbers and ours."""
+        from capgap.machine import versions
+        from capgap.train.trackers import FOLDER, Trackers
+
+        out = self.request.out
+        path = out / METRICS
+        config = {**self.asked, "versions": versions()}
+        trackers = Trackers(self.request.track, out / FOLDER, out.name, config, self.say)
         stream: Any = None
         said = time.monotonic()
 
         def add(line: "StepLine") -> None:
             nonlocal stream, said
             if stream is None:
-                keep_before(path, line.step)
+                trackers.begin(line.step, keep_before(path, line.step))
                 stream = path.open("a", buffering=1)
             found: dict[str, float | None] = {
                 "step": line.step,
@@ -227,15 +239,19 @@ class TuningRun:
             }
             found |= {ours: line.others.get(theirs) for theirs, ours in names.items()}
             stream.write(json.dumps(found) + "\n")
+            trackers.log(found)
             if time.monotonic() - said > SAID_EVERY:
                 said = time.monotonic()
-                self.say(f"{self.stage}: step {line.step} of {line.steps}, loss {line.loss:.4f}")
+                self.say(
+                    f"{self.stage}: step {line.step + 1} of {line.steps}, loss {line.loss:.4f}"
+                )
 
         try:
             yield add
         finally:
             if stream is not None:
                 stream.close()
+            trackers.close()
 
     def finish(self, tuned: "Tuned", **values: Any) -> None:
         """The model as a folder, and the rest of the record."""

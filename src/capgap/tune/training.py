@@ -44,7 +44,8 @@ _UNUSED_PICKLE = "training_args.bin"
 
 @dataclass(frozen=True)
 class StepLine:
-    """What a step tells; its mean loss in nats per counted token (instruct) or pair (prefer)."""
+    """What a step tells, counted from 0 as in all training here; its mean loss in nats per counted
+    token (instruct) or pair (prefer)."""
 
     step: int
     steps: int
@@ -213,7 +214,7 @@ class _Steps(TrainerCallback):
         seconds, self.stepped = now - self.stepped, now
         rate = numbers.pop("learning_rate")
         self.on_step(
-            StepLine(state.global_step, state.max_steps, loss, rate, norm, seconds, numbers)
+            StepLine(state.global_step - 1, state.max_steps, loss, rate, norm, seconds, numbers)
         )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
