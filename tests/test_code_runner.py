@@ -79,6 +79,34 @@ def test_nothing_outside_is_written_or_removed(limits, tmp_path: Path):
 
 
 @pytest.mark.parametrize("limits", BOTH)
+def test_nothing_outside_is_read(limits, tmp_path: Path):
+    (tmp_path / "secret").write_text("secret")
+    for attempt in (
+        f"open({str(tmp_path / 'secret')!r})",
+        f"import os\nos.open({str(tmp_path / 'secret')!r}, os.O_RDONLY)",
+        f"import os\nos.listdir({str(tmp_path)!r})",
+        f"import os\nos.symlink({str(tmp_path)!r}, 'way')\nopen('way/secret')",
+        "open('/etc/passwd')",
+        "import os\nos.listdir('/home')",
+        "open('/proc/self/environ')",
+    ):
+        assert not run_program(attempt, limits).passed, attempt
+
+
+@pytest.mark.parametrize("limits", BOTH)
+def test_what_python_comes_with_can_be_read(limits):
+    program = (
+        "import ctypes.util, datetime, decimal, random, sqlite3, ssl, uuid, zoneinfo\n"
+        "import numpy\n"
+        "random.SystemRandom().random()\n"
+        "import os\nassert os.listdir('.') == [] and os.listdir() == []\n"
+        "assert datetime.datetime.now(zoneinfo.ZoneInfo('UTC'))"
+    )
+    outcome = run_program(program, limits)
+    assert (outcome.passed, outcome.reason) == (True, None)
+
+
+@pytest.mark.parametrize("limits", BOTH)
 def test_memory_time_and_files_end(limits):
     hungry = run_program("kept = [bytearray(1 << 30) for _ in range(100)]", limits)
     assert (hungry.passed, hungry.reason) == (False, "MemoryError: ")

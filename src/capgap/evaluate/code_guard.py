@@ -4,13 +4,14 @@ It imports nothing of capgap. Standard input has what to run as JSON, standard o
 line of JSON. What holds the program back, from the outside in:
 
 - limits of the process: processor time, memory, size of files, number of files;
-- Landlock, where the kernel has it: no file outside of the current folder is written or removed.
-  Before Linux 6.2 files can still be cut off, so that it is not counted there;
+- Landlock, where the kernel has it: no file outside of the current folder is written or removed,
+  and none read but those of Python and the system's libraries. Before Linux 6.2 files can still be
+  cut off, so that it is not counted there;
 - seccomp, where the kernel has it: no socket, no other process, no signal, no change of rights;
 - an audit hook of Python: the same from inside the interpreter, everywhere, but a program that
   knows how can get around it. It is a fence for accidents, the kernel's two are walls.
 
-Reading files is not held back, and what leaks through timing is not either.
+Names, sizes and times of files can be seen, and what leaks through timing is not held back.
 """
 
 import ctypes
@@ -50,6 +51,16 @@ _CHANGES = {
     *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"),
     *("os.chmod", "os.chown", "os.utime", "os.setxattr", "os.removexattr"),
 }
+
+
+# Places that Python and its extension modules read
+_LIBRARIES = [
+    os.path.join(prefix, name)
+    for prefix in sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix})
+    for name in ("lib", "lib64")
+]
+_READABLE = [*_LIBRARIES, "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"]
+_READABLE += ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
 
 
 def main() -> None:
@@ -98,8 +109,8 @@ def _limit(order):  # type: ignore[no-untyped-def]
 
 
 def _guard_files(folder: str) -> bool:
-    """Landlock: whether the kernel refuses all ways to write but below `folder`. False also where
-    it holds back all but cutting files off."""
+    """Landlock: whether the kernel refuses all ways to write but below `folder`, and to read but
+    there and in _READABLE. False also where it holds back all but cutting files off."""
     libc = ctypes.CDLL(None, use_errno=True)
     version = libc.syscall(444, None, ctypes.c_size_t(0), 1)
     if version < 1:
@@ -107,13 +118,20 @@ def _guard_files(folder: str) -> bool:
     # write, remove folder and file, make every kind of file; from version 2 on move, from 3 cut
     writes = 1 << 1 | sum(1 << bit for bit in range(4, 13))
     writes |= (version >= 2) << 13 | (version >= 3) << 14
-    attributes = ctypes.create_string_buffer(struct.pack("<Q", writes), 8)
+    read_file, read_folder = 1 << 2, 1 << 3
+    everything = writes | read_file | read_folder
+    attributes = ctypes.create_string_buffer(struct.pack("<Q", everything), 8)
     rules = libc.syscall(444, attributes, ctypes.c_size_t(8), 0)
-    place = os.open(folder, os.O_PATH)
-    beneath = ctypes.create_string_buffer(struct.pack("<Qi", writes, place), 12)
+    allowed = {path: read_file | os.path.isdir(path) * read_folder for path in _READABLE}
+    allowed = {path: rights for path, rights in allowed.items() if os.path.exists(path)}
+    is_ruled = rules >= 0
+    for path, rights in (allowed | {folder: everything}).items():
+        place = os.open(path, os.O_PATH)
+        beneath = ctypes.create_string_buffer(struct.pack("<Qi", rights, place), 12)
+        is_ruled = is_ruled and libc.syscall(445, rules, 1, beneath, 0) == 0
+        os.close(place)
     return (
-        rules >= 0
-        and libc.syscall(445, rules, 1, beneath, 0) == 0
+        is_ruled
         and libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0) == 0
         and libc.syscall(446, rules, 0) == 0
         and version >= 3
@@ -147,13 +165,15 @@ def _guard_calls() -> bool:
 
 
 def _hook(folder: str):  # type: ignore[no-untyped-def]
-    """The audit hook that keeps a program in `folder`."""
-    inside = folder + os.sep
+    """The audit hook that keeps a program in `folder`, and from reading but there and in
+    _READABLE."""
     real, is_text = os.path.realpath, (str, bytes, os.PathLike)
+    inside = (folder + os.sep,)
+    readable = inside + tuple(real(path) + os.sep for path in _READABLE)
 
-    def outside(path: object) -> bool:
+    def outside(path: object, places: tuple[str, ...] = inside) -> bool:
         return isinstance(path, is_text) and not (real(os.fsdecode(path)) + os.sep).startswith(
-            inside
+            places
         )
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
@@ -161,6 +181,10 @@ def _hook(folder: str):  # type: ignore[no-untyped-def]
             path, _, flags = arguments
             if isinstance(flags, int) and flags & _WRITES and outside(path):
                 raise PermissionError(f"writes outside of its folder: {path!r}")
+            if outside(path, readable):
+                raise PermissionError(f"reads outside of its folder: {path!r}")
+        elif event in ("os.listdir", "os.scandir") and outside(arguments[0], readable):
+            raise PermissionError(f"lists a folder outside of its own: {arguments[0]!r}")
         elif event in _FORBIDDEN_ALONE or event.startswith(_FORBIDDEN):
             raise PermissionError(f"not allowed: {event}")
         elif event in _CHANGES and any(outside(argument) for argument in arguments[:2]):
