@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import tarfile
 
 import pytest
@@ -55,7 +56,7 @@ def test_a_pickle_is_refused_with_the_reason_and_not_read(typed, model, tmp_path
 def with_code(model, **changes):
     """A model folder that brings code of its own, which leaves a trace when it is run."""
     trace = model.parent / "trace"
-    (model / "own.py").write_text(f"open({str(trace)!r}, 'w')\n")
+    (model / "own.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
     for name, fields in changes.items():
         path = model / f"{name}.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | fields))
@@ -89,9 +90,69 @@ def test_a_known_architecture_is_read_without_its_code(typed, model, tmp_path):
 def test_code_of_a_tokenizer_is_not_run_and_nobody_is_asked(model):
     own = {"AutoTokenizer": ["own.Tokenizer", None]}
     trace = with_code(model, tokenizer_config={"auto_map": own, "tokenizer_class": "OwnTokenizer"})
-    with pytest.raises(UserError, match="capgap runs no code of a checkpoint"):
+    with pytest.raises(UserError, match="needs its own code") as told:
         load_tokenizer(model)
+    assert "--trust-remote-code" in str(told.value)
     assert not trace.exists()
+
+
+OWN_MODEL = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class Config(LlamaConfig):
+    model_type = "new_kind"
+
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+
+    def forward(self, *arguments, **options):
+        found = super().forward(*arguments, **options)
+        found.logits = SCALE * found.logits
+        return found
+"""
+
+
+@pytest.mark.parametrize(("scale", "has_loss"), [(1.0, True), (2.0, False)])
+def test_code_of_a_checkpoint_is_run_when_asked(
+    typed, model, small_corpus, tmp_path, monkeypatch, scale, has_loss
+):
+    """By the commands that only read a model; held-out loss needs its logits by way of its head."""
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code")
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    with_code(model, config={"max_position_embeddings": 64})
+    plain = tmp_path / "plain"
+    shutil.copytree(model, plain)
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    trace = with_code(model, config={"auto_map": own, "model_type": "new_kind"})
+    with (model / "own.py").open("a") as file:
+        file.write(OWN_MODEL.replace("SCALE", str(scale)))
+    words = ("--tasks", "heldout", "--corpus", small_corpus.directory, "--out", tmp_path / "out")
+    refused = typed("evaluate", model, *words)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "with --trust-remote-code" in refused.err
+    assert not trace.exists()
+    found = typed("evaluate", model, *words, "--trust-remote-code", "--json")
+    assert trace.exists()
+    (loss,) = json.loads(found.out)["heldout"].values()
+    if has_loss:
+        assert found.code == 0, found.err
+        known = json.loads(typed("evaluate", plain, *words, "--json").out)["heldout"]
+        assert loss == next(iter(known.values()))
+    else:
+        assert (found.code, loss) == (
+            1,
+            {"missing": "the model's own code has no backbone and head that give its logits"},
+        )
+    said = typed("chat", model, "--once", "Kaba", "--template", "minichat", "--tokens", 2)
+    assert said.code == 2
+    talk = ("--once", "Kaba", "--template", "minichat", "--tokens", 2, "--temperature", 0)
+    said = typed("chat", model, *talk, "--trust-remote-code")
+    assert said.code == 0, said.err
+    assert said.out == typed("chat", plain, *talk).out
 
 
 def tar_with(path, *members):

@@ -40,6 +40,10 @@ Track = Annotated[
     list[str] | None,
     typer.Option(help="Also tell tensorboard, trackio or wandb; may be given several times."),
 ]
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the model's own code, for other architectures."),
+]
 Override = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe."),

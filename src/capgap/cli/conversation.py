@@ -13,6 +13,7 @@ from capgap.cli.app import (
     Json,
     Quiet,
     Track,
+    TrustCode,
     app,
     print_json,
     quieten_transformers,
@@ -193,6 +194,7 @@ def chat(
     tokens: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = 512,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
     device: Device = "auto",
+    trust_remote_code: TrustCode = False,
     json_: Json = False,
 ) -> None:
     """Talk to a model: /reset forgets what was said, /quit or Ctrl-D ends."""
@@ -210,6 +212,7 @@ def chat(
         system=system,
         sampling=sampling,
         device=resolve_device(device),
+        remote_code=trust_remote_code,
     )
     if once is None:
         _converse(talk)

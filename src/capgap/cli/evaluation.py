@@ -10,6 +10,7 @@ from capgap.cli.app import (
     FAILED,
     Json,
     Quiet,
+    TrustCode,
     app,
     exit_with,
     print_json,
@@ -45,6 +46,7 @@ def evaluate(
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Run programs the model writes, for humaneval.")
     ] = False,
+    trust_remote_code: TrustCode = False,
     out: Annotated[Path, typer.Option(help="The record as JSON.")] = Path("evaluate.json"),
     samples: Annotated[
         Path | None, typer.Option(help="Every prompt and answer, as lines of JSON.")
@@ -89,6 +91,7 @@ def evaluate(
         dtype=dtype,
         device=device,
         allow_code=allow_code,
+        trust_remote_code=trust_remote_code,
         out=out,
         samples=samples,
     )

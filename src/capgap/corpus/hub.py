@@ -8,6 +8,11 @@ from capgap.errors import UserError
 
 HUB_SECONDS = 10.0
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Of a checkpoint that brings code
+OWN_CODE = (
+    "such code is run by `capgap evaluate` and `capgap chat` alone, with --trust-remote-code, once "
+    "you have read it"
+)
 
 
 def looks_like_path(text: str, *, suffixes: tuple[str, ...] = ()) -> bool:

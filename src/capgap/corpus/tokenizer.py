@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from capgap.corpus.hub import HUB_NAME, hub_revision, is_cached, looks_like_path
+from capgap.corpus.hub import HUB_NAME, OWN_CODE, hub_revision, is_cached, looks_like_path
 from capgap.errors import UserError
 
 if TYPE_CHECKING:
@@ -195,8 +195,11 @@ def check_vocabulary(vocabulary: int) -> None:
         )
 
 
-def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerFast":
-    """Load the tokenizer of a model folder or of a model on the Hugging Face hub.
+def load_tokenizer(
+    path_or_name: str | Path, *, remote_code: bool = False
+) -> "PreTrainedTokenizerFast":
+    """Load the tokenizer of a model folder or of a model on the Hugging Face hub; only with
+    `remote_code` may its own code be run.
 
     Raises:
         UserError: nothing there, not a fast tokenizer, or no end-of-document (eos) token.
@@ -213,13 +216,13 @@ def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerFast":
     try:
         # said here, since transformers would ask the terminal whether to run what it finds
         tokenizer = AutoTokenizer.from_pretrained(
-            name, local_files_only=is_here, trust_remote_code=False
+            name, local_files_only=is_here, trust_remote_code=remote_code
         )
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"the tokenizer of {name} needs its own code (auto_map): capgap runs no code of a "
-                "checkpoint, save it as a fast tokenizer (tokenizer.json)"
+                f"the tokenizer of {name} needs its own code (auto_map): save it as a fast "
+                f"tokenizer (tokenizer.json); {OWN_CODE}"
             ) from None
         raise UserError(f"no tokenizer in {name}: {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from capgap.corpus.hub import HUB_NAME, hub_revision, is_cached, looks_like_path
+from capgap.corpus.hub import HUB_NAME, OWN_CODE, hub_revision, is_cached, looks_like_path
 from capgap.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,12 +47,13 @@ _FLOATS = {
 }
 
 
-def read_config(path_or_name: str | Path) -> "PreTrainedConfig":
+def read_config(path_or_name: str | Path, *, remote_code: bool = False) -> "PreTrainedConfig":
     """The transformers config of a folder or of a name on the Hub; weights are not looked at.
 
+    `remote_code` runs the checkpoint's own code where nothing else describes its architecture.
     UserError in one line: nothing there, no config, quantised; no network, without waiting for it.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     name = str(path_or_name)
     if Path(name).is_dir():
@@ -64,8 +65,14 @@ def read_config(path_or_name: str | Path) -> "PreTrainedConfig":
         # without a network the loader below would retry for most of a minute
         hub_revision(name, kind="model")
     try:
-        _refuse_own_code(name, PreTrainedConfig.get_config_dict(name)[0])
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        fields = PreTrainedConfig.get_config_dict(name)[0]
+        needs_code = "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING
+        if needs_code and not remote_code:
+            raise UserError(
+                f"{name} brings its own code (auto_map in config.json) for the architecture "
+                f"{fields.get('model_type')!r}, which transformers does not have: {OWN_CODE}"
+            )
+        config = AutoConfig.from_pretrained(name, trust_remote_code=needs_code)
     except (OSError, ValueError, KeyError) as error:
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the model {name}: {cause}") from None
@@ -73,17 +80,11 @@ def read_config(path_or_name: str | Path) -> "PreTrainedConfig":
     return config
 
 
-def _refuse_own_code(name: str, fields: dict[str, Any]) -> None:
-    """UserError for an architecture that only code of the checkpoint describes."""
+def is_of_own_code(config: "PreTrainedConfig") -> bool:
+    """Whether the checkpoint's own code describes the architecture, and nothing else does."""
     from transformers import CONFIG_MAPPING
 
-    kind = fields.get("model_type")
-    if "auto_map" in fields and kind not in CONFIG_MAPPING:
-        raise UserError(
-            f"{name} brings its own code (auto_map in config.json) for the architecture {kind!r}, "
-            "which transformers does not have: capgap runs no code of a checkpoint, take another "
-            "model"
-        )
+    return config.model_type not in CONFIG_MAPPING
 
 
 def _refuse_quantised(name: str, config: "PreTrainedConfig") -> None:

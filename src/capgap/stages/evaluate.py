@@ -14,10 +14,12 @@ from capgap.evaluate.scores import missing_set, six_mean
 from capgap.evaluate.sets import CODE, HELDOUT, SETS, SIX, check_shots, check_task
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
     from capgap.corpus.tokens import Corpus
     from capgap.evaluate.local_data import LocalSet
+    from capgap.models.build import Parts
     from capgap.stages.measure import Reader
 
 # Tokens of a row of held-out text, where the model can read so many
@@ -33,8 +35,9 @@ class EvaluateRequest:
 
     `tasks` of `capgap.evaluate.sets.NAMES`; `data` a folder of local copies; `corpora` prepared
     ones, for `heldout`; `shots` by set, where not its own number; `limit` questions of every part
-    of a set; `allow_code` lets programs that the model wrote run, for `humaneval`; `out` gets the
-    record as JSON, `samples` every question and answer as a line of JSON.
+    of a set; `allow_code` lets programs that the model wrote run, for `humaneval`;
+    `trust_remote_code` the code that a checkpoint of an unknown architecture brings; `out` gets
+    the record as JSON, `samples` every question and answer as a line of JSON.
     """
 
     model: str
@@ -48,6 +51,7 @@ class EvaluateRequest:
     dtype: str = "stored"
     device: str = "auto"
     allow_code: bool = False
+    trust_remote_code: bool = False
     out: Path | None = None
     samples: Path | None = None
 
@@ -71,7 +75,7 @@ def run_evaluate(
 
     _check(request)
     device = resolve_device(request.device)
-    reader = Reader.of(request.model)
+    reader = Reader.of(request.model, remote_code=request.trust_remote_code)
     corpora = [open_corpus(folder, 1) for folder in request.corpora]
     names = [name for name in request.tasks if name in SETS]
     versions_now = versions() | (_harness_versions() if names else {})
@@ -226,7 +230,8 @@ def _on_hub(dataset: str, where: str) -> tuple[dict[str, Any], None] | str:
 def _load(request: EvaluateRequest, device: str, record: dict[str, Any]) -> "PreTrainedModel":
     from capgap.models.build import DTYPES, load_model
 
-    model = load_model(request.model, dtype=DTYPES[request.dtype]).to(device).eval()
+    model = load_model(request.model, DTYPES[request.dtype], remote_code=request.trust_remote_code)
+    model = model.to(device).eval()
     record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     record["dtype"] = str(model.dtype).removeprefix("torch.")
     return model
@@ -244,6 +249,7 @@ def _heldout(
     from capgap.corpus.tokenizer import TokenCodec, tokenizer_hash
     from capgap.evaluate.heldout import evaluate_heldout, heldout_set
     from capgap.models.build import Parts
+    from capgap.models.stored import is_of_own_code
 
     documents = corpus.heldout_documents()
     is_same = tokenizer_hash(reader.tokenizer) == corpus.token_hash
@@ -251,7 +257,10 @@ def _heldout(
         codec = TokenCodec(corpus.tokenizer)
         documents, _ = reader.documents([codec.decode(one.tokens[1:]) for one in documents])
     say(f"heldout: {len(documents)} documents of {corpus.directory}")
-    found = evaluate_heldout(Parts(model), heldout_set(documents, window, reader.words)).as_dict()
+    parts = Parts(model)
+    if is_of_own_code(model.config) and not _has_parts(parts, documents[0].tokens[:window]):
+        return {"missing": "the model's own code has no backbone and head that give its logits"}
+    found = evaluate_heldout(parts, heldout_set(documents, window, reader.words)).as_dict()
     kept = {key: value for key, value in found.items() if not key.startswith("document_")}
     return {
         **{key: value if _is_finite(value) else None for key, value in kept.items()},
@@ -261,6 +270,19 @@ def _heldout(
         "same_tokenizer": is_same,
         "corpus_hash": corpus.corpus_hash,
     }
+
+
+def _has_parts(parts: "Parts", tokens: "NDArray[Any]") -> bool:
+    """Whether an architecture that is not known here gives its own logits by way of its parts."""
+    import torch
+
+    ids = torch.as_tensor(tokens.astype("int64"), device=parts.model.device)[None]
+    try:
+        with torch.no_grad():
+            own, ours = parts.model(input_ids=ids).logits, parts.logits(parts(ids))
+    except (AttributeError, TypeError):
+        return False
+    return own.shape == ours.shape and bool(torch.isclose(own, ours, rtol=1e-3, atol=1e-3).all())
 
 
 def _is_finite(value: float | None) -> bool:

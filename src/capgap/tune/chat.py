@@ -227,10 +227,12 @@ def load_chat(
     system: str | None = None,
     sampling: Sampling | None = None,
     device: str = "cpu",
+    remote_code: bool = False,
 ) -> Chat:
     """A model folder, or a name on the Hub, ready to answer.
 
-    `template`: the tokenizer's `own` or `minichat`. UserError: no such model, no chat template.
+    `template`: the tokenizer's `own` or `minichat`. `remote_code` runs the checkpoint's own code
+    where nothing else describes its architecture. UserError: no such model, no chat template.
     """
     from capgap.corpus.tokenizer import load_tokenizer
     from capgap.models.build import load_model
@@ -238,7 +240,7 @@ def load_chat(
 
     if template not in TEMPLATES:
         raise UserError(f"--template {template!r}: take one of {', '.join(TEMPLATES)}")
-    tokenizer = load_tokenizer(path_or_name)
+    tokenizer = load_tokenizer(path_or_name, remote_code=remote_code)
     if template != "own":
         set_template(tokenizer, template)
     elif tokenizer.chat_template is None:
@@ -246,4 +248,5 @@ def load_chat(
             f"{path_or_name} has no chat template: tune it with `capgap instruct`, or try "
             "--template minichat"
         )
-    return Chat(load_model(path_or_name).to(device), tokenizer, system=system, sampling=sampling)
+    model = load_model(path_or_name, remote_code=remote_code).to(device)
+    return Chat(model, tokenizer, system=system, sampling=sampling)
