@@ -263,11 +263,11 @@ def test_what_cannot_be_trained_is_told_in_a_line(typed, small_corpus, tmp_path,
 def test_a_mixture_that_was_killed_goes_on_bit_for_bit(small_corpus, other, tmp_path):
     def start(out):
         both = (f"{small_corpus.directory}=0.8", f"{other.directory}=0.2")
-        more = ("-s", "run.checkpoint_seconds=0", "--size", "8k")
+        more = ("-s", "run.checkpoint_seconds=0.1", "--size", "8k")
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", "capgap", "train"),
-                *map(str, asked(both, out, *more, tokens="200k")),
+                *map(str, asked(both, out, *more, tokens="100k")),
             ],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,

@@ -32,6 +32,20 @@ def torchrun(processes, *command):
     )
 
 
+def started_by_a_run(processes, *command):
+    """As `capgap run` starts a step; -m and capgap are its own."""
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-W", "error", "-m", "capgap.pipeline.processes", str(processes)),
+            *map(str, command[2:]),
+        ],
+        env=os.environ | {"PYTHONWARNINGS": "error"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def run(processes, asked):
     """What the trial printed."""
     if processes == 1:
@@ -137,8 +151,8 @@ def distill(models, corpus, out, *more):
 
 
 def test_the_command_stopped_under_torchrun_goes_on_alone(models, corpus, tmp_path):
-    often = ("-s", "run.checkpoint_seconds=0", "--heldout-steps", 40)
-    command = distill(models, corpus, tmp_path / "out", "--tokens", "100k", *often)
+    measured = ("--heldout-steps", 40)
+    command = distill(models, corpus, tmp_path / "out", "--tokens", "100k", *measured)
     started = torchrun(2, *command)
     metrics = tmp_path / "out" / "metrics.jsonl"
     until = time.monotonic() + 120
@@ -155,7 +169,7 @@ def test_the_command_stopped_under_torchrun_goes_on_alone(models, corpus, tmp_pa
     assert again.returncode == 0, again.stderr
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(390))
-    whole = distill(models, corpus, tmp_path / "whole", "--tokens", "100k", *often)
+    whole = distill(models, corpus, tmp_path / "whole", "--tokens", "100k", *measured)
     done = torchrun(2, *whole)
     out, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
@@ -200,3 +214,33 @@ def test_mistakes_are_told_once(models, corpus, tmp_path):
     ]
     assert "exitcode  : 2" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_s_processes_end_with_the_exit_code_of_a_mistake(models, corpus, tmp_path):
+    wrong = started_by_a_run(3, *distill(models, corpus, tmp_path / "out", "--tokens", "10k"))
+    _, told = wrong.communicate(timeout=120)
+    assert wrong.returncode == 2
+    assert told.startswith("capgap: a batch of 16 windows cannot be shared evenly by 3 processes")
+    assert told.count("\n") == 1
+
+
+def test_a_run_s_processes_save_their_state_when_they_are_stopped(models, corpus, tmp_path):
+    out = tmp_path / "out"
+    command = distill(models, corpus, out, "--tokens", "100k")
+    first = started_by_a_run(2, *command)
+    metrics = out / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 50:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    _, told = first.communicate(timeout=120)
+    assert first.returncode == 130
+    assert told.count("the same command continues") == 1
+    assert "Traceback" not in told
+    assert list((out / "checkpoints").glob("step-*"))
+    again = started_by_a_run(2, *command)
+    _, told = again.communicate(timeout=120)
+    assert again.returncode == 0, told
+    record = json.loads((out / "distill.json").read_text())
+    assert (record["finished"], record["processes"]) == (True, 2)

@@ -80,6 +80,22 @@ def test_the_same_command_has_nothing_to_do(finished):
     assert again.stdout.splitlines()[-1] == f"run: {folder / 'out'}"
 
 
+def test_processes_share_the_training(finished, tmp_path):
+    folder, _ = finished
+    for name in ("first.txt", "second.txt"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    shared = run(tmp_path, "--until", "teacher", "--set", "hardware.processes=2")
+    assert shared.returncode == 0, shared.stderr
+    assert "OMP_NUM_THREADS" not in shared.stderr
+    one, two = (
+        json.loads((place / "out/teacher/training/train.json").read_text())
+        for place in (folder, tmp_path)
+    )
+    assert (one["processes"], two["processes"]) == (1, 2)
+    losses = [record["after"]["llama-12k"]["heldout"]["loss"] for record in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 def test_a_change_concerns_what_rests_on_it(finished):
     folder, _ = finished
     told = run(folder, "--dry-run", "--json", "--set", "prefer.beta=0.3")

@@ -113,23 +113,36 @@ def test_students_learn_online_and_from_a_cache_alike(typed, small_corpus, folde
     assert len(lines_of(tmp_path / "online")) == 62
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_stopped_and_continued_equals_uninterrupted(small_corpus, folder, tmp_path, number):
-    def start(out):
-        settings = ("-s", "training.batch_tokens=256", "-s", "run.checkpoint_seconds=0")
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "capgap", "distill", folder / "teacher", folder / "small"),
-                *("--corpus", small_corpus.directory, "--window", "16", "--tokens", "300k"),
-                *("--out", out, *settings),
-            ],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+def start_distilling(folder, corpus, out, *more):
+    """A process with 390 steps to go."""
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "capgap", "distill", folder / "teacher", folder / "small"),
+            *("--corpus", corpus.directory, "--window", "16", "--tokens", "100k"),
+            *("--out", out, "-s", "training.batch_tokens=256", *more),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
-    whole = start(tmp_path / "whole")
-    stopped = start(tmp_path / "stopped")
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_corpus, folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process = start_distilling(folder, small_corpus, out)
+    _, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    return load_model(out / "students" / "small").state_dict()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_stopped_and_continued_equals_uninterrupted(
+    small_corpus, folder, uninterrupted, tmp_path, number
+):
+    # a kill leaves what was written before
+    often = ("-s", "run.checkpoint_seconds=0.1")
+    stopped = start_distilling(folder, small_corpus, tmp_path / "stopped", *often)
     until = time.monotonic() + 120
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 20:
@@ -141,18 +154,14 @@ def test_stopped_and_continued_equals_uninterrupted(small_corpus, folder, tmp_pa
         assert stopped.returncode == 128 + number
         assert "the same command continues" in told
     assert not (tmp_path / "stopped" / "students").exists()
-    again = start(tmp_path / "stopped")
-    for process in (whole, again):
-        _, told = process.communicate(timeout=240)
-        assert process.returncode == 0, told
-    one, other = (
-        load_model(tmp_path / name / "students" / "small").state_dict()
-        for name in ("whole", "stopped")
-    )
-    for name, value in one.items():
-        assert torch.equal(value, other[name])
+    again = start_distilling(folder, small_corpus, tmp_path / "stopped", *often)
+    _, told = again.communicate(timeout=240)
+    assert again.returncode == 0, told
+    found = load_model(tmp_path / "stopped" / "students" / "small").state_dict()
+    for name, value in uninterrupted.items():
+        assert torch.equal(value, found[name])
     lines = lines_of(tmp_path / "stopped")
-    assert [line["step"] for line in lines] == list(range(1171))
+    assert [line["step"] for line in lines] == list(range(390))
     # it did not begin anew: a process does not know how long its first step took
     first = [line["step"] for line in lines if line["tokens_per_second"] is None]
     assert first[-1] > 0

@@ -164,8 +164,8 @@ class ExportSection(Section):
 
 
 class HardwareSection(Section):
-    """What the run is meant for: time and memory are told for it. `processes` of torchrun share
-    the training on this machine."""
+    """What the run is meant for: time and memory are told for it. `processes` on this machine share
+    the training."""
 
     gpus: str | None = None
     utilisation: Annotated[float, Field(gt=0, le=1)] = UTILISATION

@@ -77,8 +77,7 @@ def run_pipeline(
                 quiet=quiet,
                 lock=lock,
             )
-            # whatever the step made of it: torchrun has an exit code of its own, and a step that
-            # was about to end does so well
+            # whatever the step made of it: one that was about to end does so well
             if signals.sent:
                 code = 128 + signals.sent[0]
             if code != 0:
@@ -204,10 +203,10 @@ def _process(
 
     It has the folder's lock too: should we be killed, nobody else starts beside it.
     """
-    start = [sys.executable, "-m"]
+    start = ["capgap"]
     if processes > 1 and step.command in SHARED:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command = [*start, "capgap", *argv, *(["--quiet"] if quiet else [])]
+        start = ["capgap.pipeline.processes", str(processes)]
+    command = [sys.executable, "-m", *start, *argv, *(["--quiet"] if quiet else [])]
     # a group of its own: a Ctrl-C in the terminal would else reach it twice, and the second one
     # does not wait for its state to be saved
     with subprocess.Popen(
