@@ -4,15 +4,12 @@ The harness' own task files say what is asked and how it is scored; what is ours
 come from, HumanEval's programs in `code_runner`, and what is counted beside.
 """
 
-import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import datasets
 import lm_eval.tasks
@@ -23,6 +20,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
+from capgap.evaluate.bars import quiet_harness
 from capgap.evaluate.code_runner import CodeLimits, code_layers, run_program
 from capgap.evaluate.local_data import LocalSet
 from capgap.evaluate.scores import Part, SetScores, combine
@@ -30,7 +28,6 @@ from capgap.evaluate.sets import CODE, BenchmarkSet
 
 # Decides which examples stand before a question, where they are drawn; the harness' own
 SHOT_SEED = 1234
-SAID_EVERY = 10.0  # seconds
 TASKS = Path(lm_eval.tasks.__file__).parent
 
 
@@ -97,7 +94,7 @@ def counting_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int
 ) -> CountingModel:
     """For `run_set`; the model stays where it is."""
-    with _quiet():
+    with quiet_harness():
         return CountingModel(model, tokenizer, batch_size)
 
 
@@ -120,7 +117,7 @@ def load_tasks(
         if local is not None:
             spec["custom_dataset"] = _records(local[part])
         specs.append(spec | _changes(one, local))
-    with _quiet():
+    with quiet_harness():
         if one.name == CODE:
             (spec,) = specs
             tasks = _manager(one).load([_humaneval(one, outcomes) | spec])["tasks"]
@@ -158,7 +155,7 @@ def run_set(
             f"the model reads {model.max_length}"
         )
     model.cut.clear()
-    with _quiet(lambda text: say(f"{one.name}: {text}")):
+    with quiet_harness(lambda text: say(f"{one.name}: {text}")):
         found = evaluate(
             model,
             {"tasks": tasks, "groups": {}, "group_map": {}},
@@ -354,71 +351,3 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
         "target": sample["target"],
         "scores": {name: sample[name] for name in sample["metrics"]},
     }
-
-
-class _Told:
-    """Stands where the harness draws its bars, and tells in lines how far it is."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.said = time.monotonic()
-        self.prompts = 0
-
-    def __call__(
-        self, items: Any = None, total: int | None = None, desc: str = "", **_: Any
-    ) -> Any:
-        return _Bar(self, items, total, desc)
-
-    def tell(self, what: str, done: int, total: int | None) -> None:
-        # prompts are made part by part, and how many parts there are no bar knows
-        if not what:
-            self.prompts += 1
-        if time.monotonic() - self.said <= SAID_EVERY:
-            return
-        self.said = time.monotonic()
-        if what:
-            kind = "answers" if what.startswith("Running") else "requests cut into tokens"
-            self.say(f"{done:,} of {total:,} {kind}")
-        else:
-            self.say(f"{self.prompts:,} prompts made")
-
-
-class _Bar:
-    def __init__(self, told: _Told, items: Any, total: int | None, what: str) -> None:
-        self.told, self.items, self.what, self.done = told, items, what, 0
-        self.total = len(items) if total is None and items is not None else total
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self.items:
-            yield item
-            self.update(1)
-
-    def update(self, count: int = 1) -> None:
-        self.done += count
-        self.told.tell(self.what, self.done, self.total)
-
-    def close(self) -> None:
-        pass
-
-
-@contextmanager
-def _quiet(say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Lines of ours in place of the harness' bars, and none of its warnings: what they tell is in
-    the record. All is as before afterwards."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    had_bars = datasets.are_progress_bars_disabled()
-    told = _Told(say)
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        with (
-            mock.patch("lm_eval.api.task.tqdm", told),
-            mock.patch("lm_eval.api.model.tqdm", told),
-            mock.patch("lm_eval.models.huggingface.tqdm", told),
-        ):
-            yield
-    finally:
-        logger.setLevel(level)
-        if not had_bars:
-            datasets.enable_progress_bars()
