@@ -22,15 +22,14 @@ import numpy as np
 from capgap.errors import UserError
 from capgap.law.cells import Floats
 from capgap.law.published import PUBLISHED_SURFACE
-from capgap.law.search import (
+from capgap.law.search import decide, rule_choices
+from capgap.law.search_grid import (
     STRATEGIES,
     Choice,
     History,
     Round,
     SearchGrid,
     Settings,
-    decide,
-    rule_choices,
 )
 
 STUDENTS = np.geomspace(0.3e9, 0.6e9, 5)

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 
 from capgap.errors import UserError
-from capgap.law.search import (
+from capgap.law.search import decide, rule_choices
+from capgap.law.search_grid import (
     STRATEGIES,
     History,
     Round,
     Run,
     SearchGrid,
     Settings,
-    decide,
-    rule_choices,
 )
 
 STUDENTS = np.array([1e6, 1.5e6, 2e6])

@@ -18,7 +18,7 @@ from scipy.linalg import cho_solve, cholesky
 from scipy.special import ndtr
 
 from capgap.law.cells import Floats, Integers
-from capgap.law.search import (
+from capgap.law.search_grid import (
     MIN_TEACHERS,
     Choice,
     Decision,

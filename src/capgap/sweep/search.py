@@ -16,15 +16,14 @@ from rich.table import Table
 
 from capgap.config import Recipe
 from capgap.errors import UserError
-from capgap.law.search import (
+from capgap.law.search import decide, rule_choices
+from capgap.law.search_grid import (
     Choice,
     History,
     Round,
     Run,
     SearchGrid,
     Settings,
-    decide,
-    rule_choices,
 )
 from capgap.records import read_record, write_json_atomically
 from capgap.sizes import format_count, forward_flops
