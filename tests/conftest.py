@@ -3,6 +3,7 @@
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,15 @@ def made_up_text(documents: int, *, seed: int = 0) -> str:
         ]
         texts.append(". ".join(sentences) + ".\n")
     return "<|endoftext|>\n".join(texts)
+
+
+def wait_for_steps(out: Path, count: int, *, seconds: float = 120) -> None:
+    """Until a training that writes into `out` has told so many steps."""
+    metrics = out / "metrics.jsonl"
+    until = time.monotonic() + seconds
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < count:
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

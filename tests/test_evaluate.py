@@ -543,9 +543,11 @@ def test_a_stopped_evaluation_goes_on(
     plain = CountingModel.loglikelihood
 
     def killed(self, requests, **options):
-        if measured[-1] == "piqa":
+        if measured[-1] in dying:
             raise KeyboardInterrupt
         return plain(self, requests, **options)
+
+    dying = {"piqa"}
 
     del measured[:]
     with monkeypatch.context() as patched:
@@ -574,6 +576,18 @@ def test_a_stopped_evaluation_goes_on(
     assert without_time(record) == without_time(expected)
     found = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert found == samples
+    assert list(record["tasks"]) == ["lambada", "piqa", "blimp"]
+    # stopped in a set that comes before those that it has, twice
+    dying, asked = {"gsm8k", "mmlu"}, ("mmlu", *asked)
+    again = dataclasses.replace(request, tasks=asked)
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(CountingModel, "loglikelihood", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run_evaluate(again)
+        kept = json.loads(out.read_text())
+        assert set(kept["tasks"]) == {"lambada", "piqa", "blimp"}
+        assert kept["heldout"] == record["heldout"]
     # all is there: the model is not even loaded
     del measured[:]
     monkeypatch.setattr("capgap.models.build.load_model", None)

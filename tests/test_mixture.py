@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from capgap.evaluate.heldout import HeldoutLoss, MixedLoss
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.shape import ladder_shape
 from capgap.stages.inputs import warn_of_epochs
-from conftest import made_up_text
+from conftest import made_up_text, wait_for_steps
 
 
 @pytest.fixture(scope="module")
@@ -275,11 +274,7 @@ def test_a_mixture_that_was_killed_goes_on_bit_for_bit(small_corpus, other, tmp_
         )
 
     whole, stopped = start(tmp_path / "whole"), start(tmp_path / "stopped")
-    metrics = tmp_path / "stopped/metrics.jsonl"
-    until = time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 20:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for_steps(tmp_path / "stopped", 20)
     stopped.send_signal(signal.SIGKILL)
     stopped.communicate(timeout=120)
     again = start(tmp_path / "stopped")

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import ranks as trial
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.parallel import ALONE
 from capgap.models.shape import ladder_shape
+from conftest import wait_for_steps
 
 
 def torchrun(processes, *command):
@@ -154,15 +154,12 @@ def test_the_command_stopped_under_torchrun_goes_on_alone(models, corpus, tmp_pa
     measured = ("--heldout-steps", 40)
     command = distill(models, corpus, tmp_path / "out", "--tokens", "100k", *measured)
     started = torchrun(2, *command)
-    metrics = tmp_path / "out" / "metrics.jsonl"
-    until = time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 50:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for_steps(tmp_path / "out", 50)
     started.send_signal(signal.SIGTERM)
     _, told = started.communicate(timeout=120)
     assert told.count("the same command continues") == 1
     assert started.returncode != 0
+    metrics = tmp_path / "out" / "metrics.jsonl"
     before = len(metrics.read_text().splitlines())
     assert list((tmp_path / "out" / "checkpoints").glob("step-*"))
     again = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
@@ -228,11 +225,7 @@ def test_a_run_s_processes_save_their_state_when_they_are_stopped(models, corpus
     out = tmp_path / "out"
     command = distill(models, corpus, out, "--tokens", "100k")
     first = started_by_a_run(2, *command)
-    metrics = out / "metrics.jsonl"
-    until = time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 50:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for_steps(out, 50)
     first.send_signal(signal.SIGINT)
     _, told = first.communicate(timeout=120)
     assert first.returncode == 130

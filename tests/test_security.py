@@ -13,6 +13,7 @@ from capgap.archives import safe_members
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import UserError
 from capgap.models.build import build_model, load_model, save_model
+from capgap.models.identity import model_hash
 from capgap.models.shape import ladder_shape
 from capgap.records import write_json_atomically
 from capgap.scrub import is_secret_name, scrub, scrub_text
@@ -147,6 +148,11 @@ def test_code_of_a_checkpoint_is_run_when_asked(
             1,
             {"missing": "the model's own code has no backbone and head that give its logits"},
         )
+    # other code is another model, and what was measured of it is not kept
+    before = model_hash(model)
+    with (model / "own.py").open("a") as file:
+        file.write("# changed\n")
+    assert model_hash(model) != before
     said = typed("chat", model, "--once", "Kaba", "--template", "minichat", "--tokens", 2)
     assert said.code == 2
     talk = ("--once", "Kaba", "--template", "minichat", "--tokens", 2, "--temperature", 0)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ import torch
 from capgap.distill.teacher import Batch, OnlineTeacher, load_teacher
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.shape import ladder_shape
+from conftest import wait_for_steps
 from test_docs import DOCS, code_blocks
 
 
@@ -143,11 +143,7 @@ def test_stopped_and_continued_equals_uninterrupted(
     # a kill leaves what was written before
     often = ("-s", "run.checkpoint_seconds=0.1")
     stopped = start_distilling(folder, small_corpus, tmp_path / "stopped", *often)
-    until = time.monotonic() + 120
-    metrics = tmp_path / "stopped" / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 20:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for_steps(tmp_path / "stopped", 20)
     stopped.send_signal(number)
     _, told = stopped.communicate(timeout=120)
     if number != signal.SIGKILL:

@@ -212,7 +212,7 @@ def chat(
         system=system,
         sampling=sampling,
         device=resolve_device(device),
-        remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code,
     )
     if once is None:
         _converse(talk)

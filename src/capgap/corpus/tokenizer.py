@@ -196,10 +196,10 @@ def check_vocabulary(vocabulary: int) -> None:
 
 
 def load_tokenizer(
-    path_or_name: str | Path, *, remote_code: bool = False
+    path_or_name: str | Path, *, trust_remote_code: bool = False
 ) -> "PreTrainedTokenizerFast":
     """Load the tokenizer of a model folder or of a model on the Hugging Face hub; only with
-    `remote_code` may its own code be run.
+    `trust_remote_code` may its own code be run.
 
     Raises:
         UserError: nothing there, not a fast tokenizer, or no end-of-document (eos) token.
@@ -216,7 +216,7 @@ def load_tokenizer(
     try:
         # said here, since transformers would ask the terminal whether to run what it finds
         tokenizer = AutoTokenizer.from_pretrained(
-            name, local_files_only=is_here, trust_remote_code=remote_code
+            name, local_files_only=is_here, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):

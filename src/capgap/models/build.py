@@ -18,7 +18,7 @@ from transformers import (
 from capgap.errors import UserError
 from capgap.models.families import FAMILIES
 from capgap.models.shape import Shape
-from capgap.models.stored import StoredWeights, is_of_own_code, read_config, written_beside
+from capgap.models.stored import StoredWeights, needs_own_code, read_config, written_beside
 
 # What weights can be loaded as
 DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -191,16 +191,16 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def load_model(
-    path_or_name: str | Path, dtype: torch.dtype | None = None, *, remote_code: bool = False
+    path_or_name: str | Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Load a causal language model from a folder or, by its name, from the Hugging Face Hub.
 
-    Reads safetensors only. `dtype` None keeps the stored one. `remote_code` runs the checkpoint's
-    own code where nothing else describes its architecture; otherwise none is run.
+    Reads safetensors only. `dtype` None keeps the stored one. `trust_remote_code` runs the
+    checkpoint's own code where nothing else describes its architecture; otherwise none is run.
     Raises UserError in one line: nothing there, no network, no safetensors, quantised.
     """
     name = str(path_or_name)
-    config = read_config(name, remote_code=remote_code)
+    config = read_config(name, trust_remote_code=trust_remote_code)
     if Path(name).is_dir():
         # says which file is missing or cut off
         StoredWeights(Path(name))
@@ -210,7 +210,7 @@ def load_model(
             config=config,
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
-            trust_remote_code=is_of_own_code(config),
+            trust_remote_code=trust_remote_code and needs_own_code(config.to_dict()),
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:

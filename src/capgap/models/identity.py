@@ -5,14 +5,15 @@ import json
 from pathlib import Path
 
 from capgap.errors import UserError
-from capgap.models.stored import local_folder
+from capgap.models.stored import local_folder, needs_own_code
 
 # Written by the library that saved the model, without a part in what it computes
 _INCIDENTAL = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 
 
 def model_hash(path_or_name: str | Path) -> str:
-    """sha256 of the weight files and the config of a model folder or a model on the Hub.
+    """sha256 of the weight files and the config of a model folder or a model on the Hub, and of the
+    code that an architecture of its own brings.
 
     Raises UserError where there are none.
     """
@@ -23,7 +24,8 @@ def model_hash(path_or_name: str | Path) -> str:
     config = json.loads((folder / "config.json").read_text())
     kept = {key: value for key, value in config.items() if key not in _INCIDENTAL}
     whole = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    for path in weights:
+    code = sorted(folder.glob("*.py")) if needs_own_code(config) else []
+    for path in (*weights, *code):
         with path.open("rb") as stream:
             whole.update(hashlib.file_digest(stream, "sha256").digest())
     return whole.hexdigest()

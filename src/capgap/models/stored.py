@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,13 +47,14 @@ _FLOATS = {
 }
 
 
-def read_config(path_or_name: str | Path, *, remote_code: bool = False) -> "PreTrainedConfig":
+def read_config(path_or_name: str | Path, *, trust_remote_code: bool = False) -> "PreTrainedConfig":
     """The transformers config of a folder or of a name on the Hub; weights are not looked at.
 
-    `remote_code` runs the checkpoint's own code where nothing else describes its architecture.
+    `trust_remote_code` runs the checkpoint's own code where nothing else describes its
+    architecture.
     UserError in one line: nothing there, no config, quantised; no network, without waiting for it.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     name = str(path_or_name)
     if Path(name).is_dir():
@@ -66,8 +67,8 @@ def read_config(path_or_name: str | Path, *, remote_code: bool = False) -> "PreT
         hub_revision(name, kind="model")
     try:
         fields = PreTrainedConfig.get_config_dict(name)[0]
-        needs_code = "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING
-        if needs_code and not remote_code:
+        needs_code = needs_own_code(fields)
+        if needs_code and not trust_remote_code:
             raise UserError(
                 f"{name} brings its own code (auto_map in config.json) for the architecture "
                 f"{fields.get('model_type')!r}, which transformers does not have: {OWN_CODE}"
@@ -80,11 +81,14 @@ def read_config(path_or_name: str | Path, *, remote_code: bool = False) -> "PreT
     return config
 
 
-def is_of_own_code(config: "PreTrainedConfig") -> bool:
-    """Whether the checkpoint's own code describes the architecture, and nothing else does."""
+def needs_own_code(fields: Mapping[str, Any]) -> bool:
+    """Whether code of the checkpoint describes its architecture and nothing else does, by its
+    config."""
+    if "auto_map" not in fields:
+        return False
     from transformers import CONFIG_MAPPING
 
-    return config.model_type not in CONFIG_MAPPING
+    return fields.get("model_type") not in CONFIG_MAPPING
 
 
 def _refuse_quantised(name: str, config: "PreTrainedConfig") -> None:

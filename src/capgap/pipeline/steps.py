@@ -15,7 +15,7 @@ from capgap.law.families import find_model
 
 # A step of these is continued by its own command; of all others a half-done one leaves nothing
 CONTINUED = {"train", "adapt", "distill", "evaluate", "instruct", "prefer"}
-# These train, and torchrun may share them over processes
+# These train, and several processes may share them
 SHARED = {"train", "adapt", "distill"}
 
 

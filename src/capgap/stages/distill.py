@@ -21,8 +21,8 @@ from capgap.stages.inputs import (
     warn_of_epochs,
 )
 from capgap.stages.run_folder import begin_together
-from capgap.stages.step_lines import StepLines
-from capgap.train.trackers import FOLDER, Trackers, check_trackers
+from capgap.stages.step_lines import MetricsFile, StepLines
+from capgap.train.trackers import check_trackers
 
 if TYPE_CHECKING:
     from capgap.distill.teacher import TeacherSource
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from capgap.train.learner import Learner
     from capgap.train.loop import LoopSettings
 
-METRICS = "metrics.jsonl"
 DATA_SEED = 2_000_003
 
 
@@ -189,7 +188,6 @@ class _Run:
         self.last_losses: dict[str, HeldoutLoss | MixedLoss] = {}
 
     def train(self, say: Callable[[str], None], should_stop: Callable[[], bool]) -> None:
-        from capgap.machine import versions
         from capgap.train.loop import train
 
         if "before" not in self.record:
@@ -200,12 +198,11 @@ class _Run:
             return self.last_losses[learner.id].loss
 
         peak = _peak(self.settings, self.device) * self.ranks.world
-        out = self.request.out
-        config = {**self.request.asked(), "versions": versions()}
-        trackers = Trackers(self.request.track, out / FOLDER, out.name, config, say)
-        with StepLines(
-            out / METRICS, self.request.tokens, self._token_flops(), peak, say, trackers
-        ) as metrics:
+        request = self.request
+        with MetricsFile(request.out, request.track, request.asked(), say) as metrics:
+            lines = StepLines(
+                metrics, tokens=request.tokens, flops=self._token_flops(), peak=peak, say=say
+            )
             train(
                 self.learners,
                 self.corpus,
@@ -213,7 +210,7 @@ class _Run:
                 teacher=self.teacher,
                 checkpoint_folder=self._checkpoints,
                 should_stop=should_stop,
-                on_step=metrics.add if self.ranks.is_first else lambda progress: None,
+                on_step=lines.add if self.ranks.is_first else lambda progress: None,
                 heldout_loss=None if self.settings.heldout_steps is None else heldout_loss,
                 ranks=self.ranks,
             )

@@ -75,7 +75,7 @@ def run_evaluate(
 
     _check(request)
     device = resolve_device(request.device)
-    reader = Reader.of(request.model, remote_code=request.trust_remote_code)
+    reader = Reader.of(request.model, trust_remote_code=request.trust_remote_code)
     corpora = [open_corpus(folder, 1) for folder in request.corpora]
     names = [name for name in request.tasks if name in SETS]
     versions_now = versions() | (_harness_versions() if names else {})
@@ -112,20 +112,25 @@ def run_evaluate(
         name: None if isinstance(one, str) else earlier.task(name, _shots(request, name), one[0])
         for name, one in found.items()
     }
-    wanted = [name for name, one in found.items() if not isinstance(one, str)]
+    kept = {name: one for name, one in scores.items() if one is not None}
+    # in the record from its first writing on, or a second interruption would lose them
+    record["tasks"] = dict(kept)
+    for name in (*(folder for folder, one in losses.items() if one is not None), *kept):
+        say(f"{name}: was measured before")
     model = None
-    if None in losses.values() or any(scores[name] is None for name in wanted):
+    wanted = [name for name, one in found.items() if not isinstance(one, str)]
+    if None in losses.values() or any(name not in kept for name in wanted):
         model = _load(request, device, record)
     for one in corpora:
         folder = str(one.directory)
         if losses[folder] is None:
             assert model is not None
             losses[folder] = _heldout(model, reader, one, window, say)
-        else:
-            say(f"heldout: {folder} was measured before")
         record["heldout"] = {name: loss for name, loss in losses.items() if loss is not None}
         _write(request, record)
-    _run_sets(request, model, reader, found, scores, record, say)
+    _run_sets(request, model, reader, found, record, say)
+    # in the order that was asked for
+    record["tasks"] = {name: record["tasks"][name] for name in names}
     if any(name in SIX for name in names):
         mean, why = six_mean(record["tasks"], limit=request.limit)
         record |= {"mean_percent": mean, "mean_missing": why}
@@ -230,7 +235,9 @@ def _on_hub(dataset: str, where: str) -> tuple[dict[str, Any], None] | str:
 def _load(request: EvaluateRequest, device: str, record: dict[str, Any]) -> "PreTrainedModel":
     from capgap.models.build import DTYPES, load_model
 
-    model = load_model(request.model, DTYPES[request.dtype], remote_code=request.trust_remote_code)
+    model = load_model(
+        request.model, DTYPES[request.dtype], trust_remote_code=request.trust_remote_code
+    )
     model = model.to(device).eval()
     record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     record["dtype"] = str(model.dtype).removeprefix("torch.")
@@ -249,7 +256,7 @@ def _heldout(
     from capgap.corpus.tokenizer import TokenCodec, tokenizer_hash
     from capgap.evaluate.heldout import evaluate_heldout, heldout_set
     from capgap.models.build import Parts
-    from capgap.models.stored import is_of_own_code
+    from capgap.models.stored import needs_own_code
 
     documents = corpus.heldout_documents()
     is_same = tokenizer_hash(reader.tokenizer) == corpus.token_hash
@@ -258,7 +265,9 @@ def _heldout(
         documents, _ = reader.documents([codec.decode(one.tokens[1:]) for one in documents])
     say(f"heldout: {len(documents)} documents of {corpus.directory}")
     parts = Parts(model)
-    if is_of_own_code(model.config) and not _has_parts(parts, documents[0].tokens[:window]):
+    if needs_own_code(model.config.to_dict()) and not _has_parts(
+        parts, documents[0].tokens[:window]
+    ):
         return {"missing": "the model's own code has no backbone and head that give its logits"}
     found = evaluate_heldout(parts, heldout_set(documents, window, reader.words)).as_dict()
     kept = {key: value for key, value in found.items() if not key.startswith("document_")}
@@ -294,20 +303,18 @@ def _run_sets(
     model: "PreTrainedModel | None",
     reader: "Reader",
     found: "Mapping[str, tuple[dict[str, Any], LocalSet | None] | str]",
-    before: Mapping[str, dict[str, Any] | None],
     record: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
-    """Every set's scores: as they were found `before`, else from its source."""
+    """The scores of the sets that the record does not have yet."""
     counting = None
-    kept = [name for name, scores in before.items() if scores is not None]
+    kept = tuple(record["tasks"])
     with _samples(request.samples, kept) as on_sample:
         for name, source in found.items():
+            if name in kept:
+                continue
             if isinstance(source, str):
                 record["tasks"][name] = missing_set(source)
-            elif name in kept:
-                say(f"{name}: was measured before")
-                record["tasks"][name] = before[name]
             else:
                 from capgap.evaluate.harness import counting_model
 

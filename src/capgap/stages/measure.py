@@ -74,12 +74,12 @@ class Reader:
     positions: int | None
 
     @classmethod
-    def of(cls, source: str, *, remote_code: bool = False) -> "Reader":
+    def of(cls, source: str, *, trust_remote_code: bool = False) -> "Reader":
         from capgap.corpus.tokenizer import load_tokenizer
         from capgap.models.stored import StoredWeights, read_config
 
-        tokenizer = load_tokenizer(source, remote_code=remote_code)
-        config: Any = read_config(source, remote_code=remote_code)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        config: Any = read_config(source, trust_remote_code=trust_remote_code)
         if Path(source).is_dir():
             # missing files are told before the first model reads, not after
             StoredWeights(Path(source))

@@ -1,53 +1,70 @@
-"""metrics.jsonl: one JSON line a step, and now and then a line for people."""
+"""metrics.jsonl: one JSON line a step, told to trackers too, and now and then a line for people."""
 
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from capgap.machine import versions
+from capgap.train.trackers import Trackers
 
 if TYPE_CHECKING:
     from capgap.train.loop import Progress
     from capgap.train.metrics import StepReports
-    from capgap.train.trackers import Trackers
 
+Say = Callable[[str], None]
+
+METRICS = "metrics.jsonl"
+TRACKERS = "trackers"
 SAID_EVERY = 10.0  # seconds
 
 
-class StepLines:
-    """Writes what the loop reports of a run of so many tokens. A context manager.
+class MetricsFile:
+    """OUT/metrics.jsonl, and the trackers of these names, which are told the same lines and what
+    was `asked` for. A context manager; nothing is opened before the first line."""
 
-    `flops` a token by 6 S + 2 T; `peak` FLOPs a second of all devices. `trackers` are told the
-    same lines.
+    def __init__(
+        self, out: Path, names: tuple[str, ...], asked: Mapping[str, Any], say: Say
+    ) -> None:
+        config = {**asked, "versions": versions()}
+        self._trackers = Trackers(names, out / TRACKERS, out.name, config, say)
+        self._path = out / METRICS
+        self._stream: Any = None
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._trackers.close()
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """A line with its `step`."""
+        if self._stream is None:
+            self._trackers.begin(line["step"], _keep_before(self._path, line["step"]))
+            self._stream = self._path.open("a", buffering=1)
+        self._stream.write(json.dumps(line) + "\n")
+        self._trackers.log(line)
+
+
+class StepLines:
+    """Tells what the loop reports of a run of so many tokens, in `metrics` and now and then aloud.
+
+    `flops` a token by 6 S + 2 T; `peak` FLOPs a second of all devices.
     """
 
     def __init__(
-        self,
-        path: Path,
-        tokens: int,
-        flops: int,
-        peak: float,
-        say: Callable[[str], None],
-        trackers: "Trackers | None" = None,
+        self, metrics: MetricsFile, *, tokens: int, flops: int, peak: float, say: Say
     ) -> None:
-        self.path = path
+        self.metrics = metrics
         self.tokens = tokens
         self.flops = flops
         self.peak = peak
         self.say = say
-        self.trackers = trackers
-        self.stream: Any = None
         self.said = time.monotonic()
-
-    def __enter__(self) -> "StepLines":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.stream is not None:
-            self.stream.close()
-            if self.trackers is not None:
-                self.trackers.close()
 
     def add(self, progress: "Progress") -> None:
         for number, step in enumerate(progress.reports):
@@ -60,11 +77,6 @@ class StepLines:
         reports = {name: dict(vars(report)) for name, report in found.learners.items()}
         first = next(iter(reports.values()))
         step, tokens = first["step"], first["tokens"]
-        if self.stream is None:
-            logged = keep_before(self.path, step)
-            if self.trackers is not None:
-                self.trackers.begin(step, logged)
-            self.stream = self.path.open("a", buffering=1)
         rate = None if found.seconds is None else tokens / found.seconds
         for name, report in reports.items():
             del report["step"], report["tokens"]
@@ -77,9 +89,7 @@ class StepLines:
             "utilisation": None if rate is None else rate * self.flops / self.peak,
             "students": reports,
         }
-        self.stream.write(json.dumps(line) + "\n")
-        if self.trackers is not None:
-            self.trackers.log(line)
+        self.metrics.add(line)
         if time.monotonic() - self.said < SAID_EVERY:
             return
         self.said = time.monotonic()
@@ -94,7 +104,7 @@ class StepLines:
         self.say(f"{line['tokens'] / self.tokens:.0%}{speed}; {losses}")
 
 
-def keep_before(path: Path, step: int) -> int | None:
+def _keep_before(path: Path, step: int) -> int | None:
     """A run that goes on from a checkpoint takes some steps again: their lines are cut off. Returns
     the last step that was taken, None where there is none."""
     if not path.exists():

@@ -1,6 +1,5 @@
 """What the stages `instruct` and `prefer` share: request, checks, record, steps, model folder."""
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from capgap.errors import UserError
 from capgap.records import write_json_atomically
 from capgap.stages.run_folder import begin, find_run
-from capgap.stages.step_lines import SAID_EVERY, keep_before
+from capgap.stages.step_lines import SAID_EVERY, MetricsFile
 from capgap.tune.conversations import Findings, Reading, file_hash
 from capgap.tune.settings import Lora, TuneSettings
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from capgap.tune.training import StepLine, Tuned
 
-METRICS = "metrics.jsonl"
 # The window where the model reads more
 WINDOW = 4096
 # Held-out conversations are scored twice; more than these would tell no more
@@ -215,21 +213,10 @@ class TuningRun:
     def steps(self, names: dict[str, str]) -> "Iterator[Callable[[StepLine], None]]":
         """What writes metrics.jsonl, tells the trackers, and speaks now and then; `names`: TRL's
         numbers and ours."""
-        from capgap.machine import versions
-        from capgap.train.trackers import FOLDER, Trackers
-
-        out = self.request.out
-        path = out / METRICS
-        config = {**self.asked, "versions": versions()}
-        trackers = Trackers(self.request.track, out / FOLDER, out.name, config, self.say)
-        stream: Any = None
         said = time.monotonic()
 
         def add(line: "StepLine") -> None:
-            nonlocal stream, said
-            if stream is None:
-                trackers.begin(line.step, keep_before(path, line.step))
-                stream = path.open("a", buffering=1)
+            nonlocal said
             found: dict[str, float | None] = {
                 "step": line.step,
                 "loss": line.loss,
@@ -238,20 +225,15 @@ class TuningRun:
                 "seconds": line.seconds,
             }
             found |= {ours: line.others.get(theirs) for theirs, ours in names.items()}
-            stream.write(json.dumps(found) + "\n")
-            trackers.log(found)
+            metrics.add(found)
             if time.monotonic() - said > SAID_EVERY:
                 said = time.monotonic()
                 self.say(
                     f"{self.stage}: step {line.step + 1} of {line.steps}, loss {line.loss:.4f}"
                 )
 
-        try:
+        with MetricsFile(self.request.out, self.request.track, self.asked, self.say) as metrics:
             yield add
-        finally:
-            if stream is not None:
-                stream.close()
-            trackers.close()
 
     def finish(self, tuned: "Tuned", **values: Any) -> None:
         """The model as a folder, and the rest of the record."""

@@ -20,8 +20,6 @@ from capgap.scrub import scrub
 
 NAMES = ("tensorboard", "trackio", "wandb")
 PROJECT = "capgap"
-# What they write, in the output folder of a run
-FOLDER = "trackers"
 # A network that is gone at the end must not hold a run that is done
 FINISH_SECONDS = 60.0
 

@@ -227,12 +227,12 @@ def load_chat(
     system: str | None = None,
     sampling: Sampling | None = None,
     device: str = "cpu",
-    remote_code: bool = False,
+    trust_remote_code: bool = False,
 ) -> Chat:
     """A model folder, or a name on the Hub, ready to answer.
 
-    `template`: the tokenizer's `own` or `minichat`. `remote_code` runs the checkpoint's own code
-    where nothing else describes its architecture. UserError: no such model, no chat template.
+    `template`: the tokenizer's `own` or `minichat`. `trust_remote_code` runs the checkpoint's own
+    code where nothing else describes its architecture. UserError: no such model, no chat template.
     """
     from capgap.corpus.tokenizer import load_tokenizer
     from capgap.models.build import load_model
@@ -240,7 +240,7 @@ def load_chat(
 
     if template not in TEMPLATES:
         raise UserError(f"--template {template!r}: take one of {', '.join(TEMPLATES)}")
-    tokenizer = load_tokenizer(path_or_name, remote_code=remote_code)
+    tokenizer = load_tokenizer(path_or_name, trust_remote_code=trust_remote_code)
     if template != "own":
         set_template(tokenizer, template)
     elif tokenizer.chat_template is None:
@@ -248,5 +248,5 @@ def load_chat(
             f"{path_or_name} has no chat template: tune it with `capgap instruct`, or try "
             "--template minichat"
         )
-    model = load_model(path_or_name, remote_code=remote_code).to(device)
+    model = load_model(path_or_name, trust_remote_code=trust_remote_code).to(device)
     return Chat(model, tokenizer, system=system, sampling=sampling)
