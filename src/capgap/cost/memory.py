@@ -23,7 +23,7 @@ from capgap.cost.activations import (
     kept_bytes,
     layer_bytes,
 )
-from capgap.distill.chunking import block_rows, chunk_rows
+from capgap.distill.chunking import block_rows, chunk_rows, padded_rows
 from capgap.hardware import GPUS
 from capgap.models.shape import Shape
 
@@ -182,29 +182,35 @@ class LoopMemory:
 
     def _head_gradients(self, shape: Shape) -> int:
         """Of a student's hidden states, in the dtype of the head's product, and of its head."""
-        value = HALF if self.autocast else FLOAT
-        return self._hidden_bytes(shape, value) + _table(shape)
+        value = HALF if self._takes_half else FLOAT
+        return self._hidden_bytes(shape, value) + FLOAT * _head(shape)
+
+    @property
+    def _takes_half(self) -> bool:
+        """Whether the students' heads multiply in bf16: a CPU does so in fp32."""
+        return self.autocast and self.device != "cpu"
 
     @property
     def _chunks(self) -> int:
-        """The buffers of the loss, and what autocast makes of hidden states and heads for it."""
-        vocabulary = self.students[0].vocabulary
-        rows = min(chunk_rows(self.device, vocabulary), self.micro_batch_tokens)
-        block = block_rows(self.device, vocabulary, rows)
-        value = HALF if self.autocast else FLOAT
-        products = {value}
-        total = 2 * FLOAT * block * vocabulary
+        """The buffers of the loss, and what is cast or filled up for its products."""
+        padded = padded_rows(self.students[0].vocabulary)
+        rows = min(chunk_rows(self.device, self.students[0].vocabulary), self.micro_batch_tokens)
+        # logits of a chunk, probabilities of a block
+        total = FLOAT * padded * (rows + block_rows(self.device, padded, rows))
+        value = HALF if self._takes_half else FLOAT
+        total += sum(self._ready(one, FLOAT, value) for one in self.students)
         if self.teacher is not None:
-            products.add(self.teacher_bytes)
             # probabilities, and for other divergences than the forward KL their logarithms
-            total += (1 if self.plain_kl else 2) * FLOAT * rows * vocabulary
-        total += sum(products) * rows * vocabulary
-        if self.autocast:
-            for one in self.students:
-                total += self._hidden_bytes(one, HALF) + _table(one) // 2
-            # a chunk's part of the head's gradient, shared by heads of one shape
-            total += sum({one.hidden: _table(one) // 2 for one in self.students}.values())
+            total += (1 if self.plain_kl else 2) * FLOAT * padded * rows
+            value = FLOAT if self.device == "cpu" else self.teacher_bytes
+            total += self._ready(self.teacher, self.teacher_bytes, value)
         return total
+
+    def _ready(self, shape: Shape, stored: int, value: int) -> int:
+        """Copies of hidden states and head for a product in numbers of `value` bytes."""
+        states = 0 if stored == value else self._hidden_bytes(shape, value)
+        is_whole = padded_rows(shape.vocabulary) == shape.vocabulary
+        return states + (0 if stored == value and is_whole else value * _head(shape))
 
 
 def loop_memory(
@@ -243,6 +249,11 @@ def loop_memory(
         ranks=ranks,
         teacher_place="host" if run.teacher_offload else place,
     )
+
+
+def _head(shape: Shape) -> int:
+    """Numbers of a head that is filled up for its product."""
+    return padded_rows(shape.vocabulary) * shape.hidden
 
 
 def _table(shape: Shape) -> int:

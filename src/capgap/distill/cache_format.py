@@ -23,7 +23,7 @@ from capgap.distill.head import HeadInput, chunks, softmax_
 from capgap.distill.sparse import SparseSignal
 
 # The smallest log-probability told; exp of it is 0 in float32
-LOWEST = -1e4
+SMALLEST = -1e4
 DRAW_BLOCK = 64
 
 
@@ -35,10 +35,10 @@ class CacheFormat(TokenRecord):
 
         targets int64 [tokens]; places [tokens] in [0, 1) decide what is drawn.
         """
-        source = source.ready()
+        head = source.ready()
         records = []
         for rows in chunks(len(targets), chunk_rows(targets.device.type, self.vocabulary)):
-            logits = source.logits(source.product(rows))
+            logits = head.logits_(head.product(rows))
             records.append(self._encode(logits, targets[rows], places[rows]))
         return torch.cat(records)
 
@@ -52,6 +52,8 @@ class CacheFormat(TokenRecord):
         if self.temperature != 1.0:
             log_total = softmax_(logits.div_(self.temperature), probabilities)
             soft_entropy = log_total - _expected(probabilities, logits)
+        # less what only fills up the head
+        probabilities = probabilities[:, : self.vocabulary]
         best, words = probabilities.topk(self.top_k, dim=-1)
         others = probabilities.scatter(1, words, 0.0)
         rest = others.sum(-1, keepdim=True)
@@ -60,7 +62,7 @@ class CacheFormat(TokenRecord):
         floats = [best.log(), rest.log(), label_loss, entropy]
         if self.temperature != 1.0:
             floats.append(soft_entropy)
-        told = torch.cat(floats, dim=1).clamp(min=LOWEST).to(torch.float16).cpu()
+        told = torch.cat(floats, dim=1).clamp(min=SMALLEST).to(torch.float16).cpu()
         return torch.cat([self._word_records(words.cpu()), told.view(torch.uint8)], dim=1)
 
     def _word_records(self, words: Tensor) -> Tensor:

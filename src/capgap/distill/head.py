@@ -5,16 +5,18 @@ them a block at a time, which stays in a CPU's cache from one operation to the n
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from capgap.distill.chunking import chunk_rows
+from capgap.distill.chunking import HEAD_MULTIPLE, chunk_rows, padded_rows
 from capgap.models.build import Parts
 
 IGNORED_LABEL = -100
-BEST_BLOCK = 64
+# The logit of what is no word; times a probability of 0 it is 0, as an infinite one is not
+LOWEST = -1e30
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class HeadInput:
     """What a model gives to the loss: hidden states, and the head that makes logits of them.
 
     hidden [tokens, width]; weight [vocabulary, width]; bias [vocabulary] or None; scale and cap as
-    in `capgap.models.build.Parts`; dtype: of the head's product, None for that of `hidden`.
+    in `capgap.models.build.Parts`; dtype: what the head's product reads its inputs in, None for
+    that of `hidden`.
     """
 
     hidden: Tensor
@@ -69,38 +72,109 @@ class HeadInput:
             self, hidden=self.hidden.to(device), weight=self.weight.to(device), bias=bias
         )
 
-    def ready(self) -> "HeadInput":
-        """Everything in the dtype of the product; cast once, not for every chunk."""
+    def ready(self) -> "ReadyHead":
+        """Cast and filled up once, not for every chunk.
+
+        A CPU reads everything in fp32: few have units for bf16, and those that do cast while they
+        multiply.
+        """
         dtype = self.dtype or self.hidden.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
-
-    def product(self, rows: slice, out: Tensor | None = None) -> Tensor:
-        """What the head makes of these tokens, [rows, vocabulary] in the inputs' dtype, of a source
-        that is `ready`; in fresh memory or in `out`. No gradient goes back."""
-        if self.bias is None:
-            return torch.mm(self.hidden[rows], self.weight.T, out=out)
-        return torch.addmm(self.bias, self.hidden[rows], self.weight.T, out=out)
-
-    def logits(self, product: Tensor, out: Tensor | None = None) -> Tensor:
-        """The model's logits of a product, in `wide`: in `out`, or where the product is."""
-        logits = product.to(self.wide) if out is None else out.copy_(product)
-        if self.logit_scale != 1.0:
-            logits.mul_(self.logit_scale)
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
-
-    def slope(self, logits: Tensor) -> Tensor | float:
-        """d logits / d (head's product), from the logits: the scale, and the slope of the cap."""
-        if self.softcap is None:
-            return self.logit_scale
-        return (1 - (logits / self.softcap).square_()).mul_(self.logit_scale)
+        reads_bf16 = self.hidden.device.type == "cpu" and dtype == torch.bfloat16
+        if self.hidden.device.type == "cpu":
+            dtype = self.wide
+        return ReadyHead(
+            self.hidden.to(dtype),
+            _filled_up(self.weight, dtype),
+            None if self.bias is None else _filled_up(self.bias, self.wide),
+            self.logit_scale,
+            self.softcap,
+            self.weight.shape[0],
+            self.wide,
+            reads_bf16,
+        )
 
     @property
     def wide(self) -> torch.dtype:
         """fp32, or float64 where the model is in float64."""
         return torch.promote_types(self.hidden.dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class ReadyHead:
+    """A head at work: hidden states and weights in the dtype of its products, logits in `wide`.
+
+    hidden [tokens, width]; weight [padded, width] and bias [padded] or None, of which the first
+    `vocabulary` rows are words. The other columns of logits are LOWEST, so that they have no part
+    in any sum. reads_bf16: a CPU may round what it multiplies to bf16, and sums in fp32.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    vocabulary: int
+    wide: torch.dtype
+    reads_bf16: bool
+
+    @torch.no_grad()
+    def product(self, rows: slice, out: Tensor | None = None) -> Tensor:
+        """What the head makes of these tokens, [rows, padded] in `wide`, in `out` where given."""
+        hidden = self.hidden[rows]
+        if out is None:
+            out = hidden.new_empty(len(hidden), len(self.weight), dtype=self.wide)
+        self.multiply(hidden, self.weight.T, out)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def logits_(self, product: Tensor) -> Tensor:
+        """The model's logits of a product, in its place."""
+        if self.logit_scale != 1.0:
+            product.mul_(self.logit_scale)
+        if self.softcap is not None:
+            product.div_(self.softcap).tanh_().mul_(self.softcap)
+        product[:, self.vocabulary :] = LOWEST
+        return product
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """d logits / d (head's product), from the logits: the scale, and the slope of the cap."""
+        if self.softcap is None:
+            return self.logit_scale
+        slope = (1 - (logits / self.softcap).square_()).mul_(self.logit_scale)
+        # of LOWEST it would not be finite
+        slope[:, self.vocabulary :] = 0.0
+        return slope
+
+    def multiply(self, left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+        """Fills `out` with left @ right, or adds it; summed in fp32, and rounded to out's dtype."""
+        with _cpu_reads_bf16() if self.reads_bf16 else nullcontext():
+            if out.dtype == left.dtype:
+                torch.addmm(out, left, right, beta=float(add), out=out)
+            elif add:
+                torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+            else:
+                torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def _filled_up(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """A head's weight or bias in whole tiles; itself where it is so already."""
+    count = padded_rows(len(rows))
+    if count == len(rows):
+        return rows.to(dtype)
+    filled = rows.new_zeros(count, *rows.shape[1:], dtype=dtype)
+    filled[: len(rows)] = rows
+    return filled
+
+
+@contextmanager
+def _cpu_reads_bf16() -> Iterator[None]:
+    """fp32 products of a CPU that has units for bf16 (AVX-512, AMX) read their inputs as bf16."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def chunks(tokens: int, rows: int) -> Iterator[slice]:
@@ -123,14 +197,14 @@ def softmax_(logits: Tensor, probabilities: Tensor) -> Tensor:
 
 def likeliest(logits: Tensor) -> Tensor:
     """The likeliest word of every row, the first of equals, [rows, 1]."""
-    rows, vocabulary = logits.shape
-    if logits.is_cuda or vocabulary % BEST_BLOCK:
+    rows = len(logits)
+    if logits.is_cuda:
         return logits.argmax(-1, keepdim=True)
     # on a CPU argmax takes far longer than amax: the best block is found first
-    blocks = logits.view(rows, -1, BEST_BLOCK)
+    blocks = logits.view(rows, -1, HEAD_MULTIPLE)
     block = blocks.amax(-1).argmax(-1, keepdim=True)
-    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BEST_BLOCK)).squeeze(1)
-    return block * BEST_BLOCK + inside.argmax(-1, keepdim=True)
+    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, HEAD_MULTIPLE)).squeeze(1)
+    return block * HEAD_MULTIPLE + inside.argmax(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -139,10 +213,10 @@ def token_losses(source: HeadInput, targets: Tensor, *, chunk_tokens: int | None
     if chunk_tokens is None:
         chunk_tokens = chunk_rows(targets.device.type, source.weight.shape[0])
     losses = torch.empty(targets.shape[0], device=targets.device, dtype=source.wide)
-    source = source.ready()
+    head = source.ready()
     for rows in chunks(len(targets), chunk_tokens):
         losses[rows] = nn.functional.cross_entropy(
-            source.logits(source.product(rows)),
+            head.logits_(head.product(rows)),
             targets[rows],
             ignore_index=IGNORED_LABEL,
             reduction="none",

@@ -8,7 +8,7 @@ a chunk's logits are at hand, so nothing is computed twice.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from capgap.distill.divergences import Divergence
 from capgap.distill.head import (
     IGNORED_LABEL,
     HeadInput,
+    ReadyHead,
     chunks,
     likeliest,
     softmax_,
@@ -136,48 +137,36 @@ class _Work:
     divergence: Divergence
     chunk_tokens: int
 
-    @property
-    def needs_log_p(self) -> bool:
-        """Whether the teacher's log-probabilities are asked for, and not only what they add to."""
-        return self.divergence.name != "forward_kl"
-
 
 class _Memory:
     """What chunks and blocks are computed in, taken once: on a CPU the first touch of fresh memory
     costs more than the arithmetic on it.
 
-    products, teacher_words [rows of a chunk, vocabulary]; logits, words [rows of a block, ...].
+    logits, teacher_probabilities, teacher_logs [rows of a chunk, padded]; probabilities [rows of a
+    block, padded].
     """
 
-    def __init__(self, work: _Work, student: HeadInput) -> None:
-        device, vocabulary = work.targets.device, student.weight.shape[0]
+    def __init__(self, work: _Work, student: ReadyHead) -> None:
+        device, padded = work.targets.device, len(student.weight)
         rows = min(work.chunk_tokens, len(work.targets))
-        self.block = block_rows(device.type, vocabulary, rows)
-        self._size, self._device, self._wide = (rows, vocabulary), device, student.wide
-        self.logits = torch.empty(self.block, vocabulary, dtype=student.wide, device=device)
-        self.words = torch.empty_like(self.logits)
-        self._products: dict[torch.dtype, Tensor] = {}
-        self._weights: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
-        online = isinstance(work.teacher, HeadInput)
-        self.teacher_words = self._chunk(student.wide) if online else None
-        self.teacher_logs = self._chunk(student.wide) if online and work.needs_log_p else None
+        self.block = block_rows(device.type, padded, rows)
 
-    def product(self, source: HeadInput, rows: slice) -> Tensor:
-        """The head's product of a chunk; that of the source before is lost."""
-        dtype = source.hidden.dtype
-        if dtype not in self._products:
-            self._products[dtype] = self._chunk(dtype)
-        return source.product(rows, self._products[dtype][: rows.stop - rows.start])
+        def empty(count: int) -> Tensor:
+            return torch.empty(count, padded, dtype=student.wide, device=device)
 
-    def weight(self, student: HeadInput) -> Tensor:
-        """Of the shape and dtype of a student's head."""
-        key = (student.weight.shape, student.weight.dtype)
-        if key not in self._weights:
-            self._weights[key] = torch.empty_like(student.weight)
-        return self._weights[key]
+        self.logits, self.probabilities = empty(rows), empty(self.block)
+        is_online = isinstance(work.teacher, HeadInput)
+        needs_logs = is_online and work.divergence.name != "forward_kl"
+        self.teacher_probabilities = empty(rows) if is_online else None
+        self.teacher_logs = empty(rows) if needs_logs else None
 
-    def _chunk(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self._size, dtype=dtype, device=self._device)
+    def gradient(self, student: ReadyHead, rows: int) -> Tensor:
+        """[rows, padded] in the dtype of the student's products, in the memory of the logits.
+
+        Rows of fewer bytes: the gradient of a block ends where its logits ended, or before.
+        """
+        count = rows * self.logits.shape[1]
+        return self.logits.view(-1).view(student.weight.dtype)[:count].view(rows, -1)
 
 
 @dataclass(frozen=True)
@@ -197,23 +186,29 @@ class _TeacherChunk:
 
     @classmethod
     def of(
-        cls, work: _Work, memory: _Memory, rows: slice, labels: Tensor, valid: Tensor, sums: Tensor
+        cls,
+        work: _Work,
+        teacher: ReadyHead,
+        memory: _Memory,
+        rows: slice,
+        labels: Tensor,
+        valid: Tensor,
+        sums: Tensor,
     ) -> "_TeacherChunk":
         """Adds the teacher's (ce, entropy) to `sums`."""
-        assert isinstance(work.teacher, HeadInput)
-        assert memory.teacher_words is not None
+        assert memory.teacher_probabilities is not None
         count = len(labels)
         chunk = cls(
-            memory.teacher_words[:count],
+            memory.teacher_probabilities[:count],
             None if memory.teacher_logs is None else memory.teacher_logs[:count],
             torch.empty_like(valid),
             torch.empty_like(valid),
             torch.empty_like(labels),
         )
-        product = memory.product(work.teacher, rows)
+        product = teacher.product(rows, memory.logits[:count])
         rows_sums = valid.new_empty(count, 2)
         for block in chunks(count, memory.block):
-            logits = work.teacher.logits(product[block], memory.logits[: len(labels[block])])
+            logits = teacher.logits_(product[block])
             chunk.rows(block)._fill(work, logits, labels[block], valid[block], rows_sums[block])
         sums.add_((rows_sums * valid).sum(0))
         return chunk
@@ -259,7 +254,7 @@ class _ColumnLoss(torch.autograd.Function):
             if any(ctx.needs_input_grad):
                 gradients = [_Gradients(student) for student in students]
             sums, teacher_sums = _chunks(work, students, gradients)
-        ctx.gradients = gradients and [(one.hidden, one.weight, one.bias) for one in gradients]
+        ctx.gradients = gradients and [one.of_inputs() for one in gradients]
         # no tensor of the alphas: making one on a GPU would wait for the copy
         losses = torch.stack(
             [
@@ -291,35 +286,32 @@ class _ColumnLoss(torch.autograd.Function):
 class _Gradients:
     """Gradients of one student's loss sum by its hidden states and, in `wide`, by its head."""
 
-    def __init__(self, student: HeadInput) -> None:
+    def __init__(self, student: ReadyHead) -> None:
         self.student = student
         self.hidden = torch.empty_like(student.hidden)
         # the first chunk's are written, the others' added: nothing has to be zero before
-        self.weight = torch.empty_like(student.weight, dtype=student.wide)
-        self.bias = None
-        if student.bias is not None:
-            self.bias = torch.zeros_like(student.bias, dtype=student.wide)
+        self._weight = torch.empty_like(student.weight, dtype=student.wide)
+        self._bias = None if student.bias is None else torch.zeros_like(student.bias)
         self._begun = False
 
-    def add(self, rows: slice, product_gradient: Tensor, memory: _Memory) -> None:
-        """product_gradient [rows, vocabulary], in the dtype of the student's product."""
+    def add(self, rows: slice, gradient: Tensor) -> None:
+        """gradient [rows, padded] of the student's product."""
+        self.student.multiply(gradient, self.student.weight, self.hidden[rows])
         hidden = self.student.hidden[rows]
-        torch.mm(product_gradient, self.student.weight, out=self.hidden[rows])
-        if self.bias is not None:
-            self.bias.add_(product_gradient.sum(0, dtype=self.bias.dtype))
-        if self.weight.dtype == hidden.dtype:
-            self.weight.addmm_(product_gradient.T, hidden, beta=1.0 if self._begun else 0.0)
-        else:
-            part = torch.mm(product_gradient.T, hidden, out=memory.weight(self.student))
-            if self._begun:
-                self.weight.add_(part)
-            else:
-                self.weight.copy_(part)
+        self.student.multiply(gradient.T, hidden, self._weight, add=self._begun)
+        if self._bias is not None:
+            self._bias.add_(gradient.sum(0, dtype=self._bias.dtype))
         self._begun = True
+
+    def of_inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """By hidden states, weight and bias; rows that only fill up the head are left out."""
+        words = self.student.vocabulary
+        bias = None if self._bias is None else self._bias[:words]
+        return self.hidden, self._weight[:words], bias
 
 
 def _chunks(
-    work: _Work, students: Sequence[HeadInput], gradients: Sequence[_Gradients] | None
+    work: _Work, students: Sequence[ReadyHead], gradients: Sequence[_Gradients] | None
 ) -> tuple[Tensor, Tensor]:
     """All chunks of tokens, one after another; fills `gradients`.
 
@@ -329,33 +321,32 @@ def _chunks(
     device, wide = work.targets.device, students[0].wide
     sums = torch.zeros(len(students), 4, device=device, dtype=wide)
     teacher_sums = torch.zeros(2, device=device, dtype=wide)
-    if isinstance(work.teacher, HeadInput):
-        work = replace(work, teacher=work.teacher.ready())
-    elif work.teacher is not None:
-        work = replace(work, teacher=work.teacher.to(wide))
+    source = work.teacher
+    head = source.ready() if isinstance(source, HeadInput) else None
+    kept = source.to(wide) if isinstance(source, SparseSignal) else None
     memory = _Memory(work, students[0])
     for rows in chunks(len(work.targets), work.chunk_tokens):
         valid = (work.targets[rows] != IGNORED_LABEL).to(wide).unsqueeze(1)
         labels = work.targets[rows].clamp_min(0).unsqueeze(1)
         teacher: _TeacherChunk | SparseSignal | None = None
-        if isinstance(work.teacher, SparseSignal):
-            teacher = work.teacher.rows(rows)
+        if kept is not None:
+            teacher = kept.rows(rows)
             teacher_sums[0] += (teacher.label_loss * valid).sum()
             teacher_sums[1] += (teacher.entropy * valid).sum()
-        elif work.teacher is not None:
-            teacher = _TeacherChunk.of(work, memory, rows, labels, valid, teacher_sums)
+        elif head is not None:
+            teacher = _TeacherChunk.of(work, head, memory, rows, labels, valid, teacher_sums)
         for index, (student, alpha) in enumerate(zip(students, work.alphas, strict=True)):
-            product = memory.product(student, rows)
+            product = student.product(rows, memory.logits[: len(labels)])
+            product_gradient = memory.gradient(student, len(labels))
             rows_sums = valid.new_empty(len(labels), 4)
             soft = teacher if alpha > 0 else None
             for block in chunks(len(labels), memory.block):
-                count = len(labels[block])
-                logits = student.logits(product[block], memory.logits[:count])
+                logits = student.logits_(product[block])
                 slope = student.slope(logits)
                 gradient = _logit_gradient(
                     work,
                     logits,
-                    memory.words[:count],
+                    memory.probabilities[: len(logits)],
                     labels[block],
                     valid[block],
                     alpha,
@@ -364,75 +355,74 @@ def _chunks(
                 )
                 if not isinstance(slope, float) or slope != 1.0:
                     gradient.mul_(slope)
-                # takes the place of the product that it is the gradient of
-                product[block].copy_(gradient)
+                product_gradient[block].copy_(gradient)
             sums[index].add_((rows_sums * valid).sum(0))
             if gradients is not None:
-                gradients[index].add(rows, product, memory)
+                gradients[index].add(rows, product_gradient)
     return sums, teacher_sums
 
 
 def _logit_gradient(
     work: _Work,
     logits: Tensor,
-    words: Tensor,
+    probabilities: Tensor,
     labels: Tensor,
     valid: Tensor,
     alpha: float,
     teacher: _TeacherChunk | SparseSignal | None,
     told: Tensor,
 ) -> Tensor:
-    """d loss / d logits of a block [rows, vocabulary], in the place of `words`.
+    """d loss / d logits of a block [rows, padded], in the place of `probabilities`.
 
     Overwrites `logits`; tells (ce, divergence, kl, agreement) of every row [rows, 4].
     """
-    log_total = softmax_(logits, words)
+    log_total = softmax_(logits, probabilities)
     ce = log_total - logits.gather(1, labels)
     if teacher is None:
-        words.mul_(valid)
+        probabilities.mul_(valid)
         torch.cat([ce, torch.zeros_like(told[:, 1:])], 1, out=told)
     else:
         best = teacher.best if isinstance(teacher, _TeacherChunk) else teacher.words[:, :1]
         # the largest logit is 0 now
         agrees = (logits.gather(1, best) == 0).to(ce.dtype)
-        term = _add_soft_gradient(work, logits, words, log_total, valid, alpha, teacher)
+        term = _add_soft_gradient(work, logits, probabilities, log_total, valid, alpha, teacher)
         torch.cat([ce, term.value, term.kl, agrees], 1, out=told)
-    return words.scatter_add_(1, labels, valid * (alpha - 1.0))
+    return probabilities.scatter_add_(1, labels, valid * (alpha - 1.0))
 
 
 def _add_soft_gradient(
     work: _Work,
     logits: Tensor,
-    words: Tensor,
+    probabilities: Tensor,
     log_total: Tensor,
     valid: Tensor,
     alpha: float,
     teacher: _TeacherChunk | SparseSignal,
 ) -> SoftTerm:
-    """`words`, the student's probabilities, become (1 - alpha) words + alpha d soft term / d logits
-    in rows that count, 0 in others."""
-    weight, soft_words = alpha, words
+    """The student's `probabilities` become (1 - alpha) of them and alpha d soft term / d logits in
+    rows that count, 0 in others."""
+    weight, soft_probabilities = alpha, probabilities
     if work.temperature != 1.0:
-        weight, soft_words = alpha * work.temperature, torch.empty_like(words)
-        log_total = softmax_(logits.div_(work.temperature), soft_words)
+        weight, soft_probabilities = alpha * work.temperature, torch.empty_like(probabilities)
+        log_total = softmax_(logits.div_(work.temperature), soft_probabilities)
     term = (
-        sparse_term(logits, soft_words, log_total, teacher, work.divergence)
+        sparse_term(logits, soft_probabilities, log_total, teacher, work.divergence)
         if isinstance(teacher, SparseSignal)
         else _dense_term(work, logits, log_total, teacher)
     )
-    if soft_words is words:
-        words.mul_(valid * (1 - alpha + alpha * term.scale))
+    if soft_probabilities is probabilities:
+        probabilities.mul_(valid * (1 - alpha + alpha * term.scale))
     else:
-        words.mul_(valid * (1 - alpha))
-        words.add_(soft_words.mul_(valid * term.scale), alpha=weight)
+        probabilities.mul_(valid * (1 - alpha))
+        probabilities.add_(soft_probabilities.mul_(valid * term.scale), alpha=weight)
     if term.change is None:
         assert isinstance(teacher, _TeacherChunk)
         # 0 already where nothing counts
-        words.sub_(teacher.probabilities, alpha=weight)
+        probabilities.sub_(teacher.probabilities, alpha=weight)
     elif isinstance(teacher, SparseSignal):
-        words.scatter_add_(1, teacher.words, valid * weight * term.change)
+        probabilities.scatter_add_(1, teacher.words, valid * weight * term.change)
     else:
-        words.add_(term.change.mul_(valid), alpha=weight)
+        probabilities.add_(term.change.mul_(valid), alpha=weight)
     return term
 
 

@@ -39,9 +39,9 @@ def token_statistics(
         torch.empty(targets.shape[0], device=targets.device, dtype=source.wide) for _ in range(3)
     )
     correct = torch.empty(targets.shape[0], device=targets.device, dtype=torch.bool)
-    source = source.ready()
+    head = source.ready()
     for rows in chunks(len(targets), chunk_tokens):
-        logits = source.logits(source.product(rows))
+        logits = head.logits_(head.product(rows))
         probabilities = torch.empty_like(logits)
         log_sum = softmax_(logits, probabilities)
         wanted = targets[rows].unsqueeze(-1)

@@ -1,25 +1,43 @@
 """Which precision trains fastest here without harm."""
 
+import os
+
 import torch
 
 from capgap.errors import UserError
 
+# What `auto` becomes, for runs that are to compute alike on every machine
+VARIABLE = "CAPGAP_AUTO_PRECISION"
 
-def autocast_dtype(asked: str, device: str) -> torch.dtype | None:
-    """bf16 autocast, or None for fp32 throughout.
 
-    `auto` takes bf16 on a GPU that computes in it and on a CPU with AMX tiles. A CPU that only has
-    AVX-512 BF16 trains about half as fast in bf16 as in fp32 (docs/benchmarks.md).
+def auto_precision(device: str) -> str:
+    """What `auto` becomes on a device: the environment's CAPGAP_AUTO_PRECISION where it is set.
+
+    Otherwise bf16 on a GPU that computes in it and on a CPU with AMX tiles. A CPU that only has
+    AVX-512 BF16 trains about half as fast in bf16 as in fp32 (docs/benchmarks.md). UserError for a
+    variable that is neither.
     """
-    if asked == "fp32":
-        return None
+    forced = os.environ.get(VARIABLE)
+    if forced in ("fp32", "bf16"):
+        return forced
+    if forced:
+        raise UserError(f"{VARIABLE}={forced}: set it to fp32 or bf16, or not at all")
     if device.startswith("cuda"):
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        if asked == "bf16" and not fast:
-            raise UserError("training.precision = 'bf16', but this GPU has no bf16: use fp32")
-        return torch.bfloat16 if fast else None
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     # torch 2.11 has no public question for it
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    if asked == "bf16" or capabilities.get("amx_bf16", False):
-        return torch.bfloat16
-    return None
+    return "bf16" if capabilities.get("amx_bf16", False) else "fp32"
+
+
+def autocast_dtype(asked: str, device: str) -> torch.dtype | None:
+    """bf16 autocast, or None for fp32 throughout; `asked` is auto, fp32 or bf16.
+
+    UserError for bf16 on a GPU that has none.
+    """
+    if asked == "auto":
+        asked = auto_precision(device)
+    if asked == "fp32":
+        return None
+    if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("training.precision = 'bf16', but this GPU has no bf16: use fp32")
+    return torch.bfloat16
