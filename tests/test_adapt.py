@@ -280,14 +280,18 @@ def test_a_model_is_adapted_and_done_only_once(typed, model, texts, tmp_path):
     assert "another tokens (32000, now 64000)" in wrong.err
 
 
-def test_two_processes_share_the_training(model, texts, tmp_path):
+@pytest.mark.parametrize(("precision", "micro"), [("fp32", 256), ("bf16", 128)])
+def test_two_processes_share_the_training(model, texts, tmp_path, precision, micro):
+    """In bf16 the sums of two micro-batches differ from those of one, on one process as on two."""
     bits = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
         words = [sys.executable, "-m"]
         if processes > 1:
             words += ["torch.distributed.run", "--nproc-per-node", "2", "-m"]
-        words += ["capgap", *map(str, asked(model, texts, out, tokens="4096"))]
+        settings = ["-s", f"training.precision={precision}"]
+        settings += ["-s", f"training.micro_batch_tokens={micro}"] * (processes == 1)
+        words += ["capgap", *map(str, asked(model, texts, out, *settings, tokens="4096"))]
         done = subprocess.run(
             words,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -319,7 +323,9 @@ def test_stopped_anywhere_it_goes_on_to_the_same_end(model, texts, tmp_path):
     from capgap.train.loop import Interrupted
 
     def request(out):
-        settings = stage_settings(["training.batch_tokens=256", "run.checkpoint_seconds=0"])
+        settings = stage_settings(
+            ["training.batch_tokens=256", "run.checkpoint_seconds=0", "run.checkpoint_share=0.9"]
+        )
         sources = {"new": str(texts / "new.txt"), "old": str(texts / "old.txt")}
         return AdaptRequest(
             str(model), out=out, pieces=40, tokens=4096, window=32, settings=settings, **sources

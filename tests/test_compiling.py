@@ -3,24 +3,39 @@
 import shutil
 import time
 import warnings
+from functools import partial
 
 import pytest
 import torch
 
+from capgap.distill.teacher import OnlineTeacher
 from capgap.errors import UserError
 from capgap.models.build import Parts, build_model
+from capgap.models.families import FAMILIES
 from capgap.models.parallel import ALONE
 from capgap.models.shape import ladder_shape
 from capgap.train import compiling
+from capgap.train.learner import Learner
+from capgap.train.loop import LoopSettings, train
+
+
+def shape_of(size, architecture="llama"):
+    return ladder_shape(architecture, size, vocabulary=300, positions=16)
 
 
 @pytest.fixture
 def parts():
-    return Parts(build_model(ladder_shape("llama", 8_000, vocabulary=300, positions=16), seed=0))
+    return Parts(build_model(shape_of(8_000), seed=0))
 
 
 def settle(asked, parts, trial, **more):
-    options = {"trials_left": 10, "folder": None, "device": torch.device("cpu"), "ranks": ALONE}
+    options = {
+        "shapes": {(2, 16)},
+        "trials_left": 10,
+        "folder": None,
+        "device": torch.device("cpu"),
+        "ranks": ALONE,
+    }
     compiling.settle(asked, [parts], trial, **(options | more))
 
 
@@ -90,3 +105,41 @@ def test_compiled_layers_compute_the_same(parts):
         compiled = gradients()
     for mine, its in zip(compiled, plain, strict=True):
         assert (mine - its).norm() < 1e-5 * its.norm()
+
+
+def test_every_model_has_its_own_kernels_for_every_micro_batch(small_corpus, monkeypatch):
+    """Six models and two shapes are more than torch's limit of 8; the rest would run as before,
+    and nobody would be told."""
+    frames = []
+    compile_ = torch.compile
+
+    def backend(graph, inputs):
+        frames.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(compile_, backend=backend))
+    monkeypatch.setattr(compiling, "_missing", lambda device: None)
+    torch._dynamo.reset()
+    sizes = (8_000, 10_000, 12_000, 14_000, 16_000)
+    learners = [
+        Learner(str(size), build_model(shape_of(size), seed=0), 2, 1e-3, alpha=0.5)
+        for size in sizes
+    ]
+    settings = LoopSettings(6, 4, 0, compile="on")
+    teacher = OnlineTeacher(build_model(shape_of(30_000), seed=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own compiler
+        train(learners, small_corpus, settings, teacher=teacher)
+    assert len(frames) == 2 * (len(sizes) + 1) > 8
+    # text of another shape, as in an evaluation, makes no new ones
+    learners[0].parts(torch.zeros(3, 9, dtype=torch.int64))
+    assert len(frames) == 2 * (len(sizes) + 1)
+
+
+@pytest.mark.parametrize("architecture", list(FAMILIES))
+def test_layers_of_all_families_take_their_hidden_states_first(compiler, architecture):
+    parts = Parts(build_model(shape_of(20_000, architecture), seed=0))
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    plain = parts(ids)
+    settle("on", parts, lambda: None)
+    assert torch.equal(parts(ids), plain)

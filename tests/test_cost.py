@@ -164,6 +164,17 @@ def loop(**changes) -> LoopMemory:
     return LoopMemory(**(asked | changes))
 
 
+def test_a_checkpoint_is_copied_into_the_hosts_memory():
+    total = loop().students[0].parameters().total
+    alone, saving = (loop(checkpoints=checkpoints).peak()[1] for checkpoints in (False, True))
+    assert alone | {"checkpoint": 12 * total} == saving
+    on_gpu = loop(checkpoints=True, device="cuda")
+    assert (on_gpu.peak()[1]["checkpoint"], on_gpu.in_host()) == (0, 12 * total)
+    offloaded = loop(device="cuda", teacher_place="host").in_host()
+    counts = loop().teacher.parameters()
+    assert offloaded == pytest.approx(4 * (counts.attention + counts.ffn + counts.norms), rel=0.01)
+
+
 def test_ranks_share_weights_and_not_activations():
     alone, shared = (loop(ranks=ranks, micro_batches=2).phases()["loss"] for ranks in (1, 4))
     total = loop().students[0].parameters().total
@@ -208,11 +219,12 @@ def test_the_published_run(typed):
     assert f"{found['flops_total']:.2e}" == "4.02e+21"
     assert found["batch_tokens"] == 1024 * 4096
     assert [place["gpus"] for place in found["places"]] == [1, 16]
-    assert found["hours"] == pytest.approx(found["flops_total"] / (16 * 312e12 * 0.4) / 3600)
+    assert found["hours"] == pytest.approx(found["flops_total"] / (16 * 312e12 * 0.4 * 0.98) / 3600)
     assert found["memory_gb"] == pytest.approx(
         sum(found["places"][1]["memory"].values()) / 1e9, abs=1e-3
     )
     assert found["disk"]["checkpoint"] == 12 * 3_020_442_624
+    assert found["places"][0]["host_gb"] == pytest.approx(12 * 3.020442624, abs=1e-3)
     tokens = found["disk"]["cache"] / CacheFormat(49_216).token_bytes
     assert tokens == pytest.approx(126e9, rel=1e-3)
 
@@ -221,7 +233,7 @@ def test_gpus_on_the_command_line_come_first():
     recipe = load_any_recipe(find_recipe("minima-3b"))
     found = estimate(recipe, gpus="4xH100", utilisation=0.5)
     assert (found["gpus"], found["utilisation"]) == ("4xH100", 0.5)
-    assert found["hours"] == pytest.approx(found["flops_total"] / (4 * 989e12 * 0.5) / 3600)
+    assert found["hours"] == pytest.approx(found["flops_total"] / (4 * 989e12 * 0.5 * 0.98) / 3600)
     without = load_any_recipe(find_recipe("minima-3b"), ["training.alpha=0"])
     assert estimate(without)["flops"]["teacher_forward"] == 0
 

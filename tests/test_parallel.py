@@ -151,7 +151,7 @@ def distill(models, corpus, out, *more):
 
 
 def test_the_command_stopped_under_torchrun_goes_on_alone(models, corpus, tmp_path):
-    measured = ("--heldout-steps", 40)
+    measured = ("--heldout-steps", 40, "-s", "training.precision=fp32")
     command = distill(models, corpus, tmp_path / "out", "--tokens", "100k", *measured)
     started = torchrun(2, *command)
     wait_for_steps(tmp_path / "out", 50)

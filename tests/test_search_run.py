@@ -40,6 +40,7 @@ batch_tokens = 256
 workers = 2
 device = "cpu"
 checkpoint_seconds = 0.05
+checkpoint_share = 0.9
 """
 
 

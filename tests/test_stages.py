@@ -141,7 +141,7 @@ def test_stopped_and_continued_equals_uninterrupted(
     small_corpus, folder, uninterrupted, tmp_path, number
 ):
     # a kill leaves what was written before
-    often = ("-s", "run.checkpoint_seconds=0.1")
+    often = ("-s", "run.checkpoint_seconds=0.1", "-s", "run.checkpoint_share=0.9")
     stopped = start_distilling(folder, small_corpus, tmp_path / "stopped", *often)
     wait_for_steps(tmp_path / "stopped", 20)
     stopped.send_signal(number)
@@ -238,7 +238,7 @@ def test_a_teacher_computes_in_its_own_dtype_under_the_students_autocast(folder)
         found = teacher.signal(Batch(windows), 300)
     assert torch.equal(found.hidden, expected.hidden)
     assert found.dtype is None
-    assert load_teacher(folder / "teacher", "cpu", dtype="bf16").dtype == torch.bfloat16
+    assert load_teacher(folder / "teacher", "cpu", dtype="bf16").dtype == "bfloat16"
 
 
 def test_the_commands_of_the_page_run(typed, tmp_path, monkeypatch):

@@ -38,7 +38,15 @@ def arguments(folder, corpus, out, *more):
     return (
         *("distill", folder / "teacher", folder / "small", "--corpus", corpus.directory),
         *("--window", 16, "--tokens", "2560", "--out", out, "--heldout-steps", 5),
-        *("-s", "training.batch_tokens=256", "-s", "run.checkpoint_seconds=0.001", *more),
+        *(
+            "-s",
+            "training.batch_tokens=256",
+            "-s",
+            "run.checkpoint_seconds=0.001",
+            "-s",
+            "run.checkpoint_share=0.9",
+            *more,
+        ),
     )
 
 

@@ -4,23 +4,29 @@ nothing."""
 import dataclasses
 import itertools
 import json
+import threading
+import traceback
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from capgap.corpus.batches import batch_indices
 from capgap.distill.teacher import OnlineTeacher
 from capgap.models.build import build_model
+from capgap.models.families import FAMILIES
 from capgap.models.shape import ladder_shape
-from capgap.train import metrics
+from capgap.train import checkpoint, metrics
 from capgap.train.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
     find_best,
     find_last,
     read_tensors,
     save_checkpoint,
 )
+from capgap.train.clock import StageClock
 from capgap.train.learner import Learner
 from capgap.train.loop import Interrupted, LoopSettings, restore_best, train
 from capgap.train.optimizer import parameter_groups, schedule
@@ -356,7 +362,7 @@ def test_numbers_that_are_read_a_step_late_say_the_same(small_corpus, tmp_path, 
         run(column(), on_step=count, checkpoint_folder=folder, should_stop=lambda: steps == 3)
     continued = column()
     assert run(continued, checkpoint_folder=folder) == ["broken", "short", "a"]
-    often = dataclasses.replace(SETTINGS, checkpoint_seconds=0.0)
+    often = dataclasses.replace(SETTINGS, checkpoint_seconds=0.0, checkpoint_share=0.99)
     saved_often = column()
     told = run(saved_often, checkpoint_folder=tmp_path / "often", settings=often)
     assert sorted(told) == ["a", "broken", "short"]
@@ -415,6 +421,35 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing(small_corpus, a
     assert kept_again < kept / 2
 
 
+class Waits(TorchDispatchMode):
+    """What makes a host wait for its device: numbers that it reads, sizes that depend on values."""
+
+    OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        if name in self.OPERATORS:
+            self.found.append("".join(traceback.format_stack(limit=6)))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("architecture", list(FAMILIES))
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_the_host_waits_for_nothing_within_a_step(small_corpus, architecture, document_mask):
+    settings = dataclasses.replace(SETTINGS, document_mask=document_mask, micro_batch_windows=4)
+    one = learner("a", steps=3, alpha=0.5, architecture=architecture)
+    other = learner("b", steps=3, alpha=0.0, architecture=architecture)
+    waits = Waits()
+    with waits:
+        teacher = OnlineTeacher(model_of(20_000, seed=1, architecture=architecture))
+        train([one, other], small_corpus, settings, teacher=teacher)
+    assert waits.found == []
+
+
 def test_teacher_is_left_as_it_was(small_corpus):
     teacher = model_of(20_000, seed=1)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -462,6 +497,116 @@ def test_checkpoint_round_trip_and_absence(tmp_path):
     tensor = torch.zeros(2, 3)
     read_tensors(found, {"a/weight/x": tensor})
     assert torch.equal(tensor, torch.arange(6.0).reshape(2, 3) + 7)
+
+
+CPU = torch.device("cpu")
+
+
+def writer_of(folder, **changes):
+    asked = {"keep": 2, "seconds": 0.0, "share": 0.99, "device": CPU}
+    return CheckpointWriter(folder, **(asked | changes))
+
+
+def test_a_checkpoint_is_of_its_step_whatever_comes_while_it_is_written(tmp_path, monkeypatch):
+    may_write, write = threading.Event(), checkpoint.save_checkpoint
+
+    def slowly(*arguments, **options):
+        assert may_write.wait(timeout=60)
+        write(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slowly)
+    weight, curve = torch.ones(3), [1.5]
+    with writer_of(tmp_path) as writer:
+        assert writer.is_due()
+        writer.save(Checkpoint(1, {"curve": curve}, {}), {"a": weight})
+        # training goes on
+        weight.add_(1)
+        curve.append(2.5)
+        assert not writer.is_due()
+        may_write.set()
+        writer.save(Checkpoint(2, {"curve": curve}, {}), {"a": weight})
+    assert steps_kept(tmp_path) == [1, 2]
+    for step, expected in ((1, [1.5]), (2, [1.5, 2.5])):
+        found = checkpoint._first_whole([tmp_path / f"step-{step:010d}"], checkpoint.ALONE)
+        read = {"a": torch.zeros(3)}
+        read_tensors(found, read)
+        assert found.state["curve"] == expected
+        assert torch.equal(read["a"], torch.full((3,), float(step)))
+
+
+@pytest.mark.parametrize(("device", "cost"), [("cpu", 6.0), ("meta", 2.0)])
+def test_checkpoints_take_their_share_of_the_time(tmp_path, monkeypatch, device, cost):
+    """A copy of 2 s and writing of 4 s, which a GPU does not wait for; 2% is once in 300 s."""
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+
+    def passing(seconds):
+        def work(*_, **__):
+            now[0] += seconds
+
+        return work
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", passing(4.0))
+    with writer_of(tmp_path, seconds=30.0, share=0.02, device=torch.device(device)) as writer:
+        now[0] = 29.0
+        assert not writer.is_due()
+        now[0] = 31.0
+        assert writer.is_due()
+        monkeypatch.setattr(writer._stager, "stage", passing(2.0))
+        writer.save(Checkpoint(1, {}, {}), {})
+        writer.finish()
+        ended = now[0]
+        now[0] = ended + cost * 49 - 1
+        assert not writer.is_due()
+        now[0] = ended + cost * 49 + 1
+        assert writer.is_due()
+
+
+def test_what_went_wrong_in_writing_is_raised(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    with pytest.raises(OSError, match="No space"), writer_of(tmp_path) as writer:
+        writer.save(Checkpoint(1, {}, {}), {})
+    # an error of the training itself comes first
+    writer = writer_of(tmp_path)
+    writer.save(Checkpoint(1, {}, {}), {})
+    assert writer.__exit__(ValueError) is None
+
+
+class Mark:
+    """A point in the queue of a GPU that has come to `now`."""
+
+    now = 0.0
+    given = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Mark.given
+
+    def query(self):
+        return self.at <= Mark.now
+
+    def synchronize(self):
+        Mark.now = max(Mark.now, self.at)
+
+    def elapsed_time(self, other):
+        return 1000 * (other.at - self.at)
+
+
+def test_a_clock_of_a_gpu_tells_work_and_not_when_it_was_given(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Mark)
+    clock = StageClock("cuda")
+    for name, work in (("forward", 2.0), ("backward", 4.0), ("forward", 2.0)):
+        with clock.stage(name):
+            Mark.given += work
+    # the host did not wait
+    assert Mark.now == 0.0
+    assert clock.seconds == {"forward": 4.0, "backward": 4.0}
+    assert Mark.now == Mark.given
 
 
 def steps_kept(folder):

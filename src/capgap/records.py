@@ -172,6 +172,7 @@ class RunRecord:
     alpha: float
     temperature: float
     divergence: str = "forward_kl"
+    teacher_dtype: str | None = None
     recipe_hash: str
     corpus_hash: str
     flops: Flops

@@ -95,7 +95,7 @@ def cache(
     document_mask: Annotated[
         bool, typer.Option("--document-mask", help="No attention over document borders.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="The teacher's: stored, fp32 or bf16.")] = "stored",
+    dtype: Annotated[str, typer.Option(help="The teacher's: auto, stored, fp32 or bf16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     offload: Annotated[
         bool, typer.Option("--offload", help="Layers lie in host memory (needs accelerate).")

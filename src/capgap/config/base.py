@@ -54,7 +54,7 @@ class TrainingSection(Section):
     ignored_tokens: tuple[str, ...] = ()
     activation_checkpointing: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    teacher_dtype: Literal["stored", "fp32", "bf16"] = "stored"
+    teacher_dtype: Literal["auto", "stored", "fp32", "bf16"] = "auto"
 
 
 # Keys of [training] that have no meaning without a teacher
@@ -69,6 +69,7 @@ class RunSection(Section):
     teacher_offload: bool = False
     workers: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 30.0
+    checkpoint_share: Annotated[float, Field(gt=0, lt=1)] = 0.02
     checkpoints: Annotated[int, Field(ge=1)] = 2
     compile: Literal["auto", "on", "off"] = "auto"
 

@@ -61,6 +61,7 @@ def _print_run(found: dict[str, Any], console: Console) -> None:
         line = f"{name}: {one['memory_gb']:.1f} GB"
         if one["fits"] is not None:
             line += ", fits" if one["fits"] else ", does not fit"
+            line += f"; {one['host_gb']:.1f} GB in the host's memory"
         if one["micro_batches"] > 1:
             line += (
                 f"; {one['micro_batches']} micro-batches of {one['micro_batch_tokens']:,} tokens"
@@ -78,7 +79,8 @@ def _print_run(found: dict[str, Any], console: Console) -> None:
     disk = found["disk"]
     console.print(
         f"\ndisk: checkpoints {format_bytes(disk['checkpoints'])} at most "
-        f"({format_bytes(disk['checkpoint'])} each), student {format_bytes(disk['student'])}, "
+        f"({format_bytes(disk['checkpoint'])} each, at most {found['checkpoint_share']:.0%} of the "
+        f"time), student {format_bytes(disk['student'])}, "
         f"teacher {format_bytes(disk['teacher'])}; a cache of the teacher would have "
         f"{format_bytes(disk['cache'])}"
     )

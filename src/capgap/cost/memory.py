@@ -27,7 +27,16 @@ from capgap.distill.chunking import block_rows, chunk_rows, padded_rows
 from capgap.hardware import GPUS
 from capgap.models.shape import Shape
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "loss_chunks", "teacher", "gathered")
+PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "loss_chunks",
+    "teacher",
+    "gathered",
+    "checkpoint",
+)
 # Of FSDP whole at once: weights of a layer and of the next, gradients of a layer, and the copy of
 # them that is sent
 GATHERED_LAYERS = 4
@@ -39,7 +48,8 @@ class LoopMemory:
 
     micro_batch_tokens: of one process; micro_batches: of one step of it. teacher_bytes: of one of
     its weights, 2 or 4. device: the type, `cpu` or `cuda`. ranks: processes that shard models.
-    teacher_place: `device`, `host` where its layers are offloaded, or `elsewhere`.
+    teacher_place: `device`, `host` where its layers are offloaded, or `elsewhere`. checkpoints:
+    whether it saves any, whose copies lie in the host's memory while they are written.
     """
 
     students: tuple[Shape, ...]
@@ -55,6 +65,7 @@ class LoopMemory:
     device: str = "cpu"
     ranks: int = 1
     teacher_place: str = "device"
+    checkpoints: bool = False
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Bytes by part (`PARTS`) of every phase."""
@@ -116,8 +127,21 @@ class LoopMemory:
             "weights": self._weights,
             "optimizer": 2 * self._weights,
             "gathered": self._gathered,
+            "checkpoint": self._checkpoint if self.device == "cpu" else 0,
         }
         return dict.fromkeys(PARTS, 0) | held | parts
+
+    def in_host(self) -> int:
+        """Bytes that a process with a GPU has in the host's memory."""
+        offloaded = 0
+        if self.teacher is not None and self.teacher_place == "host":
+            offloaded = self.teacher_bytes * _layer(self.teacher) * self.teacher.layers
+        return offloaded + self._checkpoint
+
+    @property
+    def _checkpoint(self) -> int:
+        """The copy of weights and moments that is being written."""
+        return 3 * self._weights if self.checkpoints else 0
 
     @property
     def _weights(self) -> int:
@@ -233,6 +257,7 @@ def loop_memory(
     has_bf16 = device == "cuda" and (gpu is None or GPUS[gpu].has_bf16)
     share = training.batch_tokens // ranks
     micro = min(training.micro_batch_tokens or share, share)
+    autocast = training.precision == "bf16" or (training.precision == "auto" and has_bf16)
     place = "device" if run.teacher_device == "same" else "elsewhere"
     return LoopMemory(
         students=students,
@@ -240,14 +265,20 @@ def loop_memory(
         window=window,
         micro_batch_tokens=micro,
         micro_batches=-(-share // micro),
-        autocast=training.precision == "bf16" or (training.precision == "auto" and has_bf16),
-        teacher_bytes={"fp32": FLOAT, "bf16": HALF}.get(training.teacher_dtype, stored_bytes),
+        autocast=autocast,
+        teacher_bytes={
+            "auto": HALF if autocast and device == "cuda" else stored_bytes,
+            "stored": stored_bytes,
+            "fp32": FLOAT,
+            "bf16": HALF,
+        }[training.teacher_dtype],
         activation_checkpointing=training.activation_checkpointing,
         document_mask=training.document_mask,
         plain_kl=training.divergence == "forward_kl",
         device=device,
         ranks=ranks,
         teacher_place="host" if run.teacher_offload else place,
+        checkpoints=True,
     )
 
 

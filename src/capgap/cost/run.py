@@ -71,7 +71,8 @@ def plan_run(
     ]
     for place in places:
         if hardware is not None:
-            place["hours"] = hours(total, (place["gpus"], hardware[1]), share)
+            trained = share * (1 - recipe.run.checkpoint_share)
+            place["hours"] = hours(total, (place["gpus"], hardware[1]), trained)
     rate = recipe.distill.learning_rate
     if rate == "auto":
         rate = auto_learning_rate(counts.non_embedding, is_cut=True)
@@ -98,6 +99,7 @@ def plan_run(
         "memory_gb": places[-1]["memory_gb"],
         "hours": places[-1]["hours"],
         "advice": _advice(recipe, student, teacher, hardware),
+        "checkpoint_share": recipe.run.checkpoint_share,
         "disk": _disk(recipe, student, teacher),
     }
 
@@ -204,6 +206,7 @@ def _place(
         "memory_gb": round(sum(parts.values()) / 1e9, 3),
         "memory": parts,
         "memory_at_most": loop.at_most(),
+        "host_gb": None if place is None else round(loop.in_host() / 1e9, 3),
         "peak_phase": phase,
         "fits": None if place is None else sum(parts.values()) <= GPUS[place[1]].memory,
         "hours": None,

@@ -130,8 +130,8 @@ def _hours(
         max((alone[name] for name in column.teachers), default=0) + _column_flops(column)
         for column in columns
     )
-    even = hours(total, hardware, share)
-    return max(even, hours(longest, (1, hardware[1]), share))
+    trained = share * (1 - plan.recipe.run.checkpoint_share)
+    return max(hours(total, hardware, trained), hours(longest, (1, hardware[1]), trained))
 
 
 def _column_flops(column: Column) -> int:

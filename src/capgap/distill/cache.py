@@ -236,6 +236,7 @@ class CachedTeacher:
         self.format = CacheFormat(
             **{name: manifest[name] for name in ("vocabulary", "top_k", "samples", "temperature")}
         )
+        self.dtype: str = manifest["dtype"]
         self.window = corpus.window
         self.windows_a_shard: int = manifest["windows_a_shard"]
         row = corpus.window * self.format.token_bytes + CHECKSUM_BYTES

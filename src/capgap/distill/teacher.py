@@ -74,6 +74,9 @@ class Batch:
 class TeacherSource(Protocol):
     """What the loop asks of a teacher."""
 
+    dtype: str
+    """What it computes in, or did: float32, bfloat16."""
+
     def fetch(self, indices: NDArray[np.int64]) -> Tensor | None:
         """What has to be read for these windows [rows, ...]; called ahead, in another thread."""
 
@@ -94,7 +97,7 @@ class OnlineTeacher:
         self.parts.eval().requires_grad_(False)
         # not model.device: offloaded layers are on none
         self.device = self.parts.head.weight.device
-        self.dtype = self.parts.head.weight.dtype
+        self.dtype = str(self.parts.head.weight.dtype).removeprefix("torch.")
         self._signals = 0
         self.is_offloaded = any(parameter.is_meta for parameter in self.parts.parameters())
         self.parameters = sum(parameter.numel() for parameter in self.parts.parameters())

@@ -1,6 +1,8 @@
 """Hugging Face models: build one of a shape, load, save, split into backbone and head."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    masking_utils,
 )
 
 from capgap.errors import UserError
@@ -136,6 +139,25 @@ def initialise(model: PreTrainedModel, generator: torch.Generator) -> None:
             weight.normal_(std=std, generator=generator)
 
 
+@contextmanager
+def _documents_are_known(several: bool) -> Iterator[None]:
+    """transformers would ask the device whether a row holds several documents, and the host would
+    wait for the answer in every forward pass: who gave positions, or none, knows it."""
+    asked = masking_utils.find_packed_sequence_indices
+
+    def known(position_ids: Tensor) -> Tensor | None:
+        """The number of every token's document in its row [batch, seq]."""
+        if not several:
+            return None
+        return (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
+
+    masking_utils.find_packed_sequence_indices = known
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
+
+
 class Parts(nn.Module):
     """A causal language model as backbone and head, and what it does to the head's logits.
 
@@ -152,6 +174,8 @@ class Parts(nn.Module):
         scale = getattr(config, "logit_scale", None) or 1.0
         self.logit_scale = float(scale / (getattr(config, "logits_scaling", None) or 1.0))
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        # it looks for padding in the tokens, for which the host waits; there is none here
+        vars(self.backbone)["warn_if_padding_and_no_attention_mask"] = lambda *_: None
 
     @property
     def backbone(self) -> nn.Module:
@@ -173,9 +197,10 @@ class Parts(nn.Module):
         positions [batch, seq] count from 0 within every document of a packed row; tokens then
         attend within their document alone (transformers sees documents where positions restart).
         """
-        return self.backbone(
-            input_ids=input_ids, position_ids=positions, use_cache=False
-        ).last_hidden_state
+        with _documents_are_known(positions is not None):
+            return self.backbone(
+                input_ids=input_ids, position_ids=positions, use_cache=False
+            ).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., width] to the model's own logits [..., vocabulary]."""

@@ -7,7 +7,7 @@ Alone, every function here does nothing, so that the loop is the same for one pr
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -26,16 +26,27 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a run."""
+    """This process among those of a run.
+
+    host: how the hosts talk to each other; None is the way of everything else.
+    background: another way, for a thread that works beside the training.
+    """
 
     rank: int = 0
     world: int = 1
     mesh: DeviceMesh | None = None
+    host: dist.ProcessGroup | None = field(default=None, repr=False)
+    background: dist.ProcessGroup | None = field(default=None, repr=False)
 
     @property
     def is_first(self) -> bool:
         """Who writes what is written once."""
         return self.rank == 0
+
+    @property
+    def apart(self) -> "Ranks":
+        """The same ranks, in a thread of their own beside the training."""
+        return replace(self, host=self.background)
 
     def share(self, count: int, rank: int | None = None) -> slice:
         """A rank's part, by default one's own, of a batch of `count` windows.
@@ -73,7 +84,7 @@ class Ranks:
         if self.mesh is None:
             return list(wishes)
         found = torch.tensor(wishes, dtype=torch.int32)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.host)
         return [bool(one) for one in found.tolist()]
 
     def told(self, value: T) -> T:
@@ -81,7 +92,7 @@ class Ranks:
         if self.mesh is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, 0, group=self.host, device=torch.device("cpu"))
         return box[0]
 
     def collect(self, value: T) -> list[T]:
@@ -89,7 +100,7 @@ class Ranks:
         if self.mesh is None:
             return [value]
         found: list[T] = [value] * self.world
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.host)
         return found
 
     def wait(self) -> None:
@@ -120,7 +131,7 @@ def joined(device: str, batch_windows: int) -> Iterator[Ranks]:
     with warnings.catch_warnings():
         # nothing changes hidden states in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-        yield Ranks(dist.get_rank(), world, mesh)
+        yield Ranks(dist.get_rank(), world, mesh, background=dist.new_group(backend="gloo"))
     # not after an error: NCCL would wait for ranks that are still at work. Without a barrier gloo's
     # threads may still let go of a tensor when Python ends, which aborts the process
     dist.barrier(device_ids=None if kind == "cpu" else [torch.cuda.current_device()])

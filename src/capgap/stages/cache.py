@@ -27,7 +27,7 @@ class CacheRequest:
     samples: int = 16
     temperature: float = 1.0
     document_mask: bool = False
-    dtype: str = "stored"
+    dtype: str = "auto"
     device: str = "auto"
     offload: bool = False
     batch_windows: int = 8
@@ -57,9 +57,10 @@ def run_cache(
     from capgap.machine import resolve_device, started
     from capgap.models.build import DTYPES
     from capgap.models.identity import model_hash
+    from capgap.train.precision import teacher_dtype
 
-    if request.dtype not in DTYPES:
-        raise UserError(f"--dtype {request.dtype!r}: take one of {', '.join(DTYPES)}")
+    if request.dtype not in ("auto", *DTYPES):
+        raise UserError(f"--dtype {request.dtype!r}: take one of auto, {', '.join(DTYPES)}")
     if request.batch_windows < 1:
         raise UserError(f"--batch-windows {request.batch_windows} must be above 0")
     device = resolve_device(request.device)
@@ -69,11 +70,12 @@ def run_cache(
         kept = CacheFormat(corpus.vocabulary, request.top_k, request.samples, request.temperature)
     except ValueError as error:
         raise UserError(str(error)) from None
-    teacher = load_teacher(request.teacher, device, dtype=request.dtype, offload=request.offload)
+    dtype = teacher_dtype(request.dtype, "auto", device)
+    teacher = load_teacher(request.teacher, device, dtype=dtype, offload=request.offload)
     identity = CacheIdentity.of(
         request.teacher,
         model_hash(request.teacher),
-        str(teacher.dtype).removeprefix("torch."),
+        teacher.dtype,
         corpus,
         document_mask=request.document_mask,
     )
@@ -112,6 +114,7 @@ def run_cache(
         "token_bytes": kept.token_bytes,
         "bytes": corpus.windows * writer.window_bytes,
         "teacher_hash": identity.teacher_hash,
+        "dtype": identity.dtype,
         "corpus_hash": identity.corpus_hash,
         "seconds": time.monotonic() - began,
     }

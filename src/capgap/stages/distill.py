@@ -190,6 +190,8 @@ class _Run:
     def train(self, say: Callable[[str], None], should_stop: Callable[[], bool]) -> None:
         from capgap.train.loop import train
 
+        if self.teacher is not None:
+            say(f"teacher: computes in {self.teacher.dtype}")
         if "before" not in self.record:
             self._record(before={one.id: self._evaluate(one).as_dict() for one in self.learners})
 
@@ -245,6 +247,7 @@ class _Run:
             sources=sources_read(self.corpus, self.steps * batch_tokens),
             after=students,
             best=self._best(),
+            teacher_dtype=None if self.teacher is None else self.teacher.dtype,
             processes=self.ranks.world,
             versions=versions(),
             machine=machine(self.device, None),
@@ -383,6 +386,7 @@ def _teacher(
     from capgap.distill.teacher import load_teacher
     from capgap.machine import resolve_device
     from capgap.models.identity import model_hash
+    from capgap.train.precision import teacher_dtype
 
     training, run = request.settings.training, request.settings.run
     if request.cache is not None:
@@ -399,10 +403,11 @@ def _teacher(
             f"run.teacher_device {run.teacher_device!r}: with several processes the teacher is "
             "sharded over the devices of its students; leave it at 'same'"
         )
+    place = device if run.teacher_device == "same" else resolve_device(run.teacher_device)
     teacher = load_teacher(
         name,
-        device if run.teacher_device == "same" else resolve_device(run.teacher_device),
-        dtype=training.teacher_dtype,
+        place,
+        dtype=teacher_dtype(training.teacher_dtype, training.precision, place),
         offload=run.teacher_offload,
         ranks=ranks,
     )

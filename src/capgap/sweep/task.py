@@ -22,6 +22,7 @@ from capgap.sweep.plan import Teacher
 from capgap.train.clock import StageClock
 from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, Progress, train
+from capgap.train.precision import teacher_dtype
 from capgap.train.settings import loop_settings
 
 # Teachers and students read the corpus in different orders; scores are measured in a third.
@@ -94,11 +95,12 @@ class Task:
     def load_teacher(self, path: Path | str) -> OnlineTeacher:
         """A model to learn from, where the recipe wants it."""
         recipe = self.context.recipe
-        device = recipe.run.teacher_device
+        training, device = recipe.training, recipe.run.teacher_device
+        device = self.context.device if device == "same" else resolve_device(device)
         return load_teacher(
             path,
-            self.context.device if device == "same" else resolve_device(device),
-            dtype=recipe.training.teacher_dtype,
+            device,
+            dtype=teacher_dtype(training.teacher_dtype, training.precision, device),
             offload=recipe.run.teacher_offload,
         )
 

@@ -89,7 +89,7 @@ def run_column(task: Task, column: Column) -> None:
         problem = lost or failed_assistant(context, cell)
         if problem is not None:
             failure = {"message": problem, "step": None, "windows": None}
-            _record_cell(task, run, cell, _Unstarted(failure), None, None)
+            _record_cell(task, run, cell, _Unstarted(failure))
             continue
         model = _student(task, cell)
         after_cuts[cell.id] = task.evaluate(model) if cell.cut_from is not None else None
@@ -107,7 +107,15 @@ def run_column(task: Task, column: Column) -> None:
             heldout, learner.failure = None, NOT_FINITE
         if learner.failure is None and cell.kind == "cell":
             save_model(learner.model, context.student_folder(cell.id), task.corpus.tokenizer)
-        _record_cell(task, run, cell, learner, heldout, after_cuts[cell.id])
+        _record_cell(
+            task,
+            run,
+            cell,
+            learner,
+            heldout=heldout,
+            after_cut=after_cuts[cell.id],
+            teacher_dtype=None if teacher is None or learner.alpha == 0 else teacher.dtype,
+        )
 
     teacher = None
     if column.assistant is not None:
@@ -148,8 +156,10 @@ def _record_cell(
     run: "_Run",
     cell: Cell,
     learner: "Learner | _Unstarted",
-    heldout: HeldoutLoss | None,
-    after_cut: HeldoutLoss | None,
+    *,
+    heldout: HeldoutLoss | None = None,
+    after_cut: HeldoutLoss | None = None,
+    teacher_dtype: str | None = None,
 ) -> None:
     teacher = cell.teacher
     run.record(
@@ -169,6 +179,7 @@ def _record_cell(
         learning_rate=cell.learning_rate,
         alpha=cell.alpha,
         flops=cell.flops(task.context.recipe, task.heldout.tokens),
+        teacher_dtype=teacher_dtype,
         heldout=heldout,
         failure=learner.failure,
         curve=learner.curve,

@@ -93,7 +93,7 @@ def _run(
     from capgap.train.clock import StageClock
     from capgap.train.loop import Interrupted, Progress
 
-    clock = StageClock()
+    clock = StageClock(context.device)
     start = told = time.monotonic()
     learner_tokens = 0
 

@@ -9,13 +9,16 @@ are the whole state. torch.distributed.checkpoint writes the tensors, on one ran
 checkpoint of any number of ranks can be read by any other number. No pickle.
 """
 
+import copy
 import hashlib
 import json
 import logging
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,7 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -50,6 +54,76 @@ class Checkpoint:
     state: dict[str, Any]
     heldout: dict[str, float]
     place: Path | None = None
+
+
+class CheckpointWriter:
+    """Saves while training goes on, which waits for a copy in the host's memory alone.
+
+    The next one is due `seconds` after the last, and later where that took more than `share` of
+    the time: the wait for its copy, and on a CPU, whose cores do both, the writing as well. A
+    context manager, which waits for what is under way; what went wrong is raised by the next call.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        seconds: float,
+        share: float,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.seconds = seconds
+        self.share = share
+        self.device = device
+        self.ranks = ranks
+        # memory that a GPU can write to by itself is taken once
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=device.type == "cuda")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._taken = 0.0
+        self._ended = time.monotonic()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+        if kind is None:
+            self.finish()
+
+    def is_due(self) -> bool:
+        """By this process' clock."""
+        if self._pending is not None and not self._pending.done():
+            return False
+        pause = max(self.seconds, self._taken * (1 / self.share - 1))
+        return time.monotonic() - self._ended > pause
+
+    def save(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
+        """Begins to write; waits for the one before. All ranks call it."""
+        began = time.monotonic()
+        self.finish()
+        # the next step changes all of it
+        tensors = self._stager.stage(tensors)
+        checkpoint = copy.deepcopy(checkpoint)
+        self._taken = time.monotonic() - began
+        self._pending = self._thread.submit(self._write, checkpoint, tensors)
+
+    def finish(self) -> None:
+        """Until what is under way is written."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _write(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
+        began = time.monotonic()
+        save_checkpoint(self.folder, checkpoint, tensors, keep=self.keep, ranks=self.ranks.apart)
+        self._ended = time.monotonic()
+        if self.device.type == "cpu":
+            self._taken += self._ended - began
 
 
 def save_checkpoint(
@@ -76,7 +150,12 @@ def save_checkpoint(
     try:
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         with _plainly():
-            save(tensors, storage_writer=writer, no_dist=ranks.mesh is None)
+            save(
+                tensors,
+                storage_writer=writer,
+                process_group=ranks.host,
+                no_dist=ranks.mesh is None,
+            )
         if ranks.is_first:
             _write(partial / STATE, {"step": checkpoint.step, "state": checkpoint.state})
         ranks.wait()

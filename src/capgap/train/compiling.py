@@ -10,10 +10,12 @@ import os
 import shutil
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from capgap.errors import UserError
 from capgap.models.build import Parts
@@ -27,10 +29,32 @@ REPEATS = 3
 DECISION = "compiled.json"
 
 
-def compile_layers(models: Sequence[Parts]) -> None:
+def compile_layers(models: Sequence[Parts], shapes: Collection[tuple[int, int]]) -> None:
+    """Compiles the layers for hidden states of these (rows, tokens); others they take as before.
+
+    Layers of all models are one piece of code to torch, which gives up in silence after a few
+    versions of it: its limit is raised by those that there will be. Every model has one for every
+    shape, with and without gradients, and with and without a document mask.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit += 4 * len(models) * len(shapes)
+    config.accumulated_recompile_limit += 4 * len(models) * len(shapes)
     for layer in _layers(models):
-        # a short last micro-batch has kernels of its own
-        layer.forward = torch.compile(layer.forward, dynamic=False)
+        layer.forward = _by_shape(
+            layer.forward, torch.compile(layer.forward, dynamic=False), shapes
+        )
+
+
+def _by_shape(
+    plain: Callable[..., Any], compiled: Callable[..., Any], shapes: Collection[tuple[int, int]]
+) -> Callable[..., Any]:
+    def forward(hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+        """hidden [rows, tokens, width]"""
+        call = compiled if hidden.shape[:2] in shapes else plain
+        return call(hidden, *arguments, **options)
+
+    return forward
 
 
 def undo(models: Sequence[Parts]) -> None:
@@ -43,6 +67,7 @@ def settle(
     models: Sequence[Parts],
     trial: Callable[[], None],
     *,
+    shapes: Collection[tuple[int, int]],
     trials_left: int,
     folder: Path | None,
     device: torch.device,
@@ -50,7 +75,8 @@ def settle(
 ) -> None:
     """Leaves the models' layers compiled or not: `on`, `off`, or `auto`, by measurement.
 
-    trial: a piece of the work that changes nothing; trials_left: how many the run has before it.
+    trial: a piece of the work that changes nothing; trials_left: how many the run has before it;
+    shapes: (rows, tokens) of its micro-batches.
     What was found is kept in the folder, so that a run that continues computes as it began. Raises
     UserError where compiling is asked for, and what it needs is not there.
     """
@@ -63,13 +89,13 @@ def settle(
             f"compiled layers (run.compile) need {missing}: install it, or begin with 'off'"
         )
     if asked == "on":
-        compile_layers(models)
+        compile_layers(models, shapes)
     if asked != "auto":
         return
     pays = False
     if missing is None and ranks.told(_seconds(trial) * trials_left > WORTHWHILE_SECONDS):
         plain = min(_seconds(trial) for _ in range(REPEATS))
-        compile_layers(models)
+        compile_layers(models, shapes)
         trial()
         compiled = min(_seconds(trial) for _ in range(REPEATS))
         pays = ranks.told(compiled < LEAST_GAIN * plain)

@@ -6,9 +6,8 @@ a baseline, several with a teacher are a column, whose teacher runs once for all
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +25,10 @@ from capgap.models.parallel import ALONE, Ranks, whole
 from capgap.train import compiling
 from capgap.train.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
     find_best,
     find_last,
     read_tensors,
-    save_checkpoint,
     set_updates,
     training_tensors,
     updates,
@@ -76,6 +75,7 @@ class LoopSettings:
     activation_checkpointing: bool = False
     autocast_dtype: torch.dtype | None = None
     checkpoint_seconds: float = 30.0
+    checkpoint_share: float = 0.02
     checkpoints: int = 2
     heldout_steps: int | None = None
     compile: Literal["auto", "on", "off"] = "off"
@@ -115,18 +115,29 @@ def train(
     """Trains every learner to its own number of steps, in place; `on_end` is told of each.
 
     With a checkpoint folder it continues from its last whole checkpoint, saves every
-    `checkpoint_seconds`, and when `should_stop` says so, saves and raises Interrupted. On one CPU
-    process an interrupted run that continues equals an uninterrupted one bit for bit.
+    `checkpoint_seconds`, less often where that would take more than `checkpoint_share` of the time,
+    and when `should_stop` says so, saves and raises Interrupted. On one CPU process an interrupted
+    run that continues equals an uninterrupted one bit for bit.
 
     With several ranks every one calls this with its parts of the same models (`parallelize`), and
     any of them can stop all. `heldout_loss` belongs to `settings.heldout_steps`.
     """
-    clock = clock or StageClock()
-    column = _Column(learners, teacher, settings, clock, corpus.vocabulary, ranks)
+    device = next(learners[0].model.parameters()).device
+    clock = clock or StageClock(device)
+    column = _Column(learners, teacher, settings, clock, corpus.vocabulary, device, ranks)
     step = 0
     if checkpoint_folder is not None:
         step = column.restore(checkpoint_folder)
-    saved_at = time.monotonic()
+    writer = None
+    if checkpoint_folder is not None:
+        writer = CheckpointWriter(
+            checkpoint_folder,
+            keep=settings.checkpoints,
+            seconds=settings.checkpoint_seconds,
+            share=settings.checkpoint_share,
+            device=device,
+            ranks=ranks,
+        )
     for learner in learners:
         if not learner.active(step):
             on_end(learner)
@@ -136,12 +147,12 @@ def train(
         seed=settings.data_seed,
         document_mask=settings.document_mask,
         teacher=teacher,
-        device=column.device,
+        device=device,
         last_step=max(learner.steps for learner in learners) - 1,
         ignored_labels=settings.ignored_labels,
         ranks=ranks,
     )
-    with reader:
+    with reader, writer or nullcontext():
         if any(learner.active(step) for learner in learners):
             column.settle_compiling(reader.take(step), step, checkpoint_folder)
         while any(learner.active(step) for learner in learners):
@@ -158,12 +169,11 @@ def train(
             progress = Progress(step, step * tokens, tokens * len(trained), reports, losses)
             on_step(progress)
             stopping = due = False
-            if checkpoint_folder is not None:
-                due = time.monotonic() - saved_at > settings.checkpoint_seconds
+            if writer is not None:
                 # the first rank's clock, or the ranks would save at different steps
-                stopping, due = ranks.agree(should_stop(), due and ranks.is_first)
-            saving = checkpoint_folder is not None and (stopping or due or bool(losses))
-            if saving:
+                stopping, due = ranks.agree(should_stop(), ranks.is_first and writer.is_due())
+            saving = stopping or due or bool(losses)
+            if writer is not None and saving:
                 # a run that goes on from here does not take these steps again
                 late = column.reporter.read(all_steps=True)
                 if late:
@@ -171,11 +181,11 @@ def train(
             for learner in trained:
                 if not learner.active(step):
                     on_end(learner)
-            if saving:
-                assert checkpoint_folder is not None
+            if writer is not None and saving:
                 with clock.stage("checkpoint"):
-                    column.save(checkpoint_folder, step, losses)
-                saved_at = time.monotonic()
+                    column.save(writer, step, losses)
+                    if stopping:
+                        writer.finish()
             if stopping:
                 raise Interrupted
 
@@ -209,6 +219,7 @@ class _Column:
         settings: LoopSettings,
         clock: StageClock,
         vocabulary: int,
+        device: torch.device,
         ranks: Ranks,
     ) -> None:
         self.learners = learners
@@ -230,7 +241,7 @@ class _Column:
             )
             for learner in learners
         }
-        self.device = next(learners[0].model.parameters()).device
+        self.device = device
         self.stopped = {
             learner.id: torch.zeros((), dtype=torch.bool, device=self.device)
             for learner in learners
@@ -288,6 +299,7 @@ class _Column:
             self.settings.compile,
             models,
             trial,
+            shapes={(len(one.inputs), one.inputs.shape[1]) for one in (batch, *others)},
             trials_left=steps * (1 + len(others)),
             folder=folder,
             device=self.device,
@@ -346,7 +358,7 @@ class _Column:
         optimizer.zero_grad()
         return norm
 
-    def save(self, folder: Path, step: int, losses: dict[str, float]) -> None:
+    def save(self, writer: CheckpointWriter, step: int, losses: dict[str, float]) -> None:
         """losses: held-out losses after this step, empty where they were not taken."""
         tensors: dict[str, Tensor] = {}
         state: dict[str, Any] = {}
@@ -360,13 +372,7 @@ class _Column:
                 "sums": {"steps": sums.steps, "values": sums.values},
                 "updates": updates(optimizer),
             }
-        save_checkpoint(
-            folder,
-            Checkpoint(step, state, losses),
-            tensors,
-            keep=self.settings.checkpoints,
-            ranks=self.ranks,
-        )
+        writer.save(Checkpoint(step, state, losses), tensors)
 
     def restore(self, folder: Path) -> int:
         """The step to go on from; 0 when there is no checkpoint, or one of other learners."""

@@ -41,3 +41,15 @@ def autocast_dtype(asked: str, device: str) -> torch.dtype | None:
     if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("training.precision = 'bf16', but this GPU has no bf16: use fp32")
     return torch.bfloat16
+
+
+def teacher_dtype(asked: str, precision: str, device: str) -> str:
+    """What a teacher computes in on its device: stored, fp32 or bf16.
+
+    `auto` is the students' precision on a GPU, where fp32 is several times slower, and elsewhere
+    what its weights are stored in. precision: the students', as `autocast_dtype` takes it.
+    """
+    if asked != "auto":
+        return asked
+    is_bf16 = device.startswith("cuda") and autocast_dtype(precision, device) is not None
+    return "bf16" if is_bf16 else "stored"

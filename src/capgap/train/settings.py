@@ -37,6 +37,7 @@ def loop_settings(
         activation_checkpointing=training.activation_checkpointing,
         autocast_dtype=autocast_dtype(training.precision, device),
         checkpoint_seconds=run.checkpoint_seconds,
+        checkpoint_share=run.checkpoint_share,
         checkpoints=run.checkpoints,
         heldout_steps=heldout_steps,
         compile=run.compile,
