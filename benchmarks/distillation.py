@@ -2,12 +2,11 @@
 
     python benchmarks/distillation.py            # or `make bench`, which installs the peers too
     python benchmarks/distillation.py --quick
-    python benchmarks/distillation.py --device cuda
 
 Every measurement is a process of its own; engines take turns, so that a noisy machine is noisy for
 all of them. Tokens are those of all students trained at once. Ratios are medians of the ratios
-within a repeat. Memory is the peak of the process (on a GPU, of torch on the device) above what it
-held when its models were there. It stops where engines do not compute the same loss.
+within a repeat. Memory is the peak of the process above what it held when its models were there. It
+stops where engines do not compute the same loss. On a GPU: benchmarks/gpu.py.
 """
 
 import argparse
@@ -26,9 +25,8 @@ from typing import Any
 import numpy as np
 
 from capgap.corpus.tokens import ShardWriter, token_dtype
-from capgap.errors import UserError
-from capgap.machine import machine, resolve_device
-from peers.cases import BASE, LOSS_ENGINES, STEP_ENGINES, Case, Engine, cpu_cases, gpu_cases
+from capgap.machine import machine
+from peers.cases import BASE, LOSS_ENGINES, STEP_ENGINES, Case, Engine, cpu_cases
 
 ENGINES = {"step": STEP_ENGINES, "loss": LOSS_ENGINES}
 PACKAGES = ("capgap", "torch", "transformers", "trl", "liger_kernel", "accelerate")
@@ -74,21 +72,14 @@ class Measurement:
 
 
 def make_cases(arguments: argparse.Namespace) -> list[Case]:
-    shared = {"threads": arguments.threads, "alpha": arguments.alpha}
-    if arguments.cases == "gpu":
-        sizes = (
-            {"vocabulary": 1_000, "window": 32, "batch_windows": 2, "shrink": 16}
-            if arguments.quick
-            else {"vocabulary": 128_256, "window": 2_048, "batch_windows": 4}
-        )
-        return gpu_cases(device=arguments.device, **sizes, **shared)
     return cpu_cases(
         students=["1M"] if arguments.quick else ["1M", "5M"],
         ratios=[2.5] if arguments.quick else [2.5, 10],
         vocabularies={4_096: "fp32", 32_000: "bf16"},
         window=256,
         batch_windows=2 if arguments.quick else 8,
-        **shared,
+        threads=arguments.threads,
+        alpha=arguments.alpha,
     )
 
 
@@ -101,8 +92,6 @@ def make_work(cases: Iterable[Case], arguments: argparse.Namespace) -> list[Work
         for name, engine in ENGINES[part].items()
         if engine.installed
         and (engine.has_hard_loss or case.alpha == 1.0)
-        # several students of 1B do not fit on a GPU beside their optimizers
-        and (engine.students == 1 or arguments.cases == "cpu")
         and all(text in f"{part} {name} {case.name}" for text in arguments.only)
     ]
 
@@ -134,8 +123,7 @@ def run_child(asked: dict[str, Any]) -> dict[str, Any]:
         text=True,
     )
     if done.returncode:
-        told = asked.get("engine", asked["part"])
-        raise SystemExit(f"{told} failed:\n{done.stderr[-4000:]}")
+        raise SystemExit(f"{asked['engine']} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -201,12 +189,10 @@ def _tell(found: Measurement) -> None:
     )
 
 
-def table(found: Sequence[Measurement], part: str, matrix_flops: float | None) -> list[str]:
+def table(found: Sequence[Measurement], part: str) -> list[str]:
     """Lines of markdown, a row for every case and engine."""
     base = ENGINES[part][BASE[part]].title
     columns = ["case", "engine", "tokens/s", f"x {base}", "memory, MB", f"x {base}"]
-    if matrix_flops and part == "step":
-        columns.append("share of the matrix peak")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for group in _groups([one.work for one in found if one.work.part == part and not one.repeat]):
         of_base = [one for one in found if one.work.case == group[0].case]
@@ -222,8 +208,6 @@ def table(found: Sequence[Measurement], part: str, matrix_flops: float | None) -
                 f"{median(one.bytes_above for one in mine) / MB:,.0f}",
                 _ratio([one.bytes_above for one in mine], of_base, "bytes_above"),
             ]
-            if matrix_flops and part == "step":
-                cells.append(f"{speed * work.case.token_flops / matrix_flops:.1%}")
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -246,7 +230,7 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "date": date.today().isoformat(),
-        "machine": machine(arguments.device, arguments.threads),
+        "machine": machine("cpu", arguments.threads),
         "versions": versions,
         "settings": {
             name: getattr(arguments, name)
@@ -255,25 +239,19 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def print_report(
-    found: Sequence[Measurement], about: dict[str, Any], matrix_flops: float | None
-) -> None:
+def print_report(found: Sequence[Measurement], about: dict[str, Any]) -> None:
     print(f"date: {about['date']}")
     for key in ("machine", "versions", "settings"):
         values = (f"{name} {value}" for name, value in about[key].items())
         print(f"{key}: {', '.join(values)}")
-    if matrix_flops:
-        print(f"measured bf16 matrix peak: {matrix_flops / 1e12:.2f} TFLOP/s")
     for part in ENGINES:
         if any(one.work.part == part for one in found):
             print(f"\n{'Training steps' if part == 'step' else 'The loss alone'}\n")
-            print("\n".join(table(found, part, matrix_flops)))
+            print("\n".join(table(found, part)))
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--cases", choices=("cpu", "gpu"), help="default: those of the device")
     parser.add_argument("--parts", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument(
         "--only",
@@ -300,11 +278,6 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
     arguments = parser.parse_args(given)
-    try:
-        resolve_device(arguments.device)
-    except UserError as error:
-        parser.error(str(error))
-    arguments.cases = arguments.cases or ("cpu" if arguments.device == "cpu" else "gpu")
     arguments.repeats = arguments.repeats or (1 if arguments.quick else 3)
     return arguments
 
@@ -313,17 +286,10 @@ def main() -> None:
     arguments = parse_arguments()
     about = describe(arguments)
     found = run_all(make_work(make_cases(arguments), arguments), arguments)
-    matrix_flops = None
-    if arguments.cases == "gpu":
-        asked = {"part": "matrix", "device": arguments.device, "threads": arguments.threads}
-        matrix_flops = run_child(asked)["flops"]
     if arguments.json:
-        content = about | {
-            "matrix_flops": matrix_flops,
-            "measurements": [asdict(one) for one in found],
-        }
+        content = about | {"measurements": [asdict(one) for one in found]}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    print_report(found, about, matrix_flops)
+    print_report(found, about)
 
 
 if __name__ == "__main__":

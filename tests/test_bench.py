@@ -49,7 +49,7 @@ def test_engines_compute_the_same(
     ]
     bench.check_agreement(found)
     assert all(one.tokens_per_second > 0 and one.bytes_above > 0 for one in found)
-    row = bench.table(found, part, None)[-1]
+    row = bench.table(found, part)[-1]
     assert bench.ENGINES[part][engine].title in row
 
 

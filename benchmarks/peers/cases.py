@@ -12,25 +12,6 @@ BETA2 = 0.95
 WEIGHT_DECAY = 0.1
 CLIP = 1.0
 COLUMN_STUDENTS = 5
-# A Llama of 1B, and one of 2.5 times its non-embedding parameters
-GPU_SIZES: dict[str, dict[str, int]] = {
-    "1B": {
-        "hidden": 2048,
-        "layers": 16,
-        "heads": 32,
-        "kv_heads": 8,
-        "head_size": 64,
-        "ffn": 8192,
-    },
-    "2.5B": {
-        "hidden": 2560,
-        "layers": 28,
-        "heads": 20,
-        "kv_heads": 5,
-        "head_size": 128,
-        "ffn": 9216,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -106,11 +87,6 @@ class Case:
             f"{self.student.vocabulary:,} words, {self.precision}"
         )
 
-    @property
-    def token_flops(self) -> int:
-        """6 S + 2 T, S and T with the head; one student."""
-        return 6 * self.student.parameters().total + 2 * self.teacher.parameters().total
-
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -152,31 +128,4 @@ def cpu_cases(
         for vocabulary, precision in vocabularies.items()
         for student in students
         for ratio in ratios
-    ]
-
-
-def gpu_cases(
-    *,
-    device: str,
-    vocabulary: int,
-    window: int,
-    batch_windows: int,
-    threads: int,
-    alpha: float,
-    shrink: int = 1,
-) -> list[Case]:
-    """A 1B student with teachers of 1B and 2.5B, bf16; `shrink` divides sizes, to try the code."""
-
-    def shape(name: str) -> Shape:
-        sizes = {
-            key: value if key == "head_size" else max(1, value // shrink)
-            for key, value in GPU_SIZES[name].items()
-        }
-        return Shape(
-            architecture="llama", vocabulary=vocabulary, positions=window, tied=True, **sizes
-        )
-
-    return [
-        Case(shape("1B"), shape(teacher), window, batch_windows, "bf16", device, threads, alpha)
-        for teacher in GPU_SIZES
     ]

@@ -24,8 +24,6 @@ from peers.cases import STEP_ENGINES, Case
 from peers.losses import LOSSES, LossInput
 from peers.watch import MemoryMeter, Stopwatch
 
-MATRIX = {"cpu": 2048, "cuda": 8192}
-
 
 def step_engine(name: str) -> Callable[[engines.Setup], list[float]]:
     """By its name in `STEP_ENGINES`; imports the peer."""
@@ -106,31 +104,17 @@ def measure_loss(engine: str, case: Case, *, steps: int, warmup: int) -> dict[st
     }
 
 
-def matrix_flops(device: str) -> float:
-    """Measured FLOPs a second of a product of two large bf16 matrices, the best of ten."""
-    size = MATRIX[device]
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    watch = Stopwatch(device)
-    for _ in range(13):
-        torch.mm(left, right)
-        watch.lap()
-    return 2 * size**3 / min(watch.seconds(skip=3)["wall"])
-
-
 def main() -> None:
     warnings.simplefilter("ignore")
     asked = json.loads(sys.argv[1])
     torch.set_num_threads(asked["threads"])
-    if asked["part"] == "matrix":
-        result: dict[str, Any] = {"flops": matrix_flops(asked["device"])}
+    case = Case.from_dict(asked["case"])
+    counts = {"steps": asked["steps"], "warmup": asked["warmup"]}
+    if asked["part"] == "step":
+        more = {name: asked[name] for name in ("students", "compile") if name in asked}
+        result = measure_steps(asked["engine"], case, Path(asked["corpus"]), **counts, **more)
     else:
-        case = Case.from_dict(asked["case"])
-        counts = {"steps": asked["steps"], "warmup": asked["warmup"]}
-        if asked["part"] == "step":
-            more = {name: asked[name] for name in ("students", "compile") if name in asked}
-            result = measure_steps(asked["engine"], case, Path(asked["corpus"]), **counts, **more)
-        else:
-            result = measure_loss(asked["engine"], case, **counts)
+        result = measure_loss(asked["engine"], case, **counts)
     print("\n" + json.dumps(result))
 
 
