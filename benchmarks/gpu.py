@@ -35,12 +35,13 @@ ROOT = Path(__file__).resolve().parents[1]
 for place in (ROOT / "benchmarks", ROOT / "src"):
     sys.path.insert(0, str(place))
 
-from card import MEASUREMENTS, Measurement, Place  # noqa: E402
+from card import MEASUREMENTS, DoesNotFit, Measurement, Place  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results" / "gpu"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- made by benchmarks/gpu.py --table -->\n", "<!-- end of what is made -->\n"
 LIMIT_SECONDS = 90.0
+LACKING = "not installed"
 PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "triton")
 # Where a process begins with everything imported and no context of CUDA
 PRELOADED = ("card.steps", "card.losses", "card.repairs")
@@ -81,6 +82,8 @@ def child(one: Measurement | None, place: Place, log: str, told: Connection) -> 
             torch.set_num_threads(1)
         figures = about_machine(place) if one is None else one.run(place)
         told.send({"figures": figures})
+    except DoesNotFit as error:
+        told.send({"skipped": str(error)})
     # whatever a library raises is written down, and the next measurement goes on
     except BaseException:
         told.send({"failure": traceback.format_exc()})
@@ -171,7 +174,7 @@ def add_entry(path: Path, entry: dict[str, Any]) -> None:
 def lacking(one: Measurement) -> str | None:
     """The packages that it needs and that are not here."""
     missing = [package for package in one.packages if find_spec(package) is None]
-    return f"not installed: {', '.join(missing)}" if missing else None
+    return f"{LACKING}: {', '.join(missing)}" if missing else None
 
 
 def is_missing(one: Measurement, folder: Path) -> bool:
@@ -180,7 +183,7 @@ def is_missing(one: Measurement, folder: Path) -> bool:
     if not found:
         return True
     last = found[-1]
-    if "skipped" in last:
+    if last.get("skipped", "").startswith(LACKING):
         return lacking(one) is None
     return "failure" in last or last["code"] != code_hash(one.sources)
 
@@ -291,7 +294,7 @@ def table(results: Path) -> str:
             title = one.title if key == keys[0] else ""
             lines.append(f"| {title} | {key} | {' | '.join(cells)} |")
     seen = sorted({_described(entry[0]) for entry in found.values() if entry})
-    return "\n".join([*lines, "", *seen]) + "\n" * (1 + bool(seen))
+    return "\n".join([*lines, "", *seen]).rstrip() + "\n"
 
 
 def _cell(last: list[dict[str, Any]], figures: dict[str, Any] | None, key: str) -> str:

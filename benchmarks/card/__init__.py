@@ -10,6 +10,10 @@ TESTS = ("src/capgap", "tests/test_cuda.py")
 PEERS = ("benchmarks/peers",)
 
 
+class DoesNotFit(Exception):
+    """What is measured needs more memory than there is."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where it is measured; `is_toy`: sizes of seconds, to see that everything still runs."""

@@ -1,6 +1,7 @@
 """Training steps through `capgap.train.loop.train`, random weights on random tokens."""
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, Progress, train
 from capgap.train.peak import matrix_peak
 from capgap.train.precision import autocast_dtype
-from card import Place
+from card import DoesNotFit, Place
 from card.limits import wait
 from distillation import write_corpus
 from peers.cases import Case
@@ -145,20 +146,25 @@ def shrunk(work: Work) -> Work:
 def fitted(work: Work, place: Place, autocast: bool) -> Work:
     """With as many windows as fit; layers are computed again only where nothing fits otherwise.
 
-    RuntimeError where not even one window does.
+    DoesNotFit where not even the smallest does.
     """
-    if work.tokens is not None and not place.is_gpu:
-        return work
-    room = ROOM * torch.cuda.get_device_properties(place.device).total_memory
+    if place.is_gpu:
+        memory = torch.cuda.get_device_properties(place.device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     sizes = (
         [count * work.window for count in (8, 4, 2, 1)] if work.tokens is None else [work.tokens]
     )
-    for again in (work.activation_checkpointing, True):
-        for tokens in sizes:
-            tried = replace(work, tokens=tokens, activation_checkpointing=again)
-            if tried.planned(place.device, autocast) < room:
-                return tried
-    raise RuntimeError(f"{tried.planned(place.device, autocast) / 1e9:.1f} GB do not fit")
+    tried = [
+        replace(work, tokens=tokens, activation_checkpointing=again)
+        for again in dict.fromkeys((work.activation_checkpointing, True))
+        for tokens in sizes
+    ]
+    for one in tried:
+        if one.planned(place.device, autocast) < ROOM * memory:
+            return one
+    least = tried[-1].planned(place.device, autocast)
+    raise DoesNotFit(f"needs {least / 1e9:.1f} GB, and there are {memory / 1e9:.1f}")
 
 
 def training(place: Place, name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from capgap.sweep.context import resolve_workers
 from capgap.sweep.given import given_teachers
 from capgap.sweep.plan import FLOP_PARTS, Cell, Column, Plan, Teacher, expected_baselines, make_plan
 from capgap.sweep.speed import LARGEST_PROBE, Speed, measure_speed
-from capgap.train.precision import autocast_dtype
+from capgap.train.precision import autocast_dtype, teacher_dtype
 
 SHORT_PARTS = {
     "teacher_training": "T train",
@@ -32,6 +32,7 @@ def preview(recipe: Recipe) -> dict[str, Any]:
     check_sources(recipe)
     baselines = expected_baselines(plan)
     device = resolve_device(recipe.run.device)
+    training = recipe.training
     workers, threads = resolve_workers(recipe.run.workers, device, most=plan.width)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -52,6 +53,7 @@ def preview(recipe: Recipe) -> dict[str, Any]:
         "flops": plan.flops(baselines),
         "workers": workers,
         "device": device,
+        "teacher_dtype": teacher_dtype(training.teacher_dtype, training.precision, device),
         "expected_seconds": round(work / workers, 1),
     }
 
@@ -149,13 +151,15 @@ def print_preview(found: dict[str, Any], console: Console) -> None:
     console.width = max(console.width, 120 + max(len(run["id"]) for run in found["runs"]))
     console.print(table)
     console.print("size: non-embedding parameters; vocab: embedding and head; FLOPs by part\n")
-    flops = found["flops"]
+    flops, precision = found["flops"], found["teacher_dtype"]
+    if precision == "stored":
+        precision = "the precision of their weights"
     parts = ", ".join(f"{part.replace('_', ' ')} {flops[part]:.2g}" for part in FLOP_PARTS)
     console.print(
         f"{found['teachers']} teachers, {found['cells']} cells, {found['baselines']} baselines; "
         f"{sum(flops.values()):.3g} FLOPs with shared work counted once ({parts})\n"
         f"expected {clock_time(found['expected_seconds'])} on {found['device']} with "
         f"{found['workers']} worker{'s' if found['workers'] > 1 else ''}, at the speed of two "
-        "models measured just now",
+        f"models measured just now; teachers compute in {precision}",
         highlight=False,
     )
