@@ -53,7 +53,7 @@ def about_machine(place: Place) -> dict[str, Any]:
 
     from capgap.machine import machine
 
-    described = {**machine(place.device, None), "cuda": torch.version.cuda}
+    described = {**machine(place.device, torch.get_num_threads()), "cuda": torch.version.cuda}
     if place.is_gpu:
         torch.zeros(1, device=place.device)
         properties = torch.cuda.get_device_properties(place.device)
@@ -126,7 +126,8 @@ def start(place: Place) -> tuple[BaseContext, dict[str, Any]]:
         found = measured(context, None, place)
         if "figures" in found:
             return context, found["figures"]
-    raise SystemExit(f"no measurement can run on {place.device}:\n{found['failure']}")
+    cause = found["failure"].strip().splitlines()[-1]
+    raise SystemExit(f"no measurement can run on {place.device}: {cause}")
 
 
 def code_hash(sources: Sequence[str]) -> str:

@@ -113,7 +113,7 @@ def work_of(place: Place, name: str) -> Work:
             ladder_shape("llama", count, vocabulary=4096, positions=256)
             for count in (size, size * 5 // 2)
         )
-        work = Work((small,) * 3, large, window=256, tokens=8192)
+        work = Work((small,) * 3, large, window=256, tokens=8192 if place.is_gpu else 1024)
         return shrunk(work) if place.is_toy else work
     work = {
         "1b-of-1b": Work((one,), one),
