@@ -213,7 +213,9 @@ def run(wanted: Sequence[Measurement], arguments: argparse.Namespace, began: flo
     """Measures what fits into the budget; returns how many failed."""
     device = arguments.device
     if device == "auto":
-        device = "cuda" if driver() else "cpu"
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     place = Place(device, arguments.toy)
     context, machine = start(place)
     name = machine.get("gpu", f"cpu {machine['cpu']}")

@@ -137,7 +137,7 @@ def test_a_loss_in_chunks_is_the_whole_one():
         result.students[0].loss.backward()
         found.append([result.students[0].loss.detach(), *(one.grad for one in leaves)])
     for parts, whole in zip(*found, strict=True):
-        torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-3)
+        assert (parts - whole).norm() < 5e-3 * whole.norm()
 
 
 def test_a_teacher_from_a_cache_teaches_as_it_does_online(small_corpus, tmp_path):
@@ -259,6 +259,7 @@ def test_text_is_that_of_a_cpu(small_corpus):
     assert again[0] == again[1]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA tells when its host waits")
 def test_the_host_waits_for_nothing_within_a_step(small_corpus):
     """CUDA itself raises an error where it does, but for numbers of the step before."""

@@ -125,11 +125,11 @@ MEASUREMENTS = [
     ),
     Measurement(
         "peer-trl",
-        "the same step as 1b-of-1b in TRL's GKDTrainer, with Liger where it is installed",
+        "the same step as 1b-of-1b in TRL's GKDTrainer, with Liger's kernels where installed",
         85,
         PEERS,
         ("card.steps", "peer", "trl-gkd"),
-        (*PEER, "with Liger"),
+        (*PEER, "with Liger's kernels"),
         ("trl", "datasets"),
     ),
     Measurement(
@@ -148,7 +148,7 @@ MEASUREMENTS = [
     ),
     Measurement(
         "compile",
-        "five students and a teacher with compiled layers, the last micro-batch short",
+        "four students and a teacher with compiled layers, the last micro-batch short",
         90,
         LOOP,
         ("card.repairs", "compiled"),

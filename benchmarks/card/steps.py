@@ -354,5 +354,5 @@ def peer(place: Place, engine: str) -> dict[str, Any]:
     if engine.startswith("trl"):
         from peers.trl_engines import takes_liger
 
-        figures["with Liger"] = takes_liger(case)
+        figures["with Liger's kernels"] = takes_liger(case)
     return figures

@@ -37,6 +37,17 @@ PARTS = (
     "gathered",
     "checkpoint",
 )
+# Blocks of numbers beside the student's logits and probabilities, by divergence: measured; a
+# temperature and a cap add one each
+TEMPORARIES = {
+    "forward_kl": 1,
+    "reverse_kl": 5,
+    "total_variation": 5,
+    "jsd": 8,
+    "skewed_kl": 8,
+}
+# A file of a checkpoint is as large, and twice in memory while it is written
+FILE_BYTES = 2**30
 # Of FSDP whole at once: weights of a layer and of the next, gradients of a layer, and the copy of
 # them that is sent
 GATHERED_LAYERS = 4
@@ -61,7 +72,8 @@ class LoopMemory:
     teacher_bytes: int = FLOAT
     activation_checkpointing: bool = False
     document_mask: bool = False
-    plain_kl: bool = True
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
     device: str = "cpu"
     ranks: int = 1
     teacher_place: str = "device"
@@ -140,8 +152,9 @@ class LoopMemory:
 
     @property
     def _checkpoint(self) -> int:
-        """The copy of weights and moments that is being written."""
-        return 3 * self._weights if self.checkpoints else 0
+        """The copy of weights and moments that is being written, and of its file."""
+        copied = 3 * self._weights
+        return copied + 2 * min(copied, FILE_BYTES) if self.checkpoints else 0
 
     @property
     def _weights(self) -> int:
@@ -219,13 +232,17 @@ class LoopMemory:
         """The buffers of the loss, and what is cast or filled up for its products."""
         padded = padded_rows(self.students[0].vocabulary)
         rows = min(chunk_rows(self.device, self.students[0].vocabulary), self.micro_batch_tokens)
+        block = block_rows(self.device, padded, rows)
         # logits of a chunk, probabilities of a block
-        total = FLOAT * padded * (rows + block_rows(self.device, padded, rows))
+        total = FLOAT * padded * (rows + block)
         value = HALF if self._takes_half else FLOAT
         total += sum(self._ready(one, FLOAT, value) for one in self.students)
         if self.teacher is not None:
             # probabilities, and for other divergences than the forward KL their logarithms
-            total += (1 if self.plain_kl else 2) * FLOAT * padded * rows
+            total += (1 if self.divergence == "forward_kl" else 2) * FLOAT * padded * rows
+            # what lives for a moment within a block
+            more = (self.temperature != 1.0) + (self.students[0].architecture == "gemma2")
+            total += (TEMPORARIES[self.divergence] + more) * FLOAT * padded * block
             value = FLOAT if self.device == "cpu" else self.teacher_bytes
             total += self._ready(self.teacher, self.teacher_bytes, value)
         return total
@@ -274,7 +291,8 @@ def loop_memory(
         }[training.teacher_dtype],
         activation_checkpointing=training.activation_checkpointing,
         document_mask=training.document_mask,
-        plain_kl=training.divergence == "forward_kl",
+        divergence=training.divergence,
+        temperature=training.temperature,
         device=device,
         ranks=ranks,
         teacher_place="host" if run.teacher_offload else place,

@@ -20,7 +20,9 @@ def chunk_rows(device: str, vocabulary: int) -> int:
     """Tokens whose logits exist at once, on a type of device."""
     kind = device if device in CHUNK_ELEMENTS else "cuda"
     least, most = CHUNK_ROWS[kind]
-    return min(max(least, CHUNK_ELEMENTS[kind] // vocabulary), most)
+    rows = min(max(least, CHUNK_ELEMENTS[kind] // vocabulary), most)
+    # a GPU's products come in tiles of so many
+    return rows if kind == "cpu" else rows // least * least
 
 
 def block_rows(device: str, vocabulary: int, rows: int) -> int:

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from capgap.cost.memory import FILE_BYTES
 from capgap.models.parallel import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,9 @@ class CheckpointWriter:
     """Saves while training goes on, which waits for a copy in the host's memory alone.
 
     The next one is due `seconds` after the last, and later where that took more than `share` of
-    the time: the wait for its copy, and on a CPU, whose cores do both, the writing as well. A
-    context manager, which waits for what is under way; what went wrong is raised by the next call.
+    the time: the wait for its copy, and what the thread that writes it computes meanwhile, which
+    takes a core and Python's lock from training. A context manager, which waits for what is under
+    way; what went wrong is raised by the next call.
     """
 
     def __init__(
@@ -81,7 +83,8 @@ class CheckpointWriter:
         self.device = device
         self.ranks = ranks
         # memory that a GPU can write to by itself is taken once
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=device.type == "cuda")
+        self._is_gpu = device.type == "cuda"
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=self._is_gpu)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._taken = 0.0
@@ -95,9 +98,18 @@ class CheckpointWriter:
         if kind is None:
             self.finish()
 
+    def is_written(self) -> bool:
+        """Whether nothing is under way."""
+        return self._pending is None or self._pending.done()
+
+    def has_failed(self) -> bool:
+        """Whether the next call raises what went wrong."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
     def is_due(self) -> bool:
         """By this process' clock."""
-        if self._pending is not None and not self._pending.done():
+        if not self.is_written():
             return False
         pause = max(self.seconds, self._taken * (1 / self.share - 1))
         return time.monotonic() - self._ended > pause
@@ -119,11 +131,13 @@ class CheckpointWriter:
             self._pending = None
 
     def _write(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
-        began = time.monotonic()
-        save_checkpoint(self.folder, checkpoint, tensors, keep=self.keep, ranks=self.ranks.apart)
+        began = time.thread_time()
+        # a queue of its own on a GPU: waiting for this one would be waiting for the training
+        with torch.cuda.stream(torch.cuda.Stream(self.device) if self._is_gpu else None):
+            ranks = self.ranks.apart
+            save_checkpoint(self.folder, checkpoint, tensors, keep=self.keep, ranks=ranks)
+        self._taken += time.thread_time() - began
         self._ended = time.monotonic()
-        if self.device.type == "cpu":
-            self._taken += self._ended - began
 
 
 def save_checkpoint(
@@ -148,7 +162,10 @@ def save_checkpoint(
         partial.mkdir()
     ranks.wait()
     try:
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        files = _files_of(tensors)
+        writer = HuggingFaceStorageWriter(
+            str(partial), fqn_to_index_mapping=files, save_distributed=True
+        )
         with _plainly():
             save(
                 tensors,
@@ -159,9 +176,9 @@ def save_checkpoint(
         if ranks.is_first:
             _write(partial / STATE, {"step": checkpoint.step, "state": checkpoint.state})
         ranks.wait()
-        files = _checksums(partial, ranks)
+        sums = _checksums(partial, ranks)
         if ranks.is_first:
-            manifest = {"schema": SCHEMA, "heldout": checkpoint.heldout, "files": files}
+            manifest = {"schema": SCHEMA, "heldout": checkpoint.heldout, "files": sums}
             _write(partial / MANIFEST, manifest)
             # damaged ones, whose steps were taken again
             for passed_over in folder.glob("step-*"):
@@ -287,6 +304,17 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         json.dump(content, stream)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _files_of(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The number of every tensor's file, from 1: while a file is written it is twice in memory."""
+    found, file, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        if size > FILE_BYTES:
+            file, size = file + 1, 0
+        size += tensor.nbytes
+        found[name] = file
+    return found
 
 
 def _checksums(place: Path, ranks: Ranks = ALONE) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ class StageClock:
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
-        self._is_gpu = torch.device(device).type == "cuda"
+        self._device = torch.device(device)
         self._seconds: dict[str, float] = {}
         self._under_way: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
@@ -42,10 +42,10 @@ class StageClock:
 
     def _mark(self) -> Any:
         """A point in the GPU's queue; None on a CPU."""
-        if not self._is_gpu:
+        if self._device.type != "cuda":
             return None
         mark = torch.cuda.Event(enable_timing=True)
-        mark.record()
+        mark.record(torch.cuda.current_stream(self._device))
         return mark
 
     def _read(self, *, wait: bool) -> None:

@@ -170,8 +170,10 @@ def train(
             on_step(progress)
             stopping = due = False
             if writer is not None:
-                # the first rank's clock, or the ranks would save at different steps
-                stopping, due = ranks.agree(should_stop(), ranks.is_first and writer.is_due())
+                # the first rank's clock, or the ranks would save at different steps; a rank that
+                # cannot write makes all come to where that is raised
+                due = (ranks.is_first and writer.is_due()) or writer.has_failed()
+                stopping, due = ranks.agree(should_stop(), due)
             saving = stopping or due or bool(losses)
             if writer is not None and saving:
                 # a run that goes on from here does not take these steps again
