@@ -34,7 +34,7 @@ def test_all_of_it_runs_at_toy_size(tmp_path: Path) -> None:
         assert {"commit", "code", "date", "command", "machine", "versions"} <= entry.keys()
     figures = {name: entry["figures"] for name, (entry,) in found.items() if "figures" in entry}
     for name in ("right-losses", "right-training"):
-        assert figures[name]["passed"] > 5
+        assert figures[name]["passed"] > 3
     errors = [error for key, error in figures["logits"].items() if key.startswith("error")]
     assert len(errors) == 2
     assert max(errors) < 0.005
