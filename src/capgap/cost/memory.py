@@ -26,6 +26,7 @@ from capgap.cost.activations import (
 from capgap.distill.chunking import block_rows, chunk_rows, padded_rows
 from capgap.hardware import GPUS
 from capgap.models.shape import Shape
+from capgap.train.checkpoint_size import FILE_BYTES
 
 PARTS = (
     "weights",
@@ -46,8 +47,6 @@ TEMPORARIES = {
     "jsd": 8,
     "skewed_kl": 8,
 }
-# A file of a checkpoint is as large, and twice in memory while it is written
-FILE_BYTES = 2**30
 # Of FSDP whole at once: weights of a layer and of the next, gradients of a layer, and the copy of
 # them that is sent
 GATHERED_LAYERS = 4

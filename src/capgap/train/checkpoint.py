@@ -35,8 +35,8 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from capgap.cost.memory import FILE_BYTES
 from capgap.models.parallel import ALONE, Ranks
+from capgap.train.checkpoint_size import FILE_BYTES
 
 logger = logging.getLogger(__name__)
 
