@@ -106,7 +106,9 @@ def distill(folder: str, kept: tuple[int, int] | None, alpha: float, seed: int) 
     start = time.process_time()
     settings = LoopSettings(BATCH_WINDOWS, BATCH_WINDOWS, data_seed=seed)
     train([learner], corpus, settings, teacher=teacher)
-    found = evaluate_heldout(Parts(model), heldout_set(corpus.heldout_documents(), WINDOW))
+    found = evaluate_heldout(
+        Parts(model), heldout_set(corpus.heldout_documents(), corpus.marks, WINDOW)
+    )
     return {
         "kept": kept,
         "alpha": alpha,

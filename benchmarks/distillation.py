@@ -105,7 +105,7 @@ def write_corpus(folder: Path, vocabulary: int, tokens: int) -> None:
     writer.close()
     manifest = {
         "vocabulary": vocabulary,
-        "end_of_document": 0,
+        "marks": {"begin": 0, "end": 0, "begin_windows": False},
         "dtype": dtype.str,
         "corpus_hash": "random",
         "tokenizer_hash": "none",

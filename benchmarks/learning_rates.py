@@ -68,7 +68,9 @@ def measure(run: dict[str, Any], folder: str) -> dict[str, Any]:
     windows = run["batch_tokens"] // WINDOW
     learner = Learner("model", model, tokens // run["batch_tokens"], run["rate"])
     train([learner], corpus, LoopSettings(windows, windows, data_seed=0))
-    found = evaluate_heldout(Parts(model), heldout_set(corpus.heldout_documents(), WINDOW))
+    found = evaluate_heldout(
+        Parts(model), heldout_set(corpus.heldout_documents(), corpus.marks, WINDOW)
+    )
     return run | {"loss": found.loss, "stderr": found.loss_stderr, "failure": learner.failure}
 
 

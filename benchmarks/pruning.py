@@ -95,7 +95,7 @@ def measure(family: str, seed: int, kind: str, keep: float, folder: Path) -> dic
 
     torch.set_num_threads(1)
     corpus = load_corpus(folder / "corpus", window=WINDOW)
-    heldout = heldout_set(corpus.heldout_documents(), WINDOW, corpus.vocabulary)
+    heldout = heldout_set(corpus.heldout_documents(), corpus.marks, WINDOW, corpus.vocabulary)
     path = folder / f"{family}-seed{seed}"
     model = load_model(path)
     indices = batch_indices(

@@ -45,7 +45,9 @@ def measure(size: int, vocabulary: int, folder: str) -> dict[str, Any]:
     start = time.process_time()
     train([learner], corpus, LoopSettings(BATCH_WINDOWS, BATCH_WINDOWS, data_seed=0))
     seconds = time.process_time() - start
-    found = evaluate_heldout(Parts(model), heldout_set(corpus.heldout_documents(), window))
+    found = evaluate_heldout(
+        Parts(model), heldout_set(corpus.heldout_documents(), corpus.marks, window)
+    )
     tokens = steps * BATCH_WINDOWS * window
     return {
         "size": size,

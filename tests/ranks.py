@@ -66,7 +66,7 @@ def run(asked: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         parallelize(learner.parts, ranks, CPU)
     shape = ladder_shape("gpt_neox", 20_000, vocabulary=320, positions=WINDOW)
     teacher = Parts(build_model(shape, seed=1).double())
-    heldout = heldout_set(corpus.heldout_documents(), WINDOW, corpus.vocabulary)
+    heldout = heldout_set(corpus.heldout_documents(), corpus.marks, WINDOW, corpus.vocabulary)
     taken: list[dict[str, float]] = []
     steps = 0
 

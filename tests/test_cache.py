@@ -107,7 +107,9 @@ def test_document_mask_reaches_the_cached_teacher(small_corpus, teacher, tmp_pat
     tokens = small_corpus.train.windows_at(range(100))
     commonest = int(np.bincount(tokens.ravel()).argmax())
     corpus = dataclasses.replace(
-        small_corpus, manifest=small_corpus.manifest | {"end_of_document": commonest}
+        small_corpus,
+        manifest=small_corpus.manifest
+        | {"marks": {"begin": commonest, "end": commonest, "begin_windows": False}},
     )
     identity = CacheIdentity.of("t", "abc", "float32", corpus, document_mask=True)
     write_cache(

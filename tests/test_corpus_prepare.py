@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from capgap.corpus import tokens, write
+from capgap.corpus.marks import Marks
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.tokenizer import decode_bytes, encode_bytes, train_tokenizer
 from capgap.corpus.tokens import Corpus, TokenWindows, check_epochs, load_corpus
@@ -60,7 +61,7 @@ def train_text(corpus: Corpus) -> list[bytes]:
             for shard in corpus.manifest["train"]["shards"]
         ]
     )
-    ends = np.flatnonzero(ids == corpus.end_of_document)
+    ends = np.flatnonzero(ids == corpus.marks.end)
     assert ends[0] == 0
     return [
         decode_bytes(corpus.tokenizer, ids[start + 1 : end])
@@ -91,7 +92,7 @@ def test_heldout_documents_have_context_and_exact_bytes(source: Path, tmp_path: 
         assert document.tokens.dtype == np.int64
         text = decode_bytes(corpus.tokenizer, document.tokens)
         assert len(text) == document.num_bytes
-        end = corpus.end_of_document
+        end = corpus.marks.end
         assert document.tokens.tolist() == [end, *encode_bytes(corpus.tokenizer, text), end]
 
 
@@ -485,5 +486,7 @@ def test_window_must_fit(source: Path, tmp_path: Path) -> None:
 
 def test_no_windows_in_an_almost_empty_stream(tmp_path: Path) -> None:
     np.arange(16, dtype="<u2").tofile(tmp_path / "a.bin")
-    assert len(TokenWindows([tmp_path / "a.bin"], np.dtype("<u2"), 16)) == 0
-    assert len(TokenWindows([tmp_path / "a.bin"], np.dtype("<u2"), 15)) == 1
+    marks = Marks(0, 0, begin_windows=False)
+    for window, number in ((16, 0), (15, 1)):
+        windows = TokenWindows([tmp_path / "a.bin"], np.dtype("<u2"), window, marks)
+        assert len(windows) == number

@@ -230,7 +230,7 @@ def test_scores_and_cuts_are_those_of_a_cpu(small_corpus):
 
 def test_the_held_out_loss_is_that_of_transformers(small_corpus):
     model = model_of(20_000).to(DEVICE).eval()
-    documents = heldout_set(small_corpus.heldout_documents(), 16, 300)
+    documents = heldout_set(small_corpus.heldout_documents(), small_corpus.marks, 16, 300)
     found = evaluate_heldout(Parts(model), documents)
     with torch.no_grad():
         logits = model(documents.inputs.to(DEVICE)).logits.double()

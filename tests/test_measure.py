@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from capgap.corpus.excerpt import excerpt
+from capgap.corpus.marks import Marks
 from capgap.corpus.tokenizer import TokenCodec, train_tokenizer
 from capgap.corpus.tokens import Corpus, HeldoutDocument
 from capgap.distill.head import HeadInput
@@ -24,6 +25,7 @@ from conftest import made_up_text
 
 WINDOW = 8
 WORDS = 50
+BEGUN = Marks(1, 1, begin_windows=True)
 
 
 def model_of(architecture="llama", *, size=8000, words=WORDS, positions=64, seed=0, tied=True):
@@ -71,7 +73,7 @@ def test_loss_entropy_and_confidence_are_those_of_transformers_logits(architectu
     in_double(monkeypatch)
     model = model_of(architecture, words=WORDS + 3).double().eval()
     documents = documents_of([1, 7, 8, 9, 30])
-    found = measure_model(Parts(model), documents, window=WINDOW, vocabulary=WORDS)
+    found = measure_model(Parts(model), documents, BEGUN, window=WINDOW, vocabulary=WORDS)
     sure, hits = [], []
     for place, (tokens, _) in enumerate(documents):
         loss = entropy = 0.0
@@ -104,7 +106,9 @@ def test_chunks_change_nothing():
 
 
 def test_a_model_that_knows_nothing_has_the_entropy_of_its_words():
-    found = measure_model(Parts(uniform(model_of(tied=False))), documents_of([20, 30]), window=16)
+    found = measure_model(
+        Parts(uniform(model_of(tied=False))), documents_of([20, 30]), BEGUN, window=16
+    )
     assert found.entropy == pytest.approx(math.log(WORDS), rel=1e-6)
     assert found.nats_per_token == pytest.approx(math.log(WORDS), rel=1e-6)
     assert found.overconfidence == pytest.approx(0, abs=1e-5)
@@ -112,7 +116,7 @@ def test_a_model_that_knows_nothing_has_the_entropy_of_its_words():
 
 def test_a_model_in_training_stays_so():
     model = model_of().train()
-    measure_model(Parts(model), documents_of([5]), window=8)
+    measure_model(Parts(model), documents_of([5]), BEGUN, window=8)
     assert model.training
 
 
@@ -155,15 +159,17 @@ def test_differences_are_paired_by_document():
 
 
 def test_a_sample_is_what_a_corpus_of_the_same_text_holds_out(text_file, small_corpus: Corpus):
-    texts = excerpt(str(text_file), 5000)
-    assert texts == excerpt(str(text_file), 5000)
+    assert excerpt(str(text_file), 5000) == excerpt(str(text_file), 5000)
+    texts = [text for text, _ in excerpt(str(text_file), 5000)]
     assert 4000 < sum(map(len, texts)) <= 5000
     codec = TokenCodec(small_corpus.tokenizer)
     heldout = [codec.decode(one.tokens[1:]) for one in small_corpus.heldout_documents()]
     for text, held in zip(texts, heldout, strict=False):
         assert text.startswith(held) or held.startswith(text)
     prepared = excerpt(str(small_corpus.directory), 10**9)
-    assert prepared == heldout
+    assert [text for text, _ in prepared] == heldout
+    whole = [entry["whole"] for entry in small_corpus.manifest["heldout"]["evaluated"]]
+    assert [one.whole for one in prepared] == whole
 
 
 def test_a_sample_takes_many_documents_and_only_their_beginnings(tmp_path):
@@ -171,15 +177,15 @@ def test_a_sample_takes_many_documents_and_only_their_beginnings(tmp_path):
         (tmp_path / f"{place}.txt").write_bytes(b"%d " % place * 20_000)
     texts = excerpt(str(tmp_path), 40_000)
     assert len(texts) == 10
-    assert all(3900 < len(text) <= 4096 for text in texts)
+    assert all(3900 < len(text) <= 4096 and not whole for text, whole in texts)
     everything = excerpt(str(tmp_path), 10**8)
     assert len(everything) == 30
-    assert min(map(len, everything)) >= 40_000
+    assert all(len(text) >= 40_000 and whole for text, whole in everything)
 
 
 def test_a_sample_is_valid_text(tmp_path):
     (tmp_path / "odd.txt").write_bytes(b"caf\xc3\xa9 \xff\xfe done")
-    assert excerpt(str(tmp_path), 100) == ["café  done".encode()]
+    assert excerpt(str(tmp_path), 100) == [("café  done".encode(), True)]
     (tmp_path / "odd.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match="holds no text"):
         excerpt(str(tmp_path), 100)
@@ -218,9 +224,10 @@ def test_two_tokenizers_read_the_same_bytes(models, text_file):
     found = run_measure(MeasureRequest(str(text_file), 3000), pair)
     of_bytes, of_pieces = found.models["bytes"], found.models["pieces"]
     assert of_bytes.document_bytes == of_pieces.document_bytes
-    # one token a byte, so that knowing nothing costs as much a byte as a token
-    assert of_bytes.tokens == of_bytes.bytes
-    assert of_bytes.nats_per_byte == pytest.approx(math.log(257), rel=1e-6)
+    # one token a byte and one for the end of a whole document; knowing nothing costs all the same
+    whole = sum(one.whole for one in excerpt(str(text_file), 3000))
+    assert of_bytes.tokens == of_bytes.bytes + whole
+    assert of_bytes.nats_per_token == pytest.approx(math.log(257), rel=1e-6)
     ratio = of_pieces.tokens / of_pieces.bytes
     assert ratio < 0.6
     assert of_pieces.nats_per_byte == pytest.approx(math.log(300) * ratio, rel=1e-6)
@@ -232,24 +239,6 @@ def test_all_read_in_the_shortest_context(models, text_file):
     found = run_measure(MeasureRequest(str(text_file), 1000), models)
     assert found.window == 32
     assert list(found.models) == list(models)
-
-
-def test_a_document_begins_with_the_token_that_the_model_began_with(models, text_file, tmp_path):
-    """Gemma and Llama begin texts with another token than they end them with."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(models["small"])
-    tokenizer.bos_token = "a"
-    tokenizer.save_pretrained(tmp_path / "tokens")
-    texts = excerpt(str(text_file), 1000)
-    from capgap.models.build import load_model
-    from capgap.stages.measure import Reader
-
-    for source, begin in ((models["small"], "<|endoftext|>"), (str(tmp_path / "other"), "a")):
-        if begin == "a":
-            save_model(load_model(models["small"]), tmp_path / "other", tokenizer)
-        documents, _ = Reader.of(source).documents(texts)
-        assert {int(one.tokens[0]) for one in documents} == {tokenizer.get_vocab()[begin]}
 
 
 def test_a_tokenizer_that_loses_text_is_counted(bytewise, tmp_path, text_file):

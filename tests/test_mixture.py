@@ -231,7 +231,7 @@ def test_a_new_model_and_an_old_one_learn_without_a_teacher(
         assert one["heldout"]["loss"] < found["before"][name]["loss"] - 0.5
         assert one["folder"] == str(tmp_path / "run/models" / name)
     new = load_model(tmp_path / "run/models/gpt_neox-11k")
-    assert new.config.eos_token_id == small_corpus.end_of_document
+    assert new.config.eos_token_id == small_corpus.marks.end
     # a new model has the whole rate, one that goes on the half of it
     assert found["after"]["gpt_neox-11k"]["learning_rate"] > (
         1.5 * found["after"]["small"]["learning_rate"]

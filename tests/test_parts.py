@@ -11,7 +11,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from capgap.corpus.batches import document_positions
+from capgap.corpus.marks import Marks
 from capgap.distill.head import HeadInput
 from capgap.distill.losses import column_loss
 from capgap.models.build import Parts, build_model
@@ -116,7 +116,7 @@ def test_documents_of_a_packed_row_do_not_see_each_other(kind, attention):
         model.set_attn_implementation(attention)
     parts = Parts(model.eval())
     rows = torch.tensor([[token for document in row for token in document] for row in DOCUMENTS])
-    positions = torch.from_numpy(document_positions(rows.numpy(), end_of_document=0))
+    positions = torch.from_numpy(Marks(0, 0, begin_windows=False).positions(rows.numpy()))
     with torch.no_grad():
         packed = parts(rows, positions)
         alone = [

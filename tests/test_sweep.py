@@ -121,7 +121,9 @@ def test_student_loads_in_plain_transformers_and_is_the_recorded_one(finished):
     tokenizer = AutoTokenizer.from_pretrained(out / "student")
     assert tokenizer.decode(tokenizer.encode("Kaba  lo\n")) == "Kaba  lo\n"
     corpus = load_corpus(out / "corpus", window=16)
-    loss = evaluate_heldout(Parts(model), heldout_set(corpus.heldout_documents(), 16)).loss
+    loss = evaluate_heldout(
+        Parts(model), heldout_set(corpus.heldout_documents(), corpus.marks, 16)
+    ).loss
     record = next(one for one in read_records(out) if one.id == printed["best"])
     assert loss == pytest.approx(record.heldout.loss, rel=1e-5)
     assert printed["best"] in (out / "student" / "README.md").read_text()

@@ -378,9 +378,8 @@ def test_numbers_that_are_read_a_step_late_say_the_same(small_corpus, tmp_path, 
 def test_a_document_mask_holds_for_teacher_and_student_in_every_micro_batch(small_corpus):
     # the commonest token ends a document, so that every window holds several
     tokens = small_corpus.train.windows_at(range(100))
-    manifest = small_corpus.manifest | {
-        "end_of_document": int(np.bincount(tokens.ravel()).argmax())
-    }
+    end = int(np.bincount(tokens.ravel()).argmax())
+    manifest = small_corpus.manifest | {"marks": {"begin": end, "end": end, "begin_windows": False}}
     corpus = dataclasses.replace(small_corpus, manifest=manifest)
 
     def trained(**settings):

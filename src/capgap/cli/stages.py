@@ -44,6 +44,12 @@ def corpus(
         str, typer.Option(help="Line that ends a document in a text file.")
     ] = "<|endoftext|>",
     heldout_source: Annotated[str | None, typer.Option(help="Text to hold out.")] = None,
+    begin_windows: Annotated[
+        bool,
+        typer.Option(
+            "--begin-windows", help="Every window begins with the tokenizer's own first token."
+        ),
+    ] = False,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -63,6 +69,7 @@ def corpus(
         text_column=text_column,
         separator=separator,
         heldout_source=heldout_source,
+        begin_windows=begin_windows,
         progress=CorpusProgress(display.say),
     )
     found = {

@@ -30,6 +30,7 @@ class CorpusSection(Section):
     tokenizer: str | None = None
     vocabulary: Annotated[Count, Field(ge=257)] = 2048  # every byte and the end of a document
     window: Annotated[int, Field(ge=8)] = 128
+    begin_windows: bool = False
     max_bytes: Count | None = None
     heldout_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
     heldout_tokens: Count = 60_000

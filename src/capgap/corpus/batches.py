@@ -50,21 +50,6 @@ def walk(places: NDArray[np.int64], *, seed: int, num_windows: int) -> NDArray[n
     return indices
 
 
-def document_positions(inputs: NDArray[np.int64], end_of_document: int) -> NDArray[np.int64]:
-    """Places within their documents of the tokens of packed windows, int64 [num_windows, seq].
-
-    Counting begins anew at every end-of-document token, the context that the next document's
-    first token is predicted from, as in evaluation; a window's beginning counts as one too.
-
-    Args:
-        inputs: token ids, int64 [num_windows, seq].
-        end_of_document: the id after every document.
-    """
-    places = np.arange(inputs.shape[1])
-    starts = np.maximum.accumulate(np.where(inputs == end_of_document, places, 0), axis=1)
-    return places - starts
-
-
 def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:
     digest = hashlib.blake2b(f"batches {seed} {epoch}".encode(), digest_size=8 * ROUNDS)
     return np.frombuffer(digest.digest(), dtype="<u8").astype(np.uint64)

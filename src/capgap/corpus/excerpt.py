@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from capgap.corpus.sources import open_source
 from capgap.corpus.split import (
@@ -12,7 +13,7 @@ from capgap.corpus.split import (
     split_for,
 )
 from capgap.corpus.tokenizer import TokenCodec
-from capgap.corpus.tokens import load_corpus, read_manifest
+from capgap.corpus.tokens import MANIFEST, Corpus, load_corpus
 from capgap.corpus.write import SAMPLE_BYTES, cut_text, fair_limit
 from capgap.errors import UserError
 
@@ -22,19 +23,31 @@ READ_BYTES = 1 << 28
 DOCUMENT_BYTES = 4096
 
 
-def excerpt(source: str, num_bytes: int) -> list[bytes]:
+class Passage(NamedTuple):
+    """Text of one document from its beginning on; `whole` where it goes on to the end."""
+
+    text: bytes
+    whole: bool
+
+
+def excerpt(source: str, num_bytes: int) -> list[Passage]:
     """Beginnings of documents, about `num_bytes` in all, valid UTF-8.
 
     Those of the smallest digests come first: what `capgap corpus` holds out of the same text, and
     then what it trains on. Of a folder that it prepared, only the held-out documents are taken.
     UserError: nothing there, no text.
     """
-    valid = [text.decode("utf-8", "ignore").encode() for text in _documents(source, num_bytes)]
-    texts = _enough([text for text in valid if text.strip()], num_bytes)
-    if not texts:
+    valid = [
+        Passage(text.decode("utf-8", "ignore").encode(), whole)
+        for text, whole in _documents(source, num_bytes)
+    ]
+    passages = _enough([one for one in valid if one.text.strip()], num_bytes)
+    if not passages:
         raise UserError(f"{source!r} holds no text to measure on")
-    limit = fair_limit([len(text) for text in texts], num_bytes)
-    return [cut_text(text, limit) for text in texts]
+    limit = fair_limit([len(text) for text, _ in passages], num_bytes)
+    return [
+        Passage(cut_text(text, limit), whole and len(text) <= limit) for text, whole in passages
+    ]
 
 
 def training_sample(source: str, num_bytes: int) -> list[bytes]:
@@ -61,23 +74,36 @@ def training_sample(source: str, num_bytes: int) -> list[bytes]:
     return sample or [largest[1]]
 
 
-def _documents(source: str, num_bytes: int) -> list[bytes]:
+def heldout_passages(corpus: Corpus) -> list[Passage]:
+    """The text of a corpus's held-out documents, for models with other tokens or marks."""
+    codec = TokenCodec(corpus.tokenizer)
+    documents = zip(
+        corpus.heldout_documents(), corpus.manifest["heldout"]["evaluated"], strict=True
+    )
+    return [Passage(codec.decode(one.tokens[1:]), entry["whole"]) for one, entry in documents]
+
+
+def prepared(source: str) -> Corpus | None:
+    """What `capgap corpus` made, where the source is its folder."""
     folder = Path(source).expanduser()
-    if folder.is_dir() and read_manifest(folder) is not None:
-        corpus = load_corpus(folder, window=1)
-        codec = TokenCodec(corpus.tokenizer)
-        return [codec.decode(document.tokens[1:]) for document in corpus.heldout_documents()]
+    return load_corpus(folder, window=1) if (folder / MANIFEST).is_file() else None
+
+
+def _documents(source: str, num_bytes: int) -> list[Passage]:
+    corpus = prepared(source)
+    if corpus is not None:
+        return heldout_passages(corpus)
     kept = SmallestDigests(max_bytes=max(SAMPLE_BYTES, num_bytes))
     for digest, document in Reading().unique(open_source(source), max_bytes=READ_BYTES):
         kept.add(digest, document)
-    return [document for _, document in kept.documents()]
+    return [Passage(document, whole=True) for _, document in kept.documents()]
 
 
-def _enough(texts: Sequence[bytes], num_bytes: int) -> Sequence[bytes]:
+def _enough(passages: Sequence[Passage], num_bytes: int) -> Sequence[Passage]:
     """The first documents whose beginnings hold `num_bytes`, or all."""
     held = 0
-    for place, text in enumerate(texts, start=1):
+    for place, (text, _) in enumerate(passages, start=1):
         held += min(len(text), DOCUMENT_BYTES)
         if held >= num_bytes:
-            return texts[:place]
-    return texts
+            return passages[:place]
+    return passages

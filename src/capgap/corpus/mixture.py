@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from capgap.corpus.batches import batch_places, walk
+from capgap.corpus.marks import Marks
 from capgap.corpus.tokens import Corpus, HeldoutDocument, TokenWindows
 from capgap.errors import UserError
 
@@ -143,9 +144,9 @@ class Mixture:
         return self.sources[0].vocabulary
 
     @property
-    def end_of_document(self) -> int:
-        """Id of the token after every document."""
-        return self.sources[0].end_of_document
+    def marks(self) -> Marks:
+        """The tokens that the documents of all sources begin and end with."""
+        return self.sources[0].marks
 
     @property
     def windows(self) -> int:
@@ -237,6 +238,11 @@ def mix(sources: Sequence[Corpus], weights: Sequence[float]) -> Mixture:
                 f"the corpora {first.directory} and {other.directory} have different tokenizers "
                 f"({difference or 'they cut text differently'}): prepare both with one "
                 f"`--tokenizer {first.directory / 'tokenizer'}`"
+            )
+        if other.marks != first.marks:
+            raise UserError(
+                f"windows of {first.directory} and {other.directory} begin differently: prepare "
+                "both with --begin-windows, or both without"
             )
     counts = _whole_shares(weights)
     for source, count in zip(sources, counts, strict=True):

@@ -41,6 +41,7 @@ def prepare_corpus(
     heldout_tokens: int = 60_000,
     max_bytes: int | None = None,
     max_train_tokens: int | None = None,
+    begin_windows: bool = False,
     expected_hash: str | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
@@ -65,6 +66,8 @@ def prepare_corpus(
         heldout_tokens: upper limit of the tokens to evaluate on.
         max_bytes: take documents from the source until they are so many bytes.
         max_train_tokens: upper limit of training tokens.
+        begin_windows: whether every window begins with the token that the tokenizer itself puts
+            before a text; without such a token it changes nothing.
         expected_hash: the `corpus_hash` it must have; text that gives another is refused, and
             the corpus that lies there stays.
         progress: called with ("read" | "tokenize", bytes done, bytes in all or None).
@@ -89,6 +92,7 @@ def prepare_corpus(
         heldout_tokens=heldout_tokens,
         max_bytes=max_bytes,
         max_train_tokens=max_train_tokens,
+        begin_windows=begin_windows,
     )
     request = {
         "options": asdict(options),

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from capgap.corpus.hub import HUB_NAME, OWN_CODE, hub_revision, is_cached, looks_like_path
+from capgap.corpus.marks import Marks
 from capgap.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class TokenCodec:
 
     Attributes:
         is_byte_level: whether every byte string comes back.
-        end_of_document: id of the token that ends a document.
+        marks: the tokens that documents begin and end with.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
@@ -55,12 +56,12 @@ class TokenCodec:
         self._backend.encode_special_tokens = True
         self._token_bytes = _token_bytes(self._backend)
         self._byte_ids = _byte_ids(self._backend)
-        self.end_of_document = int(tokenizer.eos_token_id)
+        self.marks = Marks.of(tokenizer)
         self.is_byte_level = self._comes_back("a\n b  c\u00e9\u4e2d\U0001f600 it's 12\n\n x ")
         self._cuts_at_white_space = self.is_byte_level and _cuts_at_white_space(self._backend)
 
     def encode(self, data: bytes) -> NDArray[np.int64]:
-        """Token ids of the bytes, int64 [num_tokens]; no end-of-document token."""
+        """Token ids of the bytes, int64 [num_tokens]; without marks."""
         return self.encode_many([data])[0]
 
     def encode_many(self, documents: Sequence[bytes]) -> list[NDArray[np.int64]]:
@@ -227,18 +228,18 @@ def load_tokenizer(
         raise UserError(f"no tokenizer in {name}: {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {name} has no tokenizer.json; convert it to a fast one")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name} has no eos token to end a document with")
+    Marks.of(tokenizer)  # refuses one without an end of text
     return tokenizer
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """sha256 of what decides a text's token ids: vocabulary, merges, cutting, added tokens, eos."""
+    """sha256 of what decides a text's token ids: vocabulary, merges, cutting, specials, marks."""
     description = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Not the post-processor: saving and loading writes an empty one where there was none.
+    # Not the post-processor: saving and loading writes an empty one where there was none. What it
+    # puts first is among the marks.
     kept = {key: description[key] for key in ("model", "normalizer", "pre_tokenizer")}
     kept["added_tokens"] = [[t["id"], t["content"]] for t in description["added_tokens"]]
-    kept["end_of_document"] = tokenizer.eos_token_id
+    kept["marks"] = Marks.of(tokenizer).as_dict()
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

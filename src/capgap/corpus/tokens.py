@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from capgap.corpus.batches import batch_indices
+from capgap.corpus.marks import Marks
 from capgap.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 HELDOUT = "heldout.bin"
 TOKENIZER = "tokenizer"
-SCHEMA = 1
+SCHEMA = 2  # 1: documents began with the token that ends them, whatever the tokenizer
 SHARD_TOKENS = 1 << 26
 
 
@@ -78,11 +79,14 @@ class ShardWriter:
 class TokenWindows:
     """The training part as windows; neighbours share one token, the target of the first's end."""
 
-    def __init__(self, paths: Sequence[Path], dtype: np.dtype[Any], window: int) -> None:
+    def __init__(
+        self, paths: Sequence[Path], dtype: np.dtype[Any], window: int, marks: Marks
+    ) -> None:
         self._shards = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
         # Where every shard begins in the whole, and the end: int64 [num_shards + 1].
         self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
         self._window = window
+        self._marks = marks
         self.num_tokens = int(self._starts[-1])
 
     def __len__(self) -> int:
@@ -93,7 +97,7 @@ class TokenWindows:
         return self.windows_at([index])[0]
 
     def windows_at(self, indices: ArrayLike) -> NDArray[np.int64]:
-        """Windows by their number, int64 [num_indices, window + 1].
+        """Windows by their number, int64 [num_indices, window + 1], as a model reads them.
 
         Raises:
             IndexError: a number below 0 or not below the number of windows.
@@ -103,20 +107,20 @@ class TokenWindows:
             raise IndexError(f"window {numbers.min()} to {numbers.max()} of {len(self)}")
         places = numbers[:, None] * self._window + np.arange(self._window + 1)
         if len(self._shards) == 1:
-            return self._shards[0][places].astype(np.int64)
+            return self._marks.begun(self._shards[0][places].astype(np.int64))
         shard_of = np.searchsorted(self._starts, places, side="right") - 1
         tokens = np.empty(places.shape, dtype=np.int64)
         for shard in np.unique(shard_of):
             here = shard_of == shard
             tokens[here] = self._shards[shard][places[here] - self._starts[shard]]
-        return tokens
+        return self._marks.begun(tokens)
 
 
 class HeldoutDocument(NamedTuple):
     """A document for evaluation.
 
     Attributes:
-        tokens: int64 [num_tokens + 1]; the first is the end-of-document token, context only.
+        tokens: int64 [num_tokens + 1]; the first is the mark that begins it, context only.
         num_bytes: bytes of text that tokens[1:] stand for.
     """
 
@@ -149,7 +153,7 @@ class Corpus:
     def train(self) -> TokenWindows:
         """The training part."""
         paths = [self.directory / shard["name"] for shard in self.manifest["train"]["shards"]]
-        return TokenWindows(paths, self._dtype, self.window)
+        return TokenWindows(paths, self._dtype, self.window, self.marks)
 
     @property
     def train_tokens(self) -> int:
@@ -167,9 +171,13 @@ class Corpus:
         return int(self.manifest["vocabulary"])
 
     @property
-    def end_of_document(self) -> int:
-        """Id of the token after every document."""
-        return int(self.manifest["end_of_document"])
+    def marks(self) -> Marks:
+        """The tokens that its documents begin and end with."""
+        return Marks(**self.manifest["marks"])
+
+    def marks_for(self, tokenizer: "PreTrainedTokenizerFast") -> Marks:
+        """For the same text in another tokenizer's tokens."""
+        return Marks.of(tokenizer, begin_windows=self.manifest["options"]["begin_windows"])
 
     @property
     def token_hash(self) -> str:
@@ -214,7 +222,7 @@ class Corpus:
         """The documents for evaluation, never trained on, in a fixed order."""
         tokens = np.fromfile(self.directory / HELDOUT, dtype=self._dtype).astype(np.int64)
         entries = self.manifest["heldout"]["evaluated"]
-        # One more than the counted tokens each: the leading end-of-document token.
+        # One more than the counted tokens each: the mark that begins it.
         ends = np.cumsum([entry["tokens"] + 1 for entry in entries])
         parts = np.split(tokens, ends[:-1])
         return [
@@ -236,7 +244,14 @@ def load_corpus(directory: Path | str, *, window: int) -> Corpus:
     directory = Path(directory)
     manifest = read_manifest(directory)
     if manifest is None:
-        raise UserError(f"{directory} holds no prepared corpus of this version (no {MANIFEST})")
+        made = (directory / MANIFEST).is_file()
+        raise UserError(
+            f"{directory} was prepared by a version whose documents did not begin as the model's "
+            "own texts do: run `capgap corpus` again with this --out, and then whatever was made "
+            "of it (caches, scores, sweeps)"
+            if made
+            else f"{directory} holds no prepared corpus (no {MANIFEST})"
+        )
     problem = damage(directory, manifest)
     if problem is not None:
         raise UserError(f"the corpus in {directory} is damaged: {problem}; prepare it again")

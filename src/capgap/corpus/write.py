@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from capgap.corpus.marks import Marks
 from capgap.corpus.sources import Source
 from capgap.corpus.split import DIGESTS, Reading, SmallestDigests, Split, split_for
 from capgap.corpus.tokenizer import (
@@ -53,6 +54,7 @@ class Options:
     heldout_tokens: int
     max_bytes: int | None
     max_train_tokens: int | None
+    begin_windows: bool
 
 
 @dataclass
@@ -129,6 +131,7 @@ def write_corpus(
         tokenizer = _train(scan, split, options)
     tokenizer.save_pretrained(str(directory / TOKENIZER))
     codec = TokenCodec(tokenizer)
+    marks = Marks.of(tokenizer, begin_windows=options.begin_windows)
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     dtype = token_dtype(vocabulary)
 
@@ -147,13 +150,13 @@ def write_corpus(
 
     identity = tokenizer_hash(tokenizer)
     heldout_hash = hashlib.sha256(heldout_data).hexdigest()
-    content = f"{identity} {train_hash} {heldout_hash}"
+    content = f"{identity} {marks} {train_hash} {heldout_hash}"
     manifest = {
         "schema": SCHEMA,
         "corpus_hash": hashlib.sha256(content.encode()).hexdigest(),
         "tokenizer_hash": identity,
         "vocabulary": vocabulary,
-        "end_of_document": codec.end_of_document,
+        "marks": marks.as_dict(),
         "dtype": dtype.str,
         "invalid_bytes_kept": codec.is_byte_level,
         "documents": {
@@ -255,9 +258,10 @@ def _write_train(
     counts: Counts,
     progress: Progress,
 ) -> None:
-    """Second pass: write every training document, its end, and one end before the first."""
-    end = np.array([codec.end_of_document], dtype=np.int64)
-    writer.append(end)
+    """Second pass: write every training document and what parts it from the next; the first one
+    begins like the others."""
+    between = codec.marks.between
+    writer.append(between[-1:])
     limit = options.max_train_tokens
     reading = Reading()
     for batch in _batches(reading.unique(source, max_bytes=options.max_bytes)):
@@ -275,7 +279,7 @@ def _write_train(
             room = len(ids) + 1 if limit is None else limit - writer.num_tokens
             if len(ids) < room:
                 counts.train.add(text)
-                writer.append(np.concatenate([ids, end]))
+                writer.append(np.concatenate([ids, between])[: limit and limit - writer.num_tokens])
                 continue
             cut, ids = fit_tokens(codec, text, room)
             counts.unused.add(text[len(cut) :])
@@ -308,7 +312,7 @@ def _evaluated(
     """What the manifest says of the evaluated documents, and their tokens in a row.
 
     Every document gets the same limit, the largest that keeps to `heldout_tokens` in all. A whole
-    document ends with its end-of-document token; one that is cut does not.
+    document ends with the mark of its end; one that is cut does not.
     """
     candidates = _enough(codec, candidates, heldout_tokens)
     # A first cut by bytes saves encoding what a second cut by tokens would drop.
@@ -318,18 +322,21 @@ def _evaluated(
     texts = [cut_text(document, byte_limit) for _, document in candidates]
     encoded = codec.encode_many(texts)
     limit = fair_limit([len(ids) + 1 for ids in encoded], heldout_tokens)
-    end = np.array([codec.end_of_document], dtype=np.int64)
     entries, parts = [], []
     for (digest, document), text, ids in zip(candidates, texts, encoded, strict=True):
         whole = len(text) == len(document) and len(ids) < limit
-        if whole:
-            ids = np.concatenate([ids, end])
-        else:
+        if not whole:
             text, ids = fit_tokens(codec, text, limit)
+        tokens = codec.marks.document(ids, whole=whole)
         entries.append(
-            {"digest": f"{digest:032x}", "tokens": len(ids), "bytes": len(text), "whole": whole}
+            {
+                "digest": f"{digest:032x}",
+                "tokens": len(tokens) - 1,
+                "bytes": len(text),
+                "whole": whole,
+            }
         )
-        parts += [end, ids]
+        parts.append(tokens)
     return entries, np.concatenate(parts)
 
 

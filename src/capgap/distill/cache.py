@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capgap.corpus.batches import document_positions
 from capgap.corpus.mixture import TrainingText
 from capgap.distill.cache_format import CacheFormat
 from capgap.distill.cache_size import CHECKSUM_BYTES
@@ -31,7 +30,7 @@ from capgap.errors import UserError
 from capgap.scrub import scrub
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2  # 1: of corpora of that schema
 SHARD_BYTES = 1 << 25
 
 
@@ -183,8 +182,7 @@ def write_cache(
             windows = corpus.train.windows_at(numbers[rows])
             positions = None
             if writer.identity.document_mask:
-                found = document_positions(windows[:, :-1], corpus.end_of_document)
-                positions = torch.from_numpy(found)
+                positions = torch.from_numpy(corpus.marks.positions(windows[:, :-1]))
             batch = Batch(torch.from_numpy(windows), positions).to(device)
             with torch.no_grad():
                 signal = teacher.signal(batch, corpus.vocabulary)
@@ -314,7 +312,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error}") from None
     schema = manifest.get("schema")
     if "teacher_hash" not in manifest or schema != SCHEMA:
-        raise UserError(f"{folder} holds no teacher cache of version {SCHEMA} (found {schema})")
+        raise UserError(
+            f"{folder} holds no teacher cache of version {SCHEMA} (found {schema}): prepare the "
+            "corpus again and run `capgap cache` with another --out"
+        )
     return dict(manifest)
 
 

@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
+from capgap.corpus.marks import Marks
 from capgap.evaluate.bars import quiet_harness
 from capgap.evaluate.code_runner import CodeLimits, code_layers, run_program
 from capgap.evaluate.local_data import LocalSet
@@ -47,7 +48,11 @@ class CountingModel(HFLM):
         self.cut: set[tuple[str, int]] = set()
         self._asked: Sequence[Any] = ()
         super().__init__(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            softmax_dtype="float32",
+            prefix_token_id=Marks.of(tokenizer).begin,
         )
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from capgap.corpus.marks import Marks
 from capgap.corpus.tokens import HeldoutDocument
 from capgap.distill.head import IGNORED_LABEL, HeadInput, token_losses
 from capgap.evaluate.measured import ratio_standard_error
@@ -152,13 +153,12 @@ class HeldoutSet:
 
 
 def heldout_set(
-    documents: Sequence[HeldoutDocument], window: int, vocabulary: int | None = None
+    documents: Sequence[HeldoutDocument], marks: Marks, window: int, vocabulary: int | None = None
 ) -> HeldoutSet:
-    """Rows of the documents in order; a row's context begins with its first input token."""
+    """Rows of the documents in order, each from the context that `marks` give it."""
     inputs, targets, owners = [], [], []
     for index, (tokens, _) in enumerate(documents):
-        for start in range(0, len(tokens) - 1, window):
-            piece = tokens[start : start + window + 1].astype(np.int64)
+        for piece in marks.rows(tokens, window):
             row_input = np.zeros(window, np.int64)
             row_target = np.full(window, IGNORED_LABEL, np.int64)
             row_input[: len(piece) - 1] = piece[:-1]

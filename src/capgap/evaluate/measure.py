@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from capgap.corpus.marks import Marks
 from capgap.corpus.tokens import HeldoutDocument
 from capgap.distill.chunking import chunk_rows
 from capgap.distill.head import IGNORED_LABEL, HeadInput, chunks, likeliest, softmax_
@@ -56,16 +57,15 @@ def token_statistics(
 def measure_model(
     parts: Parts,
     documents: Sequence[HeldoutDocument],
+    marks: Marks,
     *,
     window: int,
     vocabulary: int | None = None,
     changed_documents: int = 0,
     on_batch: Callable[[int, int], None] = lambda done, rows: None,
 ) -> Measured:
-    """Reads the documents in rows of at most `window` tokens and predicts every token once.
-
-    Every row begins with its document's first token, which is context alone: some models are lost
-    without the token that they always began with. Of a model's words the first `vocabulary` count,
+    """Reads the documents in rows of at most `window` tokens and predicts every token once, each
+    row from the context that `marks` give it. Of a model's words the first `vocabulary` count,
     as when it teaches. `on_batch` is told the rows that are done and how many there are.
     FloatingPointError where a loss is not finite.
     """
@@ -73,7 +73,7 @@ def measure_model(
     parts.eval()
     began = time.monotonic()
     device = parts.head.weight.device
-    rows = _rows(documents, window)
+    rows = _rows(documents, marks, window)
     losses, entropies = np.zeros(len(documents)), np.zeros(len(documents))
     confidence: list[NDArray[np.float64]] = []
     correct: list[NDArray[np.bool_]] = []
@@ -114,13 +114,13 @@ class _Row:
     targets: NDArray[np.int64]
 
 
-def _rows(documents: Sequence[HeldoutDocument], window: int) -> list[_Row]:
+def _rows(documents: Sequence[HeldoutDocument], marks: Marks, window: int) -> list[_Row]:
     """The longest first: they need the most memory, and rows of a length waste none on padding."""
-    rows = []
-    for index, (tokens, _) in enumerate(documents):
-        for start in range(1, len(tokens), window):
-            targets = tokens[start : start + window]
-            rows.append(_Row(index, np.r_[tokens[0], targets[:-1]], targets))
+    rows = [
+        _Row(index, piece[:-1], piece[1:])
+        for index, (tokens, _) in enumerate(documents)
+        for piece in marks.rows(tokens, window)
+    ]
     return sorted(rows, key=lambda row: -len(row.targets))
 
 

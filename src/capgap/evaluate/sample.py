@@ -1,8 +1,9 @@
 """Text from a model."""
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from capgap.corpus.marks import Marks
 from capgap.errors import UserError
 
 
@@ -16,7 +17,7 @@ def check_sampling(*, temperature: float, top_p: float, seed: int) -> None:
 
 def sample_text(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     prompt: str,
     *,
     max_new_tokens: int = 100,
@@ -36,8 +37,10 @@ def sample_text(
             f"cannot write {max_new_tokens} tokens: this model reads at most {positions}, "
             f"so ask for 1 to {positions - 1}"
         )
-    ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
-    ids = ids[-(positions - max_new_tokens) :]
+    marks = Marks.of(tokenizer)
+    room = positions - max_new_tokens - 1
+    asked = tokenizer.encode(prompt, add_special_tokens=False)[-room:] if room else []
+    ids = [marks.begin, *asked]
     inputs = torch.tensor([ids], device=model.device)
     sampling: dict[str, bool | int | float] = {"do_sample": False}
     if temperature > 0:
@@ -49,8 +52,12 @@ def sample_text(
             inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted({marks.end, int(tokenizer.eos_token_id)}),
+            pad_token_id=marks.end,
             **sampling,
         )
-    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    # decoded with the prompt: alone, tokenizers of Llama's kind leave out a first space
+    before, after = (
+        tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids, output[0])
+    )
+    return after[len(before) :]

@@ -273,7 +273,7 @@ class _Run:
         if "fertility" not in self.record:
             before = load_tokenizer(self.request.model)
             texts = {
-                name: excerpt(str(self.request.text(name)), MEASURED_BYTES)
+                name: [text for text, _ in excerpt(str(self.request.text(name)), MEASURED_BYTES)]
                 for name in self.request.sources
             }
             self._record(

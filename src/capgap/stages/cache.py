@@ -9,7 +9,7 @@ from typing import Any
 
 from capgap.corpus.mixture import Given
 from capgap.errors import UserError
-from capgap.stages.inputs import check_model, open_text
+from capgap.stages.inputs import check_model, open_text, warn_of_beginning
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def run_cache(
         document_mask=request.document_mask,
     )
     writer = CacheWriter(request.out, identity, kept)
+    warn_of_beginning(teacher.parts, corpus, request.teacher, say)
     began = said = time.monotonic()
 
     def on_batch(progress: CacheProgress) -> None:

@@ -18,6 +18,7 @@ from capgap.stages.inputs import (
     open_text,
     sources_read,
     text_identity,
+    warn_of_beginning,
     warn_of_epochs,
 )
 from capgap.stages.run_folder import begin_together
@@ -169,7 +170,9 @@ class _Run:
         self.device = device
         self.ranks = ranks
         self.record = record
-        self.heldout = heldout_set(corpus.heldout_documents(), corpus.window, corpus.vocabulary)
+        self.heldout = heldout_set(
+            corpus.heldout_documents(), corpus.marks, corpus.window, corpus.vocabulary
+        )
         self.teacher, self.teacher_parameters = None, 0
         if request.teacher is not None:
             found = _teacher(request, request.teacher, corpus, device, ranks)
@@ -188,10 +191,14 @@ class _Run:
         self.last_losses: dict[str, HeldoutLoss | MixedLoss] = {}
 
     def train(self, say: Callable[[str], None], should_stop: Callable[[], bool]) -> None:
+        from capgap.distill.teacher import OnlineTeacher
         from capgap.train.loop import train
 
         if self.teacher is not None:
             say(f"teacher: computes in {self.teacher.dtype}")
+        if isinstance(self.teacher, OnlineTeacher):
+            name = str(self.request.teacher)
+            warn_of_beginning(self.teacher.parts, self.corpus, name, say, self.ranks)
         if "before" not in self.record:
             self._record(before={one.id: self._evaluate(one).as_dict() for one in self.learners})
 

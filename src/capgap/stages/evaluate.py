@@ -253,23 +253,28 @@ def _heldout(
 ) -> dict[str, Any]:
     """A corpus's held-out loss, in rows of `window` tokens; the text is cut anew for a model with
     other tokens."""
-    from capgap.corpus.tokenizer import TokenCodec, tokenizer_hash
+    from capgap.corpus.excerpt import heldout_passages
+    from capgap.corpus.tokenizer import tokenizer_hash
+    from capgap.evaluate.beginning import better_beginning
     from capgap.evaluate.heldout import evaluate_heldout, heldout_set
     from capgap.models.build import Parts
     from capgap.models.stored import needs_own_code
 
-    documents = corpus.heldout_documents()
+    documents, marks = corpus.heldout_documents(), corpus.marks
     is_same = tokenizer_hash(reader.tokenizer) == corpus.token_hash
     if not is_same:
-        codec = TokenCodec(corpus.tokenizer)
-        documents, _ = reader.documents([codec.decode(one.tokens[1:]) for one in documents])
+        documents, _ = reader.documents(heldout_passages(corpus))
+        marks = corpus.marks_for(reader.tokenizer)
     say(f"heldout: {len(documents)} documents of {corpus.directory}")
     parts = Parts(model)
     if needs_own_code(model.config.to_dict()) and not _has_parts(
         parts, documents[0].tokens[:window]
     ):
         return {"missing": "the model's own code has no backbone and head that give its logits"}
-    found = evaluate_heldout(parts, heldout_set(documents, window, reader.words)).as_dict()
+    better = better_beginning(parts, documents, marks, reader.tokenizer, vocabulary=reader.words)
+    if better is not None:
+        say(better.warning(reader.source))
+    found = evaluate_heldout(parts, heldout_set(documents, marks, window, reader.words)).as_dict()
     kept = {key: value for key, value in found.items() if not key.startswith("document_")}
     return {
         **{key: value if _is_finite(value) else None for key, value in kept.items()},

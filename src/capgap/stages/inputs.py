@@ -12,6 +12,9 @@ from capgap.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from capgap.models.build import Parts
+    from capgap.models.parallel import Ranks
+
 
 def open_corpus(folder: Path, window: int) -> Corpus:
     """A prepared corpus; UserError tells how to make one."""
@@ -65,6 +68,29 @@ def warn_of_epochs(text: TrainingText, tokens: int, say: Callable[[str], None]) 
                 f"warning: {name} is read {epochs:.1f} times, more than {most:g}: more text or "
                 "fewer tokens would serve better"
             )
+
+
+def warn_of_beginning(
+    parts: "Parts",
+    corpus: TrainingText,
+    name: str,
+    say: Callable[[str], None],
+    ranks: "Ranks | None" = None,
+) -> None:
+    """Tells where a model reads the corpus much better with another beginning."""
+    from capgap.evaluate.beginning import better_beginning
+    from capgap.models.parallel import ALONE
+
+    found = better_beginning(
+        parts,
+        corpus.heldout_documents(),
+        corpus.marks,
+        corpus.tokenizer,
+        vocabulary=corpus.vocabulary,
+        ranks=ranks or ALONE,
+    )
+    if found is not None:
+        say(found.warning(name))
 
 
 def check_model(path_or_name: str, corpus: TrainingText) -> "PreTrainedConfig":

@@ -13,6 +13,8 @@ from capgap.stages.inputs import check_words
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from capgap.corpus.excerpt import Passage
+    from capgap.corpus.marks import Marks
     from capgap.corpus.tokens import HeldoutDocument
 
 # Tokens of a row, where all models can read so many
@@ -44,7 +46,8 @@ def run_measure(
     """
     import torch
 
-    from capgap.corpus.excerpt import excerpt
+    from capgap.corpus.excerpt import excerpt, prepared
+    from capgap.corpus.marks import Marks
     from capgap.machine import resolve_device
     from capgap.models.build import DTYPES
 
@@ -53,11 +56,16 @@ def run_measure(
     device = torch.device(resolve_device(request.device))
     readers = {name: Reader.of(source) for name, source in models.items()}
     window = min([WINDOW, *(one.positions for one in readers.values() if one.positions)])
+    corpus = prepared(request.corpus)
     texts = excerpt(request.corpus, request.num_bytes)
-    say(f"measure: {len(texts)} documents, {sum(map(len, texts)):,} bytes")
+    num_bytes = sum(len(text) for text, _ in texts)
+    say(f"measure: {len(texts)} documents, {num_bytes:,} bytes")
     found = {}
     for name, reader in readers.items():
-        found[name] = _measure(name, reader, texts, window, request.dtype, device, say)
+        marks = Marks.of if corpus is None else corpus.marks_for
+        found[name] = _measure(
+            name, reader, texts, marks(reader.tokenizer), window, request.dtype, device, say
+        )
         measured = found[name]
         say(f"measure: {name}: {measured.nats_per_byte:.4f} nats a byte, {measured.seconds:.0f} s")
     return Measurement(request.corpus, window, request.dtype, str(device), found)
@@ -88,35 +96,33 @@ class Reader:
         positions = getattr(config, "max_position_embeddings", None)
         return cls(source, tokenizer, words, positions)
 
-    def documents(self, texts: Sequence[bytes]) -> "tuple[list[HeldoutDocument], int]":
-        """The texts in its tokens, each behind the token that begins one; and how many of them the
-        tokens do not give back."""
-        import numpy as np
-
+    def documents(self, texts: "Sequence[Passage]") -> "tuple[list[HeldoutDocument], int]":
+        """The texts in its tokens, between its marks; and how many of them the tokens do not give
+        back."""
         from capgap.corpus.tokenizer import TokenCodec
         from capgap.corpus.tokens import HeldoutDocument
 
         codec = TokenCodec(self.tokenizer)
-        encoded = codec.encode_many(texts)
-        begin = self.tokenizer.bos_token_id
-        begin = codec.end_of_document if begin is None else begin
+        encoded = codec.encode_many([text for text, _ in texts])
         documents = [
-            HeldoutDocument(np.r_[begin, ids], len(text))
-            for ids, text in zip(encoded, texts, strict=True)
+            HeldoutDocument(codec.marks.document(ids, whole=whole), len(text))
+            for ids, (text, whole) in zip(encoded, texts, strict=True)
         ]
-        changed = sum(codec.decode(i) != text for i, text in zip(encoded, texts, strict=True))
+        changed = sum(codec.decode(i) != text for i, (text, _) in zip(encoded, texts, strict=True))
         return documents, changed
 
 
 def _measure(
     name: str,
     reader: Reader,
-    texts: Sequence[bytes],
+    texts: "Sequence[Passage]",
+    marks: "Marks",
     window: int,
     dtype: str,
     device: Any,
     say: Callable[[str], None],
 ) -> Measured:
+    from capgap.evaluate.beginning import better_beginning
     from capgap.evaluate.measure import measure_model
     from capgap.models.build import DTYPES, Parts, load_model
 
@@ -130,10 +136,15 @@ def _measure(
             said = time.monotonic()
             say(f"measure: {name}: {done} of {rows} rows")
 
+    parts = Parts(model)
+    better = better_beginning(parts, documents, marks, reader.tokenizer, vocabulary=reader.words)
+    if better is not None:
+        say(better.warning(name))
     try:
         return measure_model(
-            Parts(model),
+            parts,
             documents,
+            marks,
             window=window,
             vocabulary=reader.words,
             changed_documents=changed,

@@ -10,7 +10,7 @@ from capgap.corpus.mixture import Given
 from capgap.errors import UserError
 from capgap.prune.methods import Depth, Method, check_methods, reading_methods
 from capgap.scrub import scrub
-from capgap.stages.inputs import check_model, open_text, text_identity
+from capgap.stages.inputs import check_model, open_text, text_identity, warn_of_beginning
 
 if TYPE_CHECKING:
     from capgap.corpus.mixture import TrainingText
@@ -56,7 +56,7 @@ def run_score(
     import torch
 
     from capgap.machine import resolve_device
-    from capgap.models.build import DTYPES, checkpoint_activations, load_model
+    from capgap.models.build import DTYPES, Parts, checkpoint_activations, load_model
     from capgap.prune.importance import score
     from capgap.prune.scores import load_state, save_importance, save_state
     from capgap.train.loop import Interrupted
@@ -76,6 +76,8 @@ def run_score(
         return _told(request, found, 0.0)
     batches = _batches(request, corpus)
     model = load_model(request.teacher, dtype=DTYPES[request.dtype]).to(device)
+    if corpus is not None:
+        warn_of_beginning(Parts(model), corpus, request.teacher, say)
     if request.activation_checkpointing:
         checkpoint_activations(model)
     partial = request.out.with_name(f".{request.out.name}.partial")

@@ -67,6 +67,11 @@ def _refuse_other_recipe(out: Path, recipe: Recipe) -> None:
     found = _read_marker(marker)
     if found["recipe_hash"] == recipe.hash():
         return
+    if "begin_windows" not in found["recipe"].get("corpus", {}):
+        raise UserError(
+            f"{out} holds a sweep of a version whose texts did not begin as the teachers' own do: "
+            "choose another --out and run it again"
+        )
     if any(out.glob("records/*/record.json")) or any(out.glob("work/checkpoints/*")):
         raise UserError(
             f"{out} holds the sweep of another recipe ({found['recipe']['name']}, hash "

@@ -145,6 +145,8 @@ class Display:
     def ended(self, task: Teacher | Column, message: EndMessage) -> None:
         self.ledger.end(message.worker)
         if message.outcome == "done":
+            for warning in message.message.splitlines():
+                self.say(warning)
             self.say(f"done {describe(task)} in {clock_time(message.busy)}")
 
 

@@ -258,6 +258,7 @@ def _prepare(
         heldout_source=asked.heldout_source,
         heldout_fraction=asked.heldout_fraction,
         heldout_tokens=asked.heldout_tokens,
+        begin_windows=asked.begin_windows,
         max_bytes=asked.max_bytes,
         expected_hash=records[0].corpus_hash if records else None,
         progress=CorpusProgress(display.say),

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Task:
     clock: StageClock
     should_stop: Callable[[], bool]
     on_step: Callable[[Progress], None]
+    warnings: list[str] = field(default_factory=list)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -46,7 +47,9 @@ class Task:
     @cached_property
     def heldout(self) -> HeldoutSet:
         corpus = self.corpus
-        return heldout_set(corpus.heldout_documents(), corpus.window, corpus.vocabulary)
+        return heldout_set(
+            corpus.heldout_documents(), corpus.marks, corpus.window, corpus.vocabulary
+        )
 
     def settings(self, kind: str, seed: int) -> LoopSettings:
         recipe = self.context.recipe

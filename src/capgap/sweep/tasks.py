@@ -17,8 +17,9 @@ from capgap.distill.divergences import Divergence
 from capgap.errors import UserError
 from capgap.evaluate.heldout import HeldoutLoss
 from capgap.machine import machine, versions
-from capgap.models.build import build_model, load_model, save_model
+from capgap.models.build import Parts, build_model, load_model, save_model
 from capgap.records import AfterCut, read_record, record_from_dict, write_record
+from capgap.stages.inputs import warn_of_beginning
 from capgap.sweep.chain import assistant_run, cut_from, failed_assistant, make_assistant
 from capgap.sweep.context import Context
 from capgap.sweep.plan import Cell, Column, Teacher
@@ -34,6 +35,7 @@ def run_teacher(task: Task, teacher: Teacher) -> None:
     failure = None
     if teacher.source is not None:
         model = load_model(teacher.source).to(context.device)
+        warn_of_beginning(Parts(model), task.corpus, teacher.source, task.warnings.append)
     else:
         assert teacher.learning_rate is not None
         model = build_model(teacher.shape, seed=teacher.seed).to(context.device)

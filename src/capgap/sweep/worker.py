@@ -120,6 +120,7 @@ def _run(
             run_teacher(task, asked)
         else:
             run_column(task, asked)
+        message = "\n".join(task.warnings)
     except Interrupted:
         outcome = "stopped"
     except UserError as error:

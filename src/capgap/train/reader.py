@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from capgap.corpus.batches import document_positions
 from capgap.corpus.mixture import TrainingText
 from capgap.distill.head import IGNORED_LABEL
 from capgap.distill.teacher import Batch, TeacherSource
@@ -76,8 +75,7 @@ class BatchReader:
         windows = self.corpus.train.windows_at(mine)
         positions = labels = None
         if self.document_mask:
-            found = document_positions(windows[:, :-1], self.corpus.end_of_document)
-            positions = torch.from_numpy(found)
+            positions = torch.from_numpy(self.corpus.marks.positions(windows[:, :-1]))
         if self.ignored_labels:
             targets = windows[:, 1:]
             ignored = np.isin(targets, self.ignored_labels)

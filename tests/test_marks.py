@@ -1,0 +1,276 @@
+"""Texts begin and end as the model's own: in shards, windows, held-out text, losses and samples."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, processors
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from capgap.corpus.marks import Marks
+from capgap.corpus.prepare import prepare_corpus
+from capgap.corpus.tokenizer import TokenCodec, load_tokenizer, tokenizer_hash, train_tokenizer
+from capgap.corpus.tokens import HeldoutDocument, load_corpus
+from capgap.errors import UserError
+from capgap.evaluate import beginning
+from capgap.evaluate.beginning import better_beginning
+from capgap.evaluate.heldout import HeldoutLoss
+from capgap.evaluate.sample import sample_text
+from capgap.models.build import Parts, build_model, load_model, save_model
+from capgap.models.shape import ladder_shape
+from capgap.stages.evaluate import EvaluateRequest, run_evaluate
+from capgap.stages.measure import MeasureRequest, run_measure
+
+BEGIN, TURN = "<s>", "<|im_end|>"
+
+
+def beginning_with(name=BEGIN):
+    """Our own tokenizer, but that it puts a token of its own before a text, as Llama's does."""
+    tokenizer = train_tokenizer([b"kabalo fimu rasine toduge " * 50], 300)
+    tokenizer.add_special_tokens({"bos_token": name})
+    begin = tokenizer.convert_tokens_to_ids(name)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, begin)]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return beginning_with()
+
+
+@pytest.fixture(scope="module")
+def corpora(tokenizer, text_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpora")
+    return {
+        begun: prepare_corpus(
+            str(text_file),
+            folder / str(begun),
+            tokenizer=tokenizer,
+            window=16,
+            heldout_fraction=0.1,
+            begin_windows=begun,
+        )
+        for begun in (False, True)
+    }
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "model"
+    shape = ladder_shape("llama", 20_000, vocabulary=len(tokenizer), positions=64)
+    save_model(build_model(shape, seed=0), folder, tokenizer)
+    return folder
+
+
+def test_marks_are_what_the_tokenizer_itself_writes(tokenizer):
+    own = train_tokenizer([b"text"], 257)
+    assert Marks.of(own, begin_windows=True) == Marks(0, 0, begin_windows=False)
+    assert Marks.of(own).between.tolist() == [0]
+    marks = Marks.of(tokenizer, begin_windows=True)
+    assert marks == Marks(tokenizer.bos_token_id, 0, begin_windows=True)
+    assert marks.between.tolist() == [0, tokenizer.bos_token_id]
+    assert tokenizer_hash(tokenizer) != tokenizer_hash(own)
+    # known, but not put first
+    own.add_special_tokens({"bos_token": BEGIN})
+    assert Marks.of(own).begin == 0
+
+
+@pytest.mark.parametrize(
+    ("special", "eos", "end"),
+    [
+        ([TURN], TURN, "<|endoftext|>"),  # Qwen, SmolLM2 and Phi for conversations
+        (["<|eot_id|>", "<|end_of_text|>"], "<|eot_id|>", "<|endoftext|>"),
+        ([TURN], "<|endoftext|>", "<|endoftext|>"),
+        (["</s>"], "</s>", "</s>"),
+    ],
+)
+def test_a_text_ends_with_the_end_of_text_and_not_of_a_turn(special, eos, end):
+    tokenizer = train_tokenizer([b"text"], 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.eos_token = eos
+    assert Marks.of(tokenizer).end == tokenizer.convert_tokens_to_ids(end)
+
+
+def test_a_tokenizer_without_an_end_is_refused():
+    tokenizer = train_tokenizer([b"text"], 300)
+    tokenizer.eos_token = None
+    # our own still has its end of text by its name
+    assert Marks.of(tokenizer).end == 0
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
+    with pytest.raises(UserError, match="no eos token"):
+        Marks.of(tokenizer)
+
+
+def test_documents_lie_between_their_marks_in_shards_and_held_out_text(corpora, tokenizer):
+    corpus = corpora[False]
+    marks = corpus.marks
+    assert corpus.manifest["marks"] == {
+        "begin": tokenizer.bos_token_id,
+        "end": 0,
+        "begin_windows": False,
+    }
+    shard = corpus.manifest["train"]["shards"][0]["name"]
+    ids = np.fromfile(corpus.directory / shard, dtype=corpus.manifest["dtype"]).astype(np.int64)
+    assert ids[0] == marks.begin
+    ends = np.flatnonzero(ids == marks.end)
+    begins = np.flatnonzero(ids == marks.begin)
+    np.testing.assert_array_equal(begins[1:], ends[: len(begins) - 1] + 1)
+    codec = TokenCodec(tokenizer)
+    for document in corpus.heldout_documents():
+        text = codec.decode(document.tokens)
+        assert document.tokens.tolist() == [marks.begin, *codec.encode(text), marks.end]
+        # what transformers gives for the text, and the end
+        assert document.tokens.tolist() == [*tokenizer(text.decode())["input_ids"], marks.end]
+
+
+def test_windows_begin_anew_where_they_are_asked_to(corpora):
+    begin = corpora[True].marks.begin
+    plain, begun = (corpora[key].train.windows_at(range(50)) for key in (False, True))
+    np.testing.assert_array_equal(plain[:, 1:], begun[:, 1:])
+    is_cut = plain[:, 1] != begin
+    assert (begun[is_cut, 0] == begin).all()
+    assert not (begun[:, :-1] == begin)[:, :2].all(1).any()
+    assert corpora[True].corpus_hash != corpora[False].corpus_hash
+
+
+def test_a_window_whose_second_token_begins_a_document_has_one_first_token():
+    marks = Marks(9, 0, begin_windows=True)
+    windows = np.array([[5, 6, 7], [0, 9, 6], [9, 3, 0]])
+    assert marks.begun(windows).tolist() == [[9, 6, 7], [0, 9, 6], [9, 3, 0]]
+
+
+def test_positions_count_from_the_token_that_begins_a_document():
+    inputs = np.array([[4, 5, 0, 9, 6, 7], [9, 4, 0, 9, 0, 9]])
+    marks = Marks(9, 0, begin_windows=False)
+    assert marks.positions(inputs).tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 1, 0]]
+    marks = Marks(0, 0, begin_windows=False)
+    assert marks.positions(inputs).tolist() == [[0, 1, 0, 1, 2, 3], [0, 1, 0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_held_out_loss_is_that_of_plain_transformers_and_of_measure(corpora, model, begun):
+    """The same documents, a first token before each, an end behind; by three ways."""
+    corpus = corpora[begun]
+    window = 32
+    request = EvaluateRequest(
+        str(model), ("heldout",), corpora=(corpus.directory,), device="cpu", window=window
+    )
+    (found,) = run_evaluate(request)["heldout"].values()
+    plain = AutoModelForCausalLM.from_pretrained(model).eval()
+    tokenizer = load_tokenizer(model)
+    codec = TokenCodec(tokenizer)
+    total = tokens = 0.0
+    for document in corpus.heldout_documents():
+        text = codec.decode(document.tokens).decode()
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        for start in range(0, len(ids) - 1, window):
+            piece = torch.tensor(ids[start : start + window + 1])
+            if begun:
+                piece[0] = tokenizer.bos_token_id
+            with torch.no_grad():
+                logits = plain(input_ids=piece[None, :-1]).logits[0].double()
+            total += torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum").item()
+            tokens += len(piece) - 1
+    assert found["tokens"] == tokens
+    assert found["loss"] == pytest.approx(total / tokens, rel=1e-6)
+
+
+def test_measure_reads_what_evaluate_reads(corpora, model, monkeypatch):
+    from capgap.stages import measure
+
+    monkeypatch.setattr(measure, "WINDOW", 32)
+    for corpus in corpora.values():
+        request = EvaluateRequest(
+            str(model), ("heldout",), corpora=(corpus.directory,), device="cpu", window=32
+        )
+        (found,) = run_evaluate(request)["heldout"].values()
+        asked = MeasureRequest(str(corpus.directory), 10**9, device="cpu")
+        measured = run_measure(asked, {"it": str(model)}).models["it"]
+        assert measured.tokens == found["tokens"]
+        assert measured.nats_per_token == pytest.approx(found["loss"], rel=1e-6)
+
+
+def test_a_sample_begins_like_a_text_and_keeps_the_first_space(model, tokenizer, monkeypatch):
+    seen = {}
+    loaded = load_model(model).eval()
+    generate = loaded.generate
+
+    def watched(inputs, **options):
+        seen.update(options, inputs=inputs)
+        return generate(inputs, **options)
+
+    monkeypatch.setattr(loaded, "generate", watched)
+    sample_text(loaded, tokenizer, "kabalo", max_new_tokens=3, temperature=0)
+    assert seen["inputs"][0].tolist() == tokenizer("kabalo")["input_ids"]
+    assert seen["eos_token_id"] == [0]
+    sample_text(loaded, tokenizer, "kabalo " * 60, max_new_tokens=60, temperature=0)
+    assert seen["inputs"][0, 0] == tokenizer.bos_token_id
+    assert seen["inputs"].shape == (1, 4)
+
+
+def test_corpora_of_the_version_before_are_refused(corpora, tmp_path):
+    folder = corpora[False].directory
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"schema": 1}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="run `capgap corpus` again with this --out"):
+        load_corpus(tmp_path, window=16)
+
+
+class _Reading:
+    """Stands for a model's losses: by the token that a row begins with, and whether the document
+    began there."""
+
+    def __init__(self, monkeypatch, losses):
+        def evaluate(parts, rows, ranks):
+            found = [0.0] * len(rows.document_tokens)
+            for owner, inputs in zip(rows.document.tolist(), rows.inputs, strict=True):
+                found[owner] += losses.get(int(inputs[0]), losses[None])
+            counts = rows.document_tokens
+            return HeldoutLoss(
+                [one * count for one, count in zip(found, counts, strict=True)], counts, counts
+            )
+
+        monkeypatch.setattr(beginning, "evaluate_heldout", evaluate)
+
+
+def documents(begin):
+    return [HeldoutDocument(np.r_[begin, np.arange(50, 60 + i)], 30) for i in range(12)]
+
+
+def test_a_model_much_better_with_another_beginning_is_warned_of(monkeypatch):
+    own = train_tokenizer([b"text"], 257)
+    own.add_special_tokens({"bos_token": BEGIN})
+    marks = Marks.of(own)
+    parts = Parts(build_model(ladder_shape("llama", 8000, vocabulary=301, positions=64), seed=0))
+    _Reading(monkeypatch, {0: 3.0, own.bos_token_id: 2.5, None: 9.0})
+    found = better_beginning(parts, documents(0), marks, own)
+    assert found is not None
+    assert (found.instead_of, found.loss) == (pytest.approx(3.0), pytest.approx(2.5))
+    assert "documents begin with <s>" in found.warning("m")
+    _Reading(monkeypatch, {0: 2.5, own.bos_token_id: 2.5, None: 9.0})
+    assert better_beginning(parts, documents(0), marks, own) is None
+
+
+def test_windows_that_should_begin_anew_are_warned_of(monkeypatch, tokenizer):
+    parts = Parts(build_model(ladder_shape("llama", 8000, vocabulary=301, positions=64), seed=0))
+    marks = Marks.of(tokenizer)
+    _Reading(monkeypatch, {tokenizer.bos_token_id: 2.0, None: 3.0})
+    found = better_beginning(parts, documents(tokenizer.bos_token_id), marks, tokenizer)
+    assert found is not None
+    assert "with `--begin-windows`" in found.fix
+    assert (
+        better_beginning(
+            parts, documents(tokenizer.bos_token_id), replace(marks, begin_windows=True), tokenizer
+        )
+        is None
+    )
+    _Reading(monkeypatch, {tokenizer.bos_token_id: 3.0, 0: 3.0, None: 2.0})
+    found = better_beginning(
+        parts, documents(tokenizer.bos_token_id), replace(marks, begin_windows=True), tokenizer
+    )
+    assert found is not None
+    assert "without `--begin-windows`" in found.fix
