@@ -84,7 +84,8 @@ def distill(folder: str, kept: tuple[int, int] | None, alpha: float, seed: int) 
     from capgap.distill.cache import CachedTeacher
     from capgap.distill.teacher import OnlineTeacher, TeacherSource
     from capgap.evaluate.heldout import evaluate_heldout, heldout_set
-    from capgap.models.build import Parts, build_model, load_model
+    from capgap.models.build import build_model, load_model
+    from capgap.models.parts import Parts
     from capgap.models.shape import ladder_shape
     from capgap.train.learner import Learner
     from capgap.train.learning_rate import auto_learning_rate

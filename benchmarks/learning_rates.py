@@ -48,7 +48,8 @@ def measure(run: dict[str, Any], folder: str) -> dict[str, Any]:
 
     from capgap.corpus.tokens import load_corpus
     from capgap.evaluate.heldout import evaluate_heldout, heldout_set
-    from capgap.models.build import Parts, build_model, load_model
+    from capgap.models.build import build_model, load_model
+    from capgap.models.parts import Parts
     from capgap.models.shape import ladder_shape
     from capgap.prune.surgery import prune
     from capgap.train.learner import Learner

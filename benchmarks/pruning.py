@@ -86,7 +86,8 @@ def measure(family: str, seed: int, kind: str, keep: float, folder: Path) -> dic
     from capgap.corpus.tokens import load_corpus
     from capgap.distill.teacher import load_teacher
     from capgap.evaluate.heldout import evaluate_heldout, heldout_set
-    from capgap.models.build import Parts, load_model
+    from capgap.models.build import load_model
+    from capgap.models.parts import Parts
     from capgap.prune.importance import score
     from capgap.prune.surgery import choose, cut
     from capgap.train.learner import Learner

@@ -25,7 +25,8 @@ def measure(size: int, vocabulary: int, folder: str) -> dict[str, Any]:
 
     from capgap.corpus.tokens import load_corpus
     from capgap.evaluate.heldout import evaluate_heldout, heldout_set
-    from capgap.models.build import Parts, build_model
+    from capgap.models.build import build_model
+    from capgap.models.parts import Parts
     from capgap.models.shape import ladder_shape
     from capgap.sizes import training_flops
     from capgap.train.learner import Learner

@@ -17,8 +17,9 @@ from capgap.corpus.batches import batch_indices
 from capgap.corpus.tokens import Corpus, load_corpus
 from capgap.distill.teacher import OnlineTeacher
 from capgap.evaluate.heldout import evaluate_heldout, heldout_set
-from capgap.models.build import Parts, build_model
+from capgap.models.build import build_model
 from capgap.models.parallel import Ranks, joined, parallelize, whole_weights
+from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape
 from capgap.train.learner import Learner
 from capgap.train.loop import Interrupted, LoopSettings, train

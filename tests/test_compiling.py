@@ -10,9 +10,10 @@ import torch
 
 from capgap.distill.teacher import OnlineTeacher
 from capgap.errors import UserError
-from capgap.models.build import Parts, build_model
+from capgap.models.build import build_model
 from capgap.models.families import FAMILIES
 from capgap.models.parallel import ALONE
+from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape
 from capgap.train import compiling
 from capgap.train.learner import Learner

@@ -25,7 +25,8 @@ from capgap.distill.losses import column_loss
 from capgap.distill.teacher import OnlineTeacher
 from capgap.evaluate.heldout import evaluate_heldout, heldout_set
 from capgap.evaluate.sample import sample_text
-from capgap.models.build import Parts, build_model, load_model, save_model
+from capgap.models.build import build_model, load_model, save_model
+from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape
 from capgap.prune.importance import score
 from capgap.prune.surgery import cut

@@ -11,7 +11,8 @@ from capgap.corpus.marks import Marks
 from capgap.corpus.tokens import HeldoutDocument
 from capgap.evaluate.heldout import evaluate_heldout, heldout_set
 from capgap.evaluate.measured import ratio_standard_error
-from capgap.models.build import Parts, build_model
+from capgap.models.build import build_model
+from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape
 
 WINDOW = 8

@@ -9,7 +9,8 @@ from torch.nn import functional
 from capgap.distill.divergences import Divergence, DivergenceName
 from capgap.distill.head import IGNORED_LABEL, HeadInput, token_losses
 from capgap.distill.losses import column_loss
-from capgap.models.build import Parts, build_model
+from capgap.models.build import build_model
+from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape
 
 

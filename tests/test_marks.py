@@ -18,7 +18,8 @@ from capgap.evaluate import beginning
 from capgap.evaluate.beginning import better_beginning
 from capgap.evaluate.heldout import HeldoutLoss
 from capgap.evaluate.sample import sample_text
-from capgap.models.build import Parts, build_model, load_model, save_model
+from capgap.models.build import build_model, load_model, save_model
+from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape
 from capgap.stages.evaluate import EvaluateRequest, run_evaluate
 from capgap.stages.measure import MeasureRequest, run_measure

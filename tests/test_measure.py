@@ -18,10 +18,12 @@ from capgap.errors import UserError
 from capgap.evaluate.measure import measure_model, token_statistics
 from capgap.evaluate.measured import Measured, Measurement, calibration_error
 from capgap.law.recommend import Candidate, candidates_of, recommend
-from capgap.models.build import Parts, build_model, save_model
+from capgap.models.build import build_model, save_model
+from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape
 from capgap.stages.measure import MeasureRequest, run_measure
 from conftest import made_up_text
+from lively import in_double
 
 WINDOW = 8
 WORDS = 50
@@ -47,24 +49,6 @@ def uniform(model):
 
 
 # --- one model ----------------------------------------------------------------------------------
-
-
-def in_double(monkeypatch):
-    """Norms and attention of transformers round to single precision, whose sums depend, on some
-    processors, on how many rows are read at once."""
-
-    def wide(function):
-        def call(*arguments, **options):
-            given = [torch.float64 if one is torch.float32 else one for one in arguments]
-            if options.get("dtype") is torch.float32:
-                options["dtype"] = torch.float64
-            return function(*given, **options)
-
-        return call
-
-    monkeypatch.setattr(torch.Tensor, "to", wide(torch.Tensor.to))
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(torch.nn.functional, "softmax", wide(torch.nn.functional.softmax))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])

@@ -14,7 +14,8 @@ from transformers import (
 from capgap.corpus.marks import Marks
 from capgap.distill.head import HeadInput
 from capgap.distill.losses import column_loss
-from capgap.models.build import Parts, build_model
+from capgap.models.build import build_model
+from capgap.models.parts import Parts
 from capgap.models.shape import ARCHITECTURES, ladder_shape
 
 SIZES = {

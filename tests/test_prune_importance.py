@@ -3,10 +3,11 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from capgap.errors import UserError
+from capgap.models.families import FAMILIES
 from capgap.models.shape import Shape
 from capgap.prune.importance import loss_of, score
 from capgap.prune.masks import Masks, masked
-from lively import lively
+from lively import in_double, lively
 
 SHAPES = {
     "llama": Shape("llama", 24, 2, 4, 2, 6, 20, 31, 16, True),
@@ -14,7 +15,8 @@ SHAPES = {
     "gpt2": Shape("gpt2", 24, 2, 4, 4, 6, 20, 31, 16, True),
     **{
         name: Shape(name, 24, 2, 4, 2, 6, 20, 31, 16, True)
-        for name in ("mistral", "qwen2", "qwen3", "gemma2", "olmo2", "phi3")
+        for name in FAMILIES
+        if name not in ("llama", "gpt_neox", "gpt2")
     },
 }
 
@@ -58,7 +60,9 @@ def nothing_rounds(monkeypatch):
 
 @pytest.mark.usefixtures("nothing_rounds")
 @pytest.mark.parametrize("architecture", SHAPES)
-def test_importance_is_the_finite_difference_of_the_loss(architecture):
+def test_importance_is_the_finite_difference_of_the_loss(architecture, monkeypatch):
+    if architecture == "gemma3_text":
+        in_double(monkeypatch)  # its many norms round to single precision
     model, ids = lively(SHAPES[architecture], torch.float64), windows(0)
     importance = score(model, [ids], method="first_order")
 
@@ -78,9 +82,8 @@ def test_importance_is_the_finite_difference_of_the_loss(architecture):
             values = scores[row]
             entries = [(row, i) if scores.ndim == 2 else i for i in range(len(values))]
             slopes = torch.tensor([slope(part, entry) for entry in entries])
-            torch.testing.assert_close(
-                values, slopes / slopes.norm(), rtol=2e-3, atol=1e-4, msg=f"{part} {row}"
-            )
+            close = {"rtol": 2e-3, "atol": 1e-4, "check_dtype": False}
+            torch.testing.assert_close(values, slopes / slopes.norm(), **close, msg=f"{part} {row}")
 
 
 def test_importance_is_the_mean_of_absolute_values_over_batches():
@@ -130,6 +133,6 @@ def test_mistakes():
         score(model, [], method="first_order")
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="batch 0 is nan"):
+    with pytest.raises(UserError, match="batch 0 gives nan"):
         score(model, [windows(0)], method="first_order")
     assert all(weight.requires_grad for weight in model.parameters())

@@ -34,8 +34,16 @@ CASES = {
             ("gemma2", True),
             ("olmo2", False),
             ("phi3", False),
+            ("ministral3", False),
+            ("smollm3", True),
+            ("gemma3_text", True),
+            ("olmo3", False),
         )
     },
+    "granite": (
+        Shape("granite", 48, 4, 6, 3, 8, 40, 53, 24, True),
+        {"hidden": 32, "layers": 3, "heads": 4, "kv_heads": 2, "ffn": 27},
+    ),
     "gpt_neox": (
         Shape("gpt_neox", 32, 4, 4, 4, 8, 40, 53, 24, True),
         {"hidden": 24, "layers": 3, "heads": 3, "kv_heads": 3, "ffn": 27},
@@ -87,8 +95,8 @@ def masks_that_keep(importance, own, shape):
         (case, only)
         for case in CASES
         for only in ("all", "hidden", "heads", "ffn", "layers")
-        # gpt_neox and gpt2 have hidden = heads x head_size: cut together or not at all
-        if not case.startswith("gpt") or only not in ("hidden", "heads")
+        # where hidden = heads x head_size they are cut together or not at all
+        if CASES[case][0].family.free_width or only not in ("hidden", "heads")
     ],
 )
 def test_pruned_forward_is_the_masked_forward(case, only):

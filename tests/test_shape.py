@@ -19,6 +19,10 @@ QWEN2_HALF_B = Shape("qwen2", 896, 24, 14, 2, 64, 4864, 151936, 131072, True)
 QWEN3_0_6B = Shape("qwen3", 1024, 28, 16, 8, 128, 3072, 151936, 40960, True)
 GEMMA2_2B = Shape("gemma2", 2304, 26, 8, 4, 256, 9216, 256000, 8192, True)
 OLMO2_7B = Shape("olmo2", 4096, 32, 32, 32, 128, 11008, 100352, 4096, False)
+GEMMA3_270M = Shape("gemma3_text", 640, 18, 4, 1, 256, 2048, 262144, 32768, True)
+SMOLLM3 = Shape("smollm3", 2048, 36, 16, 4, 128, 11008, 128256, 65536, True)
+GRANITE_2B = Shape("granite", 2048, 40, 32, 8, 64, 8192, 49155, 131072, True)
+OLMO3_7B = Shape("olmo3", 4096, 32, 32, 32, 128, 11008, 100278, 65536, False)
 PHI3_MINI = Shape("phi3", 3072, 32, 32, 32, 96, 8192, 32064, 4096, False)
 
 
@@ -36,6 +40,10 @@ PHI3_MINI = Shape("phi3", 3072, 32, 32, 32, 96, 8192, 32064, 4096, False)
         (GEMMA2_2B, "total", 2_614_341_888),
         (OLMO2_7B, "total", 7_298_617_344),
         (PHI3_MINI, "total", 3_821_079_552),
+        (GEMMA3_270M, "total", 268_098_176),
+        (SMOLLM3, "total", 3_075_098_624),
+        (GRANITE_2B, "total", 2_533_531_648),
+        (OLMO3_7B, "total", 7_298_011_136),
     ],
 )
 def test_published_counts(shape, part, count):

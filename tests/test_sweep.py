@@ -114,7 +114,7 @@ def test_student_loads_in_plain_transformers_and_is_the_recorded_one(finished):
 
     from capgap.corpus.tokens import load_corpus
     from capgap.evaluate.heldout import evaluate_heldout, heldout_set
-    from capgap.models.build import Parts
+    from capgap.models.parts import Parts
 
     out, printed, _ = finished
     model = AutoModelForCausalLM.from_pretrained(out / "student")

@@ -20,7 +20,7 @@ from capgap.corpus.tokens import Corpus
 from capgap.distill.cache import CachedTeacher, CacheIdentity, CacheWriter, write_cache
 from capgap.distill.cache_format import CacheFormat
 from capgap.distill.teacher import OnlineTeacher, TeacherSource
-from capgap.models.build import Parts
+from capgap.models.parts import Parts
 from capgap.train import compiling
 from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, Progress, train

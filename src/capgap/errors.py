@@ -1,6 +1,10 @@
 """Errors a user can cause and mend."""
 
 import errno
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -11,6 +15,39 @@ class UserError(Exception):
     """
 
     rank: int | None = None
+
+
+@contextmanager
+def border(what: str) -> Iterator[None]:
+    """Around a call of another library with what the user gave: whatever that raises becomes one
+    line that begins with `what`, such as "cannot load the model m".
+
+    A full disk, too little memory and our own errors stay what they are.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    # what those libraries raise is no part of what they promise
+    except Exception as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(f"{what}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, or its type's name."""
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.endswith(":")]
+    return (told or lines or [type(error).__name__])[0]
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """One line on standard error, however often it is found out in this process."""
+    logging.getLogger("capgap").warning("warning: %s", line)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -233,8 +233,9 @@ def prune(
         typer.Option(help="hidden=3072,heads=24,ffn=8192,layers=24: some of these, or all."),
     ] = None,
     multiple: Annotated[
-        int, typer.Option(help="Hidden and FFN width are multiples of it; 64 or 128 for a GPU.")
-    ] = 8,
+        int | None,
+        typer.Option(help="Hidden and FFN width are multiples of it: 8, or 128 from 500M on."),
+    ] = None,
     prefer: Annotated[
         str | None,
         typer.Option(help="Of shapes of one size: axes (for --keep), ladder (else) or score."),

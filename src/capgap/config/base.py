@@ -25,7 +25,20 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 LearningRate = Literal["auto"] | Annotated[float, Field(gt=0)]
 Init = Literal["pruned", "fixed", "scratch", "chain"]
 Architecture = Literal[
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "phi3", "gpt_neox", "gpt2"
+    "llama",
+    "mistral",
+    "ministral3",
+    "smollm3",
+    "granite",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "gpt_neox",
+    "gpt2",
 ]
 
 

@@ -5,6 +5,7 @@ of white space, and BPE merges characters within them.
 """
 
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from capgap.corpus.hub import HUB_NAME, OWN_CODE, hub_revision, is_cached, looks_like_path
 from capgap.corpus.marks import Marks
-from capgap.errors import UserError
+from capgap.errors import UserError, border
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -214,22 +215,43 @@ def load_tokenizer(
             raise UserError(f"no such tokenizer folder: {name}")
         # Without a network the loader below would retry for most of a minute.
         hub_revision(name, kind="model")
-    try:
-        # said here, since transformers would ask the terminal whether to run what it finds
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, local_files_only=is_here, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
+    if Path(name).is_dir():
+        _check_files(Path(name))
+    with border(f"cannot read the tokenizer of {name}"):
+        try:
+            # said here, since transformers would ask the terminal whether to run what it finds
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, local_files_only=is_here, trust_remote_code=trust_remote_code
+            )
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
             raise UserError(
                 f"the tokenizer of {name} needs its own code (auto_map): save it as a fast "
                 f"tokenizer (tokenizer.json); {OWN_CODE}"
             ) from None
-        raise UserError(f"no tokenizer in {name}: {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {name} has no tokenizer.json; convert it to a fast one")
-    Marks.of(tokenizer)  # refuses one without an end of text
+    if len(tokenizer) < 2:
+        raise UserError(f"the tokenizer of {name} has no tokens: give the model's own")
+    with border(f"the tokenizer of {name} does not work"):
+        Marks.of(tokenizer)  # refuses one without an end of text
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """UserError where transformers would make up an empty tokenizer, or ask for another library
+    than the one that helps."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    pieces = sorted(folder.glob("*.model"))
+    if pieces and importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{pieces[0]} is a sentencepiece model and needs that library: pip install "
+            "sentencepiece protobuf, or save the tokenizer as tokenizer.json"
+        )
+    if not pieces and not any(folder.glob("vocab*")) and not any(folder.glob("*.tiktoken")):
+        raise UserError(f"no tokenizer in {folder} (no tokenizer.json): give one that has it")
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:

@@ -18,7 +18,7 @@ the tests compare every figure with what autograd really saves. Widths of a toke
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from capgap.models.shape import Shape
 
@@ -33,11 +33,13 @@ class Kept:
     """How many tensors of each width a layer keeps.
 
     plain: in fp32, without autocast. wide, low: under bf16 autocast those in fp32, and in bf16.
+    places: numbers in fp32 a position, which all rows share unless documents are masked.
     """
 
     plain: Widths
     wide: Widths
     low: Widths
+    places: int = 0
 
 
 _LLAMA = Kept(
@@ -47,9 +49,27 @@ _LLAMA = Kept(
     low={"hidden": 5, "query": 2, "attended": 2, "neurons": 4},
 )
 
+_OLMO = Kept(
+    plain={
+        "hidden": 6,
+        "query": 4,
+        "key": 2,
+        "attended": 2,
+        "neurons": 4,
+        "heads": 1,
+        "one": 4,
+    },
+    wide={"hidden": 4, "query": 2, "key": 2, "heads": 1, "one": 4},
+    low={"hidden": 5, "query": 2, "attended": 2, "neurons": 4},
+)
+
 KEPT: dict[str, Kept] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    # queries are scaled by their position
+    "ministral3": replace(_LLAMA, places=1),
+    "smollm3": _LLAMA,
+    "granite": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": Kept(
         plain={
@@ -70,19 +90,22 @@ KEPT: dict[str, Kept] = {
         wide={"hidden": 8, "scores": 1, "one": 4},
         low={"hidden": 5, "query": 4, "scores": 2, "neurons": 4},
     ),
-    "olmo2": Kept(
+    "gemma3_text": Kept(
         plain={
-            "hidden": 6,
+            "hidden": 10,
             "query": 4,
             "key": 2,
             "attended": 2,
             "neurons": 4,
-            "heads": 1,
+            "heads": 2,
+            "kv_heads": 1,
             "one": 4,
         },
-        wide={"hidden": 4, "query": 2, "key": 2, "heads": 1, "one": 4},
-        low={"hidden": 5, "query": 2, "attended": 2, "neurons": 4},
+        wide={"hidden": 8, "query": 1, "key": 1, "heads": 2, "kv_heads": 1, "one": 4},
+        low={"hidden": 5, "query": 4, "key": 2, "attended": 2, "neurons": 4},
     ),
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
     "phi3": Kept(
         plain={
             "hidden": 6,
@@ -135,7 +158,11 @@ def layer_bytes(
     # every call of the attention makes numbers of its mask
     mask = window if document_mask and "scores" not in kept.plain else 0
     # a norm whose weight is added to 1 keeps the sum
-    sums = len(shape.family.layer_norms) * shape.hidden if shape.family.norm_offset else 0
+    sums = 0
+    if shape.family.norm_offset:
+        of_heads = sum(axes == ("head",) for axes in shape.family.attention.values())
+        sums = len(shape.family.layer_norms) * shape.hidden + of_heads * shape.head_size
+    sums += kept.places * (tokens if document_mask else window)
     if not autocast:
         return FLOAT * (tokens * (_total(kept.plain, widths) + mask) + sums)
     low = tokens * (_total(kept.low, widths) + mask)

@@ -20,10 +20,9 @@ from capgap.prune.shape import (
     from_axes,
     from_ladder,
     keep_target,
-    search,
+    suited,
 )
 from capgap.sizes import format_count, forward_flops, training_flops
-from capgap.stages.prune import MULTIPLE
 from capgap.train.learning_rate import auto_learning_rate
 
 # Of a parameter: its weight and AdamW's two moments, as a checkpoint has them
@@ -153,13 +152,13 @@ def student_shape(asked: PruneSection, teacher: Shape) -> Shape:
     if asked.sizes:
         return changed_shape(teacher, asked.sizes)
     if asked.keep is not None:
-        target = keep_target(teacher, asked.keep, multiple=MULTIPLE)
+        target = keep_target(teacher, asked.keep)
         keep = target.parameters / target.count(teacher)
-        return search(teacher, target, from_axes(teacher, keep), layers=teacher.layers)[0]
+        return suited(teacher, target, from_axes(teacher, keep), layers=teacher.layers)[0]
     parameters = asked.params or asked.total_params
     assert parameters is not None
-    target = Target(parameters, total=asked.params is None, multiple=MULTIPLE)
-    return search(teacher, target, from_ladder(teacher, target))[0]
+    target = Target(parameters, total=asked.params is None)
+    return suited(teacher, target, from_ladder(teacher, target))[0]
 
 
 def run_memory(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from capgap.distill.chunking import HEAD_MULTIPLE, chunk_rows, padded_rows
-from capgap.models.build import Parts
+from capgap.models.parts import Parts
 
 IGNORED_LABEL = -100
 # The logit of what is no word; times a probability of 0 it is 0, as an infinite one is not
@@ -24,7 +24,7 @@ class HeadInput:
     """What a model gives to the loss: hidden states, and the head that makes logits of them.
 
     hidden [tokens, width]; weight [vocabulary, width]; bias [vocabulary] or None; scale and cap as
-    in `capgap.models.build.Parts`; dtype: what the head's product reads its inputs in, None for
+    in `capgap.models.parts.Parts`; dtype: what the head's product reads its inputs in, None for
     that of `hidden`.
     """
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from capgap.distill.head import IGNORED_LABEL, HeadInput
 from capgap.distill.sparse import SparseSignal
 from capgap.errors import UserError
-from capgap.models.build import DTYPES, Parts, load_model
+from capgap.models.build import DTYPES, load_model
 from capgap.models.parallel import ALONE, Ranks, parallelize, release
+from capgap.models.parts import Parts
 
 # Forward passes, after which FSDP is made to forget them: it waits for backward passes to do so
 RELEASE_EVERY = 1000
@@ -100,7 +101,7 @@ class OnlineTeacher:
         self.dtype = str(self.parts.head.weight.dtype).removeprefix("torch.")
         self._signals = 0
         self.is_offloaded = any(parameter.is_meta for parameter in self.parts.parameters())
-        self.parameters = sum(parameter.numel() for parameter in self.parts.parameters())
+        self.parameters = self.parts.active_parameters
 
     def fetch(self, indices: NDArray[np.int64]) -> None:
         return None

@@ -10,8 +10,8 @@ from capgap.corpus.marks import Marks
 from capgap.corpus.tokens import HeldoutDocument
 from capgap.evaluate.heldout import HeldoutLoss, evaluate_heldout, heldout_set
 from capgap.evaluate.measured import ratio_standard_error
-from capgap.models.build import Parts
 from capgap.models.parallel import ALONE, Ranks
+from capgap.models.parts import Parts
 
 DOCUMENTS = 16
 # Of each document; what a missing first token costs shows in the first ones

@@ -13,8 +13,8 @@ from capgap.corpus.marks import Marks
 from capgap.corpus.tokens import HeldoutDocument
 from capgap.distill.head import IGNORED_LABEL, HeadInput, token_losses
 from capgap.evaluate.measured import ratio_standard_error
-from capgap.models.build import Parts
 from capgap.models.parallel import ALONE, Ranks, release
+from capgap.models.parts import Parts
 
 BATCH_TOKENS = 4096
 

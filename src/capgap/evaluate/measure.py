@@ -15,7 +15,7 @@ from capgap.distill.chunking import chunk_rows
 from capgap.distill.head import IGNORED_LABEL, HeadInput, chunks, likeliest, softmax_
 from capgap.evaluate.heldout import BATCH_TOKENS
 from capgap.evaluate.measured import Measured, calibration_error
-from capgap.models.build import Parts
+from capgap.models.parts import Parts
 
 
 @dataclass(frozen=True)

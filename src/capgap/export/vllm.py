@@ -14,10 +14,15 @@ from capgap.models.shape import Shape
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
     "gpt2": "GPT2LMHeadModel",
@@ -52,6 +57,10 @@ def check_vllm(shape: Shape, dtype: torch.dtype, config: dict[str, Any]) -> dict
         f"{TRITON_LEAST} or more, or multiples of {FLASH_MULTIPLE} in bf16 or fp16",
         "key-value heads divide the heads": shape.heads % shape.kv_heads == 0
         or f"{shape.heads} heads, {shape.kv_heads} key-value heads",
+        "heads have the size that vLLM takes": not shape.family.square
+        or shape.hidden == shape.heads * head
+        or f"vLLM takes hidden / heads for the head size of {shape.architecture}: "
+        f"{shape.hidden} / {shape.heads} is not {head}",
         "no code of its own": "auto_map" not in config or "auto_map in config.json",
         "all layers have one shape": True,
     }

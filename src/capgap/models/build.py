@@ -1,27 +1,31 @@
 """Hugging Face models: build one of a shape, load, save, split into backbone and head."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    masking_utils,
 )
 
-from capgap.errors import UserError
+from capgap.errors import UserError, border
 from capgap.models.families import FAMILIES
+from capgap.models.parts import Parts
 from capgap.models.shape import Shape
-from capgap.models.stored import StoredWeights, needs_own_code, read_config, written_beside
+from capgap.models.stored import (
+    StoredWeights,
+    auto_class,
+    local_folder,
+    needs_own_code,
+    read_config,
+    written_beside,
+)
 
 # What weights can be loaded as
 DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -63,8 +67,12 @@ def to_config(shape: Shape) -> PreTrainedConfig:
         rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
         if shape.architecture == "gpt_neox":
             rotary["partial_rotary_factor"] = 1.0
+        if shape.architecture == "ministral3":
+            # of positions beyond these; a ladder's models have none
+            rotary["original_max_position_embeddings"] = shape.positions
+            rotary["llama_4_scaling_beta"] = 0.1
         fields["rope_parameters"] = rotary
-    if shape.architecture == "gemma2":
+    if shape.architecture in ("gemma2", "gemma3_text"):
         # attention is scaled by this and not by the head size
         fields["query_pre_attn_scalar"] = shape.head_size
     return AutoConfig.for_model(shape.architecture, **fields)
@@ -139,75 +147,6 @@ def initialise(model: PreTrainedModel, generator: torch.Generator) -> None:
             weight.normal_(std=std, generator=generator)
 
 
-@contextmanager
-def _documents_are_known(several: bool) -> Iterator[None]:
-    """transformers would ask the device whether a row holds several documents, and the host would
-    wait for the answer in every forward pass: who gave positions, or none, knows it."""
-    asked = masking_utils.find_packed_sequence_indices
-
-    def known(position_ids: Tensor) -> Tensor | None:
-        """The number of every token's document in its row [batch, seq]."""
-        if not several:
-            return None
-        return (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
-
-    masking_utils.find_packed_sequence_indices = known
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = asked
-
-
-class Parts(nn.Module):
-    """A causal language model as backbone and head, and what it does to the head's logits.
-
-    Called with token ids it gives hidden states. logits = softcap * tanh(logit_scale *
-    head(hidden) / softcap), without the cap where it is None (Gemma 2 caps, Cohere and Granite
-    scale). A module, so that whatever wraps it (FSDP) has all weights at hand in one call.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-        config = model.config
-        # Cohere multiplies by logit_scale, Granite divides by logits_scaling
-        scale = getattr(config, "logit_scale", None) or 1.0
-        self.logit_scale = float(scale / (getattr(config, "logits_scaling", None) or 1.0))
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        # it looks for padding in the tokens, for which the host waits; there is none here
-        vars(self.backbone)["warn_if_padding_and_no_attention_mask"] = lambda *_: None
-
-    @property
-    def backbone(self) -> nn.Module:
-        """Everything below the head."""
-        return self.model.base_model
-
-    @property
-    def head(self) -> nn.Linear:
-        return self.model.get_output_embeddings()
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The backbone's layers, in their order."""
-        return next(one for one in self.backbone.modules() if isinstance(one, nn.ModuleList))
-
-    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """input_ids [batch, seq] to the states after the final norm [batch, seq, width].
-
-        positions [batch, seq] count from 0 within every document of a packed row; tokens then
-        attend within their document alone (transformers sees documents where positions restart).
-        """
-        with _documents_are_known(positions is not None):
-            return self.backbone(
-                input_ids=input_ids, position_ids=positions, use_cache=False
-            ).last_hidden_state
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., width] to the model's own logits [..., vocabulary]."""
-        logits = self.head(hidden) * self.logit_scale
-        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
-
-
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keeps the inputs of every layer alone; the backward pass computes the rest again."""
     # transformers renamed it, and warns of the old name
@@ -224,28 +163,30 @@ def load_model(
     checkpoint's own code where nothing else describes its architecture; otherwise none is run.
     Raises UserError in one line: nothing there, no network, no safetensors, quantised.
     """
+    # first, because it tells a missing network or a wrong name at once
+    config = read_config(path_or_name, trust_remote_code=trust_remote_code)
     name = str(path_or_name)
-    config = read_config(name, trust_remote_code=trust_remote_code)
-    if Path(name).is_dir():
-        # says which file is missing or cut off
-        StoredWeights(Path(name))
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+    needs_code = needs_own_code(config.to_dict())
+    if not needs_code:
+        folder = local_folder(name)
+        config, name = read_config(folder), str(folder)
+        StoredWeights(folder).check_config(config)
+    with border(f"cannot load the model {path_or_name}"):
+        kind = AutoModelForCausalLM if needs_code else auto_class(config)
+        model, report = kind.from_pretrained(
             name,
             config=config,
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code and needs_own_code(config.to_dict()),
+            trust_remote_code=trust_remote_code and needs_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        # transformers writes long paragraphs; the first line has the cause
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot load the model {name}: {cause}") from error
     # transformers would fill the gaps with random numbers and go on
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UserError(f"cannot load the model {name}: its weights lack {missing}")
+        raise UserError(f"cannot load the model {path_or_name}: its weights lack {missing}")
+    if not needs_code:
+        Parts(model)  # refuses a model whose logits are not those of its parts
     return model
 
 

@@ -33,7 +33,9 @@ class Family:
     is added to the residual stream. `output_norms`: `writes` are norms behind them.
 
     grouped_heads: query heads may share key-value heads. free_width: the head size is a field of
-    its own, so that the hidden width need not be heads x head_size. size_names: what the config
+    its own, so that the hidden width need not be heads x head_size. square: other software takes
+    hidden / heads for the head size all the same (vLLM; transformers in long-context Phi-3).
+    size_names: what the config
     calls a size where it differs from most. settings: of the config, with the only values that
     this declaration is true for. fixed: settings of models that are built here. norm_offset: added
     to a norm's weight. scaled_embedding: token embeddings are multiplied by sqrt(hidden).
@@ -55,6 +57,7 @@ class Family:
     output_norms: bool = False
     grouped_heads: bool = True
     free_width: bool = True
+    square: bool = False
     size_names: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -130,42 +133,49 @@ def _like_llama(architecture: str, **changes: Any) -> Family:
     return Family(architecture, **(same | changes))
 
 
+HEAD_NORMS: Tensors = {"self_attn.q_norm.weight": ("head",), "self_attn.k_norm.weight": ("head",)}
+# Norms before and behind attention and FFN
+_GEMMA: dict[str, Any] = {
+    "layer_norms": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "writes": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "output_norms": True,
+    "settings": {"attention_bias": False},
+    "norm_offset": 1.0,
+    "scaled_embedding": True,
+}
+# Norms behind attention and FFN alone, and over all heads together
+_OLMO: dict[str, Any] = {
+    "layer_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "attention": _attention()
+    | {"self_attn.q_norm.weight": ("query",), "self_attn.k_norm.weight": ("key",)},
+    "head_norms": ("self_attn.q_norm", "self_attn.k_norm"),
+    "writes": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "output_norms": True,
+    "settings": {"attention_bias": False},
+    "square": True,
+}
+_NO_BIASES = {"attention_bias": False, "mlp_bias": False}
+
 _ALL = (
-    _like_llama("llama", settings={"attention_bias": False, "mlp_bias": False}),
+    _like_llama("llama", settings=_NO_BIASES),
     _like_llama("mistral"),
-    _like_llama("qwen2", attention=_attention(bias=True)),
-    _like_llama(
-        "qwen3",
-        attention=_attention()
-        | {"self_attn.q_norm.weight": ("head",), "self_attn.k_norm.weight": ("head",)},
-        settings={"attention_bias": False},
-    ),
-    _like_llama(
-        "gemma2",
-        layer_norms=(
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        ),
-        writes=("post_attention_layernorm", "post_feedforward_layernorm"),
-        output_norms=True,
-        settings={"attention_bias": False},
-        norm_offset=1.0,
-        scaled_embedding=True,
-    ),
-    _like_llama(
-        "olmo2",
-        layer_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
-        attention=_attention()
-        | {"self_attn.q_norm.weight": ("query",), "self_attn.k_norm.weight": ("key",)},
-        head_norms=("self_attn.q_norm", "self_attn.k_norm"),
-        writes=("post_attention_layernorm", "post_feedforward_layernorm"),
-        output_norms=True,
-        settings={"attention_bias": False},
-    ),
+    _like_llama("ministral3"),
+    _like_llama("smollm3", settings=_NO_BIASES, square=True),
+    _like_llama("granite", settings=_NO_BIASES, free_width=False),
+    _like_llama("qwen2", attention=_attention(bias=True), square=True),
+    _like_llama("qwen3", attention=_attention() | HEAD_NORMS, settings={"attention_bias": False}),
+    _like_llama("gemma2", **_GEMMA),
+    _like_llama("gemma3_text", attention=_attention() | HEAD_NORMS, **_GEMMA),
+    _like_llama("olmo2", **_OLMO),
+    _like_llama("olmo3", **_OLMO),
     _like_llama(
         "phi3",
+        square=True,
         attention=_linear("self_attn.qkv_proj", "qkv", "hidden")
         | _linear("self_attn.o_proj", "hidden", "query"),
         ffn=_linear("mlp.gate_up_proj", "gate_up", "hidden")

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from capgap.errors import UserError
-from capgap.models.stored import local_folder, needs_own_code
+from capgap.models.stored import StoredWeights, local_folder, needs_own_code
 
 # Written by the library that saved the model, without a part in what it computes
 _INCIDENTAL = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
@@ -18,9 +18,9 @@ def model_hash(path_or_name: str | Path) -> str:
     Raises UserError where there are none.
     """
     folder = local_folder(path_or_name)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights or not (folder / "config.json").is_file():
-        raise UserError(f"{path_or_name} is no model folder with config.json and *.safetensors")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path_or_name} is no model folder: it has no config.json")
+    weights = StoredWeights(folder).paths
     config = json.loads((folder / "config.json").read_text())
     kept = {key: value for key, value in config.items() if key not in _INCIDENTAL}
     whole = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from capgap.errors import UserError
 from capgap.machine import started
-from capgap.models.build import Parts
+from capgap.models.parts import Parts
 
 T = TypeVar("T")
 

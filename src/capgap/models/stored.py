@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from capgap.corpus.hub import HUB_NAME, OWN_CODE, hub_revision, is_cached, looks_like_path
-from capgap.errors import UserError
+from capgap.errors import UserError, border, warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 1 << 30
+ROWS = 4096
 # What transformers calls otherwise in memory than in the files of GPT-NeoX
 STORED_AS = {"lm_head.weight": "embed_out.weight"}
+# How names of the table of tokens end
+TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 # Weights as pickles, which run code when they are read
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -37,6 +40,12 @@ COMPANIONS = (
     "merges.txt",
     "*.model",
     "chat_template*",
+    "additional_chat_templates/*",
+    "*.tiktoken",
+    "*.bpe",
+    "normalizer.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     *PAPERS,
 )
 _FLOATS = {
@@ -52,12 +61,14 @@ def read_config(path_or_name: str | Path, *, trust_remote_code: bool = False) ->
 
     `trust_remote_code` runs the checkpoint's own code where nothing else describes its
     architecture.
-    UserError in one line: nothing there, no config, quantised; no network, without waiting for it.
+    UserError in one line: nothing there, no config, quantised; no network, without waiting for it;
+    an adapter; a config that transformers does not take.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
     name = str(path_or_name)
     if Path(name).is_dir():
+        _refuse_adapter(Path(name))
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"{name} is no model folder: it has no config.json")
     elif looks_like_path(name) or not HUB_NAME.fullmatch(name):
@@ -65,8 +76,11 @@ def read_config(path_or_name: str | Path, *, trust_remote_code: bool = False) ->
     elif not is_cached(name, "config.json"):
         # without a network the loader below would retry for most of a minute
         hub_revision(name, kind="model")
-    try:
+    with border(f"cannot read the config of the model {name}"):
         fields = PreTrainedConfig.get_config_dict(name)[0]
+        if not isinstance(fields, dict):
+            raise UserError(f"config.json of the model {name} is no object: give the model's own")
+        _refuse_foreign_code(name, fields)
         needs_code = needs_own_code(fields)
         if needs_code and not trust_remote_code:
             raise UserError(
@@ -74,11 +88,54 @@ def read_config(path_or_name: str | Path, *, trust_remote_code: bool = False) ->
                 f"{fields.get('model_type')!r}, which transformers does not have: {OWN_CODE}"
             )
         config = AutoConfig.from_pretrained(name, trust_remote_code=needs_code)
-    except (OSError, ValueError, KeyError) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read the model {name}: {cause}") from None
     _refuse_quantised(name, config)
+    if (
+        Path(name).is_dir()
+        and getattr(config, "tie_word_embeddings", False)
+        and _has_own_head(Path(name))
+    ):
+        warn_once(
+            f"{name}: its config ties the head to the table of tokens, its weights hold another "
+            "head: that is taken"
+        )
+        config.tie_word_embeddings = False
     return config
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """transformers would add it to whatever lies beside it, where the library peft is there."""
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} holds an adapter (adapter_config.json): merge it with merge_and_unload() "
+            "and give the merged model in a folder without the adapter's files"
+        )
+
+
+def _refuse_foreign_code(name: str, fields: Mapping[str, Any]) -> None:
+    """Attention kernels may be named by a repository, whose code would be fetched and run."""
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        value = fields.get(key)
+        if isinstance(value, str) and "/" in value:
+            raise UserError(
+                f"config.json of the model {name} asks for code of another repository ({key}: "
+                f"{value!r}): take that key out"
+            )
+
+
+def _has_own_head(folder: Path) -> bool:
+    """Whether the files hold a head that is not the table of tokens."""
+    try:
+        weights = StoredWeights(folder)
+    except UserError:
+        return False  # a config may be asked for where weights are not there yet
+    heads = [name for name in (*STORED_AS, *STORED_AS.values()) if name in weights.names]
+    if not heads:
+        return False
+    tables = [one for one in weights.names if one.endswith(TABLES)]
+    # of several tables (Gemma 3n's, a tower's) only one has the head's shape
+    shape = weights.shape(heads[0])
+    alike = [one for one in tables if weights.shape(one) == shape]
+    return bool(alike) and not any(weights.same(heads[0], one) for one in alike)
 
 
 def needs_own_code(fields: Mapping[str, Any]) -> bool:
@@ -108,8 +165,12 @@ def local_folder(path_or_name: str | Path) -> Path:
     if Path(path_or_name).is_dir():
         return Path(path_or_name)
     wanted = ["*.safetensors", "*.json", *COMPANIONS]
+    # the same weights in the form of another library
+    other = ["consolidated*", "original/*"]
     try:
-        return Path(snapshot_download(str(path_or_name), allow_patterns=wanted))
+        return Path(
+            snapshot_download(str(path_or_name), allow_patterns=wanted, ignore_patterns=other)
+        )
     except (OSError, ValueError) as error:
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"no folder {path_or_name}, and from the Hub: {cause}") from None
@@ -124,6 +185,52 @@ class StoredWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = self._find_files()
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors, as the files call them."""
+        return list(self._files)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files, in order."""
+        return sorted(set(self._files.values()))
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of a tensor; UserError as `check`."""
+        stored = self._find(name)
+        with self._open(self._files[stored]) as opened:
+            return list(opened.get_slice(stored).get_shape())
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors of one shape are equal, read in pieces."""
+        rows = self.shape(one)[0]
+        files = [self._files[self._find(name)] for name in (one, other)]
+        with self._open(files[0]) as first, self._open(files[1]) as second:
+            left, right = first.get_slice(self._find(one)), second.get_slice(self._find(other))
+            return all(
+                torch.equal(left[start : start + ROWS], right[start : start + ROWS])
+                for start in range(0, rows, ROWS)
+            )
+
+    def check_config(self, config: "PreTrainedConfig") -> None:
+        """UserError where the config describes tensors of other shapes, or weights that are no
+        floating-point numbers. Tensors that transformers stores under other names are left to it.
+        """
+        for name, wanted in empty_model(config).named_parameters():
+            if not self.has(name):
+                continue
+            self.dtype(name)
+            found = self.shape(name)
+            if found != list(wanted.shape):
+                raise UserError(
+                    f"{self.folder}: config.json describes {name} as {list(wanted.shape)}, the "
+                    f"weights have {found}: give the model's own config"
+                )
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return any(stored in self._files for stored in _stored_names(name))
 
     def check(self, names: Iterable[str]) -> None:
         """UserError where one of these is not there, or is no floating-point numbers."""
@@ -152,19 +259,24 @@ class StoredWeights:
     def _find(self, name: str) -> str:
         """What it is called in the files: checkpoints of a bare backbone leave the first word, and
         GPT-NeoX has a name of its own for the head."""
-        for stored in (name, name.partition(".")[2], STORED_AS.get(name)):
+        for stored in _stored_names(name):
             if stored in self._files:
                 return stored
         raise UserError(f"the weights in {self.folder} lack {name}: give the whole model")
 
     def _find_files(self) -> dict[str, Path]:
-        """Where every tensor lies."""
+        """Where every tensor lies: in the single file before those of an index, as transformers
+        reads them."""
         index = self.folder / INDEX
         single = self.folder / SINGLE
-        if index.is_file():
+        if single.is_file():
+            paths = [single]
+            if index.is_file():
+                warn_once(f"{self.folder}: {SINGLE} is read, and not the files that {INDEX} names")
+        elif index.is_file():
             paths = sorted({self.folder / name for name in _weight_map(index).values()})
         else:
-            paths = [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
+            paths = sorted(self.folder.glob("*.safetensors"))
         if not paths:
             pickles = sorted(one.name for kind in PICKLES for one in self.folder.glob(kind))
             reason = (
@@ -189,6 +301,7 @@ class StoredWeights:
         return found
 
     def _open(self, path: Path) -> Any:
+        check_inside(path, self.folder)
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -249,23 +362,51 @@ def copy_companions(source: Path, folder: Path, patterns: Iterable[str] = COMPAN
     """Tokenizer, chat template, generation config and licence, byte by byte; their names."""
     paths = {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}
     for path in paths:
-        shutil.copyfile(path, folder / path.name)
-    return sorted(path.name for path in paths)
+        check_inside(path, source)
+        copied = folder / path.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copied)
+    return sorted(str(path.relative_to(source)) for path in paths)
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """UserError for a link out of a model's folder. The Hub's cache keeps files as links to its own
+    blobs, two folders above."""
+    place, own = path.resolve(), folder.resolve()
+    is_blob = own.parent.name == "snapshots" and place.parent == own.parents[1] / "blobs"
+    if own not in place.parents and not is_blob:
+        raise UserError(
+            f"{path} is a link out of the model's folder ({place}): put the file itself there"
+        )
+
+
+def _stored_names(name: str) -> tuple[str | None, ...]:
+    return name, name.partition(".")[2], STORED_AS.get(name)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
+    with border(f"cannot read {index}, download it again"):
         found: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"cannot read {index} ({error}): download it again") from None
-    if any("/" in name or name.startswith(".") for name in found.values()):
+        names = list(found.values())
+        if not all(isinstance(name, str) for name in names) or not names:
+            raise UserError(f"{index} has no map of weights to files: download it again")
+    if any("/" in name or name.startswith(".") for name in names):
         raise UserError(f"{index} names files outside of its folder: give another model")
     return found
 
 
 def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
-    """A model without weights, on the meta device."""
-    from transformers import AutoModelForCausalLM
+    """A model without weights, on the meta device. UserError for a config that describes none."""
+    with border(f"config.json describes no {config.model_type} model"), torch.device("meta"):
+        model: PreTrainedModel = auto_class(config).from_config(config)
+        return model
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+
+def auto_class(config: "PreTrainedConfig") -> Any:
+    """What transformers builds a model with: some that see keep no causal class of their own."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if sees and not is_causal else AutoModelForCausalLM

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from capgap.distill.head import HeadInput
+from capgap.distill.losses import column_loss
 from capgap.errors import UserError
-from capgap.models.build import Parts, shape_of
+from capgap.models.build import shape_of
+from capgap.models.parts import Parts
 from capgap.models.shape import Shape
 from capgap.prune.masks import Masks, masked
 from capgap.prune.methods import (
@@ -60,11 +63,10 @@ class ScoringState:
 
 def loss_of(model: PreTrainedModel, windows: Tensor) -> Tensor:
     """Mean cross-entropy, nats per token, of predicting `windows` [batch, seq + 1]."""
-    parts = Parts(model)
-    # float32 at least: a sum over the vocabulary in bf16 loses digits
-    logits = parts.logits(parts(windows[:, :-1]))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    targets = windows[:, 1:].flatten()
+    source = HeadInput.of(Parts(model), windows[:, :-1])
+    # chunk by chunk: all logits of a batch at once take gigabytes where the vocabulary is large
+    return column_loss([source], targets, alphas=[0.0]).students[0].loss / len(targets)
 
 
 def score(
@@ -104,6 +106,7 @@ def score(
     check_methods(method, depth)
     shape = shape_of(model.config)
     reading = reading_methods(method, depth)
+    Parts(model)  # what it tries is no text to be scored
     state = state or ScoringState()
     for name in reading:
         state.sums.setdefault(name, _no_scores(shape, model.device))
@@ -212,7 +215,7 @@ def _activations(
                 handles.append(layer.get_submodule(name).register_forward_hook(hidden))
             handles.append(layer.register_forward_hook(influence(index)))
         with _measuring(model, weights=False), torch.no_grad():
-            _sound_loss(model, windows, state)
+            _check_sound(Parts(model)(windows[:, :-1]).sum(), state)
     finally:
         for handle in handles:
             handle.remove()
@@ -286,12 +289,16 @@ def _measuring(model: PreTrainedModel, *, weights: bool) -> Iterator[None]:
 
 def _sound_loss(model: PreTrainedModel, windows: Tensor, state: ScoringState) -> Tensor:
     loss = loss_of(model, windows)
-    if not torch.isfinite(loss):
-        raise UserError(
-            f"the loss on importance batch {state.batches} is {loss.item()}: the model to prune is "
-            "broken, take a sound one"
-        )
+    _check_sound(loss, state)
     return loss
+
+
+def _check_sound(value: Tensor, state: ScoringState) -> None:
+    if not torch.isfinite(value):
+        raise UserError(
+            f"importance batch {state.batches} gives {value.item()}: the model to prune is broken, "
+            "take a sound one"
+        )
 
 
 def _normalised(scores: Tensor) -> Tensor:

@@ -15,6 +15,11 @@ from capgap.models.shape import (
 )
 from capgap.sizes import format_count
 
+# Non-embedding parameters from which on a student is made for the kernels of GPUs
+LARGE = 500_000_000
+# Of widths, the first that meets the size; a small model has the last four
+MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)
+
 _EXACT = 0.005
 _TOLERATED = 0.01
 
@@ -100,6 +105,48 @@ def search(
         raise UserError(_why_none(teacher, target, found))
     distance = distance or from_ladder(teacher, target)
     return sorted(near, key=lambda shape: _rank(shape, target, distance))
+
+
+def suited(
+    teacher: Shape,
+    target: Target,
+    distance: Distance | None = None,
+    *,
+    layers: int | None = None,
+    multiple: int | None = None,
+) -> list[Shape]:
+    """`search`, with widths in multiples that suit the kernels of such a size: from `LARGE`
+    parameters on 128, below 8; smaller ones where no shape meets those. `multiple` says another.
+
+    Of the shapes those that other software loads come alone, where there are some: hidden = heads x
+    head_size in families for which that is taken for granted elsewhere; from `LARGE` on an even
+    number of key-value heads. Both only where the teacher's are so. Raises UserError as `search`.
+    """
+    is_large = target.parameters >= LARGE
+    tried = (multiple,) if multiple else MULTIPLES if is_large else MULTIPLES[-4:]
+    problem: UserError | None = None
+    others: list[Shape] = []
+    for one in tried:
+        try:
+            found = search(teacher, replace(target, multiple=one), distance, layers=layers)
+        except UserError as error:
+            problem = problem or error
+            continue
+        loads = [shape for shape in found if _suits(teacher, shape, is_large=is_large)]
+        if loads:
+            return loads
+        others = others or found
+    if not others:
+        assert problem is not None
+        raise problem
+    return others
+
+
+def _suits(teacher: Shape, shape: Shape, *, is_large: bool) -> bool:
+    is_square = shape.hidden == shape.heads * shape.head_size
+    if teacher.family.square and teacher.hidden == teacher.heads * teacher.head_size:
+        return is_square and not (is_large and teacher.kv_heads % 2 < shape.kv_heads % 2)
+    return not (is_large and teacher.kv_heads % 2 < shape.kv_heads % 2)
 
 
 def from_ladder(teacher: Shape, target: Target) -> Distance:

@@ -2,18 +2,20 @@
 
 import copy
 import math
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from capgap.errors import UserError
+from capgap.errors import UserError, border
 from capgap.models.build import shape_of, size_fields
 from capgap.models.families import HEAD, Axes
 from capgap.models.shape import Shape
+from capgap.models.stored import empty_model
 from capgap.prune.importance import Importance, score
 from capgap.prune.shape import Distance, pruned_shape, why_no_cut
 from capgap.prune.units import unit_of_rows
@@ -89,7 +91,7 @@ def cut(model: PreTrainedModel, importance: Importance, shape: Shape) -> PreTrai
     kept = choose(importance, shape)
     with torch.random.fork_rng(devices=[]):
         smaller = AutoModelForCausalLM.from_config(
-            cut_config(model.config, shape, kept),
+            cut_config(model.config, shape, kept.layers.tolist()),
             dtype=model.dtype,
             attn_implementation=model.config._attn_implementation,
         )
@@ -105,15 +107,31 @@ def cut(model: PreTrainedModel, importance: Importance, shape: Shape) -> PreTrai
     return smaller.to(model.device).train(model.training)
 
 
-def cut_config(config: PreTrainedConfig, shape: Shape, kept: Kept) -> PreTrainedConfig:
-    """A copy of `config` that says the sizes of `shape`."""
+def cut_config(config: PreTrainedConfig, shape: Shape, layers: Sequence[int]) -> PreTrainedConfig:
+    """A copy of `config` that says the sizes of `shape`; these layers stay."""
     config = copy.deepcopy(config)
     for name, value in size_fields(shape).items():
         setattr(config, name, value)
-    # a layer keeps its kind: sliding or full attention
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in kept.layers.tolist()]
+    # a layer keeps its kind: sliding or full attention, with rotary positions or without
+    for name in ("layer_types", "no_rope_layers"):
+        kinds = getattr(config, name, None)
+        if kinds:
+            setattr(config, name, [kinds[layer] for layer in layers])
     return config
+
+
+def check_cut_config(config: PreTrainedConfig, shape: Shape) -> None:
+    """UserError where transformers would not take the config of a cut: it is written, read and
+    built, without weights."""
+    with (
+        border(
+            f"transformers takes no {shape.architecture} model of hidden {shape.hidden}, "
+            f"{shape.heads} heads of {shape.head_size}"
+        ),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        cut_config(config, shape, range(shape.layers)).save_pretrained(folder)
+        empty_model(AutoConfig.from_pretrained(folder))
 
 
 def check_cut(own: Shape, importance: Importance, shape: Shape) -> None:

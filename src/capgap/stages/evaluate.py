@@ -14,12 +14,10 @@ from capgap.evaluate.scores import missing_set, six_mean
 from capgap.evaluate.sets import CODE, HELDOUT, SETS, SIX, check_shots, check_task
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
     from capgap.corpus.tokens import Corpus
     from capgap.evaluate.local_data import LocalSet
-    from capgap.models.build import Parts
     from capgap.stages.measure import Reader
 
 # Tokens of a row of held-out text, where the model can read so many
@@ -257,8 +255,7 @@ def _heldout(
     from capgap.corpus.tokenizer import tokenizer_hash
     from capgap.evaluate.beginning import better_beginning
     from capgap.evaluate.heldout import evaluate_heldout, heldout_set
-    from capgap.models.build import Parts
-    from capgap.models.stored import needs_own_code
+    from capgap.models.parts import Parts
 
     documents, marks = corpus.heldout_documents(), corpus.marks
     is_same = tokenizer_hash(reader.tokenizer) == corpus.token_hash
@@ -266,11 +263,11 @@ def _heldout(
         documents, _ = reader.documents(heldout_passages(corpus))
         marks = corpus.marks_for(reader.tokenizer)
     say(f"heldout: {len(documents)} documents of {corpus.directory}")
-    parts = Parts(model)
-    if needs_own_code(model.config.to_dict()) and not _has_parts(
-        parts, documents[0].tokens[:window]
-    ):
-        return {"missing": "the model's own code has no backbone and head that give its logits"}
+    try:
+        parts = Parts(model)
+    except UserError as error:
+        # of its own code: the other measures may still be had
+        return {"missing": str(error)}
     better = better_beginning(parts, documents, marks, reader.tokenizer, vocabulary=reader.words)
     if better is not None:
         say(better.warning(reader.source))
@@ -284,19 +281,6 @@ def _heldout(
         "same_tokenizer": is_same,
         "corpus_hash": corpus.corpus_hash,
     }
-
-
-def _has_parts(parts: "Parts", tokens: "NDArray[Any]") -> bool:
-    """Whether an architecture that is not known here gives its own logits by way of its parts."""
-    import torch
-
-    ids = torch.as_tensor(tokens.astype("int64"), device=parts.model.device)[None]
-    try:
-        with torch.no_grad():
-            own, ours = parts.model(input_ids=ids).logits, parts.logits(parts(ids))
-    except (AttributeError, TypeError):
-        return False
-    return own.shape == ours.shape and bool(torch.isclose(own, ours, rtol=1e-3, atol=1e-3).all())
 
 
 def _is_finite(value: float | None) -> bool:

@@ -12,8 +12,8 @@ from capgap.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from capgap.models.build import Parts
     from capgap.models.parallel import Ranks
+    from capgap.models.parts import Parts
 
 
 def open_corpus(folder: Path, window: int) -> Corpus:

@@ -124,7 +124,8 @@ def _measure(
 ) -> Measured:
     from capgap.evaluate.beginning import better_beginning
     from capgap.evaluate.measure import measure_model
-    from capgap.models.build import DTYPES, Parts, load_model
+    from capgap.models.build import DTYPES, load_model
+    from capgap.models.parts import Parts
 
     documents, changed = reader.documents(texts)
     model = load_model(reader.source, dtype=DTYPES[dtype]).to(device)

@@ -16,7 +16,7 @@ from capgap.prune.shape import (
     from_axes,
     from_ladder,
     keep_target,
-    search,
+    suited,
 )
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from capgap.prune.surgery import Kept
 
 PROVENANCE = "pruning.json"
-MULTIPLE = 8
 TOLD_CANDIDATES = 8
+TRIED_CONFIGS = 200
 SAID_EVERY = 10.0  # seconds
 # What a plain disk reads or writes, bytes a second: the time of a cut is that of reading twice
 # (once for the hash) and writing once
@@ -53,7 +53,7 @@ class PruneRequest:
     params: int | None = None
     total_params: int | None = None
     sizes: dict[str, int] = field(default_factory=dict)
-    multiple: int = MULTIPLE
+    multiple: int | None = None
     prefer: Prefer | None = None
 
 
@@ -129,7 +129,7 @@ def run_prune(
     weights.check(one.name for one in surgery.sources.values())
     teacher_hash = model_hash(source)
     _check_scores(request, plan.importance, teacher_hash)
-    config = cut_config(plan.config, plan.shape, kept)
+    config = cut_config(plan.config, plan.shape, kept.layers.tolist())
     model = empty_model(config)
     config.architectures = [type(model).__name__]
     skeleton = {
@@ -184,6 +184,7 @@ def _plan(request: PruneRequest) -> _Plan:
     from capgap.models.build import shape_of
     from capgap.models.stored import read_config
     from capgap.prune.scores import load_importance
+    from capgap.prune.surgery import check_cut_config
 
     _check_options(request)
     config = read_config(request.teacher)
@@ -191,6 +192,7 @@ def _plan(request: PruneRequest) -> _Plan:
     importance = None if request.scores is None else load_importance(request.scores)
     if request.sizes:
         shape = changed_shape(own, request.sizes)
+        check_cut_config(config, shape)
         target = Target(shape.parameters().non_embedding)
         return _Plan(config, own, shape, target, [shape], "as asked", None, importance)
     target, prefer = _target(request, own)
@@ -202,8 +204,24 @@ def _plan(request: PruneRequest) -> _Plan:
     }[prefer]
     by = distance()
     layers = own.layers if prefer == "axes" else None
-    shapes = search(own, target, by, layers=layers)
+    shapes = _taken(config, suited(own, target, by, layers=layers, multiple=request.multiple))
     return _Plan(config, own, shapes[0], target, shapes, rule, by, importance)
+
+
+def _taken(config: "PreTrainedConfig", shapes: list[Shape]) -> list[Shape]:
+    """From the first on whose config transformers takes; UserError where it takes none."""
+    from capgap.prune.surgery import check_cut_config
+
+    problem: UserError | None = None
+    for place, shape in enumerate(shapes[:TRIED_CONFIGS]):
+        try:
+            check_cut_config(config, shape)
+        except UserError as error:
+            problem = problem or error
+            continue
+        return shapes[place:]
+    assert problem is not None
+    raise problem
 
 
 def _check_options(request: PruneRequest) -> None:
@@ -217,7 +235,7 @@ def _check_options(request: PruneRequest) -> None:
     if len(given) != 1:
         told = " and ".join(given) if given else "none"
         raise UserError(f"give one of {', '.join(asked)} for the student's size, not {told}")
-    if request.multiple < 1:
+    if request.multiple is not None and request.multiple < 1:
         raise UserError(f"--multiple {request.multiple} must be above 0")
     if request.prefer not in (None, *PREFER):
         raise UserError(f"--prefer {request.prefer!r}: take one of {', '.join(PREFER)}")
@@ -227,12 +245,12 @@ def _check_options(request: PruneRequest) -> None:
 
 def _target(request: PruneRequest, own: Shape) -> tuple[Target, Prefer]:
     if request.keep is not None:
-        target = keep_target(own, request.keep, multiple=request.multiple)
+        target = keep_target(own, request.keep)
         return target, request.prefer or "axes"
     total = request.params is None
     parameters = request.total_params if total else request.params
     assert parameters is not None
-    target = Target(parameters, total=total, multiple=request.multiple)
+    target = Target(parameters, total=total)
     return target, request.prefer or "ladder"
 
 

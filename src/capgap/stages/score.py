@@ -56,7 +56,8 @@ def run_score(
     import torch
 
     from capgap.machine import resolve_device
-    from capgap.models.build import DTYPES, Parts, checkpoint_activations, load_model
+    from capgap.models.build import DTYPES, checkpoint_activations, load_model
+    from capgap.models.parts import Parts
     from capgap.prune.importance import score
     from capgap.prune.scores import load_state, save_importance, save_state
     from capgap.train.loop import Interrupted

@@ -8,7 +8,8 @@ import torch
 
 from capgap.distill.head import HeadInput
 from capgap.distill.losses import column_loss
-from capgap.models.build import Parts, build_model
+from capgap.models.build import build_model
+from capgap.models.parts import Parts
 from capgap.models.shape import Shape
 from capgap.train.optimizer import make_optimizer
 

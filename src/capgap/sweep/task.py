@@ -13,7 +13,7 @@ from capgap.corpus.tokens import Corpus, load_corpus
 from capgap.distill.teacher import OnlineTeacher, load_teacher
 from capgap.evaluate.heldout import HeldoutLoss, HeldoutSet, evaluate_heldout, heldout_set
 from capgap.machine import resolve_device
-from capgap.models.build import Parts
+from capgap.models.parts import Parts
 from capgap.prune.importance import score
 from capgap.prune.scores import save_importance
 from capgap.prune.text import scoring_batches

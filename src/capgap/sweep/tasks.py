@@ -17,7 +17,8 @@ from capgap.distill.divergences import Divergence
 from capgap.errors import UserError
 from capgap.evaluate.heldout import HeldoutLoss
 from capgap.machine import machine, versions
-from capgap.models.build import Parts, build_model, load_model, save_model
+from capgap.models.build import build_model, load_model, save_model
+from capgap.models.parts import Parts
 from capgap.records import AfterCut, read_record, record_from_dict, write_record
 from capgap.stages.inputs import warn_of_beginning
 from capgap.sweep.chain import assistant_run, cut_from, failed_assistant, make_assistant

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from capgap.errors import UserError
-from capgap.models.build import Parts
 from capgap.models.parallel import Ranks
+from capgap.models.parts import Parts
 
 # A run that is expected to take less is not worth a trial
 WORTHWHILE_SECONDS = 600.0

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from capgap.models.build import Parts
+from capgap.models.parts import Parts
 
 # What the last step of a training can do, after which no other notices
 NOT_FINITE = {"message": "non-finite held-out loss after the last step"}

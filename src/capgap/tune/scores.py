@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from capgap.distill.head import IGNORED_LABEL
 from capgap.evaluate.heldout import HeldoutLoss, HeldoutSet, evaluate_heldout
-from capgap.models.build import Parts
+from capgap.models.parts import Parts
 from capgap.tune.template import Example
 
 if TYPE_CHECKING:
