@@ -1,10 +1,14 @@
+import bz2
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
 import socket
 import sysconfig
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +18,7 @@ import pytest
 import zstandard
 
 from capgap.corpus import readers
-from capgap.corpus.sources import open_source
+from capgap.corpus.sources import describe_left_out, open_source
 from capgap.errors import UserError
 
 SEPARATED = b"one\nline two\n<|endoftext|>\n  two\n\n<|endoftext|>\r\n\n<|endoftext|>\nlast"
@@ -139,14 +143,15 @@ def test_folder_and_glob(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
     whole = b"kept\n<|endoftext|>\nwhole"
-    assert read(tmp_path) == [whole, b"text\n", b"more", b"pass"]
+    assert read(tmp_path) == [whole, b"text\n", b"more", b"row", b"pass"]
+    assert open_source(str(tmp_path)).left_out == {"*.png": 1}
     assert read(tmp_path / "*.md") == [whole]
     assert read(tmp_path / "**" / "*.py") == [b"pass"]
     assert read(tmp_path / "*.jsonl") == [b"row"]
     with pytest.raises(UserError, match="no file matches"):
         read(tmp_path / "*.png")
     (tmp_path / "other").mkdir()
-    with pytest.raises(UserError, match=r"holds no \.txt, \.md, \.py file"):
+    with pytest.raises(UserError, match=r"holds no text, JSON, parquet, arrow or archive"):
         read(tmp_path / "other")
 
 
@@ -180,7 +185,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
 def test_document_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 1000)
     path = tmp_path / "a.txt"
-    path.write_bytes(b"a line\n" * 200)
+    path.write_bytes(b"short\n<|endoftext|>\n" + b"a line\n" * 200)
     with pytest.raises(UserError, match="set `separator`"):
         read(path)
 
@@ -193,6 +198,7 @@ def test_description_and_fingerprint(tmp_path: Path) -> None:
         "name": str(tmp_path),
         "kind": "files",
         "files": [{"path": "a.txt", "bytes": 4, "sha256": digest}],
+        "left_out": {},
     }
     before = source.fingerprint()
     assert open_source(str(tmp_path)).fingerprint() == before
@@ -257,3 +263,139 @@ def test_unknown_dataset_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UserError, match=r"dataset 'data:xx': .*Available: \['en'\]$"):
         read("data:xx")
+
+
+# --- by bytes, whatever the name ----------------------------------------------------------------
+
+LINES = "\n".join(map(json.dumps, ROWS)).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("c4-train.00000-of-00012.json.gz", gzip.compress(LINES)),
+        ("rows.ndjson", LINES),
+        ("rows.json", LINES),
+        ("rows.json.bz2", bz2.compress(LINES)),
+        ("rows", LINES),
+        ("rows.jsonl", b"\xef\xbb\xbf" + LINES),
+        ("list.json", json.dumps(ROWS).encode()),
+        ("list.json", json.dumps(ROWS, indent=2).encode()),
+        ("within.json", json.dumps({"version": 1, "data": ROWS}).encode()),
+    ],
+)
+def test_json_of_any_form(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert read(tmp_path / name) == TEXTS
+    if "." in name:
+        assert read(tmp_path) == TEXTS
+
+
+def test_arrow_as_a_file_and_as_a_stream(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": [row["text"] for row in ROWS]})
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pyarrow.ipc.new_stream(str(tmp_path / "b.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert read(tmp_path) == TEXTS * 2
+    with pytest.raises(UserError, match="no column 'body'; it has 'text'"):
+        read(tmp_path / "a.arrow", text_column="body")
+
+
+def archive_members() -> dict[str, bytes]:
+    return {
+        "data/a.jsonl.gz": gzip.compress(LINES),
+        "data/b.txt": SEPARATED,
+        "data/.hidden.txt": b"no",
+        "c.png": b"\x89PNG\r\n",
+    }
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz", "a.tar.zst", "a.zip"])
+def test_archives_give_the_documents_of_their_files(tmp_path: Path, name: str) -> None:
+    path, plain = tmp_path / name, io.BytesIO()
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(plain, "w") as archive:
+            for member, data in archive_members().items():
+                archive.writestr(member, data)
+        path.write_bytes(plain.getvalue())
+    else:
+        with tarfile.open(fileobj=plain, mode="w") as archive:
+            for member, data in archive_members().items():
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+        ending = {".tgz": ".gz"}.get(path.suffix, path.suffix)
+        path.write_bytes(COMPRESS.get(ending, bytes)(plain.getvalue()))
+    assert read(path) == TEXTS + DOCUMENTS
+
+
+def test_a_data_sets_folder_gives_its_data_and_not_its_papers(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_bytes(LINES)
+    for name in ("README.md", "LICENSE.txt", "paper.pdf"):
+        (tmp_path / name).write_bytes(b"about it")
+    (tmp_path / "settings.json").write_text('{"a": 1}')
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "x.txt").write_text("another program's")
+    assert read(tmp_path) == TEXTS
+    left_out = open_source(str(tmp_path)).left_out
+    assert left_out == {
+        "README.md": 1, "LICENSE.txt": 1, "*.pdf": 1, "*.json": 1, "hidden": 1
+    }  # fmt: skip
+    assert describe_left_out({"*.pdf": 3, "hidden": 1}) == "3 *.pdf, 1 hidden"
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("one")
+    (tmp_path / "elsewhere" / "b.txt").write_text("two")
+    (tmp_path / "texts" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "texts" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "texts")
+    assert sorted(read(tmp_path / "texts")) == [b"one", b"two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "told"),
+    [
+        ("a.txt", "text in two bytes each".encode("utf-16"), "is UTF-16"),
+        ("a.pdf", b"%PDF-1.7", "is PDF and no text"),
+        ("a.bin", b"\0\1\2", "bytes that are no text"),
+        ("a.json", b'{"text": ' + b"[" * 100_000, "nested too deep|is not JSON"),
+        ("a.parquet", b"no table", "by its name it is parquet"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(
+    tmp_path: Path, name: str, data: bytes, told: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=told):
+        read(tmp_path / name)
+
+
+def test_pipes_and_devices_are_no_sources(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(UserError, match="no file that can be read twice"):
+            read(name)
+
+
+def test_one_big_text_is_cut_between_paragraphs(tmp_path: Path) -> None:
+    paragraphs = [b"%d " % number * 300 + b"\n\n" for number in range(300)]
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"".join(paragraphs))
+    found = read(path)
+    assert b"".join(found) == path.read_bytes()
+    assert len(found) > 10
+    assert all(one.endswith(b"\n\n") for one in found)
+    assert min(map(len, found[:-1])) >= readers.PIECE_BYTES
+    # with separators documents stay whole
+    path.write_bytes(b"a\n<|endoftext|>\n" + b"".join(paragraphs))
+    assert len(read(path)) == 2
+    # one line without end
+    path.write_bytes(b"word " * 100_000)
+    assert b"".join(read(path)) == path.read_bytes()
+    assert max(map(len, read(path))) <= 8 * readers.PIECE_BYTES

@@ -253,7 +253,8 @@ def test_a_small_teachers_own_widths_are_no_obstacle():
 
 def test_a_cut_that_transformers_does_not_take_is_told_before_any_work():
     rope = {
-        "rope_type": "longrope", "partial_rotary_factor": 1.0, "rope_theta": 10000.0, "short_factor": [1.0] * 8,
+        "rope_type": "longrope", "partial_rotary_factor": 1.0, "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
         "long_factor": [2.0] * 8, "original_max_position_embeddings": 16,
     }  # fmt: skip
     shape = Shape("phi3", 64, 2, 4, 2, 16, 96, 300, 64, True)

@@ -1,6 +1,7 @@
 """Commands for the single stages: corpus, cache, score, prune, distill, sample."""
 
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -80,10 +81,28 @@ def corpus(
         "tokenizer_hash": made.token_hash,
         "manifest": str(made.directory / "manifest.json"),
     }
+    display.say(_what_was_read(made.manifest))
     if json_:
         print_json(found)
     else:
         print(f"{made.train_tokens:,} training tokens, vocabulary {made.vocabulary}, in {out}")
+
+
+def _what_was_read(manifest: dict[str, Any]) -> str:
+    """Documents, files, what was left out, and how much is held out."""
+    from capgap.corpus.sources import describe_left_out
+
+    source, heldout, train = (manifest[name] for name in ("source", "heldout", "train"))
+    line = f"{manifest['documents']['read']:,} documents"
+    files = source.get("files", [])
+    if files:
+        endings = Counter(f"*{Path(one['path']).suffix}" for one in files)
+        kinds = ", ".join(f"{count:,} {ending}" for ending, count in sorted(endings.items()))
+        line += f" of {len(files):,} files ({kinds})"
+    if source.get("left_out"):
+        line += f"; left out: {describe_left_out(source['left_out'])}"
+    share = heldout["bytes"] / max(1, heldout["bytes"] + train["bytes"])
+    return f"{line}; held out: {heldout['documents']:,} documents, {share:.1%} of the text"
 
 
 @app.command()

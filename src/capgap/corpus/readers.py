@@ -1,50 +1,255 @@
-"""Documents out of one file: plain text, text with separators, JSON lines, parquet; compressed."""
+"""Documents out of one file, by its bytes: text, JSON, parquet, arrow; compressed, in archives."""
 
+import bz2
 import gzip
 import io
+import itertools
 import json
 import lzma
+import tarfile
+import zipfile
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, cast
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Literal, cast
 
-from capgap.errors import UserError
+from capgap.errors import UserError, first_line
 
-PLAIN_SUFFIXES = (".txt", ".md", ".py")
-COMPRESSIONS = (".gz", ".zst", ".xz")
-JSON_SUFFIXES = (".jsonl", *(f".jsonl{end}" for end in COMPRESSIONS))
-SUFFIXES = (*PLAIN_SUFFIXES, *COMPRESSIONS, *JSON_SUFFIXES, ".parquet")
+Kind = Literal["text", "document", "json", "parquet", "arrow", "tar", "zip"]
+
+# What a folder's files are called; a file or glob that is named may be called anything
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
+ARCHIVE_SUFFIXES = (".tar", ".tgz", ".zip")
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+SUFFIXES = tuple(
+    suffix + end
+    for suffix in (*TEXT_SUFFIXES, *ROW_SUFFIXES, *ARCHIVE_SUFFIXES)
+    for end in ("", *COMPRESSIONS)
+)
 
 # A document is held in memory whole, so a file without separators must not be unlimited.
 MAX_DOCUMENT_BYTES = 1 << 30
+# So far a text is read on for a separator
+MAX_WHOLE_BYTES = 1 << 26
+# Text without any separator is cut at the first empty line behind so many bytes, at the first line
+# or white space behind four times as many
+PIECE_BYTES = 1 << 14
+HEAD_BYTES = 1 << 12
+_MAGIC: dict[bytes, Kind] = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"BZh": "bzip2",
+}
+_CLAIMS = {
+    ".gz": "gzip", ".tgz": "gzip", ".xz": "xz", ".zst": "zstandard", ".bz2": "bzip2",
+    ".parquet": "parquet", ".arrow": "arrow", ".tar": "tar", ".zip": "zip",
+}  # fmt: skip
+_OTHER = {b"%PDF": "PDF", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"PK\5\6": "zip"}
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_UTF_8_MARK = b"\xef\xbb\xbf"
+
+
+_BROKEN = (
+    OSError,
+    EOFError,
+    lzma.LZMAError,
+    zlib.error,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
+
+
+class NoText(UserError):
+    """A file that holds no text; who reads a folder may leave it out."""
 
 
 def read_documents(path: Path, *, text_column: str, separator: str) -> Iterator[bytes]:
-    """Yield the documents of one file in order; the suffix decides how it is read.
+    """Yield the documents of one file in order; its first bytes decide how it is read.
 
     Markdown and Python files are one document each. Any other text is split at lines that hold
-    the separator alone, so a text without such a line is one document. JSON lines and parquet
-    give one document a row, from `text_column`; a row whose text is null gives none.
+    the separator alone; one of many paragraphs without such a line is cut into pieces between
+    paragraphs. JSON (a list of objects, or one a line), parquet and arrow give one document a row,
+    from `text_column`; a row whose text is null gives none. Archives give those of their files.
 
     Raises:
-        UserError: the file cannot be read, is broken, or lacks the column (names those it has).
+        UserError: the file cannot be read, is broken, holds no text, or lacks the column (names
+            those it has).
     """
-    name = path.name.lower()
-    try:
-        if name.endswith(".parquet"):
-            yield from _read_parquet(path, text_column)
-        elif name.endswith(JSON_SUFFIXES):
-            with _open_bytes(path) as stream:
-                yield from _read_json_lines(path, stream, text_column)
-        elif name.endswith((".md", ".py")):
-            yield path.read_bytes()
+    with _told(path), path.open("rb") as raw:
+        kind, stream, name = _looked_at(raw, path.name)
+        if kind == "parquet":
+            # the library reads it in pieces, from its end
+            yield from _read_table(str(path), path, kind, text_column)
         else:
-            with _open_bytes(path) as stream:
-                yield from _split_at_separator(path, stream, separator.encode())
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {reason}; is it whole and readable?") from error
+            yield from _read(str(path), kind, name, stream, text_column, separator)
+
+
+def kind_of(path: Path) -> Kind:
+    """What the bytes of a file are; NoText where they are no text."""
+    with _told(path), path.open("rb") as raw:
+        return _looked_at(raw, path.name)[0]
+
+
+def has_rows(path: Path, text_column: str) -> bool:
+    """Whether a JSON file's first entry has the column: not every JSON file is a data set."""
+    try:
+        next(read_documents(path, text_column=text_column, separator="\0"), None)
+    except UserError:
+        return False
+    return True
+
+
+class _told:
+    """Whatever a reader of bytes raises names the file."""
+
+    def __init__(self, where: object) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        known = (
+            OSError,
+            EOFError,
+            lzma.LZMAError,
+            zlib.error,
+            tarfile.TarError,
+            zipfile.BadZipFile,
+        )
+        if isinstance(error, known) or type(error).__module__.startswith("pyarrow"):
+            reason = getattr(error, "strerror", None) or first_line(cast(Exception, error))
+            raise UserError(
+                f"cannot read {self.where}: {reason}; is it whole and readable?"
+            ) from error
+
+
+def _looked_at(raw: IO[bytes], name: str) -> tuple[Kind, io.BufferedReader, str]:
+    """What the bytes are, a stream of them without compression, and the name without its ending."""
+    stream, lower = _buffered(raw), name.lower()
+    for _ in range(3):
+        head = stream.peek(HEAD_BYTES)
+        how = next((how for magic, how in _COMPRESSED.items() if head.startswith(magic)), None)
+        ending = PurePosixPath(lower).suffix
+        if how is None:
+            break
+        stream = _decompressed(stream, how)
+        if _CLAIMS.get(ending) == how:
+            lower = lower.removesuffix(ending) + (".tar" if ending == ".tgz" else "")
+    kind = _kind(lower, head)
+    claimed = _CLAIMS.get(PurePosixPath(lower).suffix)
+    if claimed not in (None, kind) and head:
+        raise UserError(
+            f"cannot read {name}: by its name it is {claimed}, and by its bytes it is not; is it "
+            "whole?"
+        )
+    return kind, stream, lower
+
+
+def _buffered(stream: Any) -> io.BufferedReader:
+    is_buffered = isinstance(stream, io.BufferedReader)
+    return stream if is_buffered else io.BufferedReader(stream, 1 << 16)
+
+
+def _decompressed(stream: IO[bytes], how: str) -> io.BufferedReader:
+    if how == "gzip":
+        return _buffered(gzip.open(stream, "rb"))
+    if how == "xz":
+        return _buffered(lzma.open(stream, "rb"))
+    if how == "bzip2":
+        return _buffered(bz2.open(stream, "rb"))
+    import pyarrow
+
+    # Reads all frames and notices a truncated one; the zstandard package does neither unasked.
+    return _buffered(pyarrow.input_stream(stream, compression="zstd"))
+
+
+def _kind(name: str, head: bytes) -> Kind:
+    for magic, kind in _MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    if head.startswith(b"PK\3\4"):
+        return "zip"
+    if head[257:262] == b"ustar":
+        return "tar"
+    for magic, what in _OTHER.items():
+        if head.startswith(magic):
+            raise NoText(f"{name} is {what} and no text: give text, JSON, parquet or arrow")
+    if head.startswith(_UTF_16):
+        raise UserError(f"{name} is UTF-16: turn it into UTF-8 (iconv -f utf-16 -t utf-8) first")
+    if b"\0" in head:
+        raise NoText(f"{name} holds bytes that are no text: give text, JSON, parquet or arrow")
+    if name.endswith((".md", ".py")):
+        return "document"
+    if name.endswith((".jsonl", ".ndjson", ".json")):
+        return "json"
+    is_json = not name.endswith(TEXT_SUFFIXES) and _is_object(head)
+    return "json" if is_json else "text"
+
+
+def _is_object(head: bytes) -> bool:
+    """Whether text of an unknown name begins with a line that is a JSON object."""
+    line = head.lstrip(_UTF_8_MARK).lstrip().split(b"\n")[0]
+    if not line.startswith(b"{"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _read(
+    where: str, kind: Kind, name: str, stream: IO[bytes], text_column: str, separator: str
+) -> Iterator[bytes]:
+    """Documents of a stream of that kind."""
+    if kind == "document":
+        yield _without_mark(stream.read())
+    elif kind == "text":
+        yield from _split(where, stream, separator.encode())
+    elif kind == "json":
+        yield from _read_json(where, stream, text_column, is_lines=not name.endswith(".json"))
+    elif kind in ("parquet", "arrow"):
+        yield from _read_table(where, io.BytesIO(stream.read()), kind, text_column)
+    else:
+        yield from _read_archive(where, kind, stream, text_column, separator)
+
+
+def _read_archive(
+    where: str, kind: Kind, stream: IO[bytes], text_column: str, separator: str
+) -> Iterator[bytes]:
+    """Documents of the files in it, by their names; what is hidden or holds no text is left out."""
+    members = _tar_members(stream) if kind == "tar" else _zip_members(stream)
+    for name, content in members:
+        parts = PurePosixPath(name).parts
+        if any(part.startswith((".", "__MACOSX")) for part in parts):
+            continue
+        inside = f"{where}, {name}"
+        with _told(inside):
+            try:
+                one, opened, lower = _looked_at(content, parts[-1])
+            except NoText:
+                continue
+            yield from _read(inside, one, lower, opened, text_column, separator)
+
+
+def _tar_members(stream: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            content = archive.extractfile(member) if member.isfile() else None
+            if content is not None:
+                yield member.name, content
+
+
+def _zip_members(stream: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
+    whole = stream if stream.seekable() else io.BytesIO(stream.read())
+    with zipfile.ZipFile(whole) as archive:
+        for member in sorted(archive.infolist(), key=lambda one: one.filename):
+            if not member.is_dir():
+                with archive.open(member) as content:
+                    yield member.filename, content
 
 
 def text_of_row(row_text: object, *, where: str, text_column: str) -> bytes | None:
@@ -75,68 +280,147 @@ def missing_column(where: str, text_column: str, columns: list[str]) -> UserErro
     )
 
 
-def _open_bytes(path: Path) -> IO[bytes]:
-    name = path.name.lower()
-    if name.endswith(".gz"):
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    if name.endswith(".xz"):
-        return lzma.open(path, "rb")
-    if name.endswith(".zst"):
-        import pyarrow
-
-        # Reads all frames and notices a truncated one; the zstandard package does neither unasked.
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 20)
-    return path.open("rb")
+def _without_mark(data: bytes) -> bytes:
+    return data.removeprefix(_UTF_8_MARK)
 
 
-def _split_at_separator(path: Path, stream: IO[bytes], separator: bytes) -> Iterator[bytes]:
+def _split(where: str, stream: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
+    """Documents between separators; text in which there is none, in pieces of whole paragraphs."""
     lines: list[bytes] = []
-    num_bytes = 0
-    for line in stream:
+    num_bytes, is_parted = 0, False
+    for number, line in enumerate(stream):
+        line = _without_mark(line) if number == 0 else line
         if line.rstrip(b"\r\n") == separator:
             yield b"".join(lines)
-            lines, num_bytes = [], 0
+            lines, num_bytes, is_parted = [], 0, True
             continue
         lines.append(line)
         num_bytes += len(line)
-        if num_bytes > MAX_DOCUMENT_BYTES:
+        if num_bytes > MAX_DOCUMENT_BYTES and is_parted:
             raise UserError(
-                f"{path}: no line {separator.decode()!r} within {MAX_DOCUMENT_BYTES >> 20} MiB; "
+                f"{where}: no line {separator.decode()!r} within {MAX_DOCUMENT_BYTES >> 20} MiB; "
                 "set `separator` to the line that parts its documents"
             )
-    yield b"".join(lines)
+        if num_bytes > MAX_WHOLE_BYTES and not is_parted:
+            yield from _pieces(lines)
+            lines, num_bytes = [], 0
+    if is_parted or num_bytes <= 4 * PIECE_BYTES:
+        yield b"".join(lines)
+    else:
+        yield from _pieces(lines)
 
 
-def _read_json_lines(path: Path, stream: IO[bytes], text_column: str) -> Iterator[bytes]:
-    for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+def _pieces(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Whole paragraphs of `PIECE_BYTES` and more; of what has none, lines or words."""
+    most = 4 * PIECE_BYTES
+    piece = b""
+    for line in lines:
+        piece += line
+        if len(piece) >= PIECE_BYTES and (not line.strip() or len(piece) >= most):
+            while len(piece) > 2 * most:
+                end = piece.rfind(b" ", 1, most) + 1 or most
+                yield piece[:end]
+                piece = piece[end:]
+            yield piece
+            piece = b""
+    yield piece
+
+
+def _read_json(
+    where: str, stream: IO[bytes], text_column: str, *, is_lines: bool
+) -> Iterator[bytes]:
+    """One object a line; or a whole list, or an object with one, where the first line is none."""
+    line = _without_mark(stream.readline())
+    lines = [line]
+    if not is_lines:
+        following = stream.readline()
         try:
-            row = json.loads(line.decode("utf-8", "surrogateescape"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not JSON: {error.msg}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is no JSON object but {type(row).__name__}")
-        if text_column not in row:
-            raise missing_column(where, text_column, list(row))
-        text = text_of_row(row[text_column], where=where, text_column=text_column)
-        if text is not None:
-            yield text
+            row = _json(line)
+            is_lines = isinstance(row, dict) and (bool(following.strip()) or text_column in row)
+        except ValueError:
+            pass
+        if not is_lines:
+            yield from _read_whole_json(where, line + following + stream.read(), text_column)
+            return
+        lines = [line, following]
+    for number, one in enumerate(itertools.chain(lines, stream), start=1):
+        if one.strip():
+            place = f"{where}, line {number}"
+            try:
+                row = _json(one)
+            except ValueError as error:
+                raise UserError(f"{place} is not JSON: {_reason(error)}") from error
+            yield from _row(place, row, text_column)
 
 
-def _read_parquet(path: Path, text_column: str) -> Iterator[bytes]:
+def _read_whole_json(where: str, data: bytes, text_column: str) -> Iterator[bytes]:
+    try:
+        found = _json(data)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {_reason(error)}") from error
+    if isinstance(found, dict) and text_column not in found:
+        lists = [value for value in found.values() if isinstance(value, list)]
+        found = lists[0] if len(lists) == 1 else found
+    for number, row in enumerate(found if isinstance(found, list) else [found], start=1):
+        yield from _row(f"{where}, entry {number}", row, text_column)
+
+
+def _json(data: bytes) -> Any:
+    """ValueError too for nesting that Python's reader cannot follow."""
+    try:
+        return json.loads(data.decode("utf-8", "surrogateescape"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _reason(error: ValueError) -> str:
+    return getattr(error, "msg", None) or first_line(error)
+
+
+def _row(where: str, row: Any, text_column: str) -> Iterator[bytes]:
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is no JSON object but {type(row).__name__}")
+    if text_column not in row:
+        raise missing_column(where, text_column, list(row))
+    text = text_of_row(row[text_column], where=where, text_column=text_column)
+    if text is not None:
+        yield text
+
+
+def _read_table(
+    where: str, source: Path | IO[bytes], kind: Kind, text_column: str
+) -> Iterator[bytes]:
+    import pyarrow
+
+    try:
+        for batch in _batches(where, source, kind, text_column):
+            for value in batch.column(text_column).to_pylist():
+                text = text_of_row(value, where=where, text_column=text_column)
+                if text is not None:
+                    yield text
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {where} as {kind}: {first_line(error)}") from error
+
+
+def _batches(where: str, source: Path | IO[bytes], kind: Kind, text_column: str) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            if text_column not in table.schema_arrow.names:
-                raise missing_column(str(path), text_column, table.schema_arrow.names)
-            for batch in table.iter_batches(batch_size=256, columns=[text_column]):
-                for value in batch.column(0).to_pylist():
-                    text = text_of_row(value, where=str(path), text_column=text_column)
-                    if text is not None:
-                        yield text
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as parquet: {error}") from error
+    def check(names: list[str]) -> None:
+        if text_column not in names:
+            raise missing_column(where, text_column, names)
+
+    if kind == "parquet":
+        with pyarrow.parquet.ParquetFile(source) as table:
+            check(table.schema_arrow.names)
+            yield from table.iter_batches(batch_size=256, columns=[text_column])
+        return
+    data = source.read_bytes() if isinstance(source, Path) else source.read()
+    if data.startswith(b"ARROW1"):
+        reader = pyarrow.ipc.open_file(data)
+        check(reader.schema.names)
+        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+        return
+    with pyarrow.ipc.open_stream(data) as reader:
+        check(reader.schema.names)
+        yield from reader

@@ -5,15 +5,19 @@ import hashlib
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from capgap.corpus.hub import HUB_NAME, hub_revision, looks_like_path
 from capgap.corpus.readers import (
-    PLAIN_SUFFIXES,
     SUFFIXES,
+    Kind,
+    NoText,
+    has_rows,
+    kind_of,
     missing_column,
     read_documents,
     text_of_row,
@@ -36,6 +40,7 @@ class Source:
         kind: which reading it got.
         root: the folder that the files' names in the manifest are relative to, if there is one.
         files: what it is read from, sorted; empty for a dataset.
+        left_out: what lies there too and is not read, by what it is: {"*.pdf": 3, "hidden": 1}.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Source:
     files: tuple[Path, ...]
     text_column: str
     separator: str
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def documents(self) -> Iterator[bytes]:
         """Yield every document that is more than white space, one after the other.
@@ -85,6 +91,7 @@ class Source:
             {"path": self._label(path), "bytes": _status(path).st_size, "sha256": _sha256(path)}
             for path in self.files
         ]
+        description["left_out"] = self.left_out
         return description
 
     def _label(self, path: Path) -> str:
@@ -108,9 +115,10 @@ def open_source(
 
     Args:
         source: `stdlib` (every .py file of the running interpreter's standard library), `pydoc`
-            (its documentation's topics, English prose), a file, a
-            folder (its .txt, .md and .py files), a glob, or a Hugging Face dataset as `name`,
-            `name:config` or `name:config:split` (split `train` if none is named).
+            (its documentation's topics, English prose), a file, a folder (its text, JSON, parquet,
+            arrow and archives; hidden files and a data set's README are left out), a glob, or a
+            Hugging Face dataset as `name`, `name:config` or `name:config:split` (split `train` if
+            none is named).
         text_column: the column with the text, for JSON lines, parquet and datasets.
         separator: the line that parts documents within a text file.
 
@@ -121,7 +129,7 @@ def open_source(
         raise UserError("the corpus has no name: give a file, folder, glob, dataset or 'stdlib'")
     if not separator or "\n" in separator:
         raise UserError(f"separator {separator!r} must be the text of exactly one line")
-    options = {"text_column": text_column, "separator": separator}
+    options: dict[str, Any] = {"text_column": text_column, "separator": separator}
     if source == STANDARD_LIBRARY:
         root, files = _standard_library_files()
         return Source(source, "stdlib", root, files, **options)
@@ -129,11 +137,16 @@ def open_source(
         return Source(source, "pydoc", None, (_topics_file(),), **options)
     path = Path(source).expanduser()
     if path.is_dir():
-        return Source(source, "files", path, _folder_files(path), **options)
+        files, left_out = _folder_files(path, text_column)
+        return Source(source, "files", path, files, **options, left_out=left_out)
     if path.exists():
+        if not path.is_file():
+            raise UserError(f"{source} is no file that can be read twice: give a file or a folder")
+        kind_of(path)  # refuses what is no text
         return Source(source, "files", None, (path,), **options)
     if glob.has_magic(source):
-        return Source(source, "files", None, _glob_files(str(path)), **options)
+        files, left_out = _glob_files(str(path))
+        return Source(source, "files", None, files, **options, left_out=left_out)
     if looks_like_path(source, suffixes=SUFFIXES):
         raise UserError(f"no such file or folder: {source}")
     _dataset_parts(source)
@@ -147,7 +160,8 @@ def _standard_library_files() -> tuple[Path, tuple[Path, ...]]:
             f"corpus 'stdlib': this Python has no standard library as files in {root}; name a text "
             "file or folder instead"
         )
-    return root, _walk(root, (".py",), skip=("site-packages", "dist-packages"))
+    found = _walk(root, Counter(), skip=("site-packages", "dist-packages"))
+    return root, tuple(path for path in found if path.suffix == ".py")
 
 
 def _topics_file() -> Path:
@@ -174,38 +188,107 @@ def _topics() -> Iterator[bytes]:
         yield piece.encode()
 
 
-def _folder_files(folder: Path) -> tuple[Path, ...]:
-    files = _walk(folder, PLAIN_SUFFIXES)
+# What stands beside data in a repository of it
+_PAPERS = (
+    "readme",
+    "license",
+    "licence",
+    "notice",
+    "changelog",
+    "contributing",
+    "citation",
+    "code_of_conduct",
+    "security",
+    "authors",
+)
+# What the library datasets writes beside its tables
+_ABOUT = ("dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json")
+
+
+def _folder_files(folder: Path, text_column: str) -> tuple[tuple[Path, ...], dict[str, int]]:
+    """The text in a folder and how much of what else was left out."""
+    left_out: Counter[str] = Counter()
+    found = _walk(folder, left_out)
+    kinds = {path: _kind_in_folder(path, text_column) for path in found}
+    has_data = any(kind not in ("text", "document", None) for kind in kinds.values())
+    files = []
+    for path, kind in kinds.items():
+        is_paper = has_data and path.name.lower().startswith(_PAPERS)
+        if kind is None or is_paper:
+            left_out[f"*{path.suffix}" if path.suffix and not is_paper else path.name] += 1
+        else:
+            files.append(path)
     if not files:
         raise UserError(
-            f"folder {folder} holds no {', '.join(PLAIN_SUFFIXES)} file; for other kinds give a "
-            f"glob such as {folder}/*.parquet"
+            f"folder {folder} holds no text, JSON, parquet, arrow or archive of them"
+            f"{_told(left_out)}; for files of other names give a glob such as {folder}/*.log"
         )
-    return files
+    return tuple(files), dict(left_out)
 
 
-def _glob_files(pattern: str) -> tuple[Path, ...]:
-    found = (Path(match) for match in sorted(glob.glob(pattern, recursive=True)))
-    files = tuple(path for path in found if path.is_file() and _readable_suffix(path, SUFFIXES))
+def _kind_in_folder(path: Path, text_column: str) -> Kind | None:
+    """None for what is no text, by its name or its bytes."""
+    name = path.name.lower()
+    if not name.endswith(SUFFIXES) or name in _ABOUT:
+        return None
+    try:
+        kind = kind_of(path)
+    except NoText:
+        return None
+    is_settings = name.endswith(".json") and not has_rows(path, text_column)
+    return None if is_settings else kind
+
+
+def _glob_files(pattern: str) -> tuple[tuple[Path, ...], dict[str, int]]:
+    left_out: Counter[str] = Counter()
+    files = []
+    for match in sorted(glob.glob(pattern, recursive=True)):
+        path = Path(match)
+        if not path.is_file():
+            continue
+        try:
+            kind_of(path)
+        except NoText:
+            left_out[f"*{path.suffix}"] += 1
+            continue
+        files.append(path)
     if not files:
-        raise UserError(f"no file matches {pattern} with a suffix of {', '.join(SUFFIXES)}")
-    return files
+        raise UserError(f"no file matches {pattern} that holds text{_told(left_out)}")
+    return tuple(files), dict(left_out)
 
 
-def _walk(root: Path, suffixes: tuple[str, ...], *, skip: tuple[str, ...] = ()) -> tuple[Path, ...]:
+def _told(left_out: Mapping[str, int]) -> str:
+    return f" (left out: {describe_left_out(left_out)})" if left_out else ""
+
+
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """ "3 *.pdf, 1 hidden" """
+    return ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()))
+
+
+def _walk(root: Path, left_out: "Counter[str]", *, skip: tuple[str, ...] = ()) -> tuple[Path, ...]:
+    """All files, those of linked folders too, each folder once; hidden ones are counted alone."""
+
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read folder {error.filename}: {error.strerror}") from error
 
     files = []
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if name not in skip]
-        files += [Path(folder, name) for name in names if _readable_suffix(Path(name), suffixes)]
+    seen = {os.path.realpath(root)}
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        left_out["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
+        kept = []
+        for name in sorted(folders):
+            place = os.path.realpath(os.path.join(folder, name))
+            if name.startswith(".") or name in skip or place in seen:
+                continue
+            seen.add(place)
+            kept.append(name)
+        folders[:] = kept
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    if not left_out["hidden"]:
+        del left_out["hidden"]
     # A link may point nowhere; only what is there as a file is part of the text.
     return tuple(sorted(path for path in files if path.is_file()))
-
-
-def _readable_suffix(path: Path, suffixes: tuple[str, ...]) -> bool:
-    return path.name.lower().endswith(suffixes)
 
 
 def _status(path: Path) -> os.stat_result:
