@@ -92,7 +92,13 @@ def like_llama(pieces, merges):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(
     ("architecture", "tied", "kv_heads"),
-    [("llama", False, 2), ("llama", True, 4), ("mistral", False, 1), ("qwen2", True, 2)],
+    [
+        ("llama", False, 2),
+        ("llama", True, 4),
+        ("mistral", False, 1),
+        ("qwen2", True, 2),
+        ("qwen3", True, 2),
+    ],
 )
 def test_transformers_reads_the_same_model(
     typed, small_corpus, tmp_path, architecture, tied, kv_heads, dtype
@@ -116,8 +122,16 @@ def test_transformers_reads_the_same_model(
 
     dtype_of = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     wanted = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    read = AutoModelForCausalLM.from_pretrained(place, gguf_file=path.name, dtype=torch.float32)
+    # of Qwen3 transformers does not read the size of heads, which is in the file
+    config = {"config": wanted.config} if architecture == "qwen3" else {}
+    read = AutoModelForCausalLM.from_pretrained(
+        place, gguf_file=path.name, dtype=torch.float32, **config
+    )
     assert torch.equal(logits(read), logits(wanted))
+    fields = gguf.GGUFReader(path).fields
+    size = wanted.config.head_dim if hasattr(wanted.config, "head_dim") else None
+    told = fields[f"{ARCHITECTURES[architecture]}.attention.key_length"].contents()
+    assert size in (None, told)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert kinds["blk.0.attn_q.weight"] == {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}[dtype]
     assert kinds["output_norm.weight"] == "F32"
@@ -239,7 +253,10 @@ def test_what_cannot_be_a_gguf_file_is_one_line(typed, small_corpus, tmp_path, m
         heads = 4 if architecture in ("gpt_neox", "gpt2") else 2
         save(source, tokenizer, architecture=architecture, kv_heads=heads)
         told = refused(source)
-        assert f"--gguf writes llama, mistral, qwen2 models, and this is a {architecture}" in told
+        assert (
+            f"--gguf writes llama, mistral, qwen2, qwen3 models, and this is a {architecture}"
+            in told
+        )
     scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
     assert "type 'linear'" in refused(save(tmp_path / "scaled", tokenizer, changes=scaled))
     odd = save(tmp_path / "odd", tokenizer, changes={"hidden_act": "gelu"})
@@ -265,3 +282,25 @@ def test_a_file_that_was_written_wrong_is_not_kept(small_corpus, tmp_path, monke
         run_export(request)
     assert list((tmp_path / "file").iterdir()) == []
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_changes_text_first_is_refused(typed, small_corpus, tmp_path):
+    tokenizer = small_corpus.tokenizer
+    source = save(tmp_path / "model", tokenizer)
+    path = source / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    fields["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFKC"}]}
+    path.write_text(json.dumps(fields))
+    done = typed("export", source, "--out", tmp_path / "out", "--gguf", tmp_path / "a.gguf")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "changes text before it cuts it" in done.err
+
+
+def test_double_precision_is_written_in_single(small_corpus, tmp_path):
+    source = save(tmp_path / "model", small_corpus.tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(source).double()
+    model.save_pretrained(source)
+    path = tmp_path / "file" / "a.gguf"
+    run_export(ExportRequest(str(source), tmp_path / "out", gguf=path))
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert kinds == {"F32"}

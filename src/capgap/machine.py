@@ -36,9 +36,34 @@ def resolve_device(asked: str) -> str:
     return str(device)
 
 
+# What torchrun tells its processes, all of it
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def started() -> tuple[int, int]:
-    """(rank, world) as torchrun tells them; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """(rank, world) as torchrun tells them; (0, 1) without it. A cluster may leave some of these
+    variables in the environment for reasons of its own: they count together or not at all.
+    """
+    if not all(os.environ.get(name) for name in TORCHRUN):
+        return 0, 1
+    try:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except ValueError:
+        rank, world = -1, 0
+    if not 0 <= rank < world:
+        raise UserError(
+            f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']} in the "
+            "environment do not fit: start several processes with torchrun, or unset both"
+        )
+    return rank, world
+
+
+def forget_leftovers() -> None:
+    """Takes what torchrun would tell out of the environment where it did not start this process:
+    the libraries below would wait for others."""
+    if started() == (0, 1):
+        for name in TORCHRUN:
+            os.environ.pop(name, None)
 
 
 def usable_cores() -> int:

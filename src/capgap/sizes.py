@@ -6,6 +6,7 @@ from decimal import Decimal, InvalidOperation
 
 from capgap.errors import UserError
 
+MOST = 10**18  # nothing that is counted here is more
 _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -27,7 +28,7 @@ def parse_count(value: str | int | float) -> int:
         count = Decimal(text[:-1].strip() if factor > 1 else text) * factor
     except InvalidOperation:
         raise mistake from None
-    if not count.is_finite() or count <= 0 or count != count.to_integral_value():
+    if not count.is_finite() or not 0 < count <= MOST or count != count.to_integral_value():
         raise mistake
     return int(count)
 

@@ -4,6 +4,7 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 """
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ import typer
 from capgap import __version__
 from capgap.cli.app import FAILED, USER_ERROR, app, exit_with
 from capgap.errors import UserError, is_disk_full
-from capgap.machine import started
+from capgap.machine import forget_leftovers, started
 
 # in the order of --help
 # isort: off
@@ -43,6 +44,14 @@ __all__ = [
 
 def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal may have no character for what a model writes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        forget_leftovers()
+    except UserError as error:
+        exit_with(str(error), USER_ERROR)
     if started()[1] == 1:
         _run()
         return
@@ -68,7 +77,7 @@ def leave(code: int) -> NoReturn:
 def _run() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app()
+        app(args=[_at_home(word) for word in sys.argv[1:]])
     except UserError as error:
         where = "" if error.rank in (None, 0) else f"rank {error.rank}: "
         # what all processes of torchrun meet alike, the first one tells
@@ -80,6 +89,14 @@ def _run() -> None:
         if error.errno in REFUSALS:
             exit_with(f"{error.filename}: {error.strerror}", USER_ERROR)
         raise
+
+
+def _at_home(word: str) -> str:
+    """Within quotes a shell leaves ~/ alone: at the beginning of a value it is the home."""
+    option, equals, value = word.partition("=")
+    if word.startswith("--") and value.startswith("~/"):
+        return option + equals + os.path.expanduser(value)
+    return os.path.expanduser(word) if word.startswith("~/") else word
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -363,11 +363,12 @@ def sample(
     """Let a model continue a text."""
     if Path(model, "sweep.json").exists():
         raise UserError(f"{model} is the folder of a sweep: its best student is in {model}/student")
-    from capgap.corpus.tokenizer import load_tokenizer
+    from capgap.corpus.tokenizer import check_text, load_tokenizer
     from capgap.evaluate.sample import check_sampling, sample_text
     from capgap.models.build import load_model
 
     check_sampling(temperature=temperature, top_p=top_p, seed=seed)
+    check_text(text, "the text")
     quieten_transformers()
     # first, because it tells a missing network or a wrong name at once
     tokenizer = load_tokenizer(model)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from capgap.errors import UserError
+from capgap.errors import UserError, check_regular, first_line
 from capgap.sizes import parse_count
 
 
@@ -22,7 +22,7 @@ def _count(value: Any) -> int:
 
 Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-LearningRate = Literal["auto"] | Annotated[float, Field(gt=0)]
+LearningRate = Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Init = Literal["pruned", "fixed", "scratch", "chain"]
 Architecture = Literal[
     "llama",
@@ -114,6 +114,7 @@ def parsed(kind: type[_Kind], data: dict[str, Any], where: str) -> _Kind:
 
 
 def read_toml(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    check_regular(path, "a recipe")
     try:
         data = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -121,8 +122,9 @@ def read_toml(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"no recipe {str(path)!r}; shipped recipes: {known}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read recipe {str(path)!r}: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+    # deep nesting, and numbers of thousands of digits
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid TOML: {first_line(error)}") from None
     for override in overrides:
         apply_override(data, override)
     return data
@@ -140,7 +142,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} is not of the form section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     *parents, leaf = key.strip().split(".")
     table = data

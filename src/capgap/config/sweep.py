@@ -28,7 +28,7 @@ class CorpusSection(Section):
     separator: str = "<|endoftext|>"
     heldout_source: str | None = None
     tokenizer: str | None = None
-    vocabulary: Annotated[Count, Field(ge=257)] = 2048  # every byte and the end of a document
+    vocabulary: Annotated[Count, Field(ge=257, le=1 << 20)] = 2048  # every byte and an end
     window: Annotated[int, Field(ge=8)] = 128
     begin_windows: bool = False
     max_bytes: Count | None = None

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte and the end of a document
+LARGEST_VOCABULARY = 1 << 20
 
 # Text is handed over in pieces of about this size: they bound memory and are encoded in parallel.
 PIECE_CHARACTERS = 1 << 16
@@ -190,6 +191,10 @@ def train_tokenizer(documents: Iterable[bytes], vocabulary: int) -> "PreTrainedT
 
 def check_vocabulary(vocabulary: int) -> None:
     """UserError if so few tokens cannot hold every byte."""
+    if vocabulary > LARGEST_VOCABULARY:
+        raise UserError(
+            f"vocabulary {vocabulary} is too large: at most {LARGEST_VOCABULARY} tokens are learnt"
+        )
     if vocabulary < SMALLEST_VOCABULARY:
         raise UserError(
             f"vocabulary {vocabulary} is too small: {SMALLEST_VOCABULARY} or more hold every byte "
@@ -285,6 +290,17 @@ def decode_bytes(tokenizer: "PreTrainedTokenizerFast", ids: Iterable[int]) -> by
 def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> NDArray[np.int64]:
     """Bytes of every token of a byte-level tokenizer, int64 [vocabulary]; 0 for special tokens."""
     return TokenCodec(tokenizer).byte_lengths()
+
+
+def check_text(text: str, what: str) -> None:
+    """UserError for text that no tokenizer reads: bytes that were not UTF-8, half characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} holds {text[error.start]!a} at character {error.start}, which is no whole "
+            "character: give it as UTF-8"
+        ) from None
 
 
 def count_invalid_bytes(data: bytes) -> int:

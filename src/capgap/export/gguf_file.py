@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 # model_type -> the architecture that llama.cpp runs it as
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # Settings that the architecture has no key for, with the only values it means
 _SETTINGS = {
     "hidden_act": ("silu",),
@@ -43,12 +43,14 @@ _PARTS = {
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
 # GGUF's number for a file whose matrices are of a dtype
-_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
+_FILE_TYPES = {torch.float64: 0, torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def _entries(config: Any) -> Iterator[_Entry]:
     for stored, gguf in _TABLES.items():
         if not (tied and stored == "lm_head.weight"):
             yield _Entry(gguf, stored, None)
-    # llama.cpp turns the halves of a head in qwen2 as transformers does
+    # llama.cpp turns the halves of a head in Qwen as transformers does
     turned = ARCHITECTURES[config.model_type] == "llama"
     heads = {
         "self_attn.q_proj": config.num_attention_heads,
@@ -178,6 +180,8 @@ def _entries(config: Any) -> Iterator[_Entry]:
     }
     for layer in range(config.num_hidden_layers):
         for part, gguf in _PARTS.items():
+            if part.endswith(("q_norm", "k_norm")) and config.model_type != "qwen3":
+                continue
             kinds = ["weight"]
             if config.model_type == "qwen2" and part[-6:] in ("q_proj", "k_proj", "v_proj"):
                 kinds.append("bias")
@@ -222,7 +226,7 @@ def _write_tensors(writer: Any, entries: list[_Entry], weights: StoredWeights) -
     }
     for entry in entries:
         tensor = weights[entry.stored]
-        dtype = torch.float32 if tensor.ndim == 1 else tensor.dtype
+        dtype = _file_dtype(tensor)
         size = tensor.numel() * dtype.itemsize
         writer.add_tensor_info(
             entry.gguf, tuple(tensor.shape), np.dtype(np.float32), size, raw_dtype=kinds[dtype]
@@ -235,10 +239,14 @@ def _write_tensors(writer: Any, entries: list[_Entry], weights: StoredWeights) -
     writer.close()
 
 
+def _file_dtype(tensor: Tensor) -> torch.dtype:
+    """What a tensor is written in: vectors, and what llama.cpp has no numbers for, in fp32."""
+    return torch.float32 if tensor.ndim == 1 or tensor.dtype == torch.float64 else tensor.dtype
+
+
 def _bytes(tensor: Tensor, heads: int | None) -> NDArray[np.uint8]:
     """uint8 [rows, bytes of a row]: numpy has no bf16."""
-    if tensor.ndim == 1:
-        tensor = tensor.float()
+    tensor = tensor.to(_file_dtype(tensor))
     if heads is not None:
         tensor = _turned(tensor, heads)
     return tensor.contiguous().view(torch.uint8).numpy()
@@ -254,7 +262,7 @@ def _compare(
     found = {tensor.name: tensor for tensor in reader.tensors}
     for entry in entries:
         stored = weights[entry.stored]
-        wanted = stored.float() if stored.ndim == 1 else stored
+        wanted = stored.to(_file_dtype(stored))
         raw = torch.from_numpy(np.array(found[entry.gguf].data)).contiguous()
         read = raw.view(torch.uint8).view(wanted.dtype).reshape(wanted.shape)
         if entry.heads is not None:

@@ -32,6 +32,14 @@ def tokenizer_keys(tokenizer: "PreTrainedTokenizerFast", rows: int) -> dict[str,
             f"--gguf: the tokenizer is a {model['type']} model; byte-level BPE and Llama's "
             "sentencepiece-style BPE are supported"
         )
+    normalizer = description["normalizer"]
+    # NFC, which Qwen has, leaves nearly all text as it is, and llama.cpp reads Qwen without
+    if not model.get("byte_fallback") and normalizer not in (None, {"type": "NFC"}):
+        kind = normalizer.get("type")
+        raise UserError(
+            f"--gguf: the tokenizer changes text before it cuts it (a normalizer, {kind}), which a "
+            "GGUF file of byte-level BPE cannot say: llama.cpp would read other tokens"
+        )
     keys = _llama_keys(description) if model.get("byte_fallback") else _gpt2_keys(description)
     pieces, types = _pieces(tokenizer, description, rows)
     keys["tokenizer.ggml.tokens"] = pieces

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 
-from capgap.errors import UserError
+from capgap.errors import UserError, check_regular
 from capgap.law.cells import CurveData, Floats, Kind
 from capgap.sizes import format_count, parse_count
 
@@ -84,6 +84,7 @@ def read_table(path: Path, *, independent_errors: bool = False) -> TableCells:
 
 
 def _load(path: Path) -> pandas.DataFrame:
+    check_regular(path, "a table")
     try:
         table = pandas.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
     except FileNotFoundError:

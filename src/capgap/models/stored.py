@@ -66,7 +66,7 @@ def read_config(path_or_name: str | Path, *, trust_remote_code: bool = False) ->
     """
     from transformers import AutoConfig, PreTrainedConfig
 
-    name = str(path_or_name)
+    name = at_home(path_or_name)
     if Path(name).is_dir():
         _refuse_adapter(Path(name))
         if not (Path(name) / "config.json").is_file():
@@ -138,6 +138,12 @@ def _has_own_head(folder: Path) -> bool:
     return bool(alike) and not any(weights.same(heads[0], one) for one in alike)
 
 
+def at_home(path_or_name: str | Path) -> str:
+    """~ at the beginning of a path, as in a recipe, is the user's home."""
+    name = str(path_or_name)
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
 def needs_own_code(fields: Mapping[str, Any]) -> bool:
     """Whether code of the checkpoint describes its architecture and nothing else does, by its
     config."""
@@ -162,6 +168,7 @@ def _refuse_quantised(name: str, config: "PreTrainedConfig") -> None:
 
 def local_folder(path_or_name: str | Path) -> Path:
     """A folder as it is; a model of the Hub by its folder in the cache, downloaded if need be."""
+    path_or_name = at_home(path_or_name)
     if Path(path_or_name).is_dir():
         return Path(path_or_name)
     wanted = ["*.safetensors", "*.json", *COMPANIONS]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from capgap.config import ABOUT_A_TEACHER, StageSettings
 from capgap.corpus.mixture import Given, Mixture, TrainingText
-from capgap.errors import UserError
+from capgap.errors import UserError, check_positive
 from capgap.records import write_json_atomically
 from capgap.sizes import format_count
 from capgap.stages.inputs import (
@@ -321,6 +321,8 @@ def check_request(request: DistillRequest) -> None:
     """UserError for what can be told wrong without models and text."""
     request.names()
     window, training = request.window, request.settings.training
+    check_positive("--window", window)
+    check_positive("--learning-rate", request.learning_rate)
     for name, tokens in (
         ("training.batch_tokens", training.batch_tokens),
         ("training.micro_batch_tokens", training.micro_batch_tokens),

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from capgap.errors import UserError
+from capgap.errors import UserError, check_positive
 from capgap.records import write_json_atomically
 from capgap.stages.run_folder import begin, find_run
 from capgap.stages.step_lines import SAID_EVERY, MetricsFile
@@ -87,8 +87,7 @@ class TuningRequest:
             raise UserError(
                 f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch}"
             )
-        if not self.learning_rate > 0:
-            raise UserError(f"--learning-rate {self.learning_rate:g} must be above 0")
+        check_positive("--learning-rate", self.learning_rate)
         for name, share in (
             ("--warmup-fraction", self.warmup_fraction),
             ("--heldout-fraction", self.heldout_fraction),

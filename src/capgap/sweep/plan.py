@@ -16,6 +16,7 @@ from capgap.prune.shape import pruned_shape
 from capgap.sizes import format_count, forward_flops, training_flops
 from capgap.train.learning_rate import auto_learning_rate
 
+MOST_CELLS = 10_000
 FLOP_PARTS = ("teacher_training", "teacher_forward", "pruning", "student", "evaluation")
 
 
@@ -188,12 +189,33 @@ class Plan:
         return total
 
 
+def _check_number(recipe: Recipe) -> None:
+    """UserError for more cells than anybody trains: the plan alone would take hours."""
+    students, teachers = recipe.students, recipe.teachers
+    axes = {
+        "seeds": recipe.seeds,
+        "architectures": recipe.architectures,
+        "teachers": teachers.sizes or teachers.models,
+        "students.sizes": students.sizes,
+        "students.tokens": students.tokens,
+        "students.inits": students.inits,
+    }
+    number = math.prod(len(axis) for axis in axes.values())
+    if number > MOST_CELLS:
+        longest = max(axes, key=lambda name: len(axes[name]))
+        raise UserError(
+            f"the sweep has {number:,} cells, more than {MOST_CELLS:,}: give fewer {longest} "
+            f"({len(axes[longest]):,})"
+        )
+
+
 def make_plan(recipe: Recipe, given: Sequence[Teacher] = ()) -> Plan:
     """`given` are the recipe's `teachers.models`, looked at by the caller; else a ladder is built.
 
     UserError: a student larger than a teacher it is to be cut from, sizes that cannot be built,
     the same size twice.
     """
+    _check_number(recipe)
     teachers = tuple(given) if recipe.teachers.models else tuple(_ladder(recipe))
     _refuse_twins([teacher.id for teacher in teachers], "teachers")
     columns: list[Column] = []

@@ -12,6 +12,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from capgap.corpus.tokenizer import check_text
 from capgap.errors import UserError
 from capgap.evaluate.sample import check_sampling
 from capgap.tune.conversations import Message
@@ -108,6 +109,7 @@ class Chat:
                 self.messages.pop()
 
     def _check_text(self, text: str) -> None:
+        check_text(text, "the question")
         found = special_in(self.tokenizer, text)
         if found is not None:
             raise UserError(f"{found!r} is a special token of this model: leave it out of the text")

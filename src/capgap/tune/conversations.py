@@ -26,6 +26,7 @@ _ROLES = {
 }
 # What is wrong with a line, by the name that the record gives it
 PROBLEMS = {
+    "surrogate": "holds half of a character (a lone surrogate, of an emoji cut in two)",
     "unreadable": "is in none of the forms that docs/chat.md tells",
     "no_assistant": "has no assistant turn",
     "roles": "has roles out of order (system first, then user and assistant in turn)",
@@ -147,7 +148,10 @@ def _read(path: Path, parse: Callable[[Any, int, Findings], _Read]) -> Reading[_
     for number, line in _lines(path):
         count += 1
         try:
-            usable.append(parse(json.loads(line), number, findings))
+            value = json.loads(line)
+            if _is_cut(value):
+                raise _Bad("surrogate")
+            usable.append(parse(value, number, findings))
         except (ValueError, RecursionError):
             findings.add("unreadable", number)
         except _Bad as bad:
@@ -155,6 +159,15 @@ def _read(path: Path, parse: Callable[[Any, int, Findings], _Read]) -> Reading[_
     if not count:
         raise UserError(f"{path} holds no lines: give one conversation a line, as JSON")
     return Reading(usable, findings, count)
+
+
+def _is_cut(value: Any) -> bool:
+    """Whether half of a surrogate pair stands in it, which is no character."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def file_hash(path: Path) -> str:
