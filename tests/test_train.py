@@ -29,7 +29,7 @@ from capgap.train.checkpoint import (
 from capgap.train.clock import StageClock
 from capgap.train.learner import Learner
 from capgap.train.loop import Interrupted, LoopSettings, restore_best, train
-from capgap.train.optimizer import parameter_groups, schedule
+from capgap.train.optimizer import Schedule, parameter_groups
 
 SETTINGS = LoopSettings(batch_windows=8, micro_batch_windows=8, data_seed=5, checkpoint_seconds=1e9)
 
@@ -442,9 +442,10 @@ def test_the_host_waits_for_nothing_within_a_step(small_corpus, architecture, do
     settings = dataclasses.replace(SETTINGS, document_mask=document_mask, micro_batch_windows=4)
     one = learner("a", steps=3, alpha=0.5, architecture=architecture)
     other = learner("b", steps=3, alpha=0.0, architecture=architecture)
+    # what it is tried with when it is opened is no part of a step
+    teacher = OnlineTeacher(model_of(20_000, seed=1, architecture=architecture))
     waits = Waits()
     with waits:
-        teacher = OnlineTeacher(model_of(20_000, seed=1, architecture=architecture))
         train([one, other], small_corpus, settings, teacher=teacher)
     assert waits.found == []
 
@@ -458,12 +459,24 @@ def test_teacher_is_left_as_it_was(small_corpus):
 
 
 def test_schedule_warms_up_and_falls_to_zero():
-    shares = [schedule(step, steps=100, warmup_fraction=0.1) for step in range(100)]
+    shares = [Schedule(warmup_fraction=0.1).share(step, 100) for step in range(100)]
     assert shares[0] == pytest.approx(0.1)
     assert shares[9] == shares[10] == 1.0
     assert all(a > b for a, b in itertools.pairwise(shares[10:]))
     assert 0 < shares[99] < 0.001
-    assert schedule(0, steps=1, warmup_fraction=0.05) == 1.0
+    assert Schedule().share(0, 1) == 1.0
+
+
+def test_a_schedule_may_stay_at_its_peak_and_end_above_zero():
+    stable = Schedule("wsd", warmup_fraction=0.1, decay_fraction=0.2)
+    shares = [stable.share(step, 100) for step in range(100)]
+    assert shares[9:81] == [1.0] * 72
+    assert shares[90] == pytest.approx(0.5)
+    assert shares[99] == pytest.approx(0.05)
+    for kind in ("cosine", "wsd"):
+        high = Schedule(kind, final_rate=0.1)
+        assert 0.1 < high.share(99, 100) < 0.2
+        assert high.share(20, 100) > high.share(99, 100)
 
 
 @pytest.mark.parametrize("decay_embeddings", [False, True])

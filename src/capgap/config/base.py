@@ -22,6 +22,7 @@ def _count(value: Any) -> int:
 
 Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 LearningRate = Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Init = Literal["pruned", "fixed", "scratch", "chain"]
 Architecture = Literal[
@@ -60,6 +61,10 @@ class TrainingSection(Section):
     )
     divergence_mix: Annotated[float, Field(gt=0, lt=1)] = 0.5
     warmup_fraction: Fraction = 0.05
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    final_rate: Fraction = 0.0
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     decay_embeddings: bool = False
     clip: Annotated[float, Field(gt=0)] = 1.0

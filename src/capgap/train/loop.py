@@ -44,7 +44,7 @@ from capgap.train.metrics import (
     Taken,
     column_sums,
 )
-from capgap.train.optimizer import make_optimizer, schedule
+from capgap.train.optimizer import BETAS, COSINE, Schedule, make_optimizer
 from capgap.train.reader import BatchReader, ReadBatch
 
 
@@ -66,7 +66,8 @@ class LoopSettings:
     data_seed: int
     temperature: float = 1.0
     divergence: Divergence = FORWARD_KL
-    warmup_fraction: float = 0.05
+    schedule: Schedule = COSINE
+    betas: tuple[float, float] = BETAS
     weight_decay: float = 0.1
     decay_embeddings: bool = False
     clip: float = 1.0
@@ -240,6 +241,7 @@ class _Column:
                 learner.model,
                 weight_decay=settings.weight_decay,
                 decay_embeddings=settings.decay_embeddings,
+                betas=settings.betas,
             )
             for learner in learners
         }
@@ -353,7 +355,7 @@ class _Column:
         stopped.logical_or_(~(torch.isfinite(loss) & torch.isfinite(norm)))
         optimizer.found_inf = stopped.float()  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
-        share = schedule(step, steps=learner.steps, warmup_fraction=self.settings.warmup_fraction)
+        share = self.settings.schedule.share(step, learner.steps)
         for group in optimizer.param_groups:
             group["lr"] = learner.learning_rate * share
         optimizer.step()

@@ -5,6 +5,7 @@ from capgap.corpus.mixture import TrainingText
 from capgap.distill.divergences import Divergence
 from capgap.errors import UserError
 from capgap.train.loop import LoopSettings
+from capgap.train.optimizer import Schedule
 from capgap.train.precision import autocast_dtype
 
 
@@ -28,7 +29,13 @@ def loop_settings(
         data_seed=data_seed,
         temperature=training.temperature,
         divergence=Divergence(training.divergence, training.divergence_mix),
-        warmup_fraction=training.warmup_fraction,
+        schedule=Schedule(
+            training.schedule,
+            training.warmup_fraction,
+            training.decay_fraction,
+            training.final_rate,
+        ),
+        betas=training.betas,
         weight_decay=training.weight_decay,
         decay_embeddings=training.decay_embeddings,
         clip=training.clip,

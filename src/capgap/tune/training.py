@@ -29,7 +29,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from capgap.errors import UserError
 from capgap.train.loop import Interrupted
-from capgap.train.optimizer import schedule
+from capgap.train.optimizer import Schedule
 from capgap.tune.settings import TuneSettings
 from capgap.tune.template import Example
 
@@ -157,12 +157,11 @@ class _Ours:
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of all training here; that of transformers has a first step at rate 0."""
+        schedule = Schedule(warmup_fraction=self.args.warmup_steps)
         if self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: schedule(
-                    step, steps=num_training_steps, warmup_fraction=self.args.warmup_steps
-                ),
+                lambda step: schedule.share(step, num_training_steps),
             )
         return self.lr_scheduler
 
