@@ -282,3 +282,40 @@ def test_a_cut_keeps_which_layers_have_rotary_positions():
     importance = score(model, [torch.randint(53, (2, 9))], method="random")
     student = cut(model, importance, changed_shape(shape, {"layers": 3}))
     assert len(student.config.no_rope_layers) == 3
+
+
+def test_a_model_that_also_sees_is_measured_by_its_text_part(tmp_path, small_corpus, typed):
+    """A nested config has its sizes one level down; Mistral Small's has no causal class at all."""
+    module = architectures()
+    for kind in ("gemma3", "mistral3"):
+        model = module.built(kind) if kind != "mistral3" else _mistral_small()
+        path = tmp_path / kind
+        model.save_pretrained(path)
+        small_corpus.tokenizer.save_pretrained(path)
+        rows = model.get_input_embeddings().weight.shape[0]
+        asked = ("evaluate", path, "--tasks", "heldout", "--corpus", small_corpus.directory)
+        found = typed(*asked, "--window", 16, "--out", tmp_path / f"{kind}.json", "--json")
+        if rows < small_corpus.vocabulary:
+            assert (found.code, found.err.count("\n")) == (2, 1)
+            assert f"has {rows} tokens" in found.err
+            continue
+        assert found.code == 0, found.err
+        (loss,) = json.loads(found.out)["heldout"].values()
+        assert 4 < loss["loss"] < 8
+
+
+def _mistral_small():
+    from transformers import AutoModelForImageTextToText, Mistral3Config
+
+    config = Mistral3Config(
+        text_config={
+            "model_type": "mistral", "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 8, "vocab_size": 300, "max_position_embeddings": 64,
+        },
+        vision_config={
+            "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28, "patch_size": 14,
+        },
+    )  # fmt: skip
+    return AutoModelForImageTextToText.from_config(config)

@@ -5,6 +5,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from capgap.corpus.marks import Marks
 from capgap.errors import UserError
+from capgap.models.stored import positions_of
+
+# Of a model that sets no limit the end of the prompt is read all the same
+UNLIMITED = 1 << 20
 
 
 def check_sampling(*, temperature: float, top_p: float, seed: int) -> None:
@@ -31,7 +35,7 @@ def sample_text(
     model can read. UserError for a temperature below zero or a length the model cannot read.
     """
     check_sampling(temperature=temperature, top_p=top_p, seed=seed)
-    positions = model.config.max_position_embeddings
+    positions = positions_of(model.config) or UNLIMITED
     if not 1 <= max_new_tokens < positions:
         raise UserError(
             f"cannot write {max_new_tokens} tokens: this model reads at most {positions}, "

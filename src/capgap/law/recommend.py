@@ -230,10 +230,18 @@ def _check_published(model: PublishedModel, source: str) -> None:
 def _by_config(source: str, name: str) -> Candidate:
     # the only teachers for which transformers, and with it torch, is loaded
     from capgap.models.build import shape_of
-    from capgap.models.stored import read_config
+    from capgap.models.families import FAMILIES
+    from capgap.models.stored import empty_model, read_config
 
-    counts = shape_of(read_config(source)).parameters()
-    return Candidate(name, counts.non_embedding, counts.total, None, source)
+    config = read_config(source)
+    if config.model_type in FAMILIES:
+        counts = shape_of(config).parameters()
+        return Candidate(name, counts.non_embedding, counts.total, None, source)
+    model = empty_model(config)
+    total = sum(weight.numel() for weight in model.parameters())
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding = sum({id(one.weight): one.weight.numel() for one in tables if one}.values())
+    return Candidate(name, total - embedding, total, None, source)
 
 
 def _by_size(name: str) -> Candidate:

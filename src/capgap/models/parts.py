@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 from capgap.errors import UserError
+from capgap.models.stored import text_config
 
 TRIED_TOKENS = 8
 # Largest difference, as a share of the largest value: the same operations in the same dtype
@@ -32,12 +33,6 @@ class Behind(NamedTuple):
     def __call__(self, product: Tensor) -> Tensor:
         logits = product * self.scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
-
-
-def text_config(config: PreTrainedConfig) -> Any:
-    """The part of a config that describes the language model: itself, but for models that also see
-    or hear."""
-    return config.get_text_config(decoder=True)
 
 
 class Parts(nn.Module):

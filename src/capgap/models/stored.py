@@ -144,6 +144,18 @@ def at_home(path_or_name: str | Path) -> str:
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
+def text_config(config: "PreTrainedConfig") -> Any:
+    """The part of a config that describes the language model: itself, but for models that also see
+    or hear."""
+    return config.get_text_config(decoder=True)
+
+
+def positions_of(config: "PreTrainedConfig") -> int | None:
+    """The longest text that a model reads; None where its config sets no limit."""
+    positions: int | None = getattr(text_config(config), "max_position_embeddings", None)
+    return positions
+
+
 def needs_own_code(fields: Mapping[str, Any]) -> bool:
     """Whether code of the checkpoint describes its architecture and nothing else does, by its
     config."""

@@ -100,7 +100,7 @@ def check_model(path_or_name: str, corpus: TrainingText) -> "PreTrainedConfig":
     rows than the tokenizer has tokens, a context shorter than the window.
     """
     from capgap.corpus.tokenizer import compare_tokenizers, load_tokenizer
-    from capgap.models.stored import read_config
+    from capgap.models.stored import positions_of, read_config
 
     difference = compare_tokenizers(corpus.tokenizer, load_tokenizer(path_or_name))
     if difference is not None:
@@ -110,7 +110,7 @@ def check_model(path_or_name: str, corpus: TrainingText) -> "PreTrainedConfig":
         )
     config: Any = read_config(path_or_name)
     check_words(path_or_name, config, corpus.vocabulary)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions_of(config)
     if positions is not None and positions < corpus.window:
         raise UserError(
             f"{path_or_name} reads at most {positions} tokens, the window has {corpus.window}: "
@@ -121,8 +121,11 @@ def check_model(path_or_name: str, corpus: TrainingText) -> "PreTrainedConfig":
 
 def check_words(path_or_name: str, config: Any, words: int) -> None:
     """UserError where a model's table has fewer rows than its tokenizer has words."""
-    if config.vocab_size < words:
+    from capgap.models.stored import text_config
+
+    rows = text_config(config).vocab_size
+    if rows < words:
         raise UserError(
-            f"{path_or_name} has {config.vocab_size} tokens, its tokenizer {words}: give a model "
+            f"{path_or_name} has {rows} tokens, its tokenizer {words}: give a model "
             "with its own tokenizer"
         )

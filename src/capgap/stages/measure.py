@@ -84,7 +84,7 @@ class Reader:
     @classmethod
     def of(cls, source: str, *, trust_remote_code: bool = False) -> "Reader":
         from capgap.corpus.tokenizer import load_tokenizer
-        from capgap.models.stored import StoredWeights, read_config
+        from capgap.models.stored import StoredWeights, positions_of, read_config
 
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         config: Any = read_config(source, trust_remote_code=trust_remote_code)
@@ -93,7 +93,7 @@ class Reader:
             StoredWeights(Path(source))
         words = max(tokenizer.get_vocab().values()) + 1
         check_words(source, config, words)
-        positions = getattr(config, "max_position_embeddings", None)
+        positions = positions_of(config)
         return cls(source, tokenizer, words, positions)
 
     def documents(self, texts: "Sequence[Passage]") -> "tuple[list[HeldoutDocument], int]":

@@ -287,7 +287,9 @@ def usable_texts(
 
 
 def _window(request: TuningRequest, config: Any) -> int:
-    positions: int | None = getattr(config, "max_position_embeddings", None)
+    from capgap.models.stored import positions_of
+
+    positions = positions_of(config)
     if request.window is None:
         return min(WINDOW, positions or WINDOW)
     if request.window < 2:

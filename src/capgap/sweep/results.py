@@ -15,6 +15,7 @@ from capgap.export.card import card_text
 from capgap.export.from_sweep import sweep_card
 from capgap.export.licence import CARD
 from capgap.models.build import load_model
+from capgap.models.stored import positions_of
 from capgap.records import RunRecord, read_records, write_json_atomically
 from capgap.report.page import write_report
 from capgap.sweep.context import Context
@@ -95,7 +96,7 @@ def _write_samples(context: Context, plan: Plan, corpus: Corpus, best: RunRecord
         ("student", best.id, load_model(context.out / "student").eval()),
         ("teacher", teacher.id, load_model(source).eval()),
     ]
-    positions = min(model.config.max_position_embeddings for _, _, model in writers)
+    positions = min(positions_of(model.config) or PROMPT_TOKENS * 8 for _, _, model in writers)
     prompt_tokens = min(PROMPT_TOKENS, positions // 2)
     length = min(SAMPLE_TOKENS, positions - prompt_tokens - 1)
     texts = [

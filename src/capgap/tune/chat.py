@@ -15,6 +15,7 @@ from transformers.generation.logits_process import (
 from capgap.corpus.tokenizer import check_text
 from capgap.errors import UserError
 from capgap.evaluate.sample import check_sampling
+from capgap.models.stored import positions_of
 from capgap.tune.conversations import Message
 from capgap.tune.template import prompt_ids, special_in
 
@@ -72,7 +73,7 @@ class Chat:
             self.system.append({"role": "system", "content": system})
         # rows behind the tokenizer's words only pad the table
         self.num_words = max(tokenizer.get_vocab().values()) + 1
-        self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.positions = positions_of(model.config)
         self.generator = torch.Generator(device=model.device).manual_seed(self.sampling.seed)
         self.messages: list[Message] = []
         self.num_dropped = 0
