@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import capgap
 from capgap.export import licence
-from capgap.export.card import Benchmark, Card, card_text
+from capgap.export.card import Benchmark, Card, Loss, card_text
 from capgap.export.from_sweep import card_of_student
 from capgap.export.licence import Licence, find_licence, front_matter
 from capgap.export.vllm import ARCHITECTURES, check_vllm
@@ -558,3 +558,24 @@ def test_what_the_command_tells_is_told(small_corpus, tmp_path):
     request = ExportRequest(str(source), tmp_path / "out", gguf=tmp_path / "a.gguf")
     found = run_export(request)
     assert_told(found, keys("cli.md", "`--json` of export"))
+
+
+def test_a_name_with_markup_is_text_in_the_card():
+    name = "a\n# Heading\n<script>[x](y)`|"
+    unknown = Licence(None, "nothing")
+    card = Card(
+        name=name,
+        architecture="llama",
+        non_embedding=1000,
+        total=2000,
+        licence=unknown,
+        teacher="t\n\n# Other",
+        made=("cut\n# Third",),
+        losses=(Loss(what="x|y\nz", loss=1.0),),
+    )
+    text = card_text(card)
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings[0] == r"# a \# Heading \<script\>\[x\](y)\`\|"
+    assert headings[1:] == ["## How it was made", "## Held-out loss", "## Use", "## Licence"]
+    assert "| x/y z |" in text
+    assert f"folder = {json.dumps(name)}" in text

@@ -207,7 +207,7 @@ def test_a_sample_begins_like_a_text_and_keeps_the_first_space(model, tokenizer,
     monkeypatch.setattr(loaded, "generate", watched)
     sample_text(loaded, tokenizer, "kabalo", max_new_tokens=3, temperature=0)
     assert seen["inputs"][0].tolist() == tokenizer("kabalo")["input_ids"]
-    assert seen["eos_token_id"] == [0]
+    assert seen["generation_config"].eos_token_id == [0]
     sample_text(loaded, tokenizer, "kabalo " * 60, max_new_tokens=60, temperature=0)
     assert seen["inputs"][0, 0] == tokenizer.bos_token_id
     assert seen["inputs"].shape == (1, 4)

@@ -222,6 +222,12 @@ def test_every_companion_is_kept(folder, tmp_path):
     assert (tmp_path / "out" / names[0]).read_text() == "a"
 
 
+def test_a_million_beams_are_not_searched(folder, typed):
+    (folder / "generation_config.json").write_text('{"num_beams": 1000000, "max_length": 9}')
+    found = typed("sample", folder, "Kaba", "--tokens", 3)
+    assert found.code == 0, found.err
+
+
 def test_a_folder_without_tokenizer_has_none(folder, typed, tmp_path):
     for path in folder.glob("tokenizer*"):
         path.unlink()

@@ -17,7 +17,7 @@ import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from capgap.corpus.marks import Marks
@@ -99,6 +99,14 @@ def counting_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int
 ) -> CountingModel:
     """For `run_set`; the model stays where it is."""
+    given = model.generation_config
+    if given is not None:
+        # of the folder's own only what ends an answer: it may ask for a million beams
+        model.generation_config = GenerationConfig(
+            bos_token_id=given.bos_token_id,
+            eos_token_id=given.eos_token_id,
+            pad_token_id=given.pad_token_id,
+        )
     with quiet_harness():
         return CountingModel(model, tokenizer, batch_size)
 

@@ -1,7 +1,7 @@
 """Text from a model."""
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from capgap.corpus.marks import Marks
 from capgap.errors import UserError
@@ -55,10 +55,13 @@ def sample_text(
         output = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted({marks.end, int(tokenizer.eos_token_id)}),
-            pad_token_id=marks.end,
-            **sampling,
+            # not the folder's own, which may ask for a million beams
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                eos_token_id=sorted({marks.end, int(tokenizer.eos_token_id)}),
+                pad_token_id=marks.end,
+                **sampling,
+            ),
         )
     # decoded with the prompt: alone, tokenizers of Llama's kind leave out a first space
     before, after = (

@@ -4,6 +4,7 @@ One text for every model that capgap hands on; `facts.py` and `from_sweep.py` fi
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,7 @@ def card_text(card: Card) -> str:
     """The whole README.md."""
     parts = [
         _front_matter(card),
-        f"# {card.name}",
+        f"# {_escaped(card.name)}",
         _introduction(card),
         _section("How it was made", _list(card.made)),
         _section(_loss_heading(card), _losses(card)),
@@ -105,7 +106,7 @@ def _introduction(card: Card) -> str:
     if card.teacher is not None:
         size = card.teacher_non_embedding
         told = "" if size is None else f" ({format_count(size)})"
-        text += f", distilled from `{card.teacher}`{told} with capgap"
+        text += f", distilled from `{_one_line(card.teacher)}`{told} with capgap"
     return text + "."
 
 
@@ -171,7 +172,7 @@ def _use(card: Card) -> str:
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "{card.name}"  # where this folder lies
+folder = {json.dumps(card.name, ensure_ascii=False)}  # where this folder lies
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 inputs = {given}
@@ -194,7 +195,17 @@ def _section(heading: str, text: str) -> str:
 
 
 def _list(lines: tuple[str, ...]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {_one_line(line)}" for line in lines)
+
+
+def _one_line(text: str) -> str:
+    """A name may hold line breaks: what follows them would be markup of the card's own."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _escaped(text: str) -> str:
+    """A name as text, whatever markup it holds."""
+    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", _one_line(text))
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -202,7 +213,8 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     if not rows:
         return ""
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    cells = ([_one_line(cell).replace("|", "/") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _number(value: float | None) -> str:
