@@ -49,20 +49,22 @@ def sample_text(
     sampling: dict[str, bool | int | float] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted({marks.end, int(tokenizer.eos_token_id)}),
+        pad_token_id=marks.end,
+        **sampling,
+    )
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            # not the folder's own, which may ask for a million beams
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                eos_token_id=sorted({marks.end, int(tokenizer.eos_token_id)}),
-                pad_token_id=marks.end,
-                **sampling,
-            ),
-        )
+        # not the folder's own, which may ask for a million beams; generate() would mix both
+        own, model.generation_config = model.generation_config, config
+        try:
+            mask = torch.ones_like(inputs)
+            output = model.generate(inputs, attention_mask=mask, generation_config=config)
+        finally:
+            model.generation_config = own
     # decoded with the prompt: alone, tokenizers of Llama's kind leave out a first space
     before, after = (
         tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids, output[0])
