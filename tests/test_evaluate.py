@@ -17,7 +17,7 @@ from capgap.corpus.tokenizer import load_tokenizer, train_tokenizer
 from capgap.errors import UserError
 from capgap.evaluate import heldout
 from capgap.evaluate.archive import read_copy
-from capgap.evaluate.code_runner import run_program
+from capgap.evaluate.code_runner import run_program, sandbox_problem
 from capgap.evaluate.harness import CountingModel, counting_model, load_tasks, part_names, run_set
 from capgap.evaluate.local_data import READERS, read_local
 from capgap.evaluate.scores import Part, combine, known_flops, parse_flops, six_mean
@@ -284,6 +284,7 @@ def test_the_likeliest_tokens_are_written(student, sets, tmp_path):
         assert sample["responses"][0].startswith(kept) or kept.startswith(sample["responses"][0])
 
 
+@pytest.mark.skipif(sandbox_problem() is not None, reason=str(sandbox_problem()))
 def test_programs_run_only_when_allowed(student, sets, tmp_path, monkeypatch):
     ran = Counter()
 
@@ -303,16 +304,16 @@ def test_programs_run_only_when_allowed(student, sets, tmp_path, monkeypatch):
     found = record["tasks"]["humaneval"]
     assert (found["score"], len(samples), ran["programs"]) == (0, 2, 2)
     assert sum(found["programs"].values()) == 2
-    assert found["sandbox"]["audit_hook"] is True
+    assert found["sandbox"] == "bwrap"
     assert found["max_gen_toks"] == {"asked": 1024, "used": POSITIONS // 2}
 
 
 def test_no_program_is_asked_for_where_none_can_run(student, sets, tmp_path, monkeypatch):
-    monkeypatch.setattr("capgap.evaluate.harness.code_layers", lambda: None)
+    monkeypatch.setattr("capgap.evaluate.code_runner.SANDBOX", "no such program")
     monkeypatch.setattr(CountingModel, "generate_until", None)
     record, _ = evaluated(student, sets, tmp_path, "humaneval", allow_code=True)
     found = record["tasks"]["humaneval"]
-    assert found["missing"] == "programs cannot be run on this machine: an empty one fails"
+    assert "install the system package bubblewrap" in found["missing"]
     assert found["score"] is None
 
 

@@ -1,21 +1,23 @@
-"""Programs that a model wrote, each in a process that can do little: see `code_guard`."""
+"""Programs that a model wrote, each in a sandbox of its own: bubblewrap's, which Flatpak uses."""
 
 import builtins
 import contextlib
-import itertools
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from capgap.errors import first_line
+
 GUARD = Path(__file__).with_name("code_guard.py")
+SANDBOX = "bwrap"
+FOLDER = "/program"
 _ERRORS = {
     name
     for name, kind in vars(builtins).items()
@@ -25,61 +27,95 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class CodeLimits:
-    """What a program may take. `kernel` False leaves the audit hook alone, as on a kernel that has
-    neither Landlock nor seccomp; `hook` False leaves it out."""
+    """What a program may take; `folder_bytes`: of all its files together."""
 
     seconds: float = 10.0
     cpu_seconds: int = 5
     memory_bytes: int = 1 << 30
     file_bytes: int = 1 << 20
-    kernel: bool = True
-    hook: bool = True
+    folder_bytes: int = 1 << 24
 
 
 @dataclass(frozen=True)
 class Outcome:
     """`passed`: the program ran to its end. Else `reason`: the error that it raised, with "another
-    error" for a type that Python does not come with; "out of time", "killed" or "left early".
-    `layers`: what held it back, None where it did not live to tell."""
+    error" for a type that Python does not come with; "out of time", "killed" or "left early"."""
 
     passed: bool
     reason: str | None
-    layers: dict[str, bool] | None
 
 
 def run_program(program: str, limits: CodeLimits | None = None) -> Outcome:
-    """Runs a program in a folder of its own that is removed afterwards, without a network.
+    """Runs a program in an empty folder in memory, without a network and without other processes.
 
-    Its output is thrown away. It passes when it comes to its end without an error; one that leaves
+    It sees Python's own files and the system's libraries, and can change nothing of them. Its
+    output is thrown away. It passes when it comes to its end without an error; one that leaves
     early does not.
     """
     limits = limits or CodeLimits()
     key = secrets.token_hex()
     order = json.dumps({"program": program, "key": key} | asdict(limits))
-    with _folder() as folder:
-        process = subprocess.Popen(
-            # isolated: no paths or settings of the user's
-            [sys.executable, "-I", str(GUARD)],
-            cwd=folder,
-            env={"HOME": folder, "TMPDIR": folder, "OPENBLAS_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            told, _ = process.communicate(order.encode(), timeout=limits.seconds)
-        except subprocess.TimeoutExpired:
-            return Outcome(False, "out of time", None)
-        finally:
-            _end(process)
+    process = _start(
+        limits,
+        # isolated: no paths or settings of the user's
+        [sys.executable, "-I", "-c", GUARD.read_text()],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        told, _ = process.communicate(order.encode(), timeout=limits.seconds)
+    except subprocess.TimeoutExpired:
+        return Outcome(False, "out of time")
+    finally:
+        _end(process)
     return _outcome(told, key, process.returncode)
 
 
-def code_layers() -> dict[str, bool] | None:
-    """What holds programs back on this machine, asked of a program that does nothing; None where
-    that one does not run."""
-    return run_program("pass").layers
+def sandbox_problem() -> str | None:
+    """Why programs cannot be run on this machine; None where they can."""
+    if shutil.which(SANDBOX) is None:
+        return (
+            f"programs are run by bubblewrap alone, and {SANDBOX} is not here: install the "
+            "system package bubblewrap"
+        )
+    process = _start(CodeLimits(), [sys.executable, "-I", "-c", ""], stderr=subprocess.PIPE)
+    _, told = process.communicate()
+    _end(process)
+    if process.returncode == 0:
+        return None
+    return f"programs cannot be run: {first_line(OSError(told.decode(errors='replace')))}"
+
+
+def _start(limits: CodeLimits, command: list[str], **streams: Any) -> "subprocess.Popen[bytes]":
+    """A command in a sandbox: processes, network, users and files of its own; all of it ends with
+    us."""
+    inside = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    inside += ["--uid", "65534", "--gid", "65534", "--clearenv"]
+    for name, value in {"HOME": FOLDER, "TMPDIR": FOLDER, "OPENBLAS_NUM_THREADS": "1"}.items():
+        inside += ["--setenv", name, value]
+    for path in _readable():
+        inside += ["--ro-bind-try", path, path]
+    inside += ["--proc", "/proc", "--dev", "/dev", "--size", str(1 << 20), "--tmpfs", "/dev/shm"]
+    inside += ["--size", str(limits.folder_bytes), "--tmpfs", FOLDER, "--remount-ro", "/"]
+    return subprocess.Popen(
+        [SANDBOX, *inside, "--chdir", FOLDER, "--", *command],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        env={"PATH": os.environ.get("PATH", os.defpath)},
+        **streams,
+    )
+
+
+def _readable() -> list[str]:
+    """Places that Python and its extension modules read."""
+    prefixes = sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix})
+    parts = [
+        os.path.join(prefix, name) for prefix in prefixes for name in ("lib", "lib64", "pyvenv.cfg")
+    ]
+    # in the order of links: the interpreter by the name it was started by, and where it lies
+    programs = [sys.executable, os.path.realpath(sys.executable)]
+    system = ["/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"]
+    return [*system, *parts, *programs]
 
 
 def _outcome(told: bytes, key: str, code: int) -> Outcome:
@@ -88,12 +124,12 @@ def _outcome(told: bytes, key: str, code: int) -> Outcome:
     except ValueError:
         answer = {}
     if not isinstance(answer, dict) or answer.get("key") != key:
-        reason = (
-            "out of time" if code == -signal.SIGXCPU else "killed" if code < 0 else "left early"
-        )
-        return Outcome(False, reason, None)
+        # the sandbox tells signals as a shell does
+        number = code - 128 if code > 128 else 0
+        reason = "out of time" if number == signal.SIGXCPU else "killed" if number else "left early"
+        return Outcome(False, reason)
     error = answer.get("error")
-    return Outcome(error is None, None if error is None else _known(error), answer.get("layers"))
+    return Outcome(error is None, None if error is None else _known(error))
 
 
 def _known(error: object) -> str:
@@ -104,68 +140,10 @@ def _known(error: object) -> str:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends the program and whatever it started."""
+    """Ends the sandbox, and with it whatever was started in it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for stream in (process.stdin, process.stdout):
+    for stream in (process.stdin, process.stdout, process.stderr):
         if stream is not None:
             stream.close()
-
-
-@contextlib.contextmanager
-def _folder() -> Iterator[str]:
-    """A temporary folder that is removed afterwards, whatever a program has made of it."""
-    folder = tempfile.mkdtemp(prefix="capgap-code-")
-    try:
-        yield folder
-    finally:
-        with contextlib.suppress(OSError):
-            _remove(folder)
-
-
-def _remove(folder: str) -> None:
-    """Folders within folders are moved up to the first before they are emptied: the depth then
-    costs no recursion, no long paths and no open files."""
-    if os.path.islink(folder):
-        os.unlink(folder)
-        return
-    os.chmod(folder, 0o700)
-    top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        # names that the program cannot have taken
-        names = (
-            f"{key}-{number}" for key in (secrets.token_hex(),) for number in itertools.count()
-        )
-        waiting = _empty(top, top, names)
-        while waiting:
-            name = waiting.pop()
-            with contextlib.suppress(OSError):
-                inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
-                try:
-                    waiting += _empty(inner, top, names)
-                finally:
-                    os.close(inner)
-                os.rmdir(name, dir_fd=top)
-    finally:
-        os.close(top)
-    os.rmdir(folder)
-
-
-def _empty(folder: int, top: int, names: Iterator[str]) -> list[str]:
-    """Removes the files of an open folder and moves its folders to `top`, under the names given
-    back. What cannot be removed stays."""
-    moved = []
-    with os.scandir(folder) as found:
-        entries = list(found)
-    for entry in entries:
-        with contextlib.suppress(OSError):
-            if entry.is_dir(follow_symlinks=False):
-                # a folder that may not be written cannot be moved
-                os.chmod(entry.name, 0o700, dir_fd=folder)
-                name = next(names)
-                os.rename(entry.name, name, src_dir_fd=folder, dst_dir_fd=top)
-                moved.append(name)
-            else:
-                os.unlink(entry.name, dir_fd=folder)
-    return moved

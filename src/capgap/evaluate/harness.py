@@ -22,7 +22,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 from capgap.corpus.marks import Marks
 from capgap.evaluate.bars import quiet_harness
-from capgap.evaluate.code_runner import CodeLimits, code_layers, run_program
+from capgap.evaluate.code_runner import SANDBOX, CodeLimits, run_program, sandbox_problem
 from capgap.evaluate.local_data import LocalSet
 from capgap.evaluate.scores import Part, SetScores, combine
 from capgap.evaluate.sets import CODE, BenchmarkSet
@@ -202,15 +202,12 @@ def run_set(
     )
 
 
-def _sandbox() -> dict[str, bool]:
-    """What holds programs back; NotMeasured where not even an empty one runs."""
-    try:
-        layers = code_layers()
-    except OSError as error:
-        raise NotMeasured(f"programs cannot be run on this machine: {error}") from error
-    if layers is None:
-        raise NotMeasured("programs cannot be run on this machine: an empty one fails")
-    return layers
+def _sandbox() -> str:
+    """What holds programs back; NotMeasured where there is nothing."""
+    problem = sandbox_problem()
+    if problem is not None:
+        raise NotMeasured(problem)
+    return SANDBOX
 
 
 def _load(

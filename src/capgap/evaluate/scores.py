@@ -42,7 +42,7 @@ class SetScores:
     task_version: str
     max_gen_toks: dict[str, int] | None
     programs: dict[str, int] | None
-    sandbox: dict[str, bool] | None
+    sandbox: str | None
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
