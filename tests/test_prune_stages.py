@@ -72,7 +72,7 @@ def test_scores_say_where_they_come_from(typed, teacher, small_corpus, scores, t
     told = json.loads(found.out)
     assert told["teacher_hash"] == model_hash(teacher)
     assert told["corpus_hash"] == small_corpus.corpus_hash
-    assert (told["method"], told["tokens"]) == ("weights", 1024)
+    assert (told["method"], told["tokens"]) == ("activation", 1024)
     importance = load_importance(tmp_path / "scores.safetensors")
     assert_same_scores(importance, load_importance(scores))
     direct = score(load_model(teacher), scoring_batches(small_corpus, 1024))
@@ -82,9 +82,9 @@ def test_scores_say_where_they_come_from(typed, teacher, small_corpus, scores, t
     before = (tmp_path / "scores.safetensors").stat().st_mtime_ns
     assert typed(*asked).code == 0
     assert (tmp_path / "scores.safetensors").stat().st_mtime_ns == before
-    other = typed(*asked, "--method", "activation")
+    other = typed(*asked, "--method", "weights")
     assert other.code == 2
-    assert "another method (weights, now activation)" in other.err
+    assert "another method (activation, now weights)" in other.err
     assert other.err.count("\n") == 1
 
 
@@ -216,7 +216,7 @@ def test_the_result_is_a_folder_that_says_what_it_is(teacher, scores, tmp_path):
         assert (tmp_path / "student" / name).read_bytes() == (teacher / name).read_bytes()
     said = json.loads((tmp_path / "student" / "pruning.json").read_text())
     assert said["teacher_hash"] == model_hash(teacher)
-    assert said["scores"]["method"] == "weights"
+    assert said["scores"]["method"] == "activation"
     assert said["scores"]["tokens"] == 1024
     # the kept indices are those of the weights
     kept, layer = said["kept"], said["kept"]["layers"][0]

@@ -188,7 +188,7 @@ def score(
     ] = None,
     method: Annotated[
         str, typer.Option(help="weights, first_order, activation, norm or random.")
-    ] = "weights",
+    ] = "activation",
     depth: Annotated[
         str | None,
         typer.Option(help="For layers: first_order, influence or ends; none is as the method."),

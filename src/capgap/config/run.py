@@ -72,7 +72,7 @@ class AdaptSection(Section):
 class ScoreSection(Section):
     """How the teacher's units are scored before the cut."""
 
-    method: Method = "weights"
+    method: Method = "activation"
     depth: Depth | None = None
     tokens: Count = 32_768
     window: Annotated[int, Field(ge=8)] = 512

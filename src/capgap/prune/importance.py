@@ -73,7 +73,7 @@ def score(
     model: PreTrainedModel,
     batches: Iterable[Tensor],
     *,
-    method: Method = "weights",
+    method: Method = "activation",
     depth: Depth | None = None,
     seed: int = 0,
     state: ScoringState | None = None,
@@ -84,12 +84,12 @@ def score(
     method, for heads, neurons and hidden units:
 
     - weights: mean over batches of the sum of |weight x gradient| over a unit's weights (arXiv
-      2305.11627); the best after distillation (docs/results/pruning.md), and the only one that
-      holds gradients of all weights;
+      2305.11627); the only one that holds gradients of all weights;
     - first_order: mean over batches of |d loss / d mask|, masks of ones sitting on the units (arXiv
       1905.10650, as in 2311.07052); the best right after the cut;
     - activation: mean over tokens of a head's output norm, of |neuron|, and of |hidden unit|
-      behind the layers' norms (arXiv 2407.14679);
+      behind the layers' norms (arXiv 2407.14679); what serves best on models that others made
+      (docs/pruning.md), and the cheapest that reads text;
     - norm: root of the sum of squares of a unit's weights, without any text;
     - random: the control, drawn by `seed`.
 

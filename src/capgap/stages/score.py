@@ -30,7 +30,7 @@ class ScoreRequest:
     teacher: str
     out: Path
     corpus: Given | None = None
-    method: Method = "weights"
+    method: Method = "activation"
     depth: Depth | None = None
     tokens: int = 32_768
     window: int = 512
