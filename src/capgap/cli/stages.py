@@ -81,10 +81,10 @@ def corpus(
         "tokenizer_hash": made.token_hash,
         "manifest": str(made.directory / "manifest.json"),
     }
-    display.say(_what_was_read(made.manifest))
     if json_:
         print_json(found)
     else:
+        display.say(_what_was_read(made.manifest))
         print(f"{made.train_tokens:,} training tokens, vocabulary {made.vocabulary}, in {out}")
 
 
