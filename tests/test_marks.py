@@ -9,10 +9,12 @@ import torch
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from capgap.config import find_recipe, load_recipe
 from capgap.corpus.marks import Marks
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.tokenizer import TokenCodec, load_tokenizer, tokenizer_hash, train_tokenizer
 from capgap.corpus.tokens import HeldoutDocument, load_corpus
+from capgap.distill.cache import CachedTeacher
 from capgap.errors import UserError
 from capgap.evaluate import beginning
 from capgap.evaluate.beginning import better_beginning
@@ -23,6 +25,7 @@ from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape
 from capgap.stages.evaluate import EvaluateRequest, run_evaluate
 from capgap.stages.measure import MeasureRequest, run_measure
+from capgap.sweep.checks import claimed
 
 BEGIN, TURN = "<s>", "<|im_end|>"
 
@@ -275,3 +278,21 @@ def test_windows_that_should_begin_anew_are_warned_of(monkeypatch, tokenizer):
     )
     assert found is not None
     assert "without `--begin-windows`" in found.fix
+
+
+def test_caches_and_sweeps_of_the_version_before_are_refused(corpora, tmp_path):
+    (tmp_path / "cache").mkdir()
+    manifest = {"schema": 1, "teacher_hash": "a"}
+    (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="prepare the corpus again and run `capgap cache`"):
+        CachedTeacher(tmp_path / "cache", corpora[False])
+    recipe = load_recipe(find_recipe("quickstart"))
+    before = recipe.model_dump(mode="json")
+    del before["corpus"]["begin_windows"]
+    marker = {"recipe_hash": "another", "recipe": before}
+    (tmp_path / "sweep.json").write_text(json.dumps(marker))
+    with (
+        pytest.raises(UserError, match="did not begin as the teachers' own do"),
+        claimed(tmp_path, recipe),
+    ):
+        pass

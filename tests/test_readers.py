@@ -65,6 +65,15 @@ def test_who_does_more_before_its_head_is_refused(kind):
     )
 
 
+def test_documents_that_see_each_other_are_told():
+    module = architectures()
+    for kind in ("llama", "gemma3_text"):
+        Parts(module.built(kind)).check_documents()
+    for kind in ("bloom", "mamba"):
+        with pytest.raises(UserError, match="does not keep the documents of a row apart"):
+            Parts(module.built(kind)).check_documents()
+
+
 def test_experts_count_as_often_as_they_are_chosen():
     model = architectures().built("qwen3_moe")
     config = model.config

@@ -99,6 +99,29 @@ class Parts(nn.Module):
                 input_ids=input_ids, position_ids=positions, use_cache=False
             ).last_hidden_state
 
+    @torch.no_grad()
+    def check_documents(self) -> None:
+        """UserError where documents of a packed row see each other although their positions are
+        given: some architectures have no positions, and would not say so."""
+        words, device = self.head.weight.shape[0], self.head.weight.device
+        ids = (torch.arange(3, 3 + TRIED_TOKENS, device=device) % words)[None]
+        half = TRIED_TOKENS // 2
+        positions = torch.arange(TRIED_TOKENS, device=device)[None] % half
+        was_training = self.training
+        self.eval()
+        try:
+            packed, alone = self(ids, positions)[:, half:], self(ids[:, half:])
+            apart = _equal(packed, alone)
+        except (TypeError, RuntimeError):
+            apart = False
+        finally:
+            self.train(was_training)
+        if not apart:
+            raise UserError(
+                f"{_name(self.model)} does not keep the documents of a row apart: leave "
+                "training.document_mask (--document-mask) out"
+            )
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., width] to the model's own logits [..., vocabulary]."""
         return Behind(self.logit_scale, self.softcap)(self.head(hidden))

@@ -79,6 +79,8 @@ def run_cache(
         corpus,
         document_mask=request.document_mask,
     )
+    if request.document_mask:
+        teacher.parts.check_documents()
     writer = CacheWriter(request.out, identity, kept)
     warn_of_beginning(teacher.parts, corpus, request.teacher, say)
     began = said = time.monotonic()

@@ -196,6 +196,10 @@ class _Run:
 
         if self.teacher is not None:
             say(f"teacher: computes in {self.teacher.dtype}")
+        if self.settings.document_mask:
+            online = [self.teacher.parts] if isinstance(self.teacher, OnlineTeacher) else []
+            for parts in (*online, *(one.parts for one in self.learners)):
+                parts.check_documents()
         if isinstance(self.teacher, OnlineTeacher):
             name = str(self.request.teacher)
             warn_of_beginning(self.teacher.parts, self.corpus, name, say, self.ranks)
