@@ -112,15 +112,7 @@ class _told:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        known = (
-            OSError,
-            EOFError,
-            lzma.LZMAError,
-            zlib.error,
-            tarfile.TarError,
-            zipfile.BadZipFile,
-        )
-        if isinstance(error, known) or type(error).__module__.startswith("pyarrow"):
+        if isinstance(error, _BROKEN) or type(error).__module__.startswith("pyarrow"):
             reason = getattr(error, "strerror", None) or first_line(cast(Exception, error))
             raise UserError(
                 f"cannot read {self.where}: {reason}; is it whole and readable?"
