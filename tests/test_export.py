@@ -119,7 +119,7 @@ def test_a_student_is_handed_on_with_its_story(typed, student, tmp_path):
         "# Mini 9k",
         "distilled from `teacher` (",
         "cut: out of `teacher`, ",
-        "what to keep: by weights scores on 512 tokens",
+        "what to keep: by activation scores on 512 tokens",
         "training: 2.05k tokens in windows of 16",
         f"{record['flops']:.3g} FLOPs",
         f"{after['loss']:.3f} | {after['bits_per_byte']:.3f}",

@@ -199,7 +199,7 @@ def test_important_units_are_found():
         model.model.layers[1].mlp.down_proj.weight.zero_()
         model.model.layers[1].self_attn.o_proj.weight.zero_()
     shape = replace(own, layers=2, heads=3, kv_heads=3, ffn=37)
-    kept = choose(score(model, [windows()]), shape)
+    kept = choose(score(model, [windows()], method="weights"), shape)
     assert kept.layers.tolist() == [0, 2]
     assert kept.heads.tolist() == [[0, 2, 3]] * 2
     assert not set(dead_neurons) & set(kept.neurons.flatten().tolist())
