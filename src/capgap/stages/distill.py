@@ -192,6 +192,7 @@ class _Run:
 
     def train(self, say: Callable[[str], None], should_stop: Callable[[], bool]) -> None:
         from capgap.distill.teacher import OnlineTeacher
+        from capgap.models.parallel import release
         from capgap.train.loop import train
 
         if self.teacher is not None:
@@ -200,6 +201,7 @@ class _Run:
             online = [self.teacher.parts] if isinstance(self.teacher, OnlineTeacher) else []
             for parts in (*online, *(one.parts for one in self.learners)):
                 parts.check_documents()
+                release(parts)
         if isinstance(self.teacher, OnlineTeacher):
             name = str(self.request.teacher)
             warn_of_beginning(self.teacher.parts, self.corpus, name, say, self.ranks)
