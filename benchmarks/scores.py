@@ -9,25 +9,27 @@ Every finished measurement is a line of the file; the same command goes on with 
 """
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.tokens import Corpus
 from capgap.distill.teacher import OnlineTeacher
-from capgap.evaluate.heldout import evaluate_heldout, heldout_set
+from capgap.evaluate.heldout import HeldoutSet, evaluate_heldout, heldout_set
 from capgap.models.build import load_model, shape_of
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape
-from capgap.prune.importance import score
+from capgap.prune.importance import Importance, score
 from capgap.prune.surgery import cut
 from capgap.prune.text import scoring_batches
 from capgap.train.learner import Learner
@@ -63,35 +65,41 @@ def shapes(own: Shape) -> dict[str, Shape]:
 def work(*, tokens: int) -> Iterator[dict[str, Any]]:
     """What is measured, the cheapest and most telling first."""
     for sample, seed in itertools.product(SAMPLES, SEEDS):
-        for axis in ("heads", "ffn", "hidden", "all widths"):
-            for method in METHODS:
-                yield {"axis": axis, "method": method, "sample": sample, "seed": seed, "tokens": 0}
-        for name in DEPTHS:
-            yield {"axis": "layers", "method": name, "sample": sample, "seed": seed, "tokens": 0}
-        if sample == SAMPLES[0] and tokens:
-            for method in METHODS[:4]:
-                yield {
-                    "axis": "all widths",
-                    "method": method,
-                    "sample": sample,
-                    "seed": seed,
-                    "tokens": tokens,
-                }
+        told = {"sample": sample, "seed": seed}
+        for method in METHODS:
+            for axis in ("heads", "ffn", "hidden", "all widths"):
+                yield {"axis": axis, "method": method, **told, "tokens": 0}
+            if method in DEPTHS:
+                yield {"axis": "layers", "method": method, **told, "tokens": 0}
+            if sample == SAMPLES[0] and tokens and method != "random":
+                yield {"axis": "all widths", "method": method, **told, "tokens": tokens}
+        for name in ("influence", "ends"):
+            yield {"axis": "layers", "method": name, **told, "tokens": 0}
 
 
-def measure(asked: dict[str, Any], folder: str, corpus: Corpus) -> dict[str, Any]:
-    """Held-out losses of the teacher and of one student, in nats a token."""
-    model = load_model(folder, torch.float32)
-    heldout = heldout_set(corpus.heldout_documents(), corpus.marks, WINDOW, corpus.vocabulary)
+def scorer(model: PreTrainedModel, corpus: Corpus) -> Callable[..., Importance]:
+    """Scores of one method, sample and seed, kept until others are asked for."""
+
+    @functools.lru_cache(maxsize=1)
+    def scores(name: Any, sample: int, seed: int) -> Importance:
+        batches = scoring_batches(corpus, sample, batch_windows=4, seed=seed)
+        method = {"influence": "activation", "ends": "random"}.get(name, name)
+        depth = DEPTHS.get(name, "ends")
+        return score(model, batches, method=method, depth=depth, seed=seed)
+
+    return scores
+
+
+def measure(
+    asked: dict[str, Any],
+    model: PreTrainedModel,
+    corpus: Corpus,
+    heldout: HeldoutSet,
+    scores: Callable[..., Importance],
+) -> dict[str, Any]:
+    """Held-out loss of one student in nats a token, as it is cut and distilled."""
     shape = shapes(shape_of(model.config))[asked["axis"]]
-    batches = scoring_batches(corpus, asked["sample"], batch_windows=4, seed=asked["seed"])
-    if asked["axis"] == "layers":
-        depth: Any = DEPTHS[asked["method"]]
-        method: Any = "random" if depth == "ends" else "activation" if depth else asked["method"]
-    else:
-        method, depth = asked["method"], "ends"
-    importance = score(model, batches, method=method, depth=depth, seed=asked["seed"])
-    student = cut(model, importance, shape)
+    student = cut(model, scores(asked["method"], asked["sample"], asked["seed"]), shape)
     found = {"after_cut": evaluate_heldout(Parts(student), heldout).loss, "distilled": None}
     if asked["tokens"]:
         counts = shape.parameters()
@@ -107,7 +115,7 @@ def measure(asked: dict[str, Any], folder: str, corpus: Corpus) -> dict[str, Any
                 checkpoint_folder=Path(work_folder) / "checkpoints",
             )
         found["distilled"] = evaluate_heldout(Parts(learner.model), heldout).loss
-    return {"model": Path(folder).name, **asked, "parameters": shape.parameters().total, **found}
+    return {**asked, "parameters": shape.parameters().total, **found}
 
 
 def main() -> None:
@@ -137,11 +145,14 @@ def main() -> None:
             tokenizer=arguments.model,
             window=WINDOW,
         )
+        heldout = heldout_set(corpus.heldout_documents(), corpus.marks, WINDOW, corpus.vocabulary)
+        model = load_model(arguments.model, torch.float32)
+        scores = scorer(model, corpus)
         for asked in work(tokens=arguments.tokens):
             known = {"model": Path(arguments.model).name, **asked}
             if any(known.items() <= one.items() for one in done):
                 continue
-            found = measure(asked, arguments.model, corpus)
+            found = {**known, **measure(asked, model, corpus, heldout, scores)}
             with arguments.out.open("a") as stream:
                 stream.write(json.dumps(found) + "\n")
             print(found, flush=True)

@@ -102,6 +102,7 @@ def test_a_student_is_handed_on_with_its_story(typed, student, tmp_path):
     assert done.code == 0, done.err
     assert len(list(out.glob("model-*.safetensors"))) > 1
     assert torch.equal(logits(out), logits(student))
+    assert "logits: those of the model" in done.out
     assert (out / "LICENSE").read_text() == APACHE
     assert GenerationConfig.from_pretrained(out).eos_token_id == 0
 
@@ -181,6 +182,13 @@ def test_older_readers_find_the_rotary_base_under_its_old_names(small_corpus, tm
     assert scaled["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     old = exported("gpt_neox", rope_theta=1234.0)
     assert (old["rotary_emb_base"], old["rotary_pct"]) == (1234.0, 1.0)
+    both = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
+    }
+    gemma = exported("gemma3_text", **both)
+    assert (gemma["rope_theta"], gemma["rope_local_base_freq"]) == (5e5, 2e4)
+    assert gemma["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
 
 
 def test_what_vllm_would_refuse_is_told(small_corpus, tmp_path):
@@ -193,6 +201,17 @@ def test_what_vllm_would_refuse_is_told(small_corpus, tmp_path):
     told = " ".join(check_vllm(shape, torch.float32, config)["problems"])
     assert "Gemma2Model" in told
     assert f"heads of size {shape.head_size} in float32" in told
+
+
+def test_without_memory_logits_are_not_compared_and_it_is_said(
+    typed, small_corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("capgap.export.folder.free_memory", lambda: 10_000)
+    source = save(tmp_path / "model", small_corpus)
+    done = typed("export", source, "--out", tmp_path / "out")
+    assert done.code == 0
+    assert "not compared with the model's (" in done.out
+    assert "10 kB free" in done.out
 
 
 def test_broken_weights_are_refused_by_name_and_nothing_is_left(typed, small_corpus, tmp_path):
@@ -546,7 +565,7 @@ def test_the_page_runs_as_it_is_written(text_file, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    printed = "\n".join(done.stdout.splitlines()[-5:]) + "\n"
+    printed = "\n".join(done.stdout.splitlines()[-6:]) + "\n"
     sizes = r"[\d.]+ kB"
     assert re.sub(sizes, "", printed) == re.sub(sizes, "", shown)
     assert (tmp_path / "handed/README.md").is_file()

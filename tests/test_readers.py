@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from capgap.errors import UserError
 from capgap.models.build import build_model, load_model, save_model
@@ -63,6 +66,23 @@ def test_who_does_more_before_its_head_is_refused(kind):
         "refused",
         "its head reads other states than its backbone gives",
     )
+
+
+# Tensors under other names than the model's, experts, buffers that count, a model that also sees
+@pytest.mark.parametrize("kind", ["bloom", "mamba", "mixtral", "deepseek_v3", "llama4", "cohere"])
+def test_a_model_of_no_family_is_exported(tmp_path, kind):
+    model = architectures().built(kind)
+    model.save_pretrained(tmp_path / "model")
+    words = {f"w{number}": number for number in range(90)}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), eos_token="w2"
+    ).save_pretrained(tmp_path / "model")
+    found = run_export(ExportRequest(str(tmp_path / "model"), tmp_path / "out"))
+    assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "model"))
+    assert found["logits_not_compared"] is None
+    assert found["parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert 0 < found["non_embedding"] < found["parameters"]
+    assert found["vllm"] == {"architecture": None, "checked": [], "problems": []}
 
 
 def test_documents_that_see_each_other_are_told():

@@ -64,16 +64,24 @@ def _print_export(found: dict[str, Any]) -> None:
         told = f"{licence['id']}, from {licence['source']}"
     print(f"licence: {told}")
     print(f"model card from: {', '.join(found['records']) or 'the weights alone, no record found'}")
-    vllm = found["vllm"]
-    problems = "; ".join(vllm["problems"])
+    not_compared = found["logits_not_compared"]
     print(
-        f"vLLM: {problems}"
-        if problems
-        else f"vLLM: the config fits {vllm['architecture']} ({len(vllm['checked'])} checks; vLLM "
-        "itself was not run)"
+        "logits: those of the model, tried with a few tokens"
+        if not_compared is None
+        else f"logits: not compared with the model's ({not_compared})"
     )
+    print(f"vLLM: {_vllm(found)}")
     if found["gguf"] is not None:
         _print_gguf(found["gguf"])
+
+
+def _vllm(found: dict[str, Any]) -> str:
+    vllm = found["vllm"]
+    checks = len(vllm["checked"])
+    if not checks:
+        return f"what it asks of {found['architecture']} models is not known here"
+    told = f"the config fits {vllm['architecture']} ({checks} checks; vLLM itself was not run)"
+    return "; ".join(vllm["problems"]) or told
 
 
 def _print_gguf(found: dict[str, Any]) -> None:

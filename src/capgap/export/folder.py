@@ -11,13 +11,19 @@ import torch
 from torch import Tensor
 
 from capgap.errors import UserError
+from capgap.machine import free_memory
+from capgap.models.build import load_model
+from capgap.models.families import FAMILIES
+from capgap.models.parts import equal_logits, trial_logits
 from capgap.models.stored import (
     LICENCES,
     StoredWeights,
     copy_companions,
     empty_model,
+    read_config,
     write_weights,
 )
+from capgap.sizes import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
@@ -48,14 +54,17 @@ def open_source(
 ) -> Source:
     """The tensors of a model folder as they will be stored; `dtype` None keeps theirs.
 
-    UserError where weights are missing.
+    They have the model's names where the files hold all of these, and else the files' own, which
+    transformers knows how to read. UserError where weights of a family are missing.
     """
     weights = StoredWeights(folder)
     model = empty_model(config)
     config.architectures = [type(model).__name__]
-    skeleton = {
-        name: tensor.to(dtype or weights.dtype(name)) for name, tensor in model.named_parameters()
-    }
+    skeleton = dict(model.named_parameters())
+    skeleton |= {name: one for name, one in model.named_buffers() if name in model.state_dict()}
+    if config.model_type not in FAMILIES and not all(map(weights.has, skeleton)):
+        skeleton = {name: torch.empty(weights.shape(name), device="meta") for name in weights.names}
+    skeleton = {name: one.to(dtype or weights.dtype(name)) for name, one in skeleton.items()}
     # most tensors have that of the first table; norms may have been kept in fp32
     config.dtype = next(iter(skeleton.values())).dtype
     return Source(folder, config, tokenizer, weights, skeleton)
@@ -83,6 +92,36 @@ def write_folder(
     copy_companions(source.folder, folder)
     _settle_tokenizer(source, folder)
     _write_generation(source, folder)
+
+
+def check_logits(source: Source, folder: Path, gguf: Path | None) -> str | None:
+    """Whether what was written computes what the model does: a few tokens go through both, one
+    after the other. None where they were compared, else why not: too little memory.
+
+    UserError where logits differ by more than the dtype rounds.
+    """
+    count = sum(one.numel() for one in source.skeleton.values())
+    # a GGUF file is read in fp32, once more while it is turned into a model
+    needed = int(1.2 * count * max(source.config.dtype.itemsize, 0 if gguf is None else 8))
+    if needed > free_memory():
+        return f"{format_bytes(needed)} of memory needed, {format_bytes(free_memory())} free"
+    wanted = trial_logits(load_model(source.folder, source.config.dtype))
+    _check_equal(trial_logits(load_model(folder, source.config.dtype)), wanted, source.folder)
+    if gguf is not None:
+        from capgap.export.gguf_file import read_gguf
+
+        wanted = trial_logits(load_model(folder, torch.float32))
+        model = read_gguf(gguf, read_config(folder))
+        _check_equal(trial_logits(model), wanted, gguf)
+    return None
+
+
+def _check_equal(made: Tensor, wanted: Tensor, where: Path) -> None:
+    if made.shape != wanted.shape or not equal_logits(made, wanted):
+        raise UserError(
+            f"what was written of {where} computes other logits than the model: its weights and "
+            "its config do not fit each other, and nothing was kept"
+        )
 
 
 def copy_licence(teacher: Path, folder: Path) -> None:
@@ -118,6 +157,11 @@ def _write_config(config: "PreTrainedConfig", folder: Path) -> None:
     fields: dict[str, Any] = json.loads(path.read_text())
     older: dict[str, Any] = {"torch_dtype": str(config.dtype).removeprefix("torch.")}
     rope = fields.get("rope_parameters")
+    # of Gemma 3, and of others whose layers differ
+    local = (rope or {}).get("sliding_attention")
+    rope = (rope or {}).get("full_attention", rope)
+    if local is not None:
+        older["rope_local_base_freq"] = local.get("rope_theta")
     if rope is not None:
         theta, partial = rope.get("rope_theta"), rope.get("partial_rotary_factor")
         if fields["model_type"] == "gpt_neox":

@@ -123,8 +123,12 @@ def _llama_keys(description: dict[str, Any]) -> dict[str, Any]:
     prefixed = any(step.get("type") == "Prepend" and step["prepend"] == SPACE for step in steps)
     if cutting.get("type") == "Metaspace":
         replaced, prefixed = True, cutting["prepend_scheme"] != "never"
+    # Gemma's is cut at spaces, of which none is left
+    is_whole = cutting.get("type") in (None, "Metaspace") or (
+        cutting.get("type") == "Split" and cutting["pattern"] == {"String": " "}
+    )
     others = {step.get("type") for step in steps} - {"Replace", "Prepend", None}
-    if not replaced or others or cutting.get("type") not in (None, "Metaspace"):
+    if not replaced or others or not is_whole:
         raise UserError(
             "--gguf: the tokenizer has byte fallback but is not written as Llama's: spaces become "
             f"{SPACE}, nothing else is changed or cut"

@@ -33,11 +33,14 @@ NO_FP16 = {"gemma2"}
 FLASH_MULTIPLE, FLASH_MOST, TRITON_LEAST = 8, 256, 32
 
 
-def check_vllm(shape: Shape, dtype: torch.dtype, config: dict[str, Any]) -> dict[str, Any]:
+def check_vllm(shape: Shape | None, dtype: torch.dtype, config: dict[str, Any]) -> dict[str, Any]:
     """{"architecture", "checked": what was looked at, "problems": why vLLM would refuse it}.
 
-    `config` is what config.json holds.
+    `config` is what config.json holds; `shape` None is a model of no family, of which nothing is
+    known.
     """
+    if shape is None:
+        return {"architecture": None, "checked": [], "problems": []}
     expected = ARCHITECTURES[shape.architecture]
     named = config.get("architectures")
     head = shape.head_size

@@ -103,15 +103,14 @@ class Parts(nn.Module):
     def check_documents(self) -> None:
         """UserError where documents of a packed row see each other although their positions are
         given: some architectures have no positions, and would not say so."""
-        words, device = self.head.weight.shape[0], self.head.weight.device
-        ids = (torch.arange(3, 3 + TRIED_TOKENS, device=device) % words)[None]
+        ids = trial(self.model)
         half = TRIED_TOKENS // 2
-        positions = torch.arange(TRIED_TOKENS, device=device)[None] % half
+        positions = torch.arange(TRIED_TOKENS, device=ids.device)[None] % half
         was_training = self.training
         self.eval()
         try:
             packed, alone = self(ids, positions)[:, half:], self(ids[:, half:])
-            apart = _equal(packed, alone)
+            apart = equal_logits(packed, alone)
         except (TypeError, RuntimeError):
             apart = False
         finally:
@@ -163,6 +162,19 @@ class _Seen:
         return self.probe
 
 
+def trial(model: PreTrainedModel) -> Tensor:
+    """A few token ids [1, TRIED_TOKENS] that every vocabulary has."""
+    head = model.get_output_embeddings().weight
+    return (torch.arange(3, 3 + TRIED_TOKENS, device=head.device) % head.shape[0])[None]
+
+
+@torch.no_grad()
+def trial_logits(model: PreTrainedModel) -> Tensor:
+    """Logits of the trial's tokens [1, TRIED_TOKENS, vocabulary], by the whole model."""
+    logits: Tensor = model.eval()(input_ids=trial(model), use_cache=False).logits
+    return logits
+
+
 @torch.no_grad()
 def _tried(parts: Parts) -> Behind:
     """What a model does behind its head, by what comes of a few tokens and of known products.
@@ -172,8 +184,7 @@ def _tried(parts: Parts) -> Behind:
     model, head = parts.model, parts.head
     was_training = model.training
     model.eval()
-    words = head.weight.shape[0]
-    ids = (torch.arange(3, 3 + TRIED_TOKENS, device=head.weight.device) % words)[None]
+    ids = trial(model)
     seen = _Seen()
     hook = head.register_forward_hook(seen)
     try:
@@ -193,7 +204,7 @@ def _tried(parts: Parts) -> Behind:
     if factor is None:
         raise _refused(model, "its head reads other states than its backbone gives")
     for behind in _candidates(text_config(model.config)):
-        if _equal(behind(seen.probe.double()), made):
+        if equal_logits(behind(seen.probe.double()), made):
             return Behind(behind.scale * factor, behind.softcap)
     raise _refused(model, "it changes its logits in a way that its config does not name")
 
@@ -202,14 +213,14 @@ def _factor(states: Tensor, own: Tensor) -> float | None:
     """What the states are multiplied by before the head reads them; None where they are others."""
     if states.shape != own.shape:
         return None
-    if _equal(states, own):
+    if equal_logits(states, own):
         return 1.0
     one, other = states.double().flatten(), own.double().flatten()
     factor = float(one @ other / (one @ one).clamp_min(1e-300))
-    return factor if _equal(one * factor, own.flatten()) else None
+    return factor if equal_logits(one * factor, own.flatten()) else None
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def equal_logits(one: Tensor, other: Tensor) -> bool:
     """Within what the dtype rounds; a model of NaN is told by those who read it."""
     tolerance = _TOLERANCE.get(other.dtype, 2e-2)
     one, other = one.double().nan_to_num(), other.double().nan_to_num()

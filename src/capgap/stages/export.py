@@ -1,7 +1,8 @@
 """The stage `export`: a model as others load it, with a card that says where it comes from."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def run_export(
     NaN among the weights too; nothing is written then.
     """
     from capgap.export.card import card_text
-    from capgap.export.folder import copy_licence, write_folder
+    from capgap.export.folder import check_logits, copy_licence, write_folder
     from capgap.export.found import find_records
     from capgap.export.licence import CARD
     from capgap.export.vllm import check_vllm
@@ -64,8 +65,21 @@ def run_export(
             "records": [str(path) for path in records.paths],
             "vllm": check_vllm(shape, source.config.dtype, config),
         }
-        found["gguf"] = _gguf(request, folder, card.name, card.licence)
+        with _kept_when_whole(request.gguf):
+            found["gguf"] = _gguf(request, folder, card.name, card.licence)
+            found["logits_not_compared"] = check_logits(source, folder, request.gguf)
     return found
+
+
+@contextmanager
+def _kept_when_whole(path: Path | None) -> Iterator[None]:
+    """Takes the file away again where something fails."""
+    try:
+        yield
+    except BaseException:
+        if path is not None:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _check(request: ExportRequest) -> None:
@@ -77,16 +91,17 @@ def _check(request: ExportRequest) -> None:
         raise UserError(f"--dtype {request.dtype!r}: take one of {', '.join(DTYPES)}")
 
 
-def _open(request: ExportRequest) -> "tuple[Source, Shape]":
+def _open(request: ExportRequest) -> "tuple[Source, Shape | None]":
     from capgap.corpus.tokenizer import load_tokenizer
     from capgap.export.folder import DTYPES as TORCH_DTYPES
     from capgap.export.folder import open_source
     from capgap.models.build import shape_of
+    from capgap.models.families import FAMILIES
     from capgap.models.stored import local_folder, read_config
     from capgap.stages.inputs import check_words
 
     config = read_config(request.model)
-    shape = shape_of(config)
+    shape = shape_of(config) if config.model_type in FAMILIES else None
     folder = local_folder(request.model)
     tokenizer = load_tokenizer(folder)
     check_words(request.model, config, max(tokenizer.get_vocab().values()) + 1)
@@ -98,7 +113,9 @@ def _open(request: ExportRequest) -> "tuple[Source, Shape]":
     return open_source(folder, config, tokenizer, dtype), shape
 
 
-def _card(request: ExportRequest, source: "Source", shape: "Shape", records: "Records") -> "Card":
+def _card(
+    request: ExportRequest, source: "Source", shape: "Shape | None", records: "Records"
+) -> "Card":
     from capgap.export.card import Card
     from capgap.export.facts import (
         base_model,
@@ -117,13 +134,13 @@ def _card(request: ExportRequest, source: "Source", shape: "Shape", records: "Re
     licence = find_licence([*records.origins, ("the model", request.model)])
     card = card_of_student(source.folder) if is_here else None
     if card is None:
-        parameters = shape.parameters()
+        non_embedding, total = _sizes(source, shape)
         tokens, losses = losses_of(records, source.folder)
         card = Card(
             name=Path(request.model).resolve().name if is_here else request.model,
-            architecture=shape.architecture,
-            non_embedding=parameters.non_embedding,
-            total=parameters.total,
+            architecture=source.config.model_type,
+            non_embedding=non_embedding,
+            total=total,
             licence=licence,
             teacher=None if teacher is None else hub_name(teacher) or Path(teacher).name,
             teacher_non_embedding=_teacher_size(records),
@@ -141,6 +158,19 @@ def _card(request: ExportRequest, source: "Source", shape: "Shape", records: "Re
         benchmarks_before=records.evaluated_before,
         has_chat_template=source.tokenizer.chat_template is not None,
     )
+
+
+def _sizes(source: "Source", shape: "Shape | None") -> tuple[int, int]:
+    """Parameters without embeddings and head, and all."""
+    from capgap.models.stored import empty_model
+
+    if shape is not None:
+        counts = shape.parameters()
+        return counts.non_embedding, counts.total
+    model = empty_model(source.config)
+    total = sum(one.numel() for one in model.parameters())
+    tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    return total - sum(one.numel() for one in tables), total
 
 
 def _teacher_size(records: "Records") -> int | None:
