@@ -279,6 +279,24 @@ def test_teachers_that_do_not_do(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_cuts_that_transformers_does_not_take_are_told_at_once(
+    typed, recipe, out, models, monkeypatch, tiny_recipe, idle, more
+):
+    tiny_recipe["teachers"] = {"models": ["a", "b"]}
+    recipe.write_text(as_toml(tiny_recipe))
+    monkeypatch.chdir(models)
+
+    def refuse(config):
+        raise ValueError(f"no {config.model_type} of {config.hidden_size}")
+
+    monkeypatch.setattr("capgap.prune.surgery.empty_model", refuse)
+    assert_refused_at_once(
+        typed("sweep", recipe, "--out", out, *more), "transformers takes no llama", "no llama of "
+    )
+    assert not out.exists()
+
+
 def test_teachers_that_do_are_taken_as_they_are(
     typed, recipe, out, models, monkeypatch, tiny_recipe, own
 ):

@@ -1,6 +1,7 @@
 import pytest
 
 from capgap.errors import UserError
+from capgap.models.families import FAMILIES
 from capgap.models.shape import ARCHITECTURES, Shape, ladder_shape, smallest_ladder_size
 from capgap.prune.shape import pruned_shape
 
@@ -72,3 +73,11 @@ def test_impossible_targets_name_both_numbers():
     with pytest.raises(UserError, match=f"{smallest - 1} .*{smallest}"):
         pruned_shape(block, smallest - 1)
     assert pruned_shape(block, smallest).ffn == 1
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if FAMILIES[kind].square])
+def test_students_of_sweeps_are_what_other_software_loads(kind):
+    teacher = Shape(kind, 64, 2, 4, 2, 16, 96, 300, 64, True)
+    for size in (8_000, 12_000, 30_000, 40_000):
+        shape = pruned_shape(teacher, size)
+        assert shape.hidden == shape.heads * shape.head_size

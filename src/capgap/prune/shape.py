@@ -58,15 +58,16 @@ def pruned_shape(teacher: Shape, non_embedding: int, *, vocabulary: int | None =
 
     Of the vocabulary's table the first `vocabulary` rows stay, all by default: rows that pad it
     have no token. The ladder's own model of that size is taken where it fits into the teacher, else
-    the first of `search`. Raises UserError as that does.
+    the first of `search` that other software loads. Raises UserError as that does.
     """
     teacher = _with_words(teacher, vocabulary)
     target = Target(non_embedding)
     if target.count(teacher) > non_embedding >= smallest_ladder_size():
         model = _ladder_model(teacher, target)
-        if why_no_cut(teacher, model) is None:
+        if why_no_cut(teacher, model) is None and _suits(teacher, model, target):
             return model
-    return search(teacher, target)[0]
+    found = search(teacher, target)
+    return next((shape for shape in found if _suits(teacher, shape, target)), found[0])
 
 
 def search(
@@ -132,7 +133,7 @@ def suited(
         except UserError as error:
             problem = problem or error
             continue
-        loads = [shape for shape in found if _suits(teacher, shape, is_large=is_large)]
+        loads = [shape for shape in found if _suits(teacher, shape, target)]
         if loads:
             return loads
         others = others or found
@@ -142,11 +143,15 @@ def suited(
     return others
 
 
-def _suits(teacher: Shape, shape: Shape, *, is_large: bool) -> bool:
-    is_square = shape.hidden == shape.heads * shape.head_size
-    if teacher.family.square and teacher.hidden == teacher.heads * teacher.head_size:
-        return is_square and not (is_large and teacher.kv_heads % 2 < shape.kv_heads % 2)
-    return not (is_large and teacher.kv_heads % 2 < shape.kv_heads % 2)
+def _suits(teacher: Shape, shape: Shape, target: Target) -> bool:
+    """Whether other software loads it, or would not load the teacher either."""
+
+    def is_square(one: Shape) -> bool:
+        return one.hidden == one.heads * one.head_size
+
+    if teacher.family.square and is_square(teacher) and not is_square(shape):
+        return False
+    return target.parameters < LARGE or teacher.kv_heads % 2 >= shape.kv_heads % 2
 
 
 def from_ladder(teacher: Shape, target: Target) -> Distance:

@@ -98,6 +98,8 @@ def run_prune(
     One tensor of the teacher and one file of the student are in memory at a time. UserError for the
     user's mistakes; nothing is written then, and no half folder stays when it is stopped.
     """
+    from capgap.machine import free_memory
+    from capgap.models.build import load_model
     from capgap.models.identity import model_hash
     from capgap.models.stored import (
         StoredWeights,
@@ -152,6 +154,9 @@ def run_prune(
         write_weights(folder, skeleton, make)
         copy_companions(source, folder)
         write_json_atomically(folder / PROVENANCE, _provenance(request, plan, kept, teacher_hash))
+        count = sum(one.nbytes for one in skeleton.values())
+        if 2 * count < free_memory():
+            load_model(folder)  # refuses a model whose logits are not those of its parts
     return _told(request, plan) | {"written": True, "seconds": time.monotonic() - began}
 
 

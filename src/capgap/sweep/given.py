@@ -5,11 +5,42 @@ from typing import TYPE_CHECKING
 
 from capgap.config import Recipe
 from capgap.errors import UserError
+from capgap.machine import resolve_device
 from capgap.models.shape import Shape
-from capgap.sweep.plan import Teacher
+from capgap.sweep.plan import Plan, Teacher, make_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """The plan of a recipe, here.
+
+    UserError for devices and teachers that are not there, and for cuts of given teachers whose
+    config transformers would not take.
+    """
+    resolve_device(recipe.run.device)
+    if recipe.run.teacher_device != "same":
+        resolve_device(recipe.run.teacher_device)
+    plan = make_plan(recipe, given_teachers(recipe))
+    _check_cuts(plan)
+    return plan
+
+
+def _check_cuts(plan: Plan) -> None:
+    cuts = {
+        (cell.cut_from.source, shape): None
+        for cell in plan.cells
+        if cell.cut_from is not None and cell.cut_from.source is not None
+        for shape in (cell.shape, *([cell.assistant.shape] if cell.assistant else []))
+    }
+    if not cuts:
+        return
+    from capgap.models.stored import read_config
+    from capgap.prune.surgery import check_cut_config
+
+    for source, shape in cuts:
+        check_cut_config(read_config(source), shape)
 
 
 def given_teachers(recipe: Recipe) -> list[Teacher]:

@@ -12,8 +12,8 @@ from capgap.models.shape import Shape
 from capgap.sizes import clock_time, format_count, training_flops
 from capgap.sweep.checks import check_sources
 from capgap.sweep.context import resolve_workers
-from capgap.sweep.given import given_teachers
-from capgap.sweep.plan import FLOP_PARTS, Cell, Column, Plan, Teacher, expected_baselines, make_plan
+from capgap.sweep.given import plan_of
+from capgap.sweep.plan import FLOP_PARTS, Cell, Column, Plan, Teacher, expected_baselines
 from capgap.sweep.speed import LARGEST_PROBE, Speed, measure_speed
 from capgap.train.precision import autocast_dtype, teacher_dtype
 
@@ -28,7 +28,7 @@ SHORT_PARTS = {
 
 def preview(recipe: Recipe) -> dict[str, Any]:
     """Every run with parameters, tokens, FLOPs by part and expected seconds (docs/cli.md)."""
-    plan = make_plan(recipe, given_teachers(recipe))
+    plan = plan_of(recipe)
     check_sources(recipe)
     baselines = expected_baselines(plan)
     device = resolve_device(recipe.run.device)

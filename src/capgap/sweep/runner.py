@@ -17,7 +17,7 @@ from capgap.records import RunRecord, read_records, write_json_atomically
 from capgap.sizes import format_count
 from capgap.sweep.checks import check_disk, check_records, check_sources, claimed, lost_teachers
 from capgap.sweep.context import Context, resolve_workers
-from capgap.sweep.given import given_teachers
+from capgap.sweep.given import plan_of
 from capgap.sweep.plan import (
     Cell,
     Column,
@@ -25,7 +25,6 @@ from capgap.sweep.plan import (
     Teacher,
     curve_key,
     expected_baselines,
-    make_plan,
     select_baselines,
 )
 from capgap.sweep.progress import CorpusProgress, Display
@@ -44,14 +43,6 @@ def run_sweep(recipe: Recipe, out: Path, display: Display) -> SweepResult:
     """
     plan = plan_of(recipe)
     return run_folder(plan, out, display, _run_everything, disk=plan)
-
-
-def plan_of(recipe: Recipe) -> Plan:
-    """The plan of a recipe, here; UserError for devices and teachers that are not there."""
-    resolve_device(recipe.run.device)
-    if recipe.run.teacher_device != "same":
-        resolve_device(recipe.run.teacher_device)
-    return make_plan(recipe, given_teachers(recipe))
 
 
 def run_folder(

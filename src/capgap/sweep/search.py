@@ -28,9 +28,10 @@ from capgap.law.search_grid import (
 from capgap.records import read_record, write_json_atomically
 from capgap.sizes import format_count, forward_flops
 from capgap.sweep.checks import check_disk
+from capgap.sweep.given import plan_of
 from capgap.sweep.plan import Cell, Column, Plan, Teacher
 from capgap.sweep.progress import Display
-from capgap.sweep.runner import Runner, plan_of, run_folder
+from capgap.sweep.runner import Runner, run_folder
 from capgap.sweep.summary import SweepResult, print_summary
 
 RUNG_RATIO = 3
