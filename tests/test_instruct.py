@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import signal
 
 import pytest
@@ -394,6 +395,34 @@ def test_a_template_that_the_tokenizer_cannot_express(base):
     )
     with pytest.raises(UserError, match="does not end with"):
         set_template(tokenizer, "own")
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (
+            "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+            "takes more than 2 s",
+        ),
+        ("{{ 'a' * 10**11 }}", "takes more than 1073 MB of memory"),
+        ("{{ 'a' * 10**8 }}", "of 4 characters it makes 100000000"),
+        ("{{ messages[0].nothing.more }}", "has no attribute"),
+        ("{% for %}", "cannot be used: Expected an expression"),
+        ("{{ raise_exception('never') }}", "cannot be used: never"),
+    ],
+)
+def test_a_template_of_a_stranger_has_limits(base, monkeypatch, template, told):
+    from capgap.tune import template as module
+
+    monkeypatch.setattr(module, "SECONDS", 2.0)
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = template
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match=told) as found:
+        module.prompt_ids(tokenizer, [{"role": "user", "content": "ab c"}])
+    assert "\n" not in str(found.value)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_missing_library_is_told_with_its_extra(request_of, monkeypatch):

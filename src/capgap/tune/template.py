@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from capgap.errors import UserError
+from capgap.errors import UserError, border
+from capgap.limits import limited
 from capgap.tune.conversations import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEMPLATES = ("minichat", "own")
+# What a template may take for one conversation, and the characters that it may add
+SECONDS, MEMORY, LONGEST = 5.0, 2**30, 10**6
 
 # As the authors of MiniChat write it (GeneZC/MiniMA, conversation.py and its data builder): the
 # system prompt and every turn end with the token that ends a document, a space stands behind the
@@ -122,18 +125,35 @@ def encode(
     tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], line: int = 0
 ) -> Example:
     """The tokens of a whole conversation, the assistant's marked."""
-    found: Any = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    found = _rendered(tokenizer, messages, prompt=False)
     return Example(line, list(found["input_ids"]), [bool(i) for i in found["assistant_masks"]])
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> list[int]:
     """The tokens of a conversation that the assistant is to go on with."""
-    found: Any = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, add_generation_prompt=True
-    )
-    return list(found["input_ids"])
+    return list(_rendered(tokenizer, messages, prompt=True)["input_ids"])
+
+
+def _rendered(
+    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *, prompt: bool
+) -> Any:
+    """By the tokenizer's template, which may be a stranger's program: within limits."""
+    what = "the chat template cannot be used"
+    render = tokenizer.apply_chat_template
+    with border(what):
+        # as text first: what the tokenizer's own code takes cannot be limited
+        with limited(f"{what}: it", seconds=SECONDS, memory=MEMORY):
+            text: Any = render(list(messages), tokenize=False, add_generation_prompt=prompt)
+        said = sum(len(message["content"]) for message in messages)
+        if len(text) > LONGEST + 10 * said:
+            raise UserError(f"{what}: of {said} characters it makes {len(text)}")
+        return render(
+            list(messages),
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=prompt,
+            return_assistant_tokens_mask=not prompt,
+        )
 
 
 def fitted(example: Example, window: int) -> Example | None:
