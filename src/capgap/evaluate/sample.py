@@ -51,7 +51,7 @@ def sample_text(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted({marks.end, int(tokenizer.eos_token_id)}),
+        eos_token_id=sorted({marks.end, tokenizer.eos_token_id} - {None}),
         pad_token_id=marks.end,
         **sampling,
     )

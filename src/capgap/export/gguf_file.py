@@ -302,6 +302,9 @@ def _turned(tensor: Tensor, heads: int) -> Tensor:
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
+    is_number = isinstance(value, int | float)
+    if is_number and not 0 <= value < 2**32:
+        raise UserError(f"--gguf: {key} of {value} cannot be written: give the model's own config")
     add = {
         str: writer.add_string,
         bool: writer.add_bool,
