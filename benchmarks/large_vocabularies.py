@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARIES = (2048, 151_936, 262_144)
-SIZE, WINDOW, TOKENS = 200_000, 256, 65_536
-BYTES = 1_000_000
+SIZE, WINDOW, TOKENS = 200_000, 256, 16_384
+BYTES = 200_000
 
 
 def prepare(folder: Path, vocabulary: int) -> None:

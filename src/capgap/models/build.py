@@ -63,7 +63,9 @@ def to_config(shape: Shape) -> PreTrainedConfig:
     """
     fields = size_fields(shape) | shape.family.fixed
     fields |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "dtype": "float32"}
-    if not shape.family.learns_positions:
+    # Gemma 3 and OLMo 3 have others for every kind of layer: those stay
+    own = getattr(AutoConfig.for_model(shape.architecture), "rope_parameters", None) or {}
+    if not shape.family.learns_positions and "full_attention" not in own:
         rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
         if shape.architecture == "gpt_neox":
             rotary["partial_rotary_factor"] = 1.0
