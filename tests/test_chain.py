@@ -52,7 +52,7 @@ def test_a_chain_has_the_flops_of_the_direct_cut(tiny_recipe, share):
             above.total * cell.assistant.tokens + between.total * cell.tokens
         )
         assert flops["pruning"] == scoring_flops(
-            "first_order", None, above.total + between.total, tokens
+            "activation", None, above.total + between.total, tokens
         )
 
 
@@ -64,7 +64,7 @@ def test_chains_are_counted_once_in_the_whole(tiny_recipe):
         assert whole[part] == sum(flops[part] for flops in alone)
     assistants = [cell.assistant for cell in plan.cells if cell.assistant is not None]
     scored = [one.shape.parameters().total for one in (*plan.teachers, *assistants)]
-    assert whole["pruning"] == sum(4 * total * plan.recipe.scoring_tokens for total in scored)
+    assert whole["pruning"] == sum(2 * total * plan.recipe.scoring_tokens for total in scored)
 
 
 def test_a_baseline_waits_for_the_assistant_it_starts_from(tiny_recipe):

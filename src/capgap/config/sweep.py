@@ -73,7 +73,7 @@ class Recipe(Section):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     baselines: Literal["all", "best_and_largest"] = "all"
     scoring_tokens: Count = 32_768
-    scoring_method: Method = "first_order"
+    scoring_method: Method = "activation"
     scoring_depth: Depth | None = None
     corpus: CorpusSection = CorpusSection()
     teachers: TeachersSection
