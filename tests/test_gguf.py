@@ -9,6 +9,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from capgap.corpus.tokenizer import num_words
 from capgap.export.gguf_file import LAYOUTS
 from capgap.export.gguf_tokenizer import SPACE, missing_splits, tokenizer_keys
 from capgap.models.build import build_model, save_model
@@ -352,6 +353,14 @@ def test_what_cannot_be_a_gguf_file_is_one_line(typed, small_corpus, tmp_path, m
             "--gguf writes llama, mistral, qwen2, qwen3, gemma3_text models, and this is a "
             f"{architecture}" in told
         )
+    inside = save(tmp_path / "inside", tokenizer)
+    done = typed("export", inside, "--out", tmp_path / "out", "--gguf", tmp_path / "out/a.gguf")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "lies within --out" in done.err
+    scaled = save(
+        tmp_path / "qwen", tokenizer, architecture="qwen3", changes={"rope_parameters": ROPE}
+    )
+    assert "type 'llama3'" in refused(scaled)
     scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
     assert "type 'linear'" in refused(save(tmp_path / "scaled", tokenizer, changes=scaled))
     odd = save(tmp_path / "odd", tokenizer, changes={"hidden_act": "gelu"})
@@ -397,7 +406,26 @@ def test_what_computes_other_logits_is_not_kept(typed, small_corpus, tmp_path, m
     done = typed("export", source, "--out", tmp_path / "out", "--gguf", tmp_path / "a.gguf")
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert "computes other logits than the model" in done.err
+    assert ("leave --gguf out" in done.err) == (spoilt == "file")
     assert [one.name for one in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_token_for_pictures_needs_no_row(typed, tmp_path):
+    """As of Gemma 3's text models: it stands in no text. Any other token needs one."""
+    tokenizer = llama_tokenizer()
+    words = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    assert num_words(tokenizer) == words
+    source = save(tmp_path / "model", tokenizer, vocabulary=words)
+    done = typed("export", source, "--out", tmp_path / "out", "--gguf", tmp_path / "a.gguf")
+    assert done.code == 0, done.err
+    assert len(gguf.GGUFReader(tmp_path / "a.gguf").fields["tokenizer.ggml.tokens"].data) == words
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    assert num_words(tokenizer) == words + 2
+    source = save(tmp_path / "other", tokenizer, vocabulary=words)
+    done = typed("export", source, "--out", tmp_path / "second")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert f"has {words} tokens, its tokenizer {words + 2}" in done.err
 
 
 def test_a_tokenizer_that_changes_text_first_is_refused(typed, small_corpus, tmp_path):

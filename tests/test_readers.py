@@ -69,9 +69,14 @@ def test_who_does_more_before_its_head_is_refused(kind):
 
 
 # Tensors under other names than the model's, experts, buffers that count, a model that also sees
-@pytest.mark.parametrize("kind", ["bloom", "mamba", "mixtral", "deepseek_v3", "llama4", "cohere"])
+@pytest.mark.parametrize(
+    "kind", ["bloom", "mamba", "mixtral", "deepseek_v3", "llama4", "cohere", "gemma4_text", "lfm3"]
+)
 def test_a_model_of_no_family_is_exported(tmp_path, kind):
-    model = architectures().built(kind)
+    module = architectures()
+    if kind not in module.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"this transformers has no {kind}")
+    model = module.built(kind)
     model.save_pretrained(tmp_path / "model")
     words = {f"w{number}": number for number in range(90)}
     PreTrainedTokenizerFast(
@@ -81,6 +86,8 @@ def test_a_model_of_no_family_is_exported(tmp_path, kind):
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "model"))
     assert found["logits_not_compared"] is None
     assert found["parameters"] == sum(weight.numel() for weight in model.parameters())
+    written, own = (read_config(tmp_path / one).to_dict() for one in ("out", "model"))
+    assert written.get("rope_parameters") == own.get("rope_parameters")
     assert 0 < found["non_embedding"] < found["parameters"]
     assert found["vllm"] == {"architecture": None, "checked": [], "problems": []}
 

@@ -30,13 +30,15 @@ def limited(what: str, *, seconds: float, memory: int) -> Iterator[None]:
         raise UserError(f"{what} takes more than {seconds:g} s: it may have no end")
 
     before = signal.signal(signal.SIGALRM, late)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        # again and again, since what a signal raises may be swallowed where it arrives
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
         yield
     except MemoryError:
         raise UserError(f"{what} takes more than {memory // 10**6} MB of memory") from None
     finally:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.signal(signal.SIGALRM, before)

@@ -116,11 +116,21 @@ def _cpu_name() -> str:
 
 
 def free_memory() -> int:
-    """Bytes that this machine can still give; all it has where it does not tell."""
+    """Bytes that this machine, or the container that this runs in, can still give; all that the
+    machine has where it does not tell."""
+    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     told = Path("/proc/meminfo")
     if told.is_file():
-        for line in told.read_text().splitlines():
-            name, _, amount = line.partition(":")
-            if name == "MemAvailable":
-                return int(amount.split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        amounts = dict(line.split(":") for line in told.read_text().splitlines())
+        free.append(int(amounts["MemAvailable"].split()[0]) * 1024)
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            most, taken = (Path(folder, name).read_text().strip() for name in (limit, used))
+        except OSError:
+            continue
+        if most != "max":
+            free.append(int(most) - int(taken))
+    return max(0, min(free))

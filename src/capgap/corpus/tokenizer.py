@@ -36,6 +36,10 @@ PIECE_END = re.compile(r"[^\W\d_](?=[ \n])")
 INVALID_BYTES = re.compile("[\udc80-\udcff]+")
 
 
+# What a token for pictures or sound is called
+_OTHER_MEDIA = re.compile("image|audio|video|vision")
+
+
 class TokenCodec:
     """Bytes to token ids and back, with a tokenizer's settings read once.
 
@@ -257,6 +261,19 @@ def _check_files(folder: Path) -> None:
         )
     if not pieces and not any(folder.glob("vocab*")) and not any(folder.glob("*.tiktoken")):
         raise UserError(f"no tokenizer in {folder} (no tokenizer.json): give one that has it")
+
+
+def num_words(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """One more than the largest token id that text can hold.
+
+    Tokens for pictures and sound stand in none: a text model of a family that also sees has no rows
+    for those at the end (Gemma 3 1B).
+    """
+    last = max(tokenizer.get_vocab().values())
+    added = tokenizer.added_tokens_decoder
+    while last in added and added[last].special and _OTHER_MEDIA.search(added[last].content):
+        last -= 1
+    return last + 1
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:

@@ -20,6 +20,7 @@ from capgap.corpus.split import DIGESTS, Reading, SmallestDigests, Split, split_
 from capgap.corpus.tokenizer import (
     TokenCodec,
     count_invalid_bytes,
+    num_words,
     tokenizer_hash,
     train_tokenizer,
 )
@@ -132,7 +133,7 @@ def write_corpus(
     tokenizer.save_pretrained(str(directory / TOKENIZER))
     codec = TokenCodec(tokenizer)
     marks = Marks.of(tokenizer, begin_windows=options.begin_windows)
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    vocabulary = num_words(tokenizer)
     dtype = token_dtype(vocabulary)
 
     writer = ShardWriter(directory, "train", dtype)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 SAID_EVERY = 10.0  # seconds
+# Whose rotary settings by kind of layer older readers know by two names
+_TWO_ROPES = ("gemma3_text", "olmo3")
 # What a tokenizer's config may tell of the machine it was saved on
 _LOCAL = ("auto_map", "is_local", "local_files_only", "name_or_path")
 
@@ -60,8 +62,9 @@ def open_source(
     weights = StoredWeights(folder)
     model = empty_model(config)
     config.architectures = [type(model).__name__]
+    stored = model.state_dict()
     skeleton = dict(model.named_parameters())
-    skeleton |= {name: one for name, one in model.named_buffers() if name in model.state_dict()}
+    skeleton |= {name: one for name, one in model.named_buffers() if name in stored}
     if config.model_type not in FAMILIES and not all(map(weights.has, skeleton)):
         skeleton = {name: torch.empty(weights.shape(name), device="meta") for name in weights.names}
     skeleton = {name: one.to(dtype or weights.dtype(name)) for name, one in skeleton.items()}
@@ -96,32 +99,39 @@ def write_folder(
 
 def check_logits(source: Source, folder: Path, gguf: Path | None) -> str | None:
     """Whether what was written computes what the model does: a few tokens go through both, one
-    after the other. None where they were compared, else why not: too little memory.
+    after the other. None where all was compared, else what was not: memory did not suffice.
 
     UserError where logits differ by more than the dtype rounds.
     """
     count = sum(one.numel() for one in source.skeleton.values())
-    # a GGUF file is read in fp32, once more while it is turned into a model
-    needed = int(1.2 * count * max(source.config.dtype.itemsize, 0 if gguf is None else 8))
-    if needed > free_memory():
-        return f"{format_bytes(needed)} of memory needed, {format_bytes(free_memory())} free"
-    wanted = trial_logits(load_model(source.folder, source.config.dtype))
-    _check_equal(trial_logits(load_model(folder, source.config.dtype)), wanted, source.folder)
+    dtype = source.config.dtype
+    untried = _no_room("the folder", count * dtype.itemsize)
+    if not untried:
+        wanted = trial_logits(load_model(source.folder, dtype))
+        made = trial_logits(load_model(folder, dtype))
+        _check_equal(made, wanted, f"{source.folder}: its weights and its config do not fit")
     if gguf is not None:
         from capgap.export.gguf_file import read_gguf
 
-        wanted = trial_logits(load_model(folder, torch.float32))
-        model = read_gguf(gguf, read_config(folder))
-        _check_equal(trial_logits(model), wanted, gguf)
-    return None
+        # read in fp32, and once more while it is turned into a model
+        no_room = _no_room("the GGUF file", count * 8)
+        if not no_room:
+            wanted = trial_logits(load_model(folder, torch.float32))
+            made = trial_logits(read_gguf(gguf, read_config(folder)))
+            _check_equal(made, wanted, f"{gguf} says something else: leave --gguf out")
+        untried += no_room
+    return "; ".join(untried) or None
 
 
-def _check_equal(made: Tensor, wanted: Tensor, where: Path) -> None:
+def _no_room(what: str, size: int) -> list[str]:
+    needed, free = int(1.2 * size), free_memory()
+    told = f"{what}: {format_bytes(needed)} of memory needed, {format_bytes(free)} free"
+    return [told] if needed > free else []
+
+
+def _check_equal(made: Tensor, wanted: Tensor, why: str) -> None:
     if made.shape != wanted.shape or not equal_logits(made, wanted):
-        raise UserError(
-            f"what was written of {where} computes other logits than the model: its weights and "
-            "its config do not fit each other, and nothing was kept"
-        )
+        raise UserError(f"what was written computes other logits than the model, {why}")
 
 
 def copy_licence(teacher: Path, folder: Path) -> None:
@@ -156,13 +166,12 @@ def _write_config(config: "PreTrainedConfig", folder: Path) -> None:
     path = folder / "config.json"
     fields: dict[str, Any] = json.loads(path.read_text())
     older: dict[str, Any] = {"torch_dtype": str(config.dtype).removeprefix("torch.")}
-    rope = fields.get("rope_parameters")
-    # of Gemma 3, and of others whose layers differ
-    local = (rope or {}).get("sliding_attention")
-    rope = (rope or {}).get("full_attention", rope)
-    if local is not None:
-        older["rope_local_base_freq"] = local.get("rope_theta")
-    if rope is not None:
+    rope: Any = fields.get("rope_parameters")
+    if fields["model_type"] == "gemma3_text":
+        older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    if fields["model_type"] in _TWO_ROPES:
+        rope = rope["full_attention"]
+    if rope is not None and "rope_theta" in rope:
         theta, partial = rope.get("rope_theta"), rope.get("partial_rotary_factor")
         if fields["model_type"] == "gpt_neox":
             older |= {"rotary_emb_base": theta, "rotary_pct": 1.0 if partial is None else partial}

@@ -6,7 +6,9 @@ Keys and names of tensors follow the GGUF specification and llama.cpp's own conv
 import functools
 import io
 import itertools
+import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -115,8 +117,9 @@ def check_gguf(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerFast")
         value = getattr(config, name, None)
         if name in config.to_dict() and value not in allowed:
             raise UserError(f"--gguf: {name}={value} has no key in a GGUF file of this family")
+    kinds = ("default", "llama3") if layout.turned else ("default",)
     for rope in _ropes(config):
-        if rope.get("rope_type", "default") not in ("default", "llama3"):
+        if rope.get("rope_type", "default") not in kinds:
             raise UserError(
                 f"--gguf: rotary positions of type {rope['rope_type']!r} are not supported"
             )
@@ -195,9 +198,16 @@ def read_gguf(path: Path, config: "PreTrainedConfig") -> "PreTrainedModel":
         kind = LAYOUTS[config.model_type].architecture
         config = AutoConfig.for_model(**fields | {"model_type": kind})
     # its bar knows no switch
-    with border(f"{path} cannot be read back"), redirect_stderr(io.StringIO()):
+    # alone in a folder: what lies beside it would be read too
+    with (
+        border(f"{path} cannot be read back"),
+        redirect_stderr(io.StringIO()),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        alone = Path(folder, path.name)
+        alone.symlink_to(path.absolute())
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, config=config, dtype=torch.float32
+            folder, gguf_file=alone.name, config=config, dtype=torch.float32
         )
     return model
 
@@ -302,8 +312,8 @@ def _turned(tensor: Tensor, heads: int) -> Tensor:
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
-    is_number = isinstance(value, int | float)
-    if is_number and not 0 <= value < 2**32:
+    most = {int: 2**32, float: math.inf}.get(type(value))
+    if most is not None and not 0 <= value < most:
         raise UserError(f"--gguf: {key} of {value} cannot be written: give the model's own config")
     add = {
         str: writer.add_string,

@@ -147,10 +147,12 @@ def _pieces(
     pieces, types = [f"[PAD{row}]" for row in range(rows)], [UNUSED] * rows
     is_llama = bool(description["model"].get("byte_fallback"))
     for piece, row in tokenizer.get_vocab().items():
-        pieces[row] = piece
-        types[row] = BYTE if is_llama and _BYTE.fullmatch(piece) else NORMAL
+        if row < rows:  # a token for pictures may have none
+            pieces[row] = piece
+            types[row] = BYTE if is_llama and _BYTE.fullmatch(piece) else NORMAL
     for added in description["added_tokens"]:
-        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+        if added["id"] < rows:
+            types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     if is_llama and tokenizer.unk_token_id is not None:
         types[tokenizer.unk_token_id] = UNKNOWN
     return pieces, types

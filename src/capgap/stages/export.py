@@ -39,7 +39,8 @@ def run_export(
 ) -> dict[str, Any]:
     """Writes a Hugging Face folder, and the GGUF file; returns what `capgap export --json` prints.
 
-    Tensors are read, checked and written one file at a time. UserError for the user's mistakes,
+    Tensors are read, checked and written one file at a time; then logits are compared, for which
+    the whole model is read where memory suffices. UserError for the user's mistakes,
     NaN among the weights too; nothing is written then.
     """
     from capgap.export.card import card_text
@@ -54,7 +55,7 @@ def run_export(
     source, shape = _open(request)
     records = find_records(source.folder, request.records)
     card = _card(request, source, shape, records)
-    with written_beside(request.out) as folder:
+    with _kept_when_whole(request.gguf), written_beside(request.out) as folder:
         write_folder(source, folder, shard_bytes=request.shard_bytes, say=say)
         for _, place in records.origins:
             if Path(place).is_dir():
@@ -65,9 +66,8 @@ def run_export(
             "records": [str(path) for path in records.paths],
             "vllm": check_vllm(shape, source.config.dtype, config),
         }
-        with _kept_when_whole(request.gguf):
-            found["gguf"] = _gguf(request, folder, card.name, card.licence)
-            found["logits_not_compared"] = check_logits(source, folder, request.gguf)
+        found["gguf"] = _gguf(request, folder, card.name, card.licence)
+        found["logits_not_compared"] = check_logits(source, folder, request.gguf)
     return found
 
 
@@ -87,12 +87,16 @@ def _check(request: ExportRequest) -> None:
         raise UserError(f"{request.out} exists: choose another --out, or delete it")
     if request.gguf is not None and request.gguf.exists():
         raise UserError(f"{request.gguf} exists: choose another --gguf, or delete it")
+    if request.gguf is not None and request.out.resolve() in request.gguf.resolve().parents:
+        raise UserError(
+            f"--gguf {request.gguf} lies within --out, a folder of its own: put it beside"
+        )
     if request.dtype not in (None, *DTYPES):
         raise UserError(f"--dtype {request.dtype!r}: take one of {', '.join(DTYPES)}")
 
 
 def _open(request: ExportRequest) -> "tuple[Source, Shape | None]":
-    from capgap.corpus.tokenizer import load_tokenizer
+    from capgap.corpus.tokenizer import load_tokenizer, num_words
     from capgap.export.folder import DTYPES as TORCH_DTYPES
     from capgap.export.folder import open_source
     from capgap.models.build import shape_of
@@ -104,7 +108,7 @@ def _open(request: ExportRequest) -> "tuple[Source, Shape | None]":
     shape = shape_of(config) if config.model_type in FAMILIES else None
     folder = local_folder(request.model)
     tokenizer = load_tokenizer(folder)
-    check_words(request.model, config, max(tokenizer.get_vocab().values()) + 1)
+    check_words(request.model, config, num_words(tokenizer))
     if request.gguf is not None:
         from capgap.export.gguf_file import check_gguf
 

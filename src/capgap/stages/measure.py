@@ -83,7 +83,7 @@ class Reader:
 
     @classmethod
     def of(cls, source: str, *, trust_remote_code: bool = False) -> "Reader":
-        from capgap.corpus.tokenizer import load_tokenizer
+        from capgap.corpus.tokenizer import load_tokenizer, num_words
         from capgap.models.stored import StoredWeights, positions_of, read_config
 
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
@@ -91,7 +91,7 @@ class Reader:
         if Path(source).is_dir():
             # missing files are told before the first model reads, not after
             StoredWeights(Path(source))
-        words = max(tokenizer.get_vocab().values()) + 1
+        words = num_words(tokenizer)
         check_words(source, config, words)
         positions = positions_of(config)
         return cls(source, tokenizer, words, positions)

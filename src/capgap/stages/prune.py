@@ -30,6 +30,8 @@ PROVENANCE = "pruning.json"
 TOLD_CANDIDATES = 8
 TRIED_CONFIGS = 200
 SAID_EVERY = 10.0  # seconds
+# A cut of at most so much is opened when it is written, whole; a larger one where it is used
+TRIED_BYTES = 10**9
 # What a plain disk reads or writes, bytes a second: the time of a cut is that of reading twice
 # (once for the hash) and writing once
 DISK_SPEED = 500e6
@@ -98,7 +100,6 @@ def run_prune(
     One tensor of the teacher and one file of the student are in memory at a time. UserError for the
     user's mistakes; nothing is written then, and no half folder stays when it is stopped.
     """
-    from capgap.machine import free_memory
     from capgap.models.build import load_model
     from capgap.models.identity import model_hash
     from capgap.models.stored import (
@@ -154,8 +155,7 @@ def run_prune(
         write_weights(folder, skeleton, make)
         copy_companions(source, folder)
         write_json_atomically(folder / PROVENANCE, _provenance(request, plan, kept, teacher_hash))
-        count = sum(one.nbytes for one in skeleton.values())
-        if 2 * count < free_memory():
+        if sum(one.nbytes for one in skeleton.values()) <= TRIED_BYTES:
             load_model(folder)  # refuses a model whose logits are not those of its parts
     return _told(request, plan) | {"written": True, "seconds": time.monotonic() - began}
 

@@ -109,7 +109,7 @@ class TuningRun:
     def __init__(self, request: TuningRequest, stage: str, say: Callable[[str], None]) -> None:
         from transformers.utils import logging as transformers_logging
 
-        from capgap.corpus.tokenizer import load_tokenizer
+        from capgap.corpus.tokenizer import load_tokenizer, num_words
         from capgap.machine import resolve_device, started
         from capgap.models.identity import model_hash
         from capgap.models.stored import read_config
@@ -135,7 +135,7 @@ class TuningRun:
         data_hash = file_hash(request.data)
         self.tokenizer = load_tokenizer(request.model)
         self.config: Any = read_config(request.model)
-        check_words(request.model, self.config, max(self.tokenizer.get_vocab().values()) + 1)
+        check_words(request.model, self.config, num_words(self.tokenizer))
         self.window = _window(request, self.config)
         set_template(self.tokenizer, request.template, request.system)
         self.asked = {

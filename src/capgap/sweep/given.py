@@ -28,19 +28,22 @@ def plan_of(recipe: Recipe) -> Plan:
 
 
 def _check_cuts(plan: Plan) -> None:
-    cuts = {
-        (cell.cut_from.source, shape): None
-        for cell in plan.cells
-        if cell.cut_from is not None and cell.cut_from.source is not None
-        for shape in (cell.shape, *([cell.assistant.shape] if cell.assistant else []))
-    }
+    cuts: dict[str, dict[Shape, None]] = {}
+    for cell in plan.cells:
+        if cell.cut_from is not None and cell.cut_from.source is not None:
+            shapes = cuts.setdefault(cell.cut_from.source, {})
+            shapes[cell.shape] = None
+            if cell.assistant is not None:
+                shapes[cell.assistant.shape] = None
     if not cuts:
         return
     from capgap.models.stored import read_config
     from capgap.prune.surgery import check_cut_config
 
-    for source, shape in cuts:
-        check_cut_config(read_config(source), shape)
+    for source, shapes in cuts.items():
+        config = read_config(source)
+        for shape in shapes:
+            check_cut_config(config, shape)
 
 
 def given_teachers(recipe: Recipe) -> list[Teacher]:
@@ -51,7 +54,7 @@ def given_teachers(recipe: Recipe) -> list[Teacher]:
     """
     if not recipe.teachers.models:
         return []
-    from capgap.corpus.tokenizer import load_tokenizer
+    from capgap.corpus.tokenizer import load_tokenizer, num_words
     from capgap.models.build import shape_of
     from capgap.models.stored import read_config
 
@@ -70,7 +73,7 @@ def given_teachers(recipe: Recipe) -> list[Teacher]:
                 size=shape.parameters().non_embedding,
                 seed=0,
                 shape=shape,
-                vocabulary=_words(tokenizers[source]),
+                vocabulary=num_words(tokenizers[source]),
                 source=source,
                 tokens=0,
                 learning_rate=None,
@@ -78,11 +81,6 @@ def given_teachers(recipe: Recipe) -> list[Teacher]:
         )
     _check_tokenizers(recipe, tokenizers)
     return sorted(teachers, key=lambda teacher: teacher.size)
-
-
-def _words(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """The largest token id and one."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _check_fit(
@@ -94,7 +92,9 @@ def _check_fit(
             f"{source} reads at most {shape.positions} tokens, corpus.window is {window}: set "
             f"corpus.window={shape.positions} or less"
         )
-    words = _words(tokenizer)
+    from capgap.corpus.tokenizer import num_words
+
+    words = num_words(tokenizer)
     if shape.vocabulary < words:
         raise UserError(
             f"the tokenizer of {source} has a token {words - 1}, but the model only "

@@ -12,7 +12,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from capgap.corpus.tokenizer import check_text
+from capgap.corpus.tokenizer import check_text, num_words
 from capgap.errors import UserError
 from capgap.evaluate.sample import check_sampling
 from capgap.models.stored import positions_of
@@ -72,7 +72,7 @@ class Chat:
             self._check_text(system)
             self.system.append({"role": "system", "content": system})
         # rows behind the tokenizer's words only pad the table
-        self.num_words = max(tokenizer.get_vocab().values()) + 1
+        self.num_words = num_words(tokenizer)
         self.positions = positions_of(model.config)
         self.generator = torch.Generator(device=model.device).manual_seed(self.sampling.seed)
         self.messages: list[Message] = []

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from capgap.corpus.tokenizer import num_words
 from capgap.distill.head import IGNORED_LABEL
 from capgap.evaluate.heldout import HeldoutLoss, HeldoutSet, evaluate_heldout
 from capgap.models.parts import Parts
@@ -32,7 +33,7 @@ def answer_set(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example]
         torch.arange(len(examples)),
         [one.num_counted for one in examples],
         [len(_answers(tokenizer, one).encode()) for one in examples],
-        max(tokenizer.get_vocab().values()) + 1,
+        num_words(tokenizer),
     )
 
 

@@ -140,10 +140,9 @@ def _rendered(
     """By the tokenizer's template, which may be a stranger's program: within limits."""
     what = "the chat template cannot be used"
     render = tokenizer.apply_chat_template
-    with border(what):
-        # as text first: what the tokenizer's own code takes cannot be limited
-        with limited(f"{what}: it", seconds=SECONDS, memory=MEMORY):
-            text: Any = render(list(messages), tokenize=False, add_generation_prompt=prompt)
+    with border(what), limited(f"{what}: it", seconds=SECONDS, memory=MEMORY):
+        # as text first: the tokenizer's own code ends the program where memory does
+        text: Any = render(list(messages), tokenize=False, add_generation_prompt=prompt)
         said = sum(len(message["content"]) for message in messages)
         if len(text) > LONGEST + 10 * said:
             raise UserError(f"{what}: of {said} characters it makes {len(text)}")
