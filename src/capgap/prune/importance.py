@@ -53,7 +53,8 @@ class Importance:
 class ScoringState:
     """Sums over the batches read so far, by method and unit: a scoring that stops goes on from it.
 
-    The tensors have the shapes of an Importance, float32 on the model's device.
+    The tensors have the shapes of an Importance, float32 on the model's device; hidden is [places,
+    hidden], a row for every place where it is measured (every norm for activations, else one).
     """
 
     sums: dict[str, Scores] = field(default_factory=dict)
@@ -88,8 +89,8 @@ def score(
     - first_order: mean over batches of |d loss / d mask|, masks of ones sitting on the units (arXiv
       1905.10650, as in 2311.07052); the best right after the cut;
     - activation: mean over tokens of a head's output norm, of |neuron|, and of |hidden unit|
-      behind the layers' norms (arXiv 2407.14679); what serves best on models that others made
-      (docs/pruning.md), and the cheapest that reads text;
+      behind the norms that read the stream (arXiv 2407.14679), each norm's over their L2 norm; what
+      serves best on models that others made (docs/pruning.md), and the cheapest that reads text;
     - norm: root of the sum of squares of a unit's weights, without any text;
     - random: the control, drawn by `seed`.
 
@@ -109,7 +110,8 @@ def score(
     Parts(model)  # what it tries is no text to be scored
     state = state or ScoringState()
     for name in reading:
-        state.sums.setdefault(name, _no_scores(shape, model.device))
+        measured = shape.layers * len(_input_norms(shape)) if name == "activation" else 1
+        state.sums.setdefault(name, _no_scores(shape, model.device, measured))
     for windows in batches if reading else ():
         for name in reading:
             _READERS[name](model, shape, windows.to(model.device), state)
@@ -128,7 +130,7 @@ def score(
     return Importance(
         heads=_normalised(scores["heads"]),
         neurons=_normalised(scores["neurons"]),
-        hidden=_normalised(scores["hidden"]),
+        hidden=_normalised(_normalised(scores["hidden"]).sum(0)),
         layers=_normalised(scores["layers"]),
         tokens=state.tokens,
         flops=scoring_flops(method, depth, shape.parameters().total, state.tokens),
@@ -176,10 +178,9 @@ def _activations(
     family, scores = shape.family, state.sums["activation"]
     handles = []
 
-    def add(name: str, index: int | None, values: Tensor) -> None:
+    def add(name: str, index: int, values: Tensor) -> None:
         """values [..., units], to be summed over tokens"""
-        total = scores[name] if index is None else scores[name][index]
-        total += values.flatten(0, -2).sum(0)
+        scores[name][index] += values.flatten(0, -2).sum(0)
 
     def heads(index: int) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -194,8 +195,11 @@ def _activations(
 
         return hook
 
-    def hidden(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        add("hidden", None, output.float().abs())
+    def hidden(place: int) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            add("hidden", place, output.float().abs())
+
+        return hook
 
     def influence(index: int) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Any) -> None:
@@ -205,14 +209,15 @@ def _activations(
 
         return hook
 
+    norms = _input_norms(shape)
     try:
         for index, layer in enumerate(model.get_submodule(family.layers).children()):
             module = layer.get_submodule(family.head_inputs)
             handles.append(module.register_forward_pre_hook(heads(index)))
             module = layer.get_submodule(family.neuron_inputs)
             handles.append(module.register_forward_pre_hook(neurons(index)))
-            for name in family.layer_norms:
-                handles.append(layer.get_submodule(name).register_forward_hook(hidden))
+            for place, name in enumerate(norms, index * len(norms)):
+                handles.append(layer.get_submodule(name).register_forward_hook(hidden(place)))
             handles.append(layer.register_forward_hook(influence(index)))
         with _measuring(model, weights=False), torch.no_grad():
             _check_sound(Parts(model)(windows[:, :-1]).sum(), state)
@@ -243,11 +248,20 @@ def _random(shape: Shape, seed: int) -> Scores:
     }
 
 
-def _no_scores(shape: Shape, device: torch.device) -> Scores:
+def _input_norms(shape: Shape) -> list[str]:
+    """A layer's norms that read the stream, or those that write into it where it has no others.
+
+    What the last layers of Gemma 3 write is hundreds of times what all others read.
+    """
+    norms, writes = shape.family.layer_norms, shape.family.writes
+    return [name for name in norms if name not in writes] or list(norms)
+
+
+def _no_scores(shape: Shape, device: torch.device, places: int = 1) -> Scores:
     return {
         "heads": torch.zeros(shape.layers, shape.kv_heads, device=device),
         "neurons": torch.zeros(shape.layers, shape.ffn, device=device),
-        "hidden": torch.zeros(shape.hidden, device=device),
+        "hidden": torch.zeros(places, shape.hidden, device=device),
         "layers": torch.zeros(shape.layers, device=device),
     }
 
@@ -261,7 +275,7 @@ def _add_by_unit(
         found = unit_of_rows(kind, shape)
         if found is not None:
             unit, rows = found
-            total = scores[unit] if unit == "hidden" else scores[unit][layer]
+            total = scores[unit][0 if unit == "hidden" else layer]
             total += sums_by_unit(values, axis, rows, len(total))
 
 
