@@ -109,15 +109,15 @@ def _check_kind(description: dict[str, Any], *, is_byte_level: bool) -> None:
 
 
 def _names(description: dict[str, Any]) -> dict[int, str]:
-    """All pieces by id; added tokens become entries of the vocabulary, so that it has no holes."""
+    """All pieces by id, in order; added tokens become entries, so that the vocabulary has no holes."""
     vocabulary = description["model"]["vocab"]
     for token in description["added_tokens"]:
         vocabulary.setdefault(token["content"], token["id"])
-    return {i: name for name, i in vocabulary.items()}
+    return dict(sorted((i, name) for name, i in vocabulary.items()))
 
 
 def _add(description: dict[str, Any], names: dict[int, str], name: str) -> int:
-    place = max(names) + 1
+    place = next(reversed(names)) + 1
     description["model"]["vocab"][name] = place
     names[place] = name
     return place

@@ -102,12 +102,18 @@ def score(
     Scores are divided by their L2 norm over a layer (heads, neurons) or over all. The model is left
     as it was. `state` are the sums over batches before these, `on_batch` is told of them after
     every batch. Raises UserError for an unknown method, for no batch where text is needed, or a
-    loss that is not finite.
+    loss or weights that are not finite.
     """
     check_methods(method, depth)
     shape = shape_of(model.config)
     reading = reading_methods(method, depth)
     Parts(model)  # what it tries is no text to be scored
+    for name, weight in model.named_parameters():
+        # norms hide weights whose squares overflow: activations are 0 then, and finite
+        if not torch.isfinite(torch.linalg.vector_norm(weight, dtype=torch.float32)):
+            raise UserError(
+                f"non-finite norm of {name}: the model to prune is broken, take a sound one"
+            )
     state = state or ScoringState()
     for name in reading:
         measured = shape.layers * len(_input_norms(shape)) if name == "activation" else 1
