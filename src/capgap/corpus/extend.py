@@ -109,7 +109,7 @@ def _check_kind(description: dict[str, Any], *, is_byte_level: bool) -> None:
 
 
 def _names(description: dict[str, Any]) -> dict[int, str]:
-    """All pieces by id, in order; added tokens become entries, so that the vocabulary has no holes."""
+    """All pieces by id, in order; added tokens become entries, so that none is missing."""
     vocabulary = description["model"]["vocab"]
     for token in description["added_tokens"]:
         vocabulary.setdefault(token["content"], token["id"])

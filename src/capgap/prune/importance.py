@@ -110,7 +110,8 @@ def score(
     Parts(model)  # what it tries is no text to be scored
     for name, weight in model.named_parameters():
         # norms hide weights whose squares overflow: activations are 0 then, and finite
-        if not torch.isfinite(torch.linalg.vector_norm(weight, dtype=torch.float32)):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        if not torch.isfinite(torch.linalg.vector_norm(weight, dtype=wide)):
             raise UserError(
                 f"non-finite norm of {name}: the model to prune is broken, take a sound one"
             )
