@@ -133,6 +133,6 @@ def test_mistakes():
         score(model, [], method="first_order")
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"non-finite norm of lm_head\.weight"):
+    with pytest.raises(UserError, match="non-finite norm of "):
         score(model, [windows(0)], method="first_order")
     assert all(weight.requires_grad for weight in model.parameters())
