@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from capgap.errors import UserError
 from capgap.prune.importance import UNITS, Importance, ScoringState
 
-SCHEMA = 1
+# 2: activations by norm; a scoring begun before has sums of another shape
+SCHEMA = 2
 
 
 def save_importance(path: Path, importance: Importance) -> None:
