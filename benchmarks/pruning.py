@@ -187,51 +187,44 @@ def summary(results: list[dict[str, Any]], kind: str, what: str) -> str:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib import pyplot
+    import altair
+    import vl_convert
 
-    kinds = ("width", "depth")
-    figure, axes = pyplot.subplots(
-        len(FAMILIES), 2 * len(kinds), figsize=(15, 7.4), sharex=True, layout="constrained"
+    panels = [
+        _panel(results, *place)
+        for place in itertools.product(FAMILIES, ("width", "depth"), ("after_cut", "distilled"))
+    ]
+    drawn = altair.concat(*panels, columns=4).resolve_scale(y="independent")
+    svg = vl_convert.vegalite_to_svg(drawn.to_dict(), allowed_base_urls=[])
+    path.write_bytes(vl_convert.svg_to_png(svg, scale=1.3))
+
+
+def _panel(results: list[dict[str, Any]], family: str, kind: str, what: str) -> Any:
+    """Held-out loss over the kept share by every score, and the teacher's."""
+    import altair
+
+    rows = [
+        {"score": name, "keep": keep, "loss": _mean(runs, lambda run: run["scores"][name][what])}  # noqa: B023
+        for name in (WIDTH_SCORES if kind == "width" else DEPTH_SCORES)
+        for keep in KEEPS
+        if (runs := _of(results, kind, family, keep))
+    ]
+    own = [run for run in results if run["family"] == family]
+    teacher = [{"loss": _mean(own, lambda run: run["teacher"])}]
+    told = "after the cut" if what == "after_cut" else "after distillation"
+    names = list(dict.fromkeys((*WIDTH_SCORES, *DEPTH_SCORES)))
+    scale = altair.Scale(domain=names)
+    axis = altair.Axis(values=list(KEEPS))
+    share = altair.Scale(reverse=True, zero=False)
+    base = altair.Chart(altair.InlineData(values=rows)).encode(
+        x=altair.X("keep:Q", title="kept share of the parameters", scale=share, axis=axis),
+        y=altair.Y("loss:Q", title="held-out loss, nats per token", scale=altair.Scale(zero=False)),
+        color=altair.Color("score:N", scale=scale, title=None),
+        shape=altair.Shape("score:N", scale=scale, title=None),
     )
-    markers = dict(
-        zip(
-            ("first_order", "weights", "activation", "influence", "norm", "ends", "random"),
-            "osD^vPx",
-            strict=False,
-        )
-    )
-    for row, family in zip(axes, FAMILIES, strict=True):
-        for place, (kind, what) in zip(
-            row, itertools.product(kinds, ("after_cut", "distilled")), strict=True
-        ):
-            for name in WIDTH_SCORES if kind == "width" else DEPTH_SCORES:
-                points = [
-                    (keep, _mean(runs, lambda run: run["scores"][name][what]))  # noqa: B023
-                    for keep in KEEPS
-                    if (runs := _of(results, kind, family, keep))
-                ]
-                place.plot(
-                    *zip(*points, strict=True),
-                    marker=markers[name],
-                    label=name.replace("_", " "),
-                    linestyle="--" if name == "random" else "-",
-                    color="0.45" if name == "random" else None,
-                )
-            teacher = _mean(
-                [run for run in results if run["family"] == family], lambda run: run["teacher"]
-            )
-            place.axhline(teacher, color="black", linewidth=0.8, linestyle=":", label="teacher")
-            told = "after the cut" if what == "after_cut" else "after distillation"
-            place.set_title(f"{family}, {kind}: {told}", fontsize=10)
-            place.grid(alpha=0.25)
-            if what == "distilled":
-                place.legend(fontsize=7)
-        row[0].set_ylabel("held-out loss, nats per token")
-    for place in axes[-1]:
-        place.set_xlabel("kept share of the parameters")
-        place.set_xticks(KEEPS)
-        place.invert_xaxis()
-    figure.savefig(path, dpi=110)
+    line = altair.Chart(altair.InlineData(values=teacher)).mark_rule(strokeDash=[2, 2])
+    marks = altair.layer(base.mark_line(), base.mark_point(filled=True), line.encode(y="loss:Q"))
+    return marks.properties(title=f"{family}, {kind}: {told}", width=240, height=220)
 
 
 def _of(results: list[dict[str, Any]], kind: str, family: str, keep: float) -> list[dict[str, Any]]:

@@ -16,8 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import matplotlib
+import altair
 import numpy as np
+import vl_convert
 
 from capgap.models.shape import ladder_shape
 from capgap.sizes import format_count, parse_count
@@ -94,31 +95,35 @@ def straight_line(points: Sequence[Point]) -> tuple[float, float]:
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    panels = [_panel([one for one in points if one.axis == axis]) for axis in TITLES]
+    drawn = altair.concat(*panels, columns=2).resolve_scale(x="independent", y="independent")
+    svg = vl_convert.vegalite_to_svg(drawn.to_dict(), allowed_base_urls=[])
+    path.write_bytes(vl_convert.svg_to_png(svg, scale=1.5))
 
-    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for (axis, title), panel in zip(TITLES.items(), panels.flat, strict=True):
-        mine = [one for one in points if one.axis == axis]
-        at_zero, slope = straight_line(mine)
-        x = np.geomspace(mine[0].place, mine[-1].place, 100)
-        panel.plot(x, at_zero + slope * x, "--", color="0.5", label="straight line")
-        panel.plot(
-            [one.place for one in mine],
-            [one.microseconds for one in mine],
-            "o-",
-            color="black",
-            label="measured",
-        )
-        panel.set(xscale="log", yscale="log", xlabel=title, ylabel="µs a token of the batch")
-        panel.set_xticks([one.place for one in mine], [_tick(one) for one in mine])
-        low, high = (f(one.microseconds for one in mine) for f in (min, max))
-        steps = [50 * 2**step for step in range(8) if 0.7 * low < 50 * 2**step < 1.4 * high]
-        panel.set_yticks(steps, [f"{step:,}" for step in steps])
-        panel.minorticks_off()
-        panel.grid(color="0.9")
-    panels.flat[0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
+
+def _panel(points: Sequence[Point]) -> altair.LayerChart:
+    at_zero, slope = straight_line(points)
+    places = np.geomspace(points[0].place, points[-1].place, 100)
+    line = [{"x": x, "y": at_zero + slope * x, "what": "straight line"} for x in places]
+    rows = [{"x": one.place, "y": one.microseconds, "what": "measured"} for one in points]
+    low, high = (f(one.microseconds for one in points) for f in (min, max))
+    steps = [50 * 2**step for step in range(8) if 0.7 * low < 50 * 2**step < 1.4 * high]
+    shown = (
+        "format(datum.value, '.3~s')" if points[0].axis == "size" else "format(datum.value, ',')"
+    )
+    scale = altair.Scale(type="log", nice=False)
+    ticks = altair.Axis(values=[one.place for one in points], labelExpr=shown)
+    x = altair.X("x:Q", scale=scale, title=TITLES[points[0].axis], axis=ticks)
+    y = altair.Y(
+        "y:Q", scale=scale, title="µs a token of the batch", axis=altair.Axis(values=steps)
+    )
+    kinds = altair.Scale(domain=["measured", "straight line"], range=["black", "gray"])
+    colour = altair.Color("what:N", scale=kinds, title=None)
+    base = altair.Chart(altair.InlineData(values=rows)).encode(x=x, y=y, color=colour)
+    dashed = altair.Chart(altair.InlineData(values=line)).mark_line(strokeDash=[5, 3])
+    fitted = dashed.encode(x=x, y=y, color=colour)
+    marks = altair.layer(fitted, base.mark_line(), base.mark_point(filled=True, size=50))
+    return marks.properties(width=380, height=240)
 
 
 def _tick(point: Point) -> str:

@@ -20,10 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from capgap.errors import UserError
-from capgap.law.cells import Floats
+from capgap.law.model import Floats
 from capgap.law.published import PUBLISHED_SURFACE
-from capgap.law.search import decide, rule_choices
-from capgap.law.search_grid import (
+from capgap.sweep.search_grid import (
     STRATEGIES,
     Choice,
     History,
@@ -31,6 +30,7 @@ from capgap.law.search_grid import (
     SearchGrid,
     Settings,
 )
+from capgap.sweep.search_strategy import decide, rule_choices
 
 STUDENTS = np.geomspace(0.3e9, 0.6e9, 5)
 TEACHERS = np.geomspace(0.72e9, 6e9, 10)  # 1.2 times the largest student, 20 times the smallest

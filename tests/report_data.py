@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capgap.law.fit import fit_law
+from capgap.law.data import cells_of
+from capgap.law.fit import fit
 from capgap.records import read_records, record_from_dict, write_json_atomically, write_record
+from capgap.report.draw import spec_of
 
 TEACHERS = (60_000, 100_000, 160_000, 250_000, 400_000, 640_000)
 STUDENTS = (40_000, 70_000, 120_000)
@@ -230,6 +232,17 @@ def write_output(folder: Path, plan: Plan | None = None) -> Path:
         )
     write_json_atomically(folder / "sweep.json", sweep)
     if plan.law:
-        law = fit_law(read_records(folder), resamples=200)
-        write_json_atomically(folder / "law.json", law)
+        law = fit(cells_of(read_records(folder)), draws=200)
+        write_json_atomically(folder / "law.json", law.as_dict())
     return folder
+
+
+def rows_of(picture: Any, mark: str) -> list[dict[str, Any]]:
+    """The rows of all marks of a kind in a picture, each with the style of its layer."""
+    spec = spec_of(picture)
+    return [
+        {"style": layer["mark"], **row}
+        for layer in spec["layer"]
+        if layer["mark"]["type"] == mark
+        for row in spec["datasets"][layer["data"]["name"]]
+    ]

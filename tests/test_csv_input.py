@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
 from capgap.errors import UserError
-from capgap.law.csv_input import read_table
-from capgap.law.fit import fit_law, fit_table
-from capgap.law.table import write_grid
+from capgap.law.data import cells_of, read_table, write_grid
+from capgap.law.fit import fit
 from law_surface import ladder, sweep
 
 HEADER = "architecture,init,tokens,student_parameters,teacher_parameters,seed,loss"
@@ -36,79 +37,90 @@ def test_a_table_gives_the_law_of_its_truth(tmp_path):
         for t in teachers
         for seed in (0, 1)
     ]
-    [law] = fit_table(read_table(write(tmp_path / "t.csv", rows)))["laws"]
-    assert law["status"] == "identified"
-    assert law["slope"] == pytest.approx(2.2, rel=1e-4)
-
-
-def test_a_grid_of_tens_keeps_its_resolution(tmp_path):
-    """Best at 60% sparsity for every student: neighbours are 2.0 and 3.33, whatever the fit."""
-    ratios = [1 / (1 - tenth / 10) for tenth in range(2, 9)]
-    for best in (2.5, 2.4, 2.7):
-        table = read_table(write(tmp_path / "t.csv", rows_of(ratios=ratios, best=best)))
-        [law] = fit_table(table)["laws"]
-        low, high = law["slope_interval"]
-        assert high / low > 1.15
-
-
-def test_three_teachers_give_an_interval_between_neighbours(tmp_path):
-    table = read_table(write(tmp_path / "t.csv", rows_of(ratios=(2.0, 2.5, 1 / 0.3))))
-    fitted = fit_table(table)
-    assert [curve["optimum"]["status"] for curve in fitted["curves"]] == ["too_few_points"] * 3
-    assert any("between its neighbours, 80M and 133M" in one for one in fitted["verdict"])
-    [law] = fitted["laws"]
-    low, high = law["ratio_interval"]
-    assert 2.0 < low < 2.1
-    assert 3.1 < high < 1 / 0.3
+    [line] = fit(read_table(write(tmp_path / "t.csv", rows))).lines
+    assert line.is_identified
+    assert line.slope.value == pytest.approx(2.2, rel=0.01)
 
 
 def test_a_sweeps_grid_is_such_a_table(tmp_path):
     records = sweep([40_000, 63_000, 90_000], lambda s: ladder(70_000, 1.4, 7), lambda s: 2.5 * s)
     write_grid(records, tmp_path / "grid.csv")
     table = read_table(tmp_path / "grid.csv")
-    ours, theirs = fit_table(table)["laws"][0], fit_law(records)["laws"][0]
-    assert ours["slope"] == pytest.approx(theirs["slope"], rel=1e-3)
-    kinds = {row["reason"].split(":")[0] for row in table.excluded}
+    [ours], [theirs] = fit(table).lines, fit(cells_of(records)).lines
+    assert ours.slope.value == pytest.approx(theirs.slope.value, rel=1e-2)
+    kinds = {row.reason.split(":")[0] for row in table.excluded}
     assert kinds == {"a teacher", "a baseline"}
-    assert not table.missing_columns
+    assert not table.missing
+    # every seed has teachers of its own there
+    assert table.frame["training"].nunique() == 14
+
+
+def test_the_projects_own_grid_is_read():
+    """It names neither architecture nor init."""
+    law = fit(read_table(Path(__file__).parents[1] / "docs/results/search/grid.csv"), draws=200)
+    assert {(curve.architecture, curve.init) for curve in law.curves} == {("unnamed", "unnamed")}
+    assert len(law.curves) == 9
+
+
+@pytest.mark.parametrize(
+    ("separator", "rewrite"),
+    [
+        (";", lambda row: row.replace(".", ",")),
+        ("\t", lambda row: row),
+        (
+            ";",
+            lambda row: re.sub(r"^([^;]*;[^;]*;[^;]*;)(\d+)000000;", r"\g<1>\g<2>.000.000;", row),
+        ),
+        (";", lambda row: re.sub(r"^([^;]*;[^;]*;[^;]*;)(\d+)000000;", r"\1\2 000 000;", row)),
+    ],
+)
+def test_tables_as_spreadsheets_write_them(tmp_path, separator, rewrite):
+    plain = read_table(write(tmp_path / "plain.csv", rows_of()))
+    lines = [rewrite(row.replace(",", separator)) for row in rows_of()]
+    path = tmp_path / "other.csv"
+    text = "\n".join([HEADER.replace(",", separator), *lines])
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    found = read_table(path)
+    assert found.frame.equals(plain.frame)
+    assert found.losses == pytest.approx(plain.losses)
 
 
 def test_stated_errors_blur_the_optimum_only_where_they_are_independent(tmp_path):
     header = f"{HEADER},loss_stderr"
-    rows = [f"{row},0.004" for row in rows_of()]
+    rows = [f"{row},0.02" for row in rows_of()]
     path = write(tmp_path / "t.csv", rows, header)
 
-    def error(independent):
-        table = read_table(path, independent_errors=independent)
-        return fit_table(table)["curves"][0]["points"][0]
+    def errors(independent):
+        point = fit(read_table(path, independent_errors=independent)).curves[0].points[0]
+        return point.cost_stderr, point.loss_stderr
 
-    assert error(False)["comparison_stderr"] < 1e-4
-    assert error(True)["comparison_stderr"] == pytest.approx(0.004, rel=0.2)
-    for independent in (False, True):
-        assert error(independent)["loss_stderr"] == pytest.approx(0.004, rel=0.1)
+    common, own = errors(False), errors(True)
+    assert common[0] < 0.005 < 0.01 < own[0]
+    assert common[1] == pytest.approx(0.02, rel=0.1)
+    assert own[1] == pytest.approx(0.02, rel=0.3)
 
 
 def test_a_repeated_row_is_listed(tmp_path):
     rows = rows_of()
     table = read_table(write(tmp_path / "t.csv", [*rows, rows[0]]))
-    assert table.excluded == [
-        {"id": f"line {len(rows) + 2}", "reason": "the same cell as line 2, with the same loss"}
-    ]
+    [row] = table.excluded
+    assert row.id == f"line {len(rows) + 2}"
+    assert row.reason == "the same cell as line 2, with the same loss"
 
 
 def test_missing_columns_are_warnings(tmp_path):
-    fitted = fit_table(read_table(write(tmp_path / "t.csv", rows_of())))
-    named = [w["message"] for w in fitted["validity"] if w["name"] == "missing_column"]
-    assert len(named) == 3
-    assert any("teacher_loss" in message for message in named)
+    law = fit(read_table(write(tmp_path / "t.csv", rows_of())))
+    named = [w.message for w in law.warnings if w.name == "missing_column"]
+    assert len(named) == 4
+    assert any("one training of every size is assumed" in message for message in named)
 
 
 def test_teachers_of_a_table_that_do_not_improve_are_told(tmp_path):
     def warned(losses):
         rows = [f"{row},{losses[i % 5]}" for i, row in enumerate(rows_of(students=(40e6,)))]
         path = write(tmp_path / "t.csv", rows, f"{HEADER},teacher_loss")
-        found = fit_table(read_table(path))["validity"]
-        return [one["message"] for one in found if one["name"] == "teacher_loss_not_falling"]
+        found = fit(read_table(path)).warnings
+        return [one.message for one in found if one.name == "teacher_loss_not_falling"]
 
     assert not warned((3.0, 2.9, 2.8, 2.7, 2.6))
     [message] = warned((3.0, 2.9, 2.8, 2.85, 2.6))
@@ -129,6 +141,11 @@ def changed(number, **values):
         (changed(1, loss="nan"), "line 3: loss 'nan' is no loss"),
         (changed(1, loss="inf"), "line 3: loss 'inf' is no loss"),
         (changed(1, loss=""), "line 3: loss is missing"),
+        (changed(1, loss="21.5"), r"line 3: loss 21.5 is above ln\\(vocabulary\\), 13.8"),
+        (
+            [f"a,pruned,1B,{s}M,{t}M,0,0.{s}" for s in (40, 70) for t in (100, 200)],
+            "looks like accuracies",
+        ),
         (changed(2, seed="a"), "line 4: seed 'a' is no whole number"),
         (changed(2, tokens="many"), "line 4: tokens: 'many' is no count"),
         (changed(0, teacher_parameters="52"), "line 2: teacher_parameters 52 beside 552M"),
@@ -142,7 +159,7 @@ def changed(number, **values):
 def test_what_is_refused(tmp_path, rows, message):
     path = write(tmp_path / "t.csv", rows)
     if not message:
-        assert read_table(path).curves
+        assert len(read_table(path).frame)
         return
     with pytest.raises(UserError, match=message):
         read_table(path)
@@ -164,8 +181,8 @@ def test_the_command(tmp_path, typed):
     path = write(tmp_path / "t.csv", rows_of())
     done = typed("fit", path, "--out", tmp_path / "law.json", "--report", tmp_path / "law.html")
     assert done.code == 0
-    assert "T* = 2.5" in done.out
-    assert json.loads((tmp_path / "law.json").read_text())["laws"]
+    assert "Twice the student wants 2.0 times the teacher" in done.out
+    assert json.loads((tmp_path / "law.json").read_text())["lines"]
     assert "<html" in (tmp_path / "law.html").read_text()
     failed = typed("fit", tmp_path / "none.csv")
     assert failed.code == 2

@@ -20,7 +20,14 @@ from capgap.evaluate.archive import read_copy
 from capgap.evaluate.code_runner import run_program, sandbox_problem
 from capgap.evaluate.harness import CountingModel, counting_model, load_tasks, part_names, run_set
 from capgap.evaluate.local_data import READERS, read_local
-from capgap.evaluate.scores import Part, combine, known_flops, parse_flops, six_mean
+from capgap.evaluate.scores import (
+    Part,
+    beside_published,
+    combine,
+    known_flops,
+    parse_flops,
+    six_mean,
+)
 from capgap.evaluate.sets import NAMES, SETS, SIX, parse_shots, parse_tasks
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.shape import ladder_shape
@@ -458,6 +465,19 @@ def test_the_mean_stands_for_the_whole_six_alone():
     assert six_mean(full(), limit=5) == (None, "--limit 5 asks no whole sets")
     other = full(mmlu={"missing": None, "score": 0.5, "shots": 0})
     assert six_mean(other, limit=None) == (None, "mmlu with 0 shots, not 5")
+
+
+def test_only_whole_sets_with_their_own_shots_stand_beside_published_scores():
+    """Of a set of which --limit asked a part, nothing stands beside a published score."""
+    one = {"missing": None, "score": 0.5, "score_stderr": 0.01, "questions": 100}
+    sets = {
+        name: one | {"shots": SETS[name].shots, "of_questions": 100} for name in ("mmlu", "gsm8k")
+    }
+    assert beside_published(sets)["columns"] == ["MMLU", "GSM8K"]
+    sets["gsm8k"] |= {"questions": 10}
+    assert beside_published(sets)["columns"] == ["MMLU"]
+    sets["mmlu"] |= {"shots": 0}
+    assert beside_published(sets) is None
 
 
 def test_parts_are_put_together_by_question_or_by_part():

@@ -5,7 +5,7 @@ import csv
 import pytest
 
 from capgap.errors import UserError
-from capgap.law.table import grid_table, write_grid
+from capgap.law.data import grid_table, write_grid
 from capgap.records import record_from_dict
 from law_surface import parameters, run
 
@@ -58,6 +58,7 @@ def test_the_table_on_disk(tmp_path):
         "tokens",
         "student_size",
         "student_parameters",
+        "teacher",
         "teacher_size",
         "teacher_parameters",
         "assistant_parameters",

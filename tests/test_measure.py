@@ -17,10 +17,12 @@ from capgap.distill.head import HeadInput
 from capgap.errors import UserError
 from capgap.evaluate.measure import measure_model, token_statistics
 from capgap.evaluate.measured import Measured, Measurement, calibration_error
-from capgap.law.recommend import Candidate, candidates_of, recommend
+from capgap.law.advise import recommend
+from capgap.law.candidates import Candidate, candidates_of
 from capgap.models.build import build_model, save_model
 from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape
+from capgap.report.advice import advice_sentences
 from capgap.stages.measure import MeasureRequest, run_measure
 from conftest import made_up_text
 from lively import in_double
@@ -252,42 +254,44 @@ def advice(losses, candidates=(SMALL, LARGE), student=5 * BILLION):
 
 
 def row_of(found, name):
-    return next(row for row in found["recommendations"] if row["teacher"] == name)
+    return next(row for row in found.recommendations if row.teacher == name)
 
 
 def test_a_larger_model_that_reads_worse_is_named_and_not_taken():
     # alone the sizes speak for the larger one
     by_size = recommend(5 * BILLION, 100 * BILLION, [SMALL, LARGE])
-    assert by_size["recommendations"][0]["teacher"] == "large"
+    assert by_size.take == "large"
     found = advice({"small": [60.0, 64.0, 62.0], "large": [60.3, 64.2, 62.4]})
-    assert [row["teacher"] for row in found["recommendations"]] == ["small", "large"]
-    caution = row_of(found, "large")["cautions"][-1]
+    assert [row.teacher for row in found.recommendations] == ["small", "large"]
+    caution = row_of(found, "large").cautions[-1]
     assert caution.startswith("no better than small, which is smaller: its own loss is 0.0030 nat")
     assert "paired standard error 0.0006" in caution
-    assert row_of(found, "large")["measured"]["no_better_than"] == "small"
-    assert row_of(found, "small")["measured"]["no_better_than"] is None
-    assert "large reads your text no better than small" in found["verdict"]
-    assert "its own loss on text/" in row_of(found, "small")["rests_on"]
+    assert row_of(found, "large").measured.no_better_than == "small"
+    assert row_of(found, "small").measured.no_better_than is None
+    told = " ".join(advice_sentences(found))
+    assert "large, but it reads your text no better than small" in told
 
 
 def test_a_larger_model_that_reads_better_is_taken_and_noise_is_told():
     clear = advice({"small": [60.0, 64.0, 62.0], "large": [59.7, 63.8, 61.6]})
-    assert clear["recommendations"][0]["teacher"] == "large"
-    assert row_of(clear, "large")["cautions"] == []
+    assert clear.take == "large"
+    assert row_of(clear, "large").cautions == ()
     noisy = advice({"small": [60.0, 64.0, 62.0], "large": [59.0, 64.9, 61.9]})
-    assert "by 0.0007 nats/byte only, which may be noise" in row_of(noisy, "large")["cautions"][0]
+    assert "by 0.0007 nats/byte only, which may be noise" in row_of(noisy, "large").cautions[0]
     alone = advice({"small": [60.0], "large": [59.0]})
-    assert "its noise is not known" in row_of(alone, "large")["cautions"][0]
-    assert row_of(alone, "large")["measured"]["nats_per_byte_stderr"] is None
+    assert "its noise is not known" in row_of(alone, "large").cautions[0]
+    assert row_of(alone, "large").measured.nats_per_byte_stderr is None
 
 
 def test_the_own_loss_decides_where_it_is_far_apart():
     """Beyond the surface's error no line of sizes can bring a poor teacher back."""
     found = advice({"small": [60.0, 64.0, 62.0], "large": [80.0, 84.0, 82.0]})
-    assert found["recommendations"][0]["teacher"] == "small"
-    assert row_of(found, "large")["margin"] > 0.01
-    assert found["linear_law"]["nearest"] == "large"
-    assert "the surface, from the teachers' own losses on your text, says so" in found["verdict"]
+    assert found.take == "small"
+    assert row_of(found, "large").told_worse
+    assert row_of(found, "large").in_line
+    told = " ".join(advice_sentences(found))
+    assert "large, but it reads your text no better than small" in told
+    assert "from their own losses on your text" in told
 
 
 def test_neither_units_nor_order_change_the_advice():
@@ -295,37 +299,39 @@ def test_neither_units_nor_order_change_the_advice():
     plain = advice(losses)
     harder = advice({name: [3 * one for one in values] for name, values in losses.items()})
     turned = advice(losses, candidates=(LARGE, SMALL))
-    kept = ("teacher", "teacher_loss", "expected_loss", "margin")
+    kept = ("teacher_loss", "expected_loss", "difference")
     for other in (harder, turned):
-        for mine, its in zip(plain["recommendations"], other["recommendations"], strict=True):
-            assert [its[key] for key in kept] == pytest.approx([mine[key] for key in kept])
+        for mine, its in zip(plain.recommendations, other.recommendations, strict=True):
+            assert its.teacher == mine.teacher
+            for key in kept:
+                assert getattr(its, key) == pytest.approx(getattr(mine, key))
     # the best has what the surface gives it, the other is as many per cent above
-    expected = recommend(5 * BILLION, 100 * BILLION, [LARGE])["recommendations"][0]["teacher_loss"]
-    assert row_of(plain, "large")["teacher_loss"] == pytest.approx(expected)
-    assert row_of(plain, "small")["teacher_loss"] == pytest.approx(expected * 186 / 181)
-    assert plain["surface"]["anchor"] == "large"
+    expected = recommend(5 * BILLION, 100 * BILLION, [LARGE]).recommendations[0].teacher_loss
+    assert row_of(plain, "large").teacher_loss == pytest.approx(expected)
+    assert row_of(plain, "small").teacher_loss == pytest.approx(expected * 186 / 181)
+    assert plain.surface.anchor == "large"
 
 
 def test_of_two_as_large_the_better_is_taken():
     twin = replace(SMALL, name="twin")
     found = advice({"small": [62.0, 66.0], "twin": [61.0, 65.0]}, candidates=(SMALL, twin))
-    assert found["recommendations"][0]["teacher"] == "twin"
-    assert "no better than twin, which is as large" in row_of(found, "small")["cautions"][0]
-    assert row_of(found, "twin")["cautions"] == []
+    assert found.take == "twin"
+    assert "no better than twin, which is as large" in row_of(found, "small").cautions[0]
+    assert row_of(found, "twin").cautions == ()
 
 
 def test_tokens_that_are_not_known_matter_for_the_best_alone():
     unknown = [replace(one, tokens=None) for one in (SMALL, LARGE)]
     found = advice({"small": [60.0, 64.0], "large": [50.0, 54.0]}, candidates=unknown)
-    assert "its training tokens are not known" in row_of(found, "large")["cautions"][0]
-    assert row_of(found, "small")["cautions"] == []
+    assert "its training tokens are not known" in row_of(found, "large").cautions[0]
+    assert row_of(found, "small").cautions == ()
 
 
 def test_a_changed_text_is_a_caution():
     models = {"small": measured([60.0, 64.0], changed=1)}
     measurement = Measurement("text/", 1024, "stored", "cpu", models)
     found = recommend(BILLION, 20 * BILLION, [SMALL], measurement=measurement)
-    assert "does not give back 1 of 2 documents" in found["recommendations"][0]["cautions"][0]
+    assert "does not give back 1 of 2 documents" in found.recommendations[0].cautions[0]
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -357,7 +363,7 @@ def test_the_command_measures_and_ranks(typed, models, text_file, monkeypatch):
     assert (printed.code, printed.err) == (0, "")
     for name, row in rows.items():
         line = next(line for line in printed.out.splitlines() if line.startswith(f"{name} "))
-        assert f"{row['expected_loss']:.3f} ±" in line
+        assert f" {row['expected_loss']:.3f} " in line
         assert f"{row['measured']['nats_per_byte']:.4f} ±" in printed.out
         assert f"{row['measured']['calibration_error']:.1%}" in printed.out
         for caution in row["cautions"]:
@@ -449,3 +455,31 @@ def test_many_documents_are_a_smaller_error(models, tmp_path):
         )
         errors.append(found.models["one"].as_dict()["nats_per_byte_stderr"])
     assert errors[1] < errors[0]
+
+
+# --- what a student makes of a teacher's text ---------------------------------------------------
+
+
+def test_ranks_are_those_of_sorted_logits():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 8), torch.randn(300, 8)
+    targets = torch.randint(0, 300, (50,))
+    logits = hidden @ weight.T
+    expected = (logits > logits.gather(1, targets[:, None])).sum(1) + 1
+    found = token_statistics(HeadInput(hidden, weight), targets)
+    assert torch.equal(found.ranks, expected)
+
+
+def test_the_student_reads_what_each_teacher_writes(typed, models, text_file):
+    asked = (*ASKED, "--teachers", f"large={models['large']}", "--measure", text_file)
+    asked = (*asked, "--measure-bytes", "3k", "--student-model", models["small"])
+    answer = typed(*asked, "--json")
+    assert answer.code == 0, answer.err
+    [row] = json.loads(answer.out)["recommendations"]
+    # a model that has learnt nothing gives ranks far above 100 to most tokens, at ln 300 nats each
+    assert 5 < row["measured"]["rank_surprisal"] < 100 / 4
+    shown = typed(*asked, "--quiet")
+    assert "rank-surprisal" in shown.out
+    assert "2601.14249" in shown.out
+    alone = typed(*ASKED, "--teachers", "20k", "--student-model", models["small"])
+    assert (alone.code, "--student-model are of use with --measure alone" in alone.err) == (2, True)

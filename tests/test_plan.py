@@ -84,6 +84,55 @@ def test_selected_baselines_are_those_of_the_best_and_the_largest(tiny_recipe):
     assert sum(len(column.cells) for column in select_baselines(plan, same)) == 2
 
 
+def test_baselines_of_equal_flops_read_more(full_recipe):
+    plan = plan_of(full_recipe, equal_flops=True)
+    longer = [c for column in plan.baselines for c in column.cells if c.equal_flops_to]
+    cells = {cell.id: cell for cell in plan.cells}
+    assert {one.equal_flops_to for one in longer} == set(cells)
+    for one in longer:
+        cell = cells[one.equal_flops_to]
+        mine, its = (c.flops(plan.recipe, 0) for c in (one, cell))
+        batch = 6 * one.shape.parameters().total * plan.recipe.training.batch_tokens
+        assert mine["teacher_forward"] == 0
+        assert abs(mine["student"] - its["student"] - its["teacher_forward"]) <= batch
+        assert (one.shape, one.init, one.cut_from) == (cell.shape, cell.init, cell.cut_from)
+    assert len({c.id for column in plan.baselines for c in column.cells}) == sum(
+        len(column.cells) for column in plan.baselines
+    )
+    best = [cell for cell in plan.cells if cell.teacher.size == 12_000]
+    chosen = [c for column in select_baselines(plan, best) for c in column.cells]
+    assert {c.equal_flops_to for c in chosen if c.equal_flops_to} >= {cell.id for cell in best}
+
+
+def test_one_depth_for_all_models(full_recipe):
+    full_recipe["students"]["sizes"] = ["9.5k", "11k"]
+    plan = plan_of(full_recipe, layers=3)
+    models = [*plan.teachers, *plan.cells]
+    assert {model.shape.layers for model in models} == {3}
+    for model in models:
+        asked = getattr(model, "student_size", None) or model.size
+        assert abs(model.shape.parameters().non_embedding / asked - 1) < 0.02
+    with pytest.raises(UserError, match="of 30 layers: the smallest has"):
+        plan_of(full_recipe, layers=30)
+
+
+def test_controls_may_have_fewer_budgets(full_recipe):
+    full_recipe["students"]["control_tokens"] = [2560]
+    budgets = {}
+    for cell in plan_of(full_recipe).cells:
+        budgets.setdefault(cell.init, set()).add(cell.budget)
+    assert budgets == {"pruned": {2560, 5120}, "fixed": {2560}, "scratch": {2560}}
+    full_recipe["students"]["control_tokens"] = [99]
+    with pytest.raises(UserError, match=r"control_tokens \[99\] are none of tokens"):
+        plan_of(full_recipe)
+
+
+def test_keys_that_say_nothing_leave_the_hash_of_a_recipe(full_recipe):
+    plain = parse_recipe(full_recipe).hash()
+    assert parse_recipe(full_recipe | {"equal_flops": False}).hash() == plain
+    assert parse_recipe(full_recipe | {"layers": 3}).hash() != plain
+
+
 def test_flops_by_part_count_shared_work_once(tiny_recipe):
     plan = plan_of(tiny_recipe)
     flops = plan.flops(plan.baselines)

@@ -1,4 +1,4 @@
-"""Pictures of what is published: benchmarks, families, labels, and the figure of `recommend`."""
+"""Pictures of what is published: benchmarks, families, surfaces, and the figure of `recommend`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,34 +10,31 @@ from typer.testing import CliRunner
 
 from capgap.cli import app
 from capgap.errors import UserError
+from capgap.law.advise import recommend
 from capgap.law.benchmarks import published_results
+from capgap.law.candidates import candidates_of
 from capgap.law.families import published_families
 from capgap.law.published import PUBLISHED_SURFACE
-from capgap.law.recommend import candidates_of, recommend
-from capgap.report.advice_charts import advice_chart, families_chart
-from capgap.report.figures import Axis, Chart
-from capgap.report.interactive import to_plotly
-from capgap.report.labels import place_labels
-from capgap.report.published_charts import OwnResult, benchmark_chart
-from capgap.report.static import check_picture, write_static
-
-
-def points_of(chart: Any) -> dict[str, tuple[float, float]]:
-    """Label -> place of every point that has one."""
-    return {
-        label: (x, y)
-        for series in chart.series
-        for label, x, y in zip(series.labels, series.x, series.y, strict=False)
-    }
+from capgap.report.draw import Frame, check_picture, linear_axis, log_axis, look, row, write_picture
+from capgap.report.labels import names
+from capgap.report.published_charts import (
+    NEAR,
+    VALLEY,
+    OwnResult,
+    advice_chart,
+    benchmark_chart,
+    families_chart,
+    published_surface_chart,
+    surface_chart,
+)
+from report_data import rows_of
 
 
 def test_means_are_those_of_the_six_columns() -> None:
     by_name = {model.name: model for model in published_results()}
     assert len(by_name) == 12
-    llama = by_name["LLaMA-2-7B"]
     # (46.00 + 34.40 + 31.57 + 12.80 + 32.02 + 14.10) / 6
-    assert llama.mean == pytest.approx(28.48, abs=0.005)
-    assert list(llama.scores) == ["MMLU", "C-Eval", "DROP", "HumanEval", "BBH", "GSM8K"]
+    assert by_name["LLaMA-2-7B"].mean == pytest.approx(28.48, abs=0.005)
     assert by_name["MiniMA-3B"].flops == 4.0e21
     for model in by_name.values():
         assert len(model.scores) == 6
@@ -45,131 +42,109 @@ def test_means_are_those_of_the_six_columns() -> None:
 
 
 def test_every_published_model_is_marked_and_the_front_is_above_all() -> None:
-    chart = benchmark_chart([OwnResult("mine", 6e21, 27.0)])
-    assert isinstance(chart, Chart)
-    places = points_of(chart)
+    picture = benchmark_chart([OwnResult("mine", 6e21, 27.0)])
+    places = {one["text"]: (one["x"], one["y"]) for one in rows_of(picture, "text")}
     expected = {model.name: (model.flops, model.mean) for model in published_results()}
-    assert places == expected | {"mine": (6e21, 27.0)}
-    front = next(one for one in chart.series if one.name == "Pareto front")
-    corners = list(zip(front.x, front.y, strict=True))
-    held = [name for name, place in expected.items() if place in corners]
-    assert held == ["ShearedLLaMA-2.7B", "Phi-2-2.8B", "MiniChat-3B", "MiniChat-2-3B"]
-    for flops, mean in expected.values():
-        assert mean <= max(y for x, y in corners if x <= flops)
-    base = next(one for one in chart.series if one.name.startswith("without"))
-    assert max(y for x, y in zip(base.x, base.y, strict=True) if x <= 5e21) == pytest.approx(
-        21.66, abs=0.005
+    assert {name: pytest.approx(place, rel=1e-5) for name, place in places.items()} == (
+        expected | {"mine": (6e21, 27.0)}
     )
+    marks = {(one["x"], one["y"]) for one in rows_of(picture, "point")}
+    assert marks == set(places.values())
+    front = [one for one in rows_of(picture, "line") if one["key"] == "Pareto front"]
+    held = [name for name, place in places.items() if place in [(o["x"], o["y"]) for o in front]]
+    assert set(held) == {"ShearedLLaMA-2.7B", "Phi-2-2.8B", "MiniChat-3B", "MiniChat-2-3B"}
+    for flops, mean in expected.values():
+        assert mean <= 1.0001 * max(one["y"] for one in front if one["x"] <= 1.0001 * flops)
 
 
-def boxes(chart: Any, letters: float, lines: float) -> list[tuple[str, float, float, float, float]]:
-    """Where the labels lie in a plot of so many letters and lines."""
-    found = []
-    for series in chart.series:
-        for x, y, text, side in zip(
-            series.x, series.y, series.labels, series.label_at, strict=False
-        ):
-            vertical, horizontal = side.split()
-            across = [np.log(v) if chart.x.log else v for v in (x, *chart.x.limits)]
-            up = [np.log(v) if chart.y.log else v for v in (y, *chart.y.limits)]
-            left = letters * (across[0] - across[1]) / (across[2] - across[1])
-            left += {"left": -len(text) - 1.3, "center": -len(text) / 2, "right": 1.3}[horizontal]
-            low = lines * (up[0] - up[1]) / (up[2] - up[1])
-            low += {"bottom": -1.7, "middle": -0.5, "top": 0.7}[vertical]
-            found.append((text, left, low, left + len(text), low + 1))
-    return found
+def test_a_name_moves_away_from_its_neighbour_and_from_a_line() -> None:
+    frame = Frame(log_axis("x", (1.0, 100.0)), linear_axis("y", (0.0, 27.0)), {"a": look(0)})
+
+    def sides(*rows: dict[str, Any], lines: Any = ()) -> dict[str, str]:
+        found = names(frame, list(rows), lines)
+        return {
+            one["text"]: layer.mark.align
+            for layer in found
+            for one in layer.data.to_dict()["values"]
+        }
+
+    assert sides(row("a", 10.0, 13.0, text="alone")) == {"alone": "left"}
+    pair = sides(row("a", 10.0, 13.0, text="left one"), row("a", 10.6, 13.0, text="right one"))
+    assert pair == {"left one": "right", "right one": "left"}
+    level = [row("a", x, 13.0) for x in np.geomspace(1, 100, 100).tolist()]
+    assert sides(row("a", 10.0, 13.0, text="on a line"), lines=level) == {"on a line": "center"}
+    assert sides(row("a", 95.0, 13.0, text="at the edge")) == {"at the edge": "right"}
 
 
-def test_labels_of_published_models_do_not_overlap() -> None:
-    held = boxes(benchmark_chart(), 74, 18)
-    assert len(held) == 12
-    for i, (name, left, low, right, high) in enumerate(held):
-        assert left > -8, name
-        assert right < 74, name
-        for other in held[i + 1 :]:
-            apart = right <= other[1] or other[3] <= left or high <= other[2] or other[4] <= low
-            assert apart, (name, other[0])
-
-
-def test_a_label_moves_away_from_its_neighbour_and_from_a_line() -> None:
-    x, y = Axis("x", "u", limits=(0.0, 74.0)), Axis("y", "u", limits=(0.0, 18.0))
-    assert place_labels([(30, 9)], ["alone"], x, y) == ("middle right",)
-    first, second = place_labels([(30, 9), (33, 9)], ["left one", "right one"], x, y)
-    assert (first, second) == ("middle left", "middle right")
-    (side,) = place_labels([(30, 9)], ["on a line"], x, y, lines=[((0, 74), (9, 9))])
-    assert side.split()[0] in ("top", "bottom")
-    assert place_labels([(73, 9)], ["at the edge"], x, y)[0].endswith("left")
-
-
-def test_every_member_of_every_family_is_marked_with_its_family() -> None:
-    chart = families_chart()
-    assert isinstance(chart, Chart)
-    by_title = {one.name: one for one in chart.series}
-    looks = set()
+def test_families_have_their_larger_members_each_with_a_look_of_its_own() -> None:
+    rows = rows_of(families_chart(), "point")
     for family in published_families().values():
-        series = by_title[family.title]
-        sizes = sorted(model.parameters().non_embedding for model in family.models)
-        assert list(series.x) == sizes
-        looks.add(series.marker)
+        sizes = [model.parameters().non_embedding for model in family.models]
+        held = sorted(one["x"] for one in rows if one["key"] == family.title)
+        assert held == sorted(size for size in sizes if size > 3_000_000_000)
+    looks = [look(place) for place in range(len(published_families()))]
     # told apart without colour
-    assert len(looks) == len(published_families())
+    assert len({(one.shape, one.dash) for one in looks}) == len(looks)
 
 
 def test_advice_shows_what_was_recommended() -> None:
     found = recommend(10**9, 80 * 10**9, candidates_of("pythia", ["9B"]))
-    chart = advice_chart(found)
-    lowest = min(row["expected_loss"] for row in found["recommendations"])
-    places = points_of(chart)
-    for row in found["recommendations"]:
-        ((label, place),) = [(k, v) for k, v in places.items() if k.split()[0] == row["teacher"]]
-        assert place[0] == row["non_embedding"]
-        if row["expected_loss"] <= 1.1 * lowest:
-            assert place[1] == row["expected_loss"]
+    picture = advice_chart(found)
+    lowest = min(one.expected_loss for one in found.recommendations)
+    marks = {one["x"]: one for one in rows_of(picture, "point")}
+    texts = {one["text"].split()[0]: one["text"] for one in rows_of(picture, "text")}
+    for one in found.recommendations:
+        mark = marks[one.non_embedding]
+        assert bool(mark["style"].get("filled")) != one.told_worse
+        if one.expected_loss <= 1.1 * lowest:
+            assert mark["y"] == pytest.approx(one.expected_loss, rel=1e-5)
         else:
             # on the edge, with its loss in words
-            assert place[1] == pytest.approx(1.1 * lowest, rel=0.01)
-            assert label.endswith(f"({row['expected_loss']:.2f})")
-    best = PUBLISHED_SURFACE.best_teacher(1e9, 80e9)
-    (valley,) = [one for one in chart.series if one.marker == "star"]
-    assert (valley.x[0], valley.y[0]) == pytest.approx((best.ratio * 1e9, best.loss))
-    (shade,) = [one for one in chart.series if one.hatch]
-    assert shade.x == pytest.approx((2e9, 1e10 / 3))
-    curve = next(one for one in chart.series if one.name == "surface, compute-optimal tokens")
-    band = next(one for one in chart.series if one.name == "its error of 1%")
-    assert np.array(band.y_high) == pytest.approx(1.01 * np.array(curve.y))
-    assert [one.name for one in chart.series][-1] == "your teachers"
-    # at fewer tokens it is 93B, far above all candidates
-    far = advice_chart(recommend(10**9, 20 * 10**9, candidates_of("pythia", [])))
-    assert not [one for one in far.series if one.marker == "star"]
-    assert any("outside of the picture: 93B" in note for note in far.notes)
+            assert mark["y"] == pytest.approx(1.1 * lowest, rel=1e-4)
+            assert texts[one.teacher].endswith(f"({one.expected_loss:.2f})")
+    (upright,) = [one for one in rows_of(picture, "rule") if "low" not in one]
+    assert upright["x"] == pytest.approx(found.linear_law.teacher, rel=1e-5)
+    shade = sorted({one["x"] for one in rows_of(picture, "area")})
+    assert shade == pytest.approx(found.linear_law.interval, rel=1e-5)
+    assert f"Take {found.take}" in picture.alt
 
 
-def test_both_renderers_draw_what_is_published(tmp_path: Path) -> None:
-    own = benchmark_chart([OwnResult("mine", 6e21, 27.0)])
-    for chart in (own, families_chart()):
-        assert isinstance(chart, Chart)
-        assert chart.x.unit
-        assert chart.y.unit
-        notes = to_plotly(chart)["layout"].get("annotations", [])
-        assert len(notes) == len(points_of(chart))
-        for path in write_static(chart, tmp_path):
-            assert path.stat().st_size > 20_000
-    note = next(n for n in to_plotly(own)["layout"]["annotations"] if n["text"] == "mine")
-    assert 10 ** note["x"] == pytest.approx(6e21)
+def test_a_surface_shows_its_valley_and_what_costs_little() -> None:
+    picture = published_surface_chart(20)
+    valley = {one["x"]: one["y"] for one in rows_of(picture, "line") if one["key"] == VALLEY}
+    assert len(valley) == 25
+    for size, teacher in list(valley.items())[::8]:
+        best = PUBLISHED_SURFACE.best_teacher(size, 20 * size)
+        assert teacher == pytest.approx(best.ratio * size, rel=0.01)
+        near = [one for one in rows_of(picture, "area") if (one["x"], one["key"]) == (size, NEAR)]
+        narrow = near[-1]
+        assert narrow["low"] == pytest.approx(best.within[0] * size, rel=0.05)
+        assert near[0]["low"] <= near[1]["low"] <= narrow["low"] <= teacher
+    with pytest.raises(AssertionError):
+        surface_chart(PUBLISHED_SURFACE, "n", "t", students=(1e8, 1e9), teachers=(1e8, 1e10))
 
 
 ASKED = ("recommend", "--student", "3B", "--tokens", "126B", "--family", "llama2")
 
 
-@pytest.mark.parametrize(("name", "start"), [("advice.png", b"\x89PNG"), ("advice.SVG", b"<?xml")])
+@pytest.mark.parametrize(("name", "start"), [("advice.png", b"\x89PNG"), ("advice.SVG", b"<svg")])
 def test_recommend_draws_its_advice(tmp_path: Path, name: str, start: bytes) -> None:
     path = tmp_path / name
     done = CliRunner().invoke(app, [*ASKED, "--figure", str(path)])
     assert done.exit_code == 0, done.output
-    assert "Take Llama-2-" in done.stdout
     assert path.read_bytes().startswith(start)
-    if start == b"<?xml":
+    if start == b"<svg":
         assert "Llama-2-70B" in path.read_text()
+
+
+def test_the_same_picture_has_the_same_bytes(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.svg", "b.svg", "a.png", "b.png")]
+    for path in paths:
+        write_picture(benchmark_chart(), path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert paths[2].read_bytes() == paths[3].read_bytes()
+    # text is drawn: without a font there would be next to nothing
+    assert paths[2].stat().st_size > 20_000
 
 
 @pytest.mark.parametrize("name", ["advice.pdf", "advice"])

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from capgap.errors import UserError
-from capgap.law.search import decide, rule_choices
-from capgap.law.search_grid import (
+from capgap.sweep.search_grid import (
     STRATEGIES,
     History,
     Round,
@@ -15,6 +14,7 @@ from capgap.law.search_grid import (
     SearchGrid,
     Settings,
 )
+from capgap.sweep.search_strategy import decide, rule_choices
 
 STUDENTS = np.array([1e6, 1.5e6, 2e6])
 TEACHERS = np.geomspace(2.4e6, 2e7, 8)

@@ -12,10 +12,10 @@ import pytest
 
 from capgap.config import parse_recipe
 from capgap.errors import UserError
-from capgap.law.search_grid import Settings
 from capgap.records import read_records
 from capgap.sweep.plan import Plan, make_plan
 from capgap.sweep.search import Search, grid_of, sub_plan, with_rungs
+from capgap.sweep.search_grid import Settings
 from test_docs import assert_told, keys
 
 TOML = """

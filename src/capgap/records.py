@@ -148,7 +148,8 @@ class RunRecord:
     `student_size` and `teacher_size` are the non-embedding sizes asked for in the recipe, which
     group runs into curves; the sizes reached are in `parameters` and `teacher_parameters`. `tokens`
     are those asked for, `steps` x `batch_tokens` those that the run itself took: less than asked
-    where an assistant took a part of the same FLOPs.
+    where an assistant took a part of the same FLOPs. A baseline with `equal_flops_to` has the FLOPs
+    of that cell, its teacher's forward passes included, in place of its tokens.
     """
 
     schema: Literal[1] = SCHEMA
@@ -179,6 +180,7 @@ class RunRecord:
     heldout: Heldout | None = None
     after_cut: AfterCut | None = None
     assistant: AssistantRun | None = None
+    equal_flops_to: str | None = None
     curve: TrainingCurve
     wall_seconds: float | None = None
     versions: dict[str, str]

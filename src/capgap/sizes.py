@@ -33,6 +33,16 @@ def parse_count(value: str | int | float) -> int:
     return int(count)
 
 
+def parse_size(value: str | int) -> tuple[int, bool]:
+    """Read a model's size: "3B" without its embeddings, "3.2B total" with them.
+
+    Returns the parameters, and whether they are all of them. UserError as `parse_count`.
+    """
+    text = str(value).strip()
+    plain = text.removesuffix("total").strip()
+    return parse_count(plain), plain != text
+
+
 def parse_bytes(value: str | int) -> int:
     """Read bytes such as "5GB", "500 MB", "64kB" or 4096; a kB is 10^3 bytes.
 

@@ -1,58 +1,89 @@
 """The advice of `capgap recommend` for a person."""
 
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from capgap.law.advise import Advice
+from capgap.report.advice import advice_sentences
 from capgap.sizes import format_count, format_percent
 
+RANK_SURPRISAL = (
+    "; rank-surprisal: of the student on what each teacher writes (arXiv 2601.14249), lower is "
+    "said to be better: a prior from one forward pass, which does not rank here"
+)
 
-def print_advice(found: dict[str, Any], console: Console) -> None:
-    """Tables of what was found (docs/cli.md has the keys), then what they rest on in words."""
-    rows = found["recommendations"]
-    _print_whole(_ranking(found), console)
-    if found["measure"] is not None:
-        console.print()
-        _print_whole(_measurements(rows), console)
-        console.print(_measured_on(found["measure"]))
-    cautions: dict[str, list[str]] = {}
-    for row in rows:
-        for caution in row["cautions"]:
-            cautions.setdefault(caution, []).append(row["teacher"])
-    told = [f"{', '.join(names)}: {caution}" for caution, names in cautions.items()]
-    for line in ["", *told, *([""] if told else []), *_sources(found), "", found["verdict"]]:
+
+def print_advice(found: Advice, console: Console) -> None:
+    """What to take, then tables of what was found (docs/cli.md has the keys)."""
+    for sentence in advice_sentences(found):
         # a folder's name may look like markup
+        console.print(Text(sentence))
+    student = found.student
+    console.print(
+        f"\nA student of {format_count(student.non_embedding)} parameters without embeddings, "
+        f"{format_count(student.total)} in all, on {format_count(found.tokens)} tokens:\n"
+    )
+    _print_whole(_ranking(found), console)
+    if found.measure is not None:
+        console.print()
+        _print_whole(_measurements(found), console)
+        console.print(_measured_on(found))
+    cautions: dict[str, list[str]] = {}
+    for row in found.recommendations:
+        for caution in row.cautions:
+            cautions.setdefault(caution, []).append(row.teacher)
+    told = [f"{', '.join(names)}: {caution}" for caution, names in cautions.items()]
+    surface = found.surface
+    basis = (
+        f"losses are of the text of {surface.source}, to {format_percent(surface.error)}; above "
+        "the lowest: with the standard error of that difference"
+    )
+    for line in ["", *told, basis]:
         console.print(Text(line))
 
 
-def _ranking(found: dict[str, Any]) -> Table:
-    rows = found["recommendations"]
-    timed = rows[0]["hours"] is not None
-    names = ("size", "T/S", "expected loss", "FLOPs", *(["hours"] if timed else []))
+def _ranking(found: Advice) -> Table:
+    timed = found.recommendations[0].hours is not None
+    names = (
+        *("size", "T/S", "read", "since", "expected loss", "above the lowest", "FLOPs"),
+        *(["hours"] if timed else []),
+    )
     table = _table(names)
     table.add_column("", no_wrap=True)
-    for row in rows:
-        marks = []
-        if row["teacher"] == found["linear_law"]["nearest"]:
-            marks.append("linear law")
-        if row["teacher"] == found["surface"]["nearest"]:
+    for row in found.recommendations:
+        marks = ["size of the line"] if row.in_line else []
+        if row.teacher == found.surface.nearest:
             marks.append("lowest on the surface")
-        half = (row["interval"][1] - row["interval"][0]) / 2
+        if not row.is_larger:
+            marks = ["no larger than the student"]
+        above = f"{row.difference:.2%} ± {row.difference_stderr:.2%}"
         table.add_row(
-            Text(row["teacher"]),
-            format_count(row["non_embedding"]),
-            f"{row['ratio']:.2f}",
-            f"{row['expected_loss']:.3f} ± {half:.3f}",
-            f"{row['flops_total']:.2e}",
-            *([f"{row['hours']:,.0f}"] if timed else []),
+            Text(row.teacher),
+            format_count(row.non_embedding),
+            f"{row.ratio:.2f}",
+            "-" if row.teacher_tokens is None else format_count(row.teacher_tokens),
+            row.year or "-",
+            f"{row.expected_loss:.3f}",
+            "" if row.difference == 0 else above,
+            f"{row.flops_total:.2e}",
+            *([] if row.hours is None else [f"{row.hours:,.0f}"]),
             "; ".join(marks),
+        )
+    for alone in found.without_teacher:
+        table.add_row(
+            alone.name,
+            *("", "", format_count(alone.tokens), ""),
+            f"{alone.expected_loss:.3f}",
+            "",
+            f"{alone.flops_total:.2e}",
+            *([] if alone.hours is None else [f"{alone.hours:,.0f}"]),
+            "",
         )
     return table
 
 
-def _measurements(rows: list[dict[str, Any]]) -> Table:
+def _measurements(found: Advice) -> Table:
     table = _table(
         (
             "nats/byte",
@@ -61,21 +92,27 @@ def _measurements(rows: list[dict[str, Any]]) -> Table:
             "entropy",
             "loss - entropy",
             "calibration error",
+            *(["rank-surprisal"] if _ratios(found) else []),
         )
     )
-    for row in rows:
-        one = row["measured"]
-        is_best = one["above_lowest"] == 0
+    for row in found.recommendations:
+        one = row.measured
+        assert one is not None
         table.add_row(
-            Text(row["teacher"]),
-            _with_error(one["nats_per_byte"], one["nats_per_byte_stderr"]),
-            "" if is_best else _with_error(one["above_lowest"], one["above_lowest_stderr"]),
-            f"{one['nats_per_token']:.3f}",
-            f"{one['entropy']:.3f}",
-            f"{one['overconfidence']:+.3f}",
-            f"{one['calibration_error']:.1%}",
+            Text(row.teacher),
+            _with_error(one.nats_per_byte, one.nats_per_byte_stderr),
+            "" if one.above_lowest == 0 else _with_error(one.above_lowest, one.above_lowest_stderr),
+            f"{one.nats_per_token:.3f}",
+            f"{one.entropy:.3f}",
+            f"{one.overconfidence:+.3f}",
+            f"{one.calibration_error:.1%}",
+            *([] if one.rank_surprisal is None else [f"{one.rank_surprisal:.2f}"]),
         )
     return table
+
+
+def _ratios(found: Advice) -> bool:
+    return any(row.measured and row.measured.rank_surprisal for row in found.recommendations)
 
 
 def _table(names: tuple[str, ...]) -> Table:
@@ -99,33 +136,13 @@ def _print_whole(table: Table, console: Console) -> None:
     console.width = width
 
 
-def _measured_on(measure: dict[str, Any]) -> Text:
-    kind = "documents" if measure["documents"] > 1 else "document, so no noise is known,"
+def _measured_on(found: Advice) -> Text:
+    measure = found.measure
+    assert measure is not None
+    many = int(measure["documents"]) > 1
+    kind = "documents" if many else "document, so no noise is known,"
     return Text(
         f"on {measure['documents']} {kind} of {measure['corpus']}, {measure['bytes']:,} bytes, in "
         f"windows of {measure['window']} tokens; ± is a standard error over documents"
+        + (RANK_SURPRISAL if _ratios(found) else "")
     )
-
-
-def _sources(found: dict[str, Any]) -> list[str]:
-    line = found["linear_law"]
-    low, high = (format_count(size) for size in line["interval"])
-    surface = found["surface"]
-    losses = f"losses on its text, to {format_percent(surface['error'])}"
-    if surface["anchor"] is not None:
-        losses += (
-            f", with the teachers' own losses on yours, scaled so that {surface['anchor']} has "
-            "what the surface gives it"
-        )
-    return [
-        f"linear law ({line['source']}): T* = {format_count(line['teacher'])}, between {low} and "
-        f"{high}" + (f"; {line['caution']}" if line["caution"] else ""),
-        f"surface ({surface['source']}): {losses}; without a teacher "
-        f"{surface['loss_without_teacher']:.3f}"
-        + (f"; {surface['caution']}" if surface["caution"] else ""),
-        *(
-            f"besides, {other['name']} ({other['source']}), to {format_percent(other['error'])}"
-            + (f"; {other['caution']}" if other["caution"] else "")
-            for other in found["other_surfaces"]
-        ),
-    ]

@@ -73,7 +73,7 @@ def evaluate(
     if figure is None and flops is not None:
         raise UserError("--flops is of use with --figure alone")
     if figure is not None:
-        from capgap.report.static import check_picture
+        from capgap.report.draw import check_picture
 
         check_picture(figure)
         took = took or known_flops(model)
@@ -194,8 +194,8 @@ def _draw(found: dict[str, Any], figure: Path, flops: float | None) -> bool:
     """Whether there is a mean to draw."""
     if found["mean_percent"] is None or flops is None:
         return False
+    from capgap.report.draw import write_picture
     from capgap.report.published_charts import OwnResult, benchmark_chart
-    from capgap.report.static import write_picture
 
     name = Path(found["model"]).name
     write_picture(benchmark_chart([OwnResult(name, flops, found["mean_percent"])]), figure)

@@ -28,39 +28,37 @@ def fit(
     json_: Json = False,
 ) -> None:
     """Fit the law of capacity gap to a table of cells, or to the records of a sweep."""
-    from capgap.law.csv_input import read_table
-    from capgap.law.fit import fit_law, fit_table
-    from capgap.law.validity import grouped_warnings
-    from capgap.records import read_records, write_json_atomically
+    from capgap.law.data import load_cells
+    from capgap.law.fit import fit as fit_law
+    from capgap.records import write_json_atomically
+    from capgap.report.sentences import sentences
 
-    if source.is_dir():
-        if independent_errors:
-            raise UserError("--independent-errors is for tables; records hold every document")
-        found = fit_law(read_records(source), confidence=confidence)
-    else:
-        table = read_table(source, independent_errors=independent_errors)
-        found = fit_table(table, confidence=confidence)
-    write_json_atomically(out, found)
+    cells = load_cells(source, independent_errors=independent_errors)
+    found = fit_law(cells, confidence=confidence)
+    write_json_atomically(out, found.as_dict())
     page = None
     if report is not None:
         from capgap.report.page import write_law_report
 
         page = str(write_law_report(found, report, title=source.stem))
+    answer = sentences(found)
     if json_:
-        print_json({"law": str(out), "report": page, "verdict": found["verdict"]})
+        print_json({"law": str(out), "report": page, "verdict": answer})
         return
-    for sentence in found["verdict"]:
+    for sentence in answer:
         print(sentence)
-    for message, where in grouped_warnings(found):
-        print(f"warning, {where}: {message}")
-    for row in found["excluded"]:
-        print(f"not used: {row['id']}, {row['reason']}")
+    for warning in found.warnings:
+        print(f"warning, {warning.where}: {warning.message}")
+    for row in found.excluded:
+        print(f"not used: {row.id}, {row.reason}")
     print(f"law: {out}" + (f", report: {page}" if page else ""))
 
 
 @app.command()
 def recommend(
-    student: Annotated[str, typer.Option(help="Its non-embedding parameters, such as 3B.")],
+    student: Annotated[
+        str, typer.Option(help="Its size: 3B without embeddings, 3.2B total, or a name.")
+    ],
     tokens: Annotated[str, typer.Option(help="What it will be distilled on, such as 126B.")],
     family: Annotated[
         str | None, typer.Option(help="Choose among its members: llama2, qwen2.5, pythia, ...")
@@ -80,6 +78,10 @@ def recommend(
         str | None,
         typer.Option(metavar="CORPUS", help="Let the teachers read this text of yours."),
     ] = None,
+    student_model: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="The student's weights, to read what teachers write."),
+    ] = None,
     measure_bytes: Annotated[str, typer.Option(help="Bytes of it that they read.")] = "256k",
     dtype: Annotated[str, typer.Option(help="They read in: stored, fp32 or bf16.")] = "stored",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
@@ -90,50 +92,43 @@ def recommend(
     from rich.console import Console
 
     from capgap.cli.advice import print_advice
-    from capgap.hardware import parse_gpus
-    from capgap.law.recommend import candidates_of, sources_of
-    from capgap.law.recommend import recommend as advise
-    from capgap.law.rules import own_rule, read_law, surface_rules
+    from capgap.law.advise import recommend as advise
+    from capgap.law.candidates import candidates_of, sources_of
+    from capgap.law.law import read_law
+    from capgap.report.advice import advice_sentences
     from capgap.sizes import parse_count
 
-    if measure is None and (measure_bytes, dtype, device) != ("256k", "stored", "auto"):
-        raise UserError("--measure-bytes, --dtype and --device are of use with --measure alone")
+    beside = (measure_bytes, dtype, device, student_model)
+    if measure is None and beside != ("256k", "stored", "auto", None):
+        raise UserError(
+            "--measure-bytes, --dtype, --device and --student-model are of use with --measure alone"
+        )
     if figure is not None:
-        from capgap.report.static import check_picture
+        from capgap.report.draw import check_picture
 
         check_picture(figure)
-    size, read = parse_count(student), parse_count(tokens)
     own = None if law is None else read_law(law)
-    rule = None if own is None else own_rule(own, size)
-    surfaces = surface_rules(own, size, read)
-    machines = None if gpus is None else parse_gpus(gpus)
     candidates = candidates_of(family, [] if teachers is None else teachers.split(","))
     measurement = None
+    # mistakes are told before models are read
+    found = advise(student, tokens, candidates, law=own, gpus=gpus)
     if measure is not None:
         from capgap.stages.measure import MeasureRequest, run_measure
         from capgap.sweep.progress import make_lines
 
         quieten_transformers()
         measurement = run_measure(
-            MeasureRequest(measure, parse_count(measure_bytes), dtype, device),
+            MeasureRequest(measure, parse_count(measure_bytes), dtype, device, student_model),
             sources_of(candidates),
             say=make_lines(Console(stderr=True), quiet=quiet),
         )
-    found = advise(
-        size,
-        read,
-        candidates,
-        own=rule,
-        surfaces=surfaces,
-        gpus=machines,
-        measurement=measurement,
-    )
+        found = advise(student, tokens, candidates, law=own, gpus=gpus, measurement=measurement)
     if figure is not None:
-        from capgap.report.advice_charts import draw_advice
+        from capgap.report.published_charts import draw_advice
 
-        draw_advice(found, figure, surface=surfaces[0])
+        draw_advice(found, figure)
     if json_:
-        print_json(found)
+        print_json(found.model_dump(mode="json") | {"verdict": advice_sentences(found)})
     else:
         print_advice(found, Console(highlight=False))
 

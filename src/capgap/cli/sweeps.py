@@ -77,7 +77,7 @@ def search(
     from rich.console import Console
 
     from capgap.config import find_recipe, load_recipe
-    from capgap.law.search_grid import Settings
+    from capgap.sweep.search_grid import Settings
 
     _refuse_torchrun("search")
     settings = Settings(budget=budget, strategy=strategy, tolerance=tolerance)

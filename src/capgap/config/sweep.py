@@ -60,8 +60,22 @@ class StudentsSection(Section):
     sizes: Annotated[tuple[Count, ...], Field(min_length=1)]
     tokens: Annotated[tuple[Count, ...], Field(min_length=1)]
     inits: Annotated[tuple[Init, ...], Field(min_length=1)] = ("pruned",)
+    control_tokens: tuple[Count, ...] = ()
     assistant_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     learning_rate: LearningRate = "auto"
+
+    @model_validator(mode="after")
+    def _known_budgets(self) -> "StudentsSection":
+        unknown = set(self.control_tokens) - set(self.tokens)
+        if unknown:
+            raise ValueError(f"control_tokens {sorted(unknown)} are none of tokens")
+        return self
+
+    def budgets(self, init: str) -> list[int]:
+        """Tokens that students of an init learn from, ascending: the first init has all, the others
+        are controls."""
+        own = self.control_tokens if init != self.inits[0] else ()
+        return sorted(own or self.tokens)
 
 
 class Recipe(Section):
@@ -71,7 +85,9 @@ class Recipe(Section):
     description: str = ""
     architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = ("llama",)
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
-    baselines: Literal["all", "best_and_largest"] = "all"
+    layers: Count | None = None
+    baselines: Literal["all", "best_and_largest", "best"] = "all"
+    equal_flops: bool = False
     scoring_tokens: Count = 32_768
     scoring_method: Method = "activation"
     scoring_depth: Depth | None = None
@@ -96,4 +112,10 @@ class Recipe(Section):
     def hash(self) -> str:
         """Of everything that changes the results: the name and [run] do not."""
         content = self.model_dump(mode="json", exclude={"name", "description", "run"})
+        # recipes from before there were such keys stay what they were
+        new = ((content, ("layers", "equal_flops")), (content["students"], ("control_tokens",)))
+        for section, names in new:
+            for name in names:
+                if not section[name]:
+                    del section[name]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

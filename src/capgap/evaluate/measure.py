@@ -14,19 +14,20 @@ from capgap.corpus.tokens import HeldoutDocument
 from capgap.distill.chunking import chunk_rows
 from capgap.distill.head import IGNORED_LABEL, HeadInput, chunks, likeliest, softmax_
 from capgap.evaluate.heldout import BATCH_TOKENS
-from capgap.evaluate.measured import Measured, calibration_error
+from capgap.evaluate.measured import MOST_RANK, Measured, calibration_error
 from capgap.models.parts import Parts
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
     """Of every token [tokens]: its loss and the entropy of its prediction in nats, the probability
-    of the likeliest word, and whether that came."""
+    of the likeliest word, whether that came, and the token's rank among the words, from 1."""
 
     losses: Tensor
     entropies: Tensor
     confidence: Tensor
     correct: Tensor
+    ranks: Tensor
 
 
 @torch.no_grad()
@@ -40,17 +41,20 @@ def token_statistics(
         torch.empty(targets.shape[0], device=targets.device, dtype=source.wide) for _ in range(3)
     )
     correct = torch.empty(targets.shape[0], device=targets.device, dtype=torch.bool)
+    ranks = torch.empty(targets.shape[0], device=targets.device, dtype=torch.int64)
     head = source.ready()
     for rows in chunks(len(targets), chunk_tokens):
         logits = head.logits_(head.product(rows))
         probabilities = torch.empty_like(logits)
         log_sum = softmax_(logits, probabilities)
         wanted = targets[rows].unsqueeze(-1)
-        losses[rows] = (log_sum - logits.gather(-1, wanted)).squeeze(-1)
+        own = logits.gather(-1, wanted)
+        losses[rows] = (log_sum - own).squeeze(-1)
+        ranks[rows] = (logits > own).sum(-1) + 1
         confidence[rows] = log_sum.neg().exp_().squeeze(-1)
         correct[rows] = (likeliest(logits) == wanted).squeeze(-1)
         entropies[rows] = log_sum.squeeze(-1) - probabilities.mul_(logits).sum(-1)
-    return TokenStatistics(losses, entropies, confidence, correct)
+    return TokenStatistics(losses, entropies, confidence, correct, ranks)
 
 
 @torch.no_grad()
@@ -77,7 +81,7 @@ def measure_model(
     losses, entropies = np.zeros(len(documents)), np.zeros(len(documents))
     confidence: list[NDArray[np.float64]] = []
     correct: list[NDArray[np.bool_]] = []
-    done = 0
+    done, ranks = 0, 0
     for batch in _batches(rows):
         inputs, targets = (side.to(device) for side in _padded(batch))
         source = HeadInput.of(parts, inputs, vocabulary)
@@ -89,6 +93,7 @@ def measure_model(
         np.add.at(entropies, owners, found.entropies.double().cpu().numpy())
         confidence.append(found.confidence.double().cpu().numpy())
         correct.append(found.correct.cpu().numpy())
+        ranks += int(found.ranks.clamp(max=MOST_RANK).sum())
         done += len(batch)
         on_batch(done, len(rows))
     parts.train(was_training)
@@ -102,6 +107,7 @@ def measure_model(
         calibration_error(np.concatenate(confidence), np.concatenate(correct)),
         changed_documents,
         time.monotonic() - began,
+        ranks,
     )
 
 

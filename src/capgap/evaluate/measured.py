@@ -5,13 +5,15 @@ Imports no torch.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 CALIBRATION_BINS = 15
+# A rank counts as at most this (arXiv 2601.14249)
+MOST_RANK = 100
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Measured:
 
     Losses and entropies in nats, summed over a document's tokens; `calibration_error` by the
     function of that name. `changed_documents`: how many its tokenizer does not give back as they
-    were.
+    were. `ranks`: sum over tokens of the rank that it gave the one that came, at most MOST_RANK
+    each.
     """
 
     document_losses: list[float]
@@ -30,6 +33,13 @@ class Measured:
     calibration_error: float
     changed_documents: int
     seconds: float
+    ranks: int = 0
+
+    @property
+    def rank_surprisal(self) -> float:
+        """Rank-surprisal ratio (arXiv 2601.14249): ranks over nats. Of a student on text that a
+        teacher wrote: low where the text is new to it and yet within what it thinks of."""
+        return self.ranks / sum(self.document_losses)
 
     @property
     def tokens(self) -> int:
@@ -86,13 +96,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Some models on the same sample of `corpus`, in windows of so many of their own tokens."""
+    """Some models on the same sample of `corpus`, in windows of so many of their own tokens.
+    `rank_surprisal`: of the student on text that each of them wrote, where there is a student."""
 
     corpus: str
     window: int
     dtype: str
     device: str
     models: dict[str, Measured]
+    rank_surprisal: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """All but the models."""

@@ -142,15 +142,14 @@ def six_mean(
 
 
 def beside_published(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The measured ones of the six in percent, over the published figures; None without any.
+    """Those of the six that were measured whole, with their published number of shots, in percent,
+    over the published figures; None without any.
 
     {"columns": titles, "rows": [(name, scores in that order)], "errors": this model's standard
     errors, or None}; the first row is this model's.
     """
     titles = {SETS[name].title: name for name in SIX}
-    known = [
-        title for title, name in titles.items() if name in sets and sets[name]["score"] is not None
-    ]
+    known = [title for title, name in titles.items() if name in sets and _whole(name, sets[name])]
     if not known:
         return None
     rows = [("this model", [100 * float(sets[titles[title]]["score"]) for title in known])]
@@ -158,6 +157,12 @@ def beside_published(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | 
     errors = [sets[titles[title]]["score_stderr"] for title in known]
     percent = [None if error is None else 100 * float(error) for error in errors]
     return {"columns": known, "rows": rows, "errors": percent}
+
+
+def _whole(name: str, one: Mapping[str, Any]) -> bool:
+    """A part of a set, or other shots, stand for nothing that is published."""
+    asked_all = one["questions"] == one["of_questions"]
+    return one["score"] is not None and asked_all and one["shots"] == SETS[name].shots
 
 
 def known_flops(model: str) -> float | None:

@@ -13,12 +13,14 @@ from capgap.sizes import ParameterCounts, parse_count
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A member of a family. `tokens` of its pre-training; None where they are not published."""
+    """A member of a family. `tokens` of its pre-training; None where they are not published. year:
+    month in which the family came out, as "2024-09"."""
 
     name: str
     family: str
     shape: Shape
     tokens: int | None
+    year: str
     head_norms: bool = False
 
     def parameters(self) -> ParameterCounts:
@@ -83,6 +85,8 @@ def _family(name: str, fields: dict[str, Any]) -> PublishedFamily:
         )
         tokens = None if "tokens" not in model else parse_count(model["tokens"])
         models.append(
-            PublishedModel(model["name"], name, shape, tokens, fields.get("head_norms", False))
+            PublishedModel(
+                model["name"], name, shape, tokens, fields["year"], fields.get("head_norms", False)
+            )
         )
     return PublishedFamily(name, fields["title"], fields["source"], tuple(models))

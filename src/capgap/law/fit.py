@@ -1,272 +1,365 @@
-"""Records -> law.json: every curve with its optimum, the laws, the warnings, the verdict."""
+"""A table of cells -> the law of capacity gap (arXiv 2311.07052): curves, contrasts, lines.
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
-from typing import Any
+T is a teacher's and S a student's size, both in non-embedding parameters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import pandas
 
 from capgap.errors import UserError
-from capgap.law.cells import CurveData, Floats, curves_from_records, excluded_records
-from capgap.law.csv_input import TableCells
-from capgap.law.curve import Curve, Optimum, fit_curve
-from capgap.law.forms import FormFit, compare_forms
-from capgap.law.linear import Estimate, LinearLaw, fit_linear
-from capgap.law.noise import document_counts, draw_points, mean_losses, resampled_losses
+from capgap.law.contrasts import contrasts_of
+from capgap.law.data import CURVE, Cells, per_token
+from capgap.law.law import SAME_RATIO, Curve, Estimate, Fit, Group, Law, Luck, Optimum, Point
+from capgap.law.lines import Best, fit_line, to_estimate
+from capgap.law.model import MIN_TEACHERS, Floats, Integers, Posterior, Runs, fit_curves
+from capgap.law.optimum import Comparison, compare_teachers, find_optimum
 from capgap.law.own_surface import fit_surfaces
-from capgap.law.published import PUBLISHED_LINES
-from capgap.law.validity import Warned, curve_warnings, record_warnings, table_warnings
-from capgap.law.verdict import Gain, verdict
-from capgap.records import RunRecord
+from capgap.law.warnings import all_warnings
 
-SCHEMA = 1
 FIT_POINTS = 61
+PATTERNS = 3  # of documents: levels are free, so slopes, curvatures and one more
 
 
-def fit_law(
-    records: Sequence[RunRecord],
-    *,
-    confidence: float = 0.9,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Fit the law of capacity gap (arXiv 2311.07052) to the records of a sweep.
+@dataclass(frozen=True)
+class Measured:
+    """One curve's cells: rows of the table, and of each teacher [teachers] its sizes and the rows
+    of its seeds."""
 
-    Returns the content of law.json: plain values, sizes in non-embedding parameters, losses in
-    nats per token. All intervals are at `confidence`, from `resamples` draws over held-out
-    documents and seeds; the same `seed` gives the same numbers. In an interval, None is an open
-    end. Raises UserError for an impossible confidence or number of resamples, for two records of
-    one place of the grid, and for records evaluated on different documents.
+    rows: Integers  # [cells] row of every cell
+    teacher: Integers  # [cells] index into the teachers
+    sizes: tuple[int, ...]
+    teachers: Floats  # [teachers] parameters
+    student: float
+
+
+def fit(cells: Cells, *, confidence: float = 0.9, draws: int = 1000, seed: int = 0) -> Law:
+    """All that the cells say about teachers.
+
+    All intervals are at `confidence`, from `draws` of the posterior; the same `seed` gives the
+    same numbers. Raises UserError for an impossible confidence or number of draws.
     """
-    counts = _document_counts(
-        [len(r.heldout.document_tokens) for r in records if r.heldout], confidence, resamples, seed
-    )
-    return _fit(
-        curves_from_records(records),
-        counts,
-        excluded_records(records),
-        record_warnings(records, counts),
-        confidence=confidence,
-        seed=seed,
-    )
-
-
-def fit_table(
-    table: TableCells,
-    *,
-    confidence: float = 0.9,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """The same for the cells of a table (`csv_input.read_table`)."""
-    counts = _document_counts([1], confidence, resamples, seed)
-    return _fit(
-        table.curves,
-        counts,
-        table.excluded,
-        table_warnings(table),
-        confidence=confidence,
-        seed=seed,
-    )
-
-
-def _document_counts(
-    numbers: Iterable[int], confidence: float, resamples: int, seed: int
-) -> dict[int, Floats]:
-    """Resamples of the held-out documents, for every number of documents."""
     if not 0.5 <= confidence < 1:
         raise UserError(f"confidence {confidence!r} is out of range: give 0.5 to below 1, as 0.9")
-    if resamples < 100:
-        raise UserError(f"resamples {resamples!r} is too few for an interval: give 100 or more")
+    if draws < 100:
+        raise UserError(f"draws {draws!r} is too few for an interval: give 100 or more")
     rng = np.random.default_rng(seed)
-    return {number: document_counts(number, resamples, rng) for number in sorted(set(numbers))}
-
-
-def _fit(
-    data: Sequence[CurveData],
-    counts: dict[int, Floats],
-    excluded: list[dict[str, str]],
-    about_records: list[Warned],
-    *,
-    confidence: float,
-    seed: int,
-) -> dict[str, Any]:
-    resamples = next((len(own) for own in counts.values()), 0)
-    rng = np.random.default_rng([seed, 1])
-    grid_shift = rng.uniform(-1, 1, resamples)
+    frame = cells.frame
     curves: list[Curve] = []
-    laws: list[LinearLaw] = []
-    forms: list[list[FormFit]] = []
-    for _, members in groupby(data, key=lambda one: one.kind):
-        of_kind = list(members)
-        of_documents = counts[len(of_kind[0].document_tokens)]
-        fitted = [
-            fit_curve(points, confidence=confidence)
-            for points in draw_points(of_kind, of_documents, rng)
-        ]
-        curves += fitted
-        laws.append(fit_linear(fitted, confidence=confidence, grid_shift=grid_shift))
-        forms.append(compare_forms(fitted, confidence=confidence, grid_shift=grid_shift))
-
-    gains = [
-        _gains(curve.points.data, counts[len(curve.points.data.document_tokens)])
-        for curve in curves
-    ]
-    about_curves = [curve_warnings(curve) for curve in curves]
-    described = [
-        _describe_curve(curve, own_gains, own_warnings, counts, confidence)
-        for curve, own_gains, own_warnings in zip(curves, gains, about_curves, strict=True)
-    ]
-    surfaces = fit_surfaces(data, seed=seed)
-    warnings = about_records + [warned for own in about_curves for warned in own]
-    return {
-        "schema": SCHEMA,
-        "scale": "non_embedding",
-        "confidence": confidence,
-        "curves": described,
-        "laws": [
-            _describe_law(law) | {"forms": [form.as_dict() for form in own]}
-            for law, own in zip(laws, forms, strict=True)
-        ],
-        "surfaces": surfaces,
-        "published": [line.as_dict() for line in PUBLISHED_LINES],
-        "excluded": excluded,
-        "validity": [warned.as_dict() for warned in warnings],
-        "verdict": verdict(
-            curves, gains, laws, forms, surfaces, about_records, confidence=confidence
-        ),
-    }
+    lines, contrasts, lucks = [], [], []
+    for architecture, own in frame.groupby("architecture", sort=True):
+        measured = [_measured(rows) for _, rows in own.groupby(CURVE, sort=True)]
+        keys = [key[1:3] for key, _ in own.groupby(CURVE, sort=True)]
+        groups = _groups(str(architecture), keys, measured)
+        primary = _primary(groups, len(measured))
+        posterior = _posterior(cells, measured, primary, draws, rng)
+        found, optima = _curves(cells, measured, primary, posterior, confidence)
+        curves += found
+        for group, members in groups:
+            known = [best for i in members if (best := optima[i]) is not None]
+            lines.append(fit_line(group, known, confidence=confidence, rng=rng, draws=draws))
+        lucks.append(_luck(str(architecture), own, posterior, confidence))
+        if posterior is not None:
+            contrasts += contrasts_of(found, posterior, groups, confidence)
+    return Law(
+        confidence=confidence,
+        curves=tuple(curves),
+        contrasts=tuple(contrasts),
+        lines=tuple(lines),
+        lucks=tuple(lucks),
+        surfaces=tuple(fit_surfaces(cells, seed=seed)),
+        warnings=tuple(all_warnings(cells, curves)),
+        excluded=cells.excluded,
+    )
 
 
-def _gains(data: CurveData, counts: Floats) -> list[Gain | None]:
-    """Baseline loss minus loss for each teacher, over the seeds that have a baseline.
-
-    The standard error holds the paired documents and, with two seeds or more, their scatter.
-    """
-    gains: list[Gain | None] = []
-    differences = data.baseline_documents - data.cell_documents
-    for teacher in range(data.num_teachers):
-        rows = differences[data.cell_teacher == teacher]
-        rows = rows[~np.isnan(rows).any(axis=1)]
-        gains.append(_mean_over_seeds(rows, data.document_tokens, counts))
-    return gains
-
-
-def _mean_over_seeds(rows: Floats, tokens: Floats, counts: Floats) -> Gain | None:
-    if not len(rows):
-        return None
-    by_seed = mean_losses(rows, tokens)
-    variance = float(resampled_losses(rows, tokens, counts).mean(axis=1).var())
-    if len(rows) > 1:
-        variance += float(by_seed.var(ddof=1)) / len(rows)
-    return Gain(float(by_seed.mean()), float(np.sqrt(variance)))
+def _measured(rows: pandas.DataFrame) -> Measured:
+    sizes = tuple(int(size) for size in sorted(rows["teacher_size"].unique()))
+    reached = rows.groupby("teacher_size")["teacher_parameters"].mean()
+    return Measured(
+        rows=rows.index.to_numpy(),
+        teacher=np.searchsorted(sizes, rows["teacher_size"].to_numpy()),
+        sizes=sizes,
+        teachers=reached.to_numpy(float),
+        # students cut out of different teachers may differ by the 2% that a shape can miss
+        student=float(rows["student_parameters"].mean()),
+    )
 
 
-def _describe_curve(
-    curve: Curve,
-    gains: Sequence[Gain | None],
-    warnings: Sequence[Warned],
-    counts: dict[int, Floats],
-    confidence: float,
-) -> dict[str, Any]:
-    points, data = curve.points, curve.points.data
-    losses = mean_losses(data.cell_documents, data.document_tokens)
-    described = []
-    for teacher, size in enumerate(data.teacher_sizes):
-        own = data.cell_teacher == teacher
-        above = data.teacher_documents[own]
-        above = above[~np.isnan(above).any(axis=1)]
-        of_teacher = _mean_over_seeds(
-            above, data.document_tokens, counts[len(data.document_tokens)]
+def _groups(
+    architecture: str, keys: Sequence[tuple[str, int]], measured: Sequence[Measured]
+) -> list[tuple[Group, list[int]]]:
+    """Curves that a law is fitted to: students on the same tokens; and where students have budgets
+    of their own, those of as many tokens for each parameter."""
+    found = []
+    for init, tokens in sorted(set(keys)):
+        members = [i for i, key in enumerate(keys) if key == (init, tokens)]
+        group = Group(
+            architecture=architecture, init=init, tokens=int(tokens), tokens_per_parameter=None
         )
-        gain = gains[teacher]
-        described.append(
-            {
-                "teacher_size": size,
-                "teacher_parameters": round(float(data.teacher_parameters[teacher])),
-                "teacher_loss": of_teacher.value if of_teacher else None,
-                "teacher_loss_stderr": of_teacher.stderr if of_teacher else None,
-                "loss": float(points.losses[teacher]),
-                "loss_stderr": float(points.stderr[teacher]),
-                "comparison_stderr": float(points.comparison_stderr[teacher]),
-                "losses": losses[own].tolist(),
-                "seeds": data.cell_seed[own].tolist(),
-                "gain": gain.value if gain else None,
-                "gain_stderr": gain.stderr if gain else None,
+        found.append((group, members))
+    for init in sorted({init for init, _ in keys}):
+        ratios = {
+            i: keys[i][1] / measured[i].student for i in range(len(keys)) if keys[i][0] == init
+        }
+        while ratios:
+            first = min(ratios.values())
+            # from the smallest, half a step to either side of the middle
+            near = {
+                i: ratio for i, ratio in ratios.items() if ratio <= first * (1 + 2 * SAME_RATIO)
             }
+            middle = float(np.exp(np.mean(np.log(list(near.values())))))
+            ratios = {i: ratio for i, ratio in ratios.items() if i not in near}
+            if len({keys[i][1] for i in near}) > 1:
+                group = Group(
+                    architecture=architecture, init=init, tokens=None, tokens_per_parameter=middle
+                )
+                found.append((group, sorted(near)))
+    # students that share a budget with no other are no group of their own where they have another
+    shared = {i for group, members in found if group.tokens is None for i in members}
+    return [
+        (group, members)
+        for group, members in found
+        if group.tokens is None or len(members) > 1 or members[0] not in shared
+    ]
+
+
+def _primary(groups: Sequence[tuple[Group, list[int]]], number: int) -> list[int]:
+    """The group of every curve in which its teachers are compared."""
+    found = [-1] * number
+    for place, (_, members) in enumerate(groups):
+        for i in members:
+            if found[i] < 0:
+                found[i] = place
+    return found
+
+
+def _posterior(
+    cells: Cells,
+    measured: Sequence[Measured],
+    primary: Sequence[int],
+    draws: int,
+    rng: np.random.Generator,
+) -> Posterior | None:
+    """None where nothing tells what noise is: no repeated run, no curve to scatter about."""
+    rows = np.concatenate([one.rows for one in measured])
+    numbers = [len(one.rows) for one in measured]
+    curve = np.repeat(np.arange(len(measured)), numbers)
+    first = np.cumsum([0, *(len(one.sizes) for one in measured)])
+    point = np.concatenate([one.teacher for one in measured]) + first[curve]
+    gaps = np.concatenate([np.log(one.teachers / one.student)[one.teacher] for one in measured])
+    frame = cells.frame.loc[rows]
+    patterns, known = _documents(cells, rows, curve, point)
+    if cells.own_errors:
+        stated = np.nan_to_num(frame["loss_stderr"].to_numpy(float)) ** 2
+        number = np.bincount(point)
+        known = known + np.bincount(point, stated) / number**2
+    runs = Runs(
+        losses=cells.losses[rows],
+        gaps=gaps,
+        curve=curve,
+        point=point,
+        seed=frame["seed"].rank(method="dense").to_numpy(int) - 1,
+        training=frame["training"].astype("category").cat.codes.to_numpy(int),
+        kind=np.unique(primary, return_inverse=True)[1],
+        known=known,
+        patterns=patterns,
+    )
+    return fit_curves(runs, draws=draws, rng=rng)
+
+
+def _documents(
+    cells: Cells, rows: Integers, curve: Integers, point: Integers
+) -> tuple[Floats, Floats]:
+    """Patterns [cells, patterns] and what they leave of each point's variance [points], in nats:
+    how far the cells move against their curve when other documents are drawn."""
+    number = cells.cells.shape[1]
+    if number < 3:
+        return np.zeros((len(rows), 0)), np.zeros(int(point.max()) + 1)
+    tokens = cells.document_tokens
+    shares = cells.cells[rows] - cells.losses[rows, None] * tokens
+    counts = np.bincount(curve)
+    means = np.stack([np.bincount(curve, column) / counts for column in shares.T], axis=1)
+    shares = (shares - means[curve]) * np.sqrt(number / (number - 1)) / tokens.sum()
+    left, sizes, _ = np.linalg.svd(shares, full_matrices=False)
+    patterns = left[:, :PATTERNS] * sizes[:PATTERNS]
+    rest = np.maximum((shares**2).sum(1) - (patterns**2).sum(1), 0.0)
+    return patterns, np.bincount(point, rest) / np.bincount(point)
+
+
+def _curves(
+    cells: Cells,
+    measured: Sequence[Measured],
+    primary: Sequence[int],
+    posterior: Posterior | None,
+    confidence: float,
+) -> tuple[list[Curve], list[Best | None]]:
+    compared: dict[int, Comparison] = {}
+    if posterior is not None:
+        for group in set(primary):
+            members = [i for i, one in enumerate(primary) if one == group]
+            losses = [
+                posterior.losses(i, np.log(measured[i].teachers / measured[i].student))
+                for i in members
+            ]
+            compared |= dict(zip(members, compare_teachers(losses, confidence), strict=True))
+    curves, optima = [], []
+    for i, one in enumerate(measured):
+        curve, best = _curve(cells, i, one, compared.get(i), posterior, confidence)
+        curves.append(curve)
+        optima.append(best)
+    return curves, optima
+
+
+def _curve(
+    cells: Cells,
+    number: int,
+    one: Measured,
+    comparison: Comparison | None,
+    posterior: Posterior | None,
+    confidence: float,
+) -> tuple[Curve, Best | None]:
+    frame = cells.frame.loc[one.rows]
+    noise = None if posterior is None else float(np.sqrt((posterior.noise[:, number] ** 2).mean()))
+    points = [_point(cells, one, i, comparison, noise) for i in range(len(one.sizes))]
+    logs = np.log(one.teachers)
+    losses = np.array([point.loss for point in points])
+    best = int(losses.argmin() if comparison is None else comparison.cost.argmin())
+    if len(one.sizes) < MIN_TEACHERS:
+        best = int(losses.argmin())
+    around = (
+        float(one.teachers[best - 1]) if best > 0 else None,
+        float(one.teachers[best + 1]) if best + 1 < len(logs) else None,
+    )
+    drawn, fitted = None, None
+    optimum = Optimum(
+        status="too_few_points",
+        teacher_parameters=None,
+        interval=None,
+        ratio=None,
+        ratio_interval=None,
+        best=one.sizes[best],
+        neighbours=around,
+    )
+    if posterior is not None and comparison is not None:
+        if len(one.sizes) >= MIN_TEACHERS:
+            placed = find_optimum(
+                posterior, number, one.teachers, one.student, comparison, confidence
+            )
+            optimum = optimum.model_copy(
+                update={
+                    "status": placed.status,
+                    "teacher_parameters": placed.teacher_parameters,
+                    "interval": placed.interval,
+                }
+            )
+            drawn = Best(one.student, logs, placed.value, placed.draws, placed.half_spacing)
+            fitted = _fitted(posterior, number, one, confidence)
+        elif 0 < best < len(logs) - 1 and comparison.worse[[best - 1, best + 1]].all():
+            # a bare minimum on the grid: anywhere between the neighbours
+            low, high = float(logs[best - 1]), float(logs[best + 1])
+            optimum = optimum.model_copy(update={"interval": around})
+            drawn = Best(one.student, logs, (low + high) / 2, None, (high - low) / 2)
+    if optimum.interval is not None:
+        ends = tuple(None if end is None else end / one.student for end in optimum.interval)
+        size = optimum.teacher_parameters
+        optimum = optimum.model_copy(
+            update={"ratio": None if size is None else size / one.student, "ratio_interval": ends}
         )
-    return {
-        "architecture": data.kind.architecture,
-        "init": data.kind.init,
-        "tokens": data.kind.tokens,
-        "student_size": data.student_size,
-        "student_parameters": data.student_parameters,
-        "points": described,
-        "seed_deviation": points.seed_deviation,
-        "fit": _describe_fit(curve, confidence),
-        "optimum": _describe_optimum(curve.optimum, data.student_parameters),
-        "curse": {
-            "largest_minus_best": curve.curse.largest_minus_best,
-            "stderr": curve.curse.stderr,
-            "beyond_noise": curve.curse.beyond_noise,
-        },
-        "warnings": [warned.message for warned in warnings],
-    }
+    first = frame.iloc[0]
+    curve = Curve(
+        architecture=first["architecture"],
+        init=first["init"],
+        tokens=int(first["tokens"]),
+        student_size=int(first["student_size"]),
+        student_parameters=round(one.student),
+        points=tuple(points),
+        fit=fitted,
+        optimum=optimum,
+        own_noise=noise,
+    )
+    return curve, drawn
 
 
-def _describe_fit(curve: Curve, confidence: float) -> dict[str, Any] | None:
-    """The smooth curve with its band, over the teachers' sizes."""
-    smooth = curve.points.smooth
-    if smooth is None:
-        return None
-    gaps = np.linspace(*smooth.ends, FIT_POINTS)
-    mean, draws = smooth.losses(gaps)
+def _point(
+    cells: Cells, one: Measured, teacher: int, comparison: Comparison | None, noise: float | None
+) -> Point:
+    rows = one.rows[one.teacher == teacher]
+    tokens = cells.document_tokens
+    loss, error = _mean(cells.cells[rows], tokens, noise)
+    stated = float(cells.frame["loss_stderr"].to_numpy(float)[rows].mean())
+    if not np.isnan(stated):
+        own = stated / (len(rows) ** 0.5 if cells.own_errors else 1.0)
+        error = float(own if error is None else np.hypot(error, own))
+    above, above_error = _mean(cells.teachers[rows], tokens, 0.0)
+    # both runs of a difference have noise of their own
+    twice = None if noise is None else noise * 2**0.5
+    gain, gain_error = _mean(cells.baselines[rows] - cells.cells[rows], tokens, twice)
+    longer, longer_error = None, None
+    if cells.equal_flops is not None:
+        longer, longer_error = _mean(cells.equal_flops[rows] - cells.cells[rows], tokens, twice)
+    assert loss is not None
+    return Point(
+        teacher_size=one.sizes[teacher],
+        teacher_parameters=round(float(one.teachers[teacher])),
+        teacher_loss=above,
+        teacher_loss_stderr=above_error,
+        loss=loss,
+        loss_stderr=error,
+        cost=None if comparison is None else float(comparison.cost[teacher]),
+        cost_stderr=None if comparison is None else float(comparison.stderr[teacher]),
+        worse=False if comparison is None else bool(comparison.worse[teacher]),
+        gain=gain,
+        gain_stderr=gain_error,
+        gain_flops=longer,
+        gain_flops_stderr=longer_error,
+        losses=tuple(cells.losses[rows].tolist()),
+        seeds=tuple(cells.frame["seed"].to_numpy()[rows].tolist()),
+    )
+
+
+def _mean(rows: Floats, tokens: Floats, noise: float | None) -> tuple[float | None, float | None]:
+    """Over the seeds that are there: nats per token, and its standard error from documents and a
+    run's own noise; None where neither is known."""
+    rows = rows[~np.isnan(rows).any(axis=1)]
+    if not len(rows):
+        return None, None
+    by_seed = per_token(rows, tokens)
+    mean, variance = float(by_seed.mean()), 0.0
+    number = len(tokens)
+    if number > 1:
+        shares = rows.mean(axis=0) - mean * tokens
+        variance = float((shares**2).sum()) * number / (number - 1) / float(tokens.sum()) ** 2
+    elif not noise:
+        return mean, None
+    return mean, float(np.sqrt(variance + (noise or 0.0) ** 2 / len(rows)))
+
+
+def _fitted(posterior: Posterior, number: int, one: Measured, confidence: float) -> Fit:
+    logs = np.linspace(np.log(one.teachers[0]), np.log(one.teachers[-1]), FIT_POINTS)
+    drawn = posterior.losses(number, logs - np.log(one.student))
     tail = (1 - confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
-    return {
-        "teacher_parameters": (np.exp(gaps) * curve.student_parameters).tolist(),
-        "loss": mean.tolist(),
-        "low": low.tolist(),
-        "high": high.tolist(),
-    }
+    low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
+    return Fit(
+        teacher_parameters=tuple(np.exp(logs).tolist()),
+        loss=tuple(drawn.mean(axis=0).tolist()),
+        low=tuple(low.tolist()),
+        high=tuple(high.tolist()),
+    )
 
 
-def _describe_optimum(optimum: Optimum, student: int) -> dict[str, Any]:
-    best, interval = optimum.teacher_parameters, optimum.interval
-    return {
-        "status": optimum.status,
-        "teacher_parameters": best,
-        "interval": list(interval) if interval else None,
-        "ratio": None if best is None else best / student,
-        "ratio_interval": [None if end is None else end / student for end in interval]
-        if interval
-        else None,
-        "grid_best": optimum.grid_best,
-        "grid_interval": list(optimum.grid_interval),
-        "loss": optimum.loss,
-    }
-
-
-def _describe_law(law: LinearLaw) -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "architecture": law.kind.architecture,
-        "init": law.kind.init,
-        "tokens": law.kind.tokens,
-        "form": "linear",
-    }
-    estimates: dict[str, Estimate | None] = {
-        "slope": law.slope,
-        "intercept": law.intercept,
-        "ratio": law.ratio,
-    }
-    for name, estimate in estimates.items():
-        described[name] = estimate.value if estimate else None
-        described[f"{name}_interval"] = [estimate.low, estimate.high] if estimate else None
-    band = law.band
-    described["band"] = band and {
-        "student": band.student.tolist(),
-        "low": band.low.tolist(),
-        "mid": band.mid.tolist(),
-        "high": band.high.tolist(),
-    }
-    return described | {"status": law.status, "reason": law.reason, "students": law.students}
+def _luck(
+    architecture: str, rows: pandas.DataFrame, posterior: Posterior | None, confidence: float
+) -> Luck:
+    deviation: Estimate | None = None
+    if posterior is not None:
+        middle = float(np.median(posterior.luck))
+        deviation = to_estimate(np.concatenate([[middle], posterior.luck]), confidence)
+    return Luck(
+        architecture=architecture,
+        deviation=deviation,
+        trainings=rows["training"].nunique(),
+        known=posterior is not None,
+    )

@@ -1,18 +1,20 @@
-"""The curves of a sweep -> loss surfaces of its own, as law.json has them, and back.
+"""Cells -> loss surfaces of one's own.
 
 N and D as in `surface`. A surface is of students from scratch, as the published one: it knows a
 teacher by its loss alone, and has no term for weights that were cut out of a teacher.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
+import pandas
+from scipy.optimize import linprog
 
-from capgap.law.cells import CurveData, Floats
-from capgap.law.noise import mean_losses
+from capgap.law.data import Cells, per_token
+from capgap.law.law import Surface, SurfacePart
+from capgap.law.model import Floats
 from capgap.law.surface import DistillationSurface, SupervisedSurface, TeacherTokens
 from capgap.law.surface_fit import (
     DISTILLATION_FORMS,
@@ -21,161 +23,110 @@ from capgap.law.surface_fit import (
     fit_distillation,
     fit_supervised,
 )
-from capgap.sizes import format_count
 
 INIT = "scratch"
 STARTS = 8
-Range = tuple[float, float]
+# What is asked for is round, what was made missed it by a little; tokens are rounded to batches
+SIZES_REACH, TOKENS_REACH = 1.05, 1.25
 
 
 @dataclass(frozen=True)
 class OwnSurface:
-    """A surface fitted to a sweep, with what it was read from.
-
-    `teacher_tokens`: what its teachers were trained on. `error`: root mean square of the residuals
-    of the students' losses, as a share of their mean. Ranges of non-embedding parameters and of
-    training tokens.
-    """
+    """A surface fitted to a sweep, and what it was read from; `error` as a share of a loss."""
 
     architecture: str
     surface: DistillationSurface
     teacher_tokens: TeacherTokens
     error: float
-    students: Range
-    teachers: Range
-    tokens: Range
+    teachers: tuple[float, float]
+    cells: tuple[tuple[float, float], ...]
+
+    def has_read(self, student: float, tokens: float) -> bool:
+        """Whether (student, tokens) lies between combinations that were measured."""
+        logs = np.log(np.array(self.cells))
+        asked, reach = np.log([student, tokens]), np.log([SIZES_REACH, TOKENS_REACH])
+        within = np.vstack([(logs - asked).T, (asked - logs).T])
+        found = linprog(
+            np.zeros(len(logs)),
+            A_ub=within,
+            b_ub=np.concatenate([reach, reach]),
+            A_eq=np.ones((1, len(logs))),
+            b_eq=[1.0],
+        )
+        return bool(found.success)
 
 
-@dataclass(frozen=True)
-class _Points:
-    """Arrays [points]: means over seeds, losses in nats per token."""
+def own_surface(entry: Surface) -> OwnSurface | None:
+    """What a law holds of a surface; None where none was fitted."""
+    if entry.distillation is None or entry.supervised is None or entry.teacher_tokens is None:
+        return None
+    assert entry.error is not None
+    assert entry.teachers is not None
+    supervised = SupervisedSurface(**entry.supervised.coefficients)
+    return OwnSurface(
+        architecture=entry.architecture,
+        surface=DistillationSurface(supervised, **entry.distillation.coefficients),
+        teacher_tokens=TeacherTokens(*entry.teacher_tokens),
+        error=entry.error,
+        teachers=entry.teachers,
+        cells=entry.cells,
+    )
 
-    parameters: Floats
-    tokens: Floats
-    teacher_losses: Floats
-    losses: Floats
 
-    @property
-    def budgets(self) -> int:
-        return len(np.unique(self.tokens))
-
-
-def fit_surfaces(curves: Sequence[CurveData], *, seed: int = 0) -> list[dict[str, Any]]:
-    """One entry of law.json's `surfaces` for every architecture: the surface of its students from
-    scratch, of the form with the lowest AICc, or the reason why there is none.
-    """
-    architectures = sorted({data.kind.architecture for data in curves})
+def fit_surfaces(cells: Cells, *, seed: int = 0) -> list[Surface]:
+    """One for every architecture: the surface of its students from scratch, of the form with the
+    lowest AICc, or the reason why there is none."""
+    tokens = cells.document_tokens
+    table = cells.frame.assign(
+        loss=cells.losses,
+        above=per_token(cells.teachers, tokens),
+        alone=per_token(cells.baselines, tokens),
+    )
     return [
-        _of_architecture(name, [data for data in curves if data.kind.architecture == name], seed)
-        for name in architectures
+        _of_architecture(str(architecture), rows, seed)
+        for architecture, rows in table.groupby("architecture", sort=True)
     ]
 
 
-def surfaces_of(law: Mapping[str, Any]) -> list[OwnSurface]:
-    """The fitted surfaces of a law.json."""
-    return [_read(entry) for entry in law.get("surfaces", ()) if entry["status"] == "fitted"]
-
-
-def surface_sentence(entry: Mapping[str, Any]) -> str:
-    """What a surface says of the middle of its students, at its ends of tokens, for the verdict."""
-    architecture = entry["architecture"]
-    if entry["status"] != "fitted":
-        return f"{architecture}: no loss surface was fitted: {entry['reason']}."
-    own = _read(entry)
-    student = math.sqrt(own.students[0] * own.students[1])
-    told = "; ".join(_best_on(own, student, tokens) for tokens in sorted(set(own.tokens)))
-    return (
-        f"{architecture}, {INIT}: a loss surface (form {entry['distillation']['form']!r}) fits "
-        f"{entry['distillation']['points']} cells to {own.error:.2%} of the loss; by it the best "
-        f"teacher of a student of {format_count(round(student))} is {told}."
-    )
-
-
-def _best_on(own: OwnSurface, student: float, tokens: float) -> str:
-    """Among teachers of the sizes that the surface was read from."""
-    ratios = (own.teachers[0] / student, own.teachers[1] / student)
-    best = own.surface.best_teacher(
-        student, tokens, teacher_tokens=own.teacher_tokens, ratios=ratios, tolerance=own.error
-    )
-    where = f"on {format_count(round(tokens))} tokens"
-    low, high = (format_count(round(ratio * student)) for ratio in best.within)
-    alike = f"all from {low} to {high} are within that error"
-    if best.ratio <= 1.001 * ratios[0]:
-        return f"{where} the smallest of the sweep or a smaller one ({alike})"
-    if best.ratio >= ratios[1] / 1.001:
-        return f"{where} the largest of the sweep or a larger one ({alike})"
-    size = format_count(round(best.ratio * student))
-    return f"{where} one of {size} (T/S {best.ratio:.2f}; {alike})"
-
-
-def _read(entry: Mapping[str, Any]) -> OwnSurface:
-    supervised = SupervisedSurface(**entry["supervised"]["coefficients"])
-    low, high = (entry[name] for name in ("students", "teachers"))
-    return OwnSurface(
-        architecture=entry["architecture"],
-        surface=DistillationSurface(supervised, **entry["distillation"]["coefficients"]),
-        teacher_tokens=TeacherTokens(**entry["teacher_tokens"]),
-        error=entry["error"],
-        students=(low[0], low[1]),
-        teachers=(high[0], high[1]),
-        tokens=(entry["tokens"][0], entry["tokens"][1]),
-    )
-
-
-def _of_architecture(architecture: str, curves: Sequence[CurveData], seed: int) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "architecture": architecture,
-        "init": INIT,
-        "status": "not_fitted",
-        "reason": None,
-        "supervised": None,
-        "distillation": None,
-        "teacher_tokens": None,
-        "error": None,
-        "students": None,
-        "teachers": None,
-        "tokens": None,
-    }
-    own = [data for data in curves if data.kind.init == INIT]
-    if not own:
-        inits = ", ".join(sorted({data.kind.init for data in curves}))
+def _of_architecture(architecture: str, rows: pandas.DataFrame, seed: int) -> Surface:
+    own = rows[rows["init"] == INIT]
+    if own.empty:
+        inits = ", ".join(sorted(rows["init"].unique()))
         reason = (
             f"a surface is of students from scratch (init {INIT!r}), and these are {inits}: it "
             "knows a teacher by its loss alone, not the weights that were cut out of one"
         )
-        return entry | {"reason": reason}
-    teachers, alone, cells = _teachers(curves), _alone(own), _cells(own)
-    models = _joined(teachers, alone)
+        return Surface(architecture=architecture, reason=reason)
+    teachers = _means(rows, ["teacher_size"], "teacher_parameters", "teacher_tokens", "above")
+    names = ("student_parameters", "tokens")
+    alone = _means(own, ["student_size", "tokens"], *names, "alone")
+    taught = _means(own, ["student_size", "tokens", "teacher_size"], *names, "above", "loss")
+    models = np.concatenate([teachers, alone])
     supervised, reason = _best(
         SUPERVISED_FORMS,
         models,
         "models trained without a teacher",
         lambda form, intervals: fit_supervised(
-            models.parameters,
-            models.tokens,
-            models.losses,
-            form=form,
-            starts=STARTS,
-            seed=seed,
-            intervals=intervals,
+            *models.T, form=form, starts=STARTS, seed=seed, intervals=intervals
         ),
     )
     if supervised is None:
-        return entry | {"reason": reason}
-    entry["supervised"] = _describe(supervised)
+        return Surface(architecture=architecture, reason=reason)
     surface = supervised.surface
     assert isinstance(surface, SupervisedSurface)
-    if not len(teachers.losses):
-        return entry | {"reason": "what the teachers were trained on is not known"}
+    entry = Surface(architecture=architecture, reason=None, supervised=_described(supervised))
+    if not len(teachers):
+        reason = "what the teachers were trained on is not known"
+        return entry.model_copy(update={"reason": reason})
     distilled, reason = _best(
         DISTILLATION_FORMS,
-        cells,
+        taught,
         "distilled students whose teacher's loss is known",
         lambda form, intervals: fit_distillation(
-            cells.parameters,
-            cells.tokens,
-            cells.teacher_losses,
-            cells.losses,
+            taught[:, 0],
+            taught[:, 1],
+            taught[:, 2],
+            taught[:, 3],
             surface,
             form=form,
             starts=STARTS,
@@ -184,38 +135,47 @@ def _of_architecture(architecture: str, curves: Sequence[CurveData], seed: int) 
         ),
     )
     if distilled is None:
-        return entry | {"reason": reason}
-    return entry | {
-        "status": "fitted",
-        "distillation": _describe(distilled),
-        "teacher_tokens": asdict(_teacher_tokens(teachers)),
-        "error": distilled.deviation / float(cells.losses.mean()),
-        "students": _range(cells.parameters),
-        "teachers": _range(teachers.parameters),
-        "tokens": _range(cells.tokens),
-    }
+        return entry.model_copy(update={"reason": reason})
+    trained = _teacher_tokens(teachers)
+    combinations = {(float(student), float(tokens)) for student, tokens in taught[:, :2]}
+    return entry.model_copy(
+        update={
+            "distillation": _described(distilled),
+            "teacher_tokens": (trained.factor, trained.exponent),
+            "error": distilled.deviation / float(taught[:, 3].mean()),
+            "teachers": (float(teachers[:, 0].min()), float(teachers[:, 0].max())),
+            "cells": tuple(sorted(combinations)),
+        }
+    )
+
+
+def _means(rows: pandas.DataFrame, keys: list[str], *names: str) -> Floats:
+    """Means [points, names] over seeds, of what is known."""
+    known = rows[np.isfinite(rows[list(names)].to_numpy(float)).all(axis=1)]
+    return np.asarray(known.groupby(keys)[list(names)].mean().to_numpy(float))
 
 
 def _best(
     forms: Mapping[str, Mapping[str, float]],
-    points: _Points,
+    points: Floats,
     what: str,
     fit: Callable[[str, bool], SurfaceFit],
 ) -> tuple[SurfaceFit | None, str]:
-    """The fit with the lowest AICc, or why there is none.
+    """The fit with the lowest AICc, or why there is none; tokens are the second column of points.
 
     One with a coefficient at a bound, or some that the points do not tell apart, may be the best of
     all for the losses between the points; its status says so.
     """
-    one_budget = points.budgets < 2
+    one_budget = len(np.unique(points[:, 1])) < 2
+    full = 6 if forms is SUPERVISED_FORMS else 9
     found, said = [], f"there are no {what}"
-    for form in forms:
+    for form, fixed in forms.items():
         if form.startswith("one_budget") != one_budget:
             continue
-        free = _coefficients(forms, form)
+        free = full - len(fixed)
         # below this the correction of AICc has no meaning
-        if len(points.losses) < free + 2:
-            said = f"{len(points.losses)} {what} are too few: the simplest form needs {free + 2}"
+        if len(points) < free + 2:
+            said = f"{len(points)} {what} are too few: the simplest form needs {free + 2}"
             continue
         result = fit(form, False)
         if result.status == "not_converged":
@@ -228,11 +188,6 @@ def _best(
     return fit(chosen.form, True), ""
 
 
-def _coefficients(forms: Mapping[str, Mapping[str, float]], form: str) -> int:
-    full = 6 if forms is SUPERVISED_FORMS else 9
-    return full - len(forms[form])
-
-
 def _aicc(fit: SurfaceFit, free: int) -> float:
     """Akaike's criterion for small samples; the scatter is one coefficient more."""
     cells, k = fit.cells, free + 1
@@ -241,83 +196,25 @@ def _aicc(fit: SurfaceFit, free: int) -> float:
     return cells * math.log(variance) + 2 * k + correction
 
 
-def _describe(fit: SurfaceFit) -> dict[str, Any]:
+def _described(fit: SurfaceFit) -> SurfacePart:
     coefficients = asdict(fit.surface)
     coefficients.pop("supervised", None)
-    return {
-        "form": fit.form,
-        "status": fit.status,
-        "coefficients": coefficients,
-        "intervals": {name: list(ends) for name, ends in (fit.intervals or {}).items()},
-        "at_bounds": list(fit.at_bounds),
-        "condition": fit.condition,
-        "deviation": fit.deviation,
-        "points": fit.cells,
-    }
-
-
-def _cells(curves: Sequence[CurveData]) -> _Points:
-    """Every pair of student and teacher whose teacher's loss is known."""
-    rows = []
-    for data in curves:
-        losses = mean_losses(data.cell_documents, data.document_tokens)
-        above = mean_losses(data.teacher_documents, data.document_tokens)
-        for teacher in range(data.num_teachers):
-            own = (data.cell_teacher == teacher) & np.isfinite(above)
-            if own.any():
-                row = (data.student_parameters, data.kind.tokens)
-                rows.append((*row, float(above[own].mean()), float(losses[own].mean())))
-    return _points(rows)
-
-
-def _alone(curves: Sequence[CurveData]) -> _Points:
-    """Every student's baseline; it is the same for all of its teachers."""
-    rows = []
-    for data in curves:
-        losses = mean_losses(data.baseline_documents, data.document_tokens)
-        by_seed = dict(zip(data.cell_seed, losses, strict=True))
-        known = [loss for loss in by_seed.values() if np.isfinite(loss)]
-        if known:
-            row = (data.student_parameters, data.kind.tokens)
-            rows.append((*row, math.nan, float(np.mean(known))))
-    return _points(rows)
-
-
-def _teachers(curves: Sequence[CurveData]) -> _Points:
-    """Every teacher of known tokens and loss, once."""
-    rows = {}
-    for data in curves:
-        losses = mean_losses(data.teacher_documents, data.document_tokens)
-        for teacher, tokens in enumerate(data.teacher_tokens):
-            known = losses[(data.cell_teacher == teacher) & np.isfinite(losses)]
-            if np.isfinite(tokens) and tokens > 0 and len(known):
-                size = float(data.teacher_parameters[teacher])
-                rows[data.teacher_sizes[teacher]] = (size, tokens, math.nan, float(known.mean()))
-    return _points(list(rows.values()))
-
-
-def _points(rows: Sequence[tuple[float, ...]]) -> _Points:
-    table = np.array(rows, dtype=float).reshape(-1, 4)
-    return _Points(*table.T)
-
-
-def _joined(one: _Points, other: _Points) -> _Points:
-    return _Points(
-        *(
-            np.concatenate([getattr(one, name), getattr(other, name)])
-            for name in ("parameters", "tokens", "teacher_losses", "losses")
-        )
+    return SurfacePart(
+        form=fit.form,
+        status=fit.status,
+        coefficients=coefficients,
+        intervals=fit.intervals or {},
+        at_bounds=fit.at_bounds,
+        condition=fit.condition if math.isfinite(fit.condition) else None,
+        deviation=fit.deviation,
+        points=fit.cells,
     )
 
 
-def _teacher_tokens(teachers: _Points) -> TeacherTokens:
+def _teacher_tokens(teachers: Floats) -> TeacherTokens:
     """A power law through what the teachers were trained on; with one of them, in proportion."""
-    sizes, tokens = np.log(teachers.parameters), np.log(teachers.tokens)
+    sizes, tokens = np.log(teachers[:, 0]), np.log(teachers[:, 1])
     if len(np.unique(sizes)) < 2:
         return TeacherTokens(float(np.exp((tokens - sizes).mean())))
     exponent, height = np.polyfit(sizes, tokens, 1)
     return TeacherTokens(float(np.exp(height)), float(exponent))
-
-
-def _range(values: Floats) -> list[float]:
-    return [float(values.min()), float(values.max())]

@@ -136,17 +136,22 @@ def power_of_two_within(limit: float) -> int:
     return int(2 ** math.floor(math.log2(limit))) if limit >= 2 else 1
 
 
-def smallest_ladder_size() -> int:
-    """The smallest non-embedding count that has a ladder shape."""
-    return 12 * _SMALLEST_LAYERS * _SMALLEST_HIDDEN**2
+def smallest_ladder_size(layers: int | None = None) -> int:
+    """The smallest non-embedding count that has a ladder shape, of so many layers."""
+    return 12 * (layers or _SMALLEST_LAYERS) * _SMALLEST_HIDDEN**2
 
 
 def ladder_shape(
-    architecture: str, non_embedding: int, *, vocabulary: int, positions: int
+    architecture: str,
+    non_embedding: int,
+    *,
+    vocabulary: int,
+    positions: int,
+    layers: int | None = None,
 ) -> Shape:
     """The model of a ladder with `non_embedding` parameters and tied embeddings.
 
-    The count is met within 0.5% (1% below 20k).
+    The count is met within 0.5% (1% below 20k). `layers` takes the place of the rule's.
 
     The rule, with S the wanted count:
     - layers = 12 (S / 85M)^0.23, at least 2: 2 at 50k, 4 at 1M, 12 at 85M (GPT-2 small),
@@ -166,13 +171,14 @@ def ladder_shape(
         raise UserError(
             f"unknown architecture {architecture!r}: take one of {', '.join(ARCHITECTURES)}"
         )
-    smallest = smallest_ladder_size()
+    smallest = smallest_ladder_size(layers)
     if non_embedding < smallest:
+        deep = "" if layers is None else f" of {layers} layers"
         raise UserError(
-            f"{non_embedding} non-embedding parameters are too few for a {architecture} model: "
-            f"the smallest has {smallest} ({format_count(smallest)})"
+            f"{non_embedding} non-embedding parameters are too few for a {architecture} model"
+            f"{deep}: the smallest has {smallest} ({format_count(smallest)})"
         )
-    layers = max(_SMALLEST_LAYERS, round(12 * (non_embedding / 85e6) ** 0.23))
+    layers = layers or max(_SMALLEST_LAYERS, round(12 * (non_embedding / 85e6) ** 0.23))
     wanted_hidden = math.sqrt(non_embedding / (12 * layers))
     head_size = next(
         (size for size, limit in ((16, 192), (32, 512), (64, 2048)) if wanted_hidden < limit), 128

@@ -53,8 +53,15 @@ class Target:
         return self.count(shape) / self.parameters - 1
 
 
-def pruned_shape(teacher: Shape, non_embedding: int, *, vocabulary: int | None = None) -> Shape:
-    """The shape inside `teacher` that has `non_embedding` parameters, nearest to the ladder's.
+def pruned_shape(
+    teacher: Shape,
+    non_embedding: int,
+    *,
+    vocabulary: int | None = None,
+    layers: int | None = None,
+) -> Shape:
+    """The shape inside `teacher` that has `non_embedding` parameters, nearest to the ladder's; of
+    so many layers, if they are given.
 
     Of the vocabulary's table the first `vocabulary` rows stay, all by default: rows that pad it
     have no token. The ladder's own model of that size is taken where it fits into the teacher, else
@@ -62,11 +69,11 @@ def pruned_shape(teacher: Shape, non_embedding: int, *, vocabulary: int | None =
     """
     teacher = _with_words(teacher, vocabulary)
     target = Target(non_embedding)
-    if target.count(teacher) > non_embedding >= smallest_ladder_size():
-        model = _ladder_model(teacher, target)
+    if target.count(teacher) > non_embedding >= smallest_ladder_size(layers):
+        model = _ladder_model(teacher, target, layers)
         if why_no_cut(teacher, model) is None and _suits(teacher, model, target):
             return model
-    found = search(teacher, target)
+    found = search(teacher, target, layers=layers)
     return next((shape for shape in found if _suits(teacher, shape, target)), found[0])
 
 
@@ -240,7 +247,7 @@ def _with_words(teacher: Shape, vocabulary: int | None) -> Shape:
     return replace(teacher, vocabulary=min(vocabulary, teacher.vocabulary))
 
 
-def _ladder_model(teacher: Shape, target: Target) -> Shape:
+def _ladder_model(teacher: Shape, target: Target, layers: int | None = None) -> Shape:
     """The ladder's model of the target's size; in balance with it is in balance with the family."""
     size = target.parameters
     if target.total:
@@ -249,9 +256,10 @@ def _ladder_model(teacher: Shape, target: Target) -> Shape:
         size = round(size * counts.non_embedding / counts.total)
     return ladder_shape(
         teacher.architecture,
-        max(size, smallest_ladder_size()),
+        max(size, smallest_ladder_size(layers)),
         vocabulary=teacher.vocabulary,
         positions=teacher.positions,
+        layers=layers,
     )
 
 

@@ -1,5 +1,1 @@
-"""The report of a sweep: figures, tables and one page that opens offline."""
-
-from capgap.report.page import write_law_report, write_report
-
-__all__ = ["write_law_report", "write_report"]
+"""Sentences, charts, tables and the page of a law and of the records behind it."""

@@ -1,312 +1,354 @@
-"""Figures of the cells: curves with their optimum, gain and teachers. Pure functions."""
+"""Pictures of the law: curves, costs, contrasts, best teachers. Pure functions.
 
-from __future__ import annotations
+What is best, what will do and what is told comes from `Curve.optimum` and `Point.worse`, never from
+the lowest cell.
+"""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Sequence
+from math import log
 
-from capgap.law.cells import Kind
-from capgap.records import RunRecord
-from capgap.report import words
-from capgap.report.data import (
-    Results,
-    belongs,
-    curves_of,
-    done,
-    heldout_loss,
-    slug,
-    student_sizes,
-)
-from capgap.report.figures import (
-    Absent,
-    Axis,
-    Chart,
-    Figure,
-    HeatMap,
-    Pair,
-    Series,
-    size_ticks,
-    span,
-)
-from capgap.report.style import look
+import altair
+import numpy as np
 
-Curve = Mapping[str, Any]
+from capgap.law.law import Contrast, Curve, Group, Interval, Line, Point
+from capgap.law.published import PUBLISHED_LINES, PUBLISHED_RESOLUTION, PUBLISHED_SURFACE
+from capgap.report import draw, numbers
+from capgap.report.data import Results, place_of, safe, slug
+from capgap.report.draw import LIGHT, Absent, Frame, Look, Pair, Picture, Row, row
 
-LOSS_UNIT = "nats per token"
-SIZE_UNIT = "non-embedding parameters"
-
-
-def student_look(results: Results, student_size: int) -> Any:
-    """The colour, marker and dash of a student: the same in every figure."""
-    return look(student_sizes(results).index(student_size))
-
-
-def student_name(student_size: int) -> str:
-    return f"{words.size(student_size)} student"
+TEACHER = "teacher size (non-embedding parameters)"
+STUDENT = "student size (non-embedding parameters)"
+LOSS = "nats per token"
+ENDS = {
+    "smallest": "the smallest teacher cannot be told from the best, which may be smaller still",
+    "largest": "the largest teacher cannot be told from the best, which may be larger still",
+    "flat": "neither the smallest nor the largest teacher can be told from the best",
+    "too_few_points": "too few teachers have finished for a curve",
+}
+REFUSED = {
+    "too_few_students": "No line is fitted: fewer than three students have a best teacher, or "
+    "fewer than two have it inside the teachers tried.",
+    "includes_zero": "No line is fitted: the interval of its slope reaches zero.",
+    "too_wide": "No line is fitted: its slope is known to no better than a factor of four.",
+}
+CONTRASTS = {
+    "tokens": "more against fewer tokens",
+    "init": "cut out of the teacher against the same first weights",
+    "chain": "through an assistant against cut at once",
+    "student": "largest against smallest student",
+}
+SURFACE_STUDENT = 1e9  # that the published surface is asked for
+PUBLISHED = PUBLISHED_LINES[0]
+OWN_GRID, THEIR_GRID = "what this grid resolves", "what the published grid resolves"
+SURFACE = "published surface (arXiv 2502.08606)"
+DASHED, WEDGE = Look(draw.MUTED, dash=draw.DASHED), Look(LIGHT["series-4"])
 
 
-def curve_chart(results: Results, kind: Kind, *, relative: bool = False) -> Figure:
-    """Student loss over teacher size, one line per student, with its fit and its optimum.
+def student_name(size: int | None) -> str:
+    return f"{numbers.size(size)} student"
 
-    `relative` draws the loss above the lowest one of each student, so that students of different
-    size can be compared in one picture.
-    """
-    stem = "curves-relative" if relative else "curves"
-    what = "Loss above the student's best teacher" if relative else "Student loss over teacher size"
-    name, title = f"{stem}-{slug(kind)}", f"{what}: {kind}"
-    curves = curves_of(results, kind)
+
+def student_looks(results: Results, sizes: Iterable[int]) -> dict[str, Look]:
+    """The looks of these students: the same in every picture of a report."""
+    places = results.students
+    return {student_name(size): draw.look(places.index(size)) for size in sorted(set(sizes))}
+
+
+def curve_chart(results: Results, group: Group) -> Picture | Absent:
+    """Student loss over teacher size, a line for each student, with its fit and its optimum."""
+    names = f"curves-{slug(group)}", f"Student loss over teacher size: {group}"
+    curves = results.law.of(group)
     if not curves:
-        return Absent(name, title, "No cell of this kind has finished yet.")
-    sizes = [point["teacher_parameters"] for curve in curves for point in curve["points"]]
-    limits = span(sizes)
-    series: list[Series] = []
-    notes: list[str] = []
-    for curve in curves:
-        base = min(point["loss"] for point in curve["points"]) if relative else 0.0
-        bars = "comparison_stderr" if relative else "loss_stderr"
-        series += _one_curve(results, curve, base=base, bars=bars)
-        notes += status_notes(curve)
-    if relative:
-        caption = (
-            "What a student loses with another teacher than its best: look how fast the line "
-            "rises to both sides, and whether it rises to the right at all. Bars are one standard "
-            "error of the comparison between teachers."
-        )
-    else:
-        caption = (
-            "Look for a dip inside the grid: left of it the teacher is too weak, right of it too "
-            "far away. Bars are one standard error over documents; all points are measured on the "
-            "same documents, so differences are more certain than the bars suggest."
-        )
-    label = "loss above the best" if relative else "held-out loss of the student"
-    return Chart(
-        name,
-        title,
-        caption,
-        Axis("teacher size", SIZE_UNIT, log=True, limits=limits, ticks=size_ticks(sizes, limits)),
-        Axis(label, LOSS_UNIT),
-        tuple(legend_once(series)),
-        tuple(notes),
+        return Absent(*names, "No cell of this kind has finished yet.")
+    frame = _frame(results, curves, f"held-out loss of the student ({LOSS})")
+    measured = [
+        row(_key(c), p.teacher_parameters, p.loss, _point_text(c, p), p.loss_stderr)
+        for c in curves
+        for p in c.points
+    ]
+    fitted = [one for curve in curves for one in _fitted(curve)]
+    stars = [star for c in curves for star in _star(c, draw.limits_of(frame.x))]
+    marks = frame.draw("bands", fitted) + frame.draw("lines", fitted)
+    marks += frame.draw("bars", measured) + frame.draw("points", measured)
+    marks += frame.draw("spans", stars) + frame.draw("points", stars, shape=draw.STAR, size=110)
+    return Picture(
+        *names,
+        "Points are what was measured, with bars of one standard error; the line is the fit with "
+        "its interval. A star is the best teacher of the fit with its interval, hollow where it "
+        "may lie beyond the teachers tried.",
+        marks,
+        f"{names[1]}. {_best_teachers(curves)}",
+        _notes(curves),
     )
 
 
-def _one_curve(results: Results, curve: Curve, *, base: float, bars: str) -> list[Series]:
-    points = sorted(curve["points"], key=lambda point: point["teacher_parameters"])
-    style = student_look(results, curve["student_size"])
-    group = f"student-{curve['student_size']}"
-    x = tuple(point["teacher_parameters"] for point in points)
-    y = tuple(point["loss"] - base for point in points)
-    errors = [point.get(bars) for point in points]
-    series = [
-        Series(
-            student_name(curve["student_size"]),
-            x,
-            y,
-            colour=style.colour,
-            marker=style.marker,
-            y_interval=tuple(
-                (middle - error, middle + error) if error is not None else None
-                for middle, error in zip(y, errors, strict=True)
-            ),
-            hover=tuple(_point_text(curve, point) for point in points),
-            group=group,
-        )
+def cost_chart(results: Results, group: Group) -> Picture | Absent:
+    """What each teacher costs above the best one of its student, by the fit."""
+    names = f"cost-{slug(group)}", f"What each teacher costs: {group}"
+    curves = [c for c in results.law.of(group) if any(p.cost is not None for p in c.points)]
+    if not curves:
+        return Absent(*names, "What a teacher costs is not known: nothing tells what noise is.")
+    frame = _frame(results, curves, f"loss above the student's best teacher ({LOSS})")
+    # bars of one teacher's students would hide one another
+    shifts = [1.012 ** (place - (len(curves) - 1) / 2) for place in range(len(curves))]
+    rows = [
+        row(_key(c), p.teacher_parameters * shift, p.cost, _point_text(c, p), p.cost_stderr)
+        | {"hollow": p.worse}
+        for c, shift in zip(curves, shifts, strict=True)
+        for p in c.points
+        if p.cost is not None
     ]
-    line = _fit_line(curve) or (x, tuple(point["loss"] for point in points))
-    series.append(
-        Series(
-            "fit",
-            line[0],
-            tuple(value - base for value in line[1]),
-            "line",
-            colour=style.colour,
-            dash=style.dash,
-            width=2.0 if curve.get("fit") else 1.0,
-            group=group,
-            in_legend=False,
-        )
+    marks = frame.draw("lines", rows, strokeWidth=1, opacity=0.6)
+    marks += frame.draw("bars", rows) + frame.draw("points", rows)
+    sets = [[numbers.size(p.teacher_parameters) for p in c.will_do] for c in curves]
+    told = [f"{_key(c)} {numbers.listed(held)}" for c, held in zip(curves, sets, strict=True)]
+    return Picture(
+        *names,
+        "Filled marks are teachers that will do: not worse than the best beyond noise. Hollow "
+        "ones are worse. Bars are one standard error of the difference to the best.",
+        marks,
+        f"{names[1]}. Teachers that will do: {'; '.join(told)}.",
+        _notes(curves),
     )
-    optimum = curve.get("optimum") or {}
-    if optimum.get("status") == "interior" and optimum.get("teacher_parameters"):
-        best = optimum["teacher_parameters"]
-        low = optimum.get("loss")
-        series.append(
-            Series(
-                "optimum with its interval",
-                (best,),
-                ((low if low is not None else min(line[1])) - base,),
-                colour=style.colour,
-                marker="star",
-                size=15,
-                x_interval=(closed(optimum.get("interval"), span(x)),),
-                hover=(optimum_text(curve),),
-                group="optimum",
-                shared=True,
-            )
-        )
-    return series
 
 
-def _fit_line(curve: Curve) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    fit = curve.get("fit")
-    return (tuple(fit["teacher_parameters"]), tuple(fit["loss"])) if fit else None
+def contrast_chart(results: Results, architecture: str) -> Picture | Absent:
+    """What moves the best teacher: slopes of curves beside each other, with their intervals."""
+    names = safe(f"contrasts-{architecture}"), f"What moves the best teacher: {architecture}"
+    rows = [_contrast(c) for c in results.law.contrasts if c.architecture == architecture]
+    if not rows:
+        return Absent(*names, "No two curves share their teachers: there is nothing to compare.")
+    kinds = {key: draw.look(place) for place, key in enumerate(CONTRASTS.values())}
+    looks = {key: one for key, one in kinds.items() if key in {row["key"] for row in rows}}
+    # in two lines: a narrow screen has no room for the names beside the bars
+    axis = altair.Axis(labelExpr="split(datum.label, ' | ')", labelLimit=200, grid=True)
+    y = {"type": "nominal", "title": None, "sort": [one["y"] for one in rows], "axis": axis}
+    wants = "\u2190 larger teachers are better for the first | for the second \u2192"
+    frame = Frame(draw.linear_axis(wants), y, looks)
+    marks = frame.draw("uprights", [row(rows[0]["key"], 0.0, None)], color=draw.TEXT)
+    marks += frame.draw("spans", rows) + frame.draw("points", rows, size=90)
+    return Picture(
+        *names,
+        "Two sets of curves over the same teachers: by how much more the loss of the first rises "
+        f"than that of the second for a teacher twice as large ({LOSS}). What lies left of zero "
+        "wants larger teachers than what it is compared with. Bars are intervals at "
+        f"{results.law.confidence:.0%}; hollow marks cannot be told from zero.",
+        marks,
+        " ".join([f"{names[1]}.", *(one["tip"].replace("\n", ", ") + "." for one in rows)]),
+        height=46 * len(rows) + 10,
+    )
 
 
-def _point_text(curve: Curve, point: Mapping[str, Any]) -> str:
-    teacher = point["teacher_parameters"]
-    lines = [
-        f"{student_name(curve['student_size'])}, teacher {words.size(teacher)} "
-        f"({teacher / curve['student_parameters']:.2g} {words.TIMES} the student)",
-        f"loss {words.loss(point['loss'], point.get('loss_stderr'))}",
+def law_chart(results: Results, line: Line) -> Picture | Absent:
+    """The best teacher over the student's size: found, fitted and published, with what the grid
+    can resolve."""
+    names = f"law-{slug(line.group)}", f"Best teacher over student size: {line.group}"
+    curves = results.law.of(line.group)
+    placed = [curve for curve in curves if curve.optimum.interval is not None]
+    refused = [REFUSED[line.refused]] if line.refused else []
+    if not placed:
+        return Absent(*names, " ".join(["No student's best teacher can be told.", *refused]))
+    x = draw.size_axis(STUDENT, [curve.student_parameters for curve in placed], 1.3)
+    y = _teachers(curves, 1.3) | {"title": "best teacher (non-embedding parameters)"}
+    across, up = draw.limits_of(x), draw.limits_of(y)
+    fitted, published = _fitted_line(line), _published_line(across, up[0])
+    looks = student_looks(results, [c.student_size for c in placed])
+    looks |= {OWN_GRID: Look(LIGHT["series-5"])} | {one["key"]: Look(draw.TEXT) for one in fitted}
+    looks |= {published[0]["key"]: DASHED, THEIR_GRID: WEDGE}
+    frame = Frame(x, y, looks)
+    best = [_best(c, _key(c), c.student_parameters, up) for c in placed]
+    ends = [_closed(c.optimum.neighbours, up) for c in placed]
+    places = zip([c.student_parameters for c in placed], ends, strict=True)
+    resolved = [row(OWN_GRID, x, None, low=low, high=high) for x, (low, high) in places]
+    low, high = PUBLISHED_RESOLUTION
+    wedge = [row(THEIR_GRID, s, None, low=low * s, high=high * s) for s in draw.steps(across, 20)]
+    marks = frame.draw("bands", wedge) + frame.draw("bars", resolved, strokeWidth=16, opacity=0.2)
+    marks += frame.draw("bands", fitted) + frame.draw("lines", [*fitted, *published])
+    marks += _marked(frame, best)
+    return Picture(
+        *names,
+        "A mark is the best teacher of one student with its interval, hollow where it may lie "
+        "beyond the teachers tried (arrow). The wide bar behind it reaches from one neighbour of "
+        "the best teacher to the other: what the grid alone can tell. The published line was read "
+        "from teachers of 70M to 2.8B.",
+        marks,
+        " ".join([f"{names[1]}.", _best_teachers(placed), *refused]),
+        (*refused, *_notes(curves)),
+    )
+
+
+def ratio_chart(results: Results, architecture: str) -> Picture | Absent:
+    """T/S of every student's best teacher against its tokens per parameter, all kinds together."""
+    names = safe(f"ratios-{architecture}"), f"Best T/S against training tokens: {architecture}"
+    own = [c for c in results.law.curves if c.architecture == architecture and c.tokens]
+    curves = [curve for curve in own if curve.optimum.ratio_interval is not None]
+    if not curves:
+        return Absent(*names, "No student's best teacher can be told.")
+    across = draw.span([c.tokens / c.student_parameters for c in curves], 1.6)
+    tokens = draw.steps(across, 24)
+    found = [PUBLISHED_SURFACE.best_teacher(SURFACE_STUDENT, t * SURFACE_STUDENT) for t in tokens]
+    # one at the end of the ratios that are looked at is none
+    surface = [
+        row(SURFACE, t, b.ratio) for t, b in zip(tokens, found, strict=True) if b.ratio < 999
     ]
-    if point.get("gain") is not None:
-        lines.append(f"gain over CE alone {words.gain(point['gain'], point.get('gain_stderr'))}")
-    if point.get("teacher_loss") is not None:
-        lines.append(f"the teacher's own loss {words.loss(point['teacher_loss'])}")
-    if len(point.get("losses") or ()) > 1:
-        lines.append("by seed: " + ", ".join(f"{value:.3f}" for value in point["losses"]))
-    return "<br>".join(lines)
+    ends = [end for c in curves for end in (c.optimum.ratio, *(c.optimum.ratio_interval or ()))]
+    low, high = PUBLISHED_RESOLUTION
+    up = draw.span([low, high, *filter(None, ends), *(one["y"] for one in surface)], 1.3)
+    inits = sorted({c.init for c in curves}, key=lambda init: (place_of(init), init))
+    line = f"published {PUBLISHED.slope:.3g} (arXiv 2311.07052)"
+    looks = {init: draw.look(place_of(init)) for init in inits} | {line: DASHED, THEIR_GRID: WEDGE}
+    looks |= {SURFACE: Look(draw.TEXT, dash=draw.DOTTED)} if surface else {}
+    x = draw.log_axis("training tokens per student parameter", across, draw.FACTOR)
+    frame = Frame(x, draw.log_axis("best teacher / student", up, draw.FACTOR), looks)
+    # inits of one student would hide one another
+    places = [c.tokens / c.student_parameters * 1.03 ** inits.index(c.init) for c in curves]
+    rows = [_best(c, c.init, place, up) for c, place in zip(curves, places, strict=True)]
+    marks = frame.draw("bands", [row(THEIR_GRID, s, None, low=low, high=high) for s in across])
+    marks += frame.draw("lines", [*(row(line, s, PUBLISHED.slope) for s in across), *surface])
+    return Picture(
+        *names,
+        "Is it one ratio for all, or does it grow or fall with the tokens? Filled marks lie inside "
+        "the teachers tried; hollow ones are bounds, with an arrow to where the best teacher may "
+        "lie. What is published is for far larger models; the surface is for a "
+        f"{numbers.size(SURFACE_STUDENT)} student from scratch with compute-optimal teachers.",
+        marks + _marked(frame, rows),
+        f"{names[1]}. {_best_teachers(curves)}",
+    )
 
 
-def optimum_text(curve: Curve) -> str:
-    optimum = curve["optimum"]
-    size = words.size_with_interval(optimum["teacher_parameters"], optimum.get("interval"))
-    ratio = words.with_interval(optimum.get("ratio"), optimum.get("ratio_interval"))
-    return f"best teacher {size}<br>T/S {ratio}"
+def _key(curve: Curve) -> str:
+    return student_name(curve.student_size)
 
 
-def status_notes(curve: Curve) -> list[str]:
-    """What the reader must know about a curve without an optimum inside the grid."""
-    sentences = {
-        "smallest": "the smallest teacher cannot be told from the best; it may lie below the grid.",
-        "largest": "the largest teacher cannot be told from the best; it may lie above the grid.",
-        "flat": "no teacher is better than the others beyond the noise.",
-        "too_few_points": "too few teachers have finished to place an optimum.",
-    }
-    status = (curve.get("optimum") or {}).get("status")
-    if status not in sentences:
+def _teachers(curves: Iterable[Curve], margin: float = 1.12) -> Row:
+    sizes = [point.teacher_parameters for curve in curves for point in curve.points]
+    return draw.size_axis(TEACHER, sizes, margin)
+
+
+def _frame(results: Results, curves: Sequence[Curve], title: str) -> Frame:
+    looks = student_looks(results, [curve.student_size for curve in curves])
+    return Frame(_teachers(curves), draw.linear_axis(title), looks)
+
+
+def _notes(curves: Sequence[Curve]) -> tuple[str, ...]:
+    """What the reader must know about curves without an optimum inside the teachers tried."""
+    by_status = {s: [_key(c) for c in curves if c.optimum.status == s] for s in ENDS}
+    return tuple(f"{numbers.listed(k)}: {ENDS[s]}." for s, k in by_status.items() if k)
+
+
+def _best_teachers(curves: Iterable[Curve]) -> str:
+    """The best teachers in words, for those who cannot see them."""
+    return "; ".join(_optimum_text(curve).replace("\n", ", ") for curve in curves) + "."
+
+
+def _optimum_text(curve: Curve) -> str:
+    optimum = curve.optimum
+    where = f"{_key(curve)}, {curve.init}, {numbers.size(curve.tokens)} tokens"
+    if optimum.teacher_parameters is None:
+        return f"{where}\nbest teacher cannot be told"
+    size = numbers.size_with_interval(optimum.teacher_parameters, optimum.interval)
+    ratio = numbers.with_interval(optimum.ratio, optimum.ratio_interval)
+    return f"{where}\nbest teacher {size}\nT/S {ratio}"
+
+
+def _point_text(curve: Curve, point: Point) -> str:
+    size, ratio = point.teacher_parameters, point.teacher_parameters / curve.student_parameters
+    worse = "worse beyond noise" if point.worse else "will do"
+    seeds = ", ".join(f"{value:.3f}" for value in point.losses)
+    parts = (
+        (size, f"{_key(curve)}, teacher {numbers.size(size)} (T/S {ratio:.2g})"),
+        (size, f"loss {numbers.loss(point.loss, point.loss_stderr)}"),
+        (point.cost, f"{numbers.loss(point.cost, point.cost_stderr)} above the best: {worse}"),
+        (point.gain, f"gain over cross-entropy {numbers.gain(point.gain, point.gain_stderr)}"),
+        (point.teacher_loss, f"the teacher's own loss {numbers.loss(point.teacher_loss)}"),
+        (point.losses[1:] or None, f"by seed: {seeds}"),
+    )
+    return "\n".join(text for known, text in parts if known is not None)
+
+
+def _fitted(curve: Curve) -> list[Row]:
+    """The fitted curve with its band; without one the line through what was measured."""
+    fit, key = curve.fit, _key(curve)
+    if fit is None:
+        return [row(key, p.teacher_parameters, p.loss) for p in curve.points]
+    places = zip(fit.teacher_parameters, fit.loss, fit.low, fit.high, strict=True)
+    # every third place is enough for the eye
+    return [row(key, x, y, low=low, high=high) for x, y, low, high in list(places)[::3]]
+
+
+def _closed(interval: Interval | None, limits: Pair) -> Pair:
+    """An interval to draw: an open end reaches beyond the limit of the axis, where it is cut."""
+    low, high = interval or (None, None)
+    return limits[0] / 2 if low is None else low, limits[1] * 2 if high is None else high
+
+
+def _star(curve: Curve, limits: Pair) -> list[Row]:
+    """The best teacher on the fitted curve, if it is known."""
+    best, fit = curve.optimum.teacher_parameters, curve.fit
+    if best is None or fit is None:
         return []
-    return [f"{student_name(curve['student_size'])}: {sentences[status]}"]
+    height = float(np.interp(log(best), np.log(fit.teacher_parameters), fit.loss))
+    left, right = _closed(curve.optimum.interval, limits)
+    hollow = curve.optimum.status != "interior"
+    tip = _optimum_text(curve)
+    return [row(_key(curve), best, height, tip, left=left, right=right, hollow=hollow)]
 
 
-def legend_once(series: Iterable[Series]) -> list[Series]:
-    """Hide repeated legend entries: the marks of optimum and edge mean the same everywhere."""
-    seen: set[str] = set()
-    kept = []
-    for one in series:
-        kept.append(replace(one, in_legend=one.in_legend and one.name not in seen))
-        seen.add(one.name)
-    return kept
+def _best(curve: Curve, key: str, x: float, limits: Pair) -> Row:
+    """A best teacher with its interval: its T/S where the key is the init, else its parameters."""
+    optimum = curve.optimum
+    size, interval = optimum.teacher_parameters, optimum.interval
+    if key == curve.init:
+        size, interval = optimum.ratio, optimum.ratio_interval
+    low, high = _closed(interval, limits)
+    hollow = optimum.status != "interior"
+    return row(key, x, size, _optimum_text(curve), low=low, high=high, hollow=hollow)
 
 
-def closed(interval: words.Interval | None, limits: Pair) -> Pair | None:
-    """An interval to draw: an open end reaches to the limit of the axis."""
-    if not interval:
-        return None
-    low, high = interval
-    return (limits[0] if low is None else low, limits[1] if high is None else high)
+def _marked(frame: Frame, rows: list[Row]) -> list[altair.Chart]:
+    """Best teachers with their intervals, and arrows where those are open."""
+    low, high = draw.limits_of(frame.y)
+    inset = (high / low) ** 0.02
+    solid = {"hollow": False}
+    up = [one | solid | {"y": high / inset} for one in rows if one["high"] > high]
+    down = [one | solid | {"y": low * inset} for one in rows if one["low"] < low]
+    marks = frame.draw("bars", rows, strokeWidth=2) + frame.draw("points", rows, size=100)
+    marks += frame.draw("points", up, shape="triangle-up", size=80)
+    return marks + frame.draw("points", down, shape="triangle-down", size=80)
 
 
-def gain_map(results: Results, kind: Kind) -> Figure:
-    """Gain over the matched cross-entropy baseline, teacher by student; missing stays missing."""
-    name, title = f"gain-{slug(kind)}", f"Gain over cross-entropy alone: {kind}"
-    curves = {curve["student_size"]: curve for curve in curves_of(results, kind)}
-    cells = [r for r in results.records if r.kind == "cell" and belongs(r, kind)]
-    points = {(s, p["teacher_size"]): p for s, c in curves.items() for p in c["points"]}
-    students = sorted({s for s, _ in points} | {r.student_size or 0 for r in cells})
-    teachers = sorted({t for _, t in points} | {r.teacher_size or 0 for r in cells})
-    failed = {(r.student_size, r.teacher_size) for r in cells if r.status == "failed"}
-    if all(point.get("gain") is None for point in points.values()):
-        return Absent(name, title, "No cell has a matched cross-entropy baseline to compare with.")
-    values, texts = [], []
-    for student in students:
-        row = [points.get((student, teacher)) for teacher in teachers]
-        values.append(tuple(point["gain"] if point else None for point in row))
-        texts.append(
-            tuple(
-                _gain_text(point, (student, teacher) in failed)
-                for teacher, point in zip(teachers, row, strict=True)
-            )
-        )
-    return HeatMap(
-        name,
-        title,
-        "Positive (blue) means that distillation beat the same student trained as long on "
-        "cross-entropy alone; read along a row for the best teacher. Dotted cells have no number.",
-        Axis("teacher size", SIZE_UNIT),
-        Axis("student size", SIZE_UNIT),
-        tuple(words.size(teacher) for teacher in teachers),
-        tuple(words.size(student) for student in students),
-        tuple(values),
-        tuple(texts),
-        f"gain ({LOSS_UNIT})",
-    )
+def _fitted_line(line: Line) -> list[Row]:
+    """The law's line with its band; empty where none is identified."""
+    if line.band is None or line.slope is None or not line.is_identified:
+        return []
+    slope = numbers.with_interval(line.slope.value, (line.slope.low, line.slope.high))
+    key, band = f"fitted line, slope {slope}", line.band
+    rows = zip(band.student, band.low, band.mid, band.high, strict=True)
+    # a wide interval reaches zero and below, which a logarithmic axis cannot show
+    return [row(key, s, mid, low=max(low, 1.0), high=high) for s, low, mid, high in rows if mid > 0]
 
 
-def _gain_text(point: Mapping[str, Any] | None, failed: bool) -> str:
-    if point is None:
-        return "failed" if failed else "not run"
-    return "no baseline" if point.get("gain") is None else words.gain(point["gain"])
+def _published_line(students: Pair, smallest: float) -> list[Row]:
+    """The published line over these students."""
+    slope, intercept = PUBLISHED.slope, PUBLISHED.intercept
+    key = f"published T = {slope:.4g} S {numbers.MINUS} {numbers.size(abs(intercept))}"
+    if PUBLISHED.optimal_teacher(students[1]) < smallest:
+        # an intercept of millions of parameters means nothing for students far below that
+        intercept, key = 0.0, f"published slope {slope:.4g}, without its intercept"
+    placed = [(size, slope * size + intercept) for size in draw.steps(students, 20)]
+    return [row(key, x, y) for x, y in placed if y > 0]
 
 
-def teacher_chart(results: Results, architecture: str) -> Figure:
-    """The teachers' own held-out loss over their size, one line per token budget and seed."""
-    name, title = f"teachers-{architecture}", f"The teachers' own loss: {architecture}"
-    teachers = [r for r in done(results.records, "teacher") if r.architecture == architecture]
-    if not teachers:
-        return Absent(name, title, "No teacher of this architecture has finished yet.")
-    groups: dict[int, list[RunRecord]] = defaultdict(list)
-    for teacher in sorted(teachers, key=lambda r: r.parameters.non_embedding):
-        groups[teacher.seed].append(teacher)
-    sizes = [teacher.parameters.non_embedding for teacher in teachers]
-    limits = span(sizes)
-    series = []
-    for position, (seed, held) in enumerate(sorted(groups.items())):
-        style = look(position)
-        x = tuple(float(r.parameters.non_embedding) for r in held)
-        y = tuple(heldout_loss(r) for r in held)
-        errors = [r.heldout.loss_stderr if r.heldout else None for r in held]
-        group = f"seed-{seed}"
-        series.append(
-            Series(
-                f"seed {seed}",
-                x,
-                y,
-                colour=style.colour,
-                marker=style.marker,
-                y_interval=tuple(
-                    (v - e, v + e) if e is not None else None
-                    for v, e in zip(y, errors, strict=True)
-                ),
-                hover=tuple(
-                    f"teacher {words.size(r.parameters.non_embedding)}, seed {seed}<br>"
-                    f"{words.size(r.tokens)} tokens<br>loss {words.loss(heldout_loss(r))}"
-                    for r in held
-                ),
-                group=group,
-                in_legend=len(groups) > 1,
-            )
-        )
-        series.append(
-            Series(
-                "line", x, y, "line", style.colour, dash=style.dash, group=group, in_legend=False
-            )
-        )
-    undertrained = [
-        warning["message"]
-        for warning in results.law.get("validity", ())
-        if warning["name"] == "teacher_loss_not_falling"
-        and warning["where"].startswith(f"{architecture},")
-    ]
-    return Chart(
-        name,
-        title,
-        "The line must fall: where a larger teacher is no better than a smaller one, it is "
-        "undertrained, and the student's curve says nothing about the capacity gap there.",
-        Axis("teacher size", SIZE_UNIT, log=True, limits=limits, ticks=size_ticks(sizes, limits)),
-        Axis("held-out loss of the teacher", LOSS_UNIT),
-        tuple(series),
-        tuple(undertrained),
-    )
+def _contrast(one: Contrast) -> Row:
+    """A row of the contrasts, for a teacher twice as large."""
+    more, fewer = map(numbers.size, one.tokens)
+    large, small = numbers.size(one.students[-1]), numbers.size(one.students[0])
+    first, second = one.inits
+    pair = {
+        "tokens": f"{more} less {fewer} tokens | {first}",
+        "student": f"{large} less {small} student | {first}, {more} tokens",
+    }.get(one.what, f"{first} less {second} | {more} tokens")
+    value, left, right = (log(2) * end for end in (one.slope.value, one.slope.low, one.slope.high))
+    told = f"{numbers.gain(value)} ({numbers.gain(left)} to {numbers.gain(right)})"
+    tip, hollow = f"{pair.replace(' | ', ', ')}\n{told} {LOSS}", not one.is_told
+    return row(CONTRASTS[one.what], value, pair, tip, left=left, right=right, hollow=hollow)

@@ -1,69 +1,58 @@
 "use strict";
 (() => {
-  const charts = JSON.parse(document.getElementById("charts").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
-  const narrow = window.matchMedia("(max-width: 46rem)");
-  const options = {
-    responsive: true,
-    displaylogo: false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
-  };
+  const root = document.documentElement;
+  const colours = JSON.parse(document.getElementById("colours").textContent);
+  const figures = document.querySelectorAll("[data-chart]");
+  const seen = new Set();
 
-  // A colour is written "@name" in a chart and stands in the style sheet as --name.
-  const coloured = (value, styles) => {
-    if (typeof value === "string" && value.startsWith("@")) {
-      return styles.getPropertyValue("--" + value.slice(1)).trim();
-    }
-    if (Array.isArray(value)) return value.map((item) => coloured(item, styles));
-    if (value !== null && typeof value === "object") {
-      return Object.fromEntries(
-        Object.entries(value).map(([key, item]) => [key, coloured(item, styles)]),
-      );
-    }
-    return value;
+  // Charts are written for light ground; paper is light and narrow, whatever the screen is.
+  const draw = (figure) => {
+    const printing = root.classList.contains("printing");
+    const isDark = dark.matches && !printing;
+    let text = figure.querySelector("script").textContent;
+    if (isDark) text = text.replace(/#[0-9a-f]{6}/g, (colour) => colours[colour] ?? colour);
+    const spec = JSON.parse(text);
+    const chart = figure.querySelector(".chart");
+    spec.width = printing ? 620 : chart.clientWidth;
+    spec.config.font = getComputedStyle(document.body).fontFamily;
+    spec.config.legend.columns = Math.max(1, Math.floor((spec.width - 60) / spec.usermeta.entry));
+    if (spec.width < 500) spec.config.axis.labelFontSize = spec.config.axis.titleFontSize = 11;
+    const tooltip = { theme: isDark ? "dark" : "light" };
+    // expressions are interpreted: the page allows no code that is made from text
+    // in an element of its own, whose role and label Vega may change
+    return vegaEmbed(chart.firstElementChild, spec, { actions: false, ast: true, renderer: "svg", tooltip });
   };
+  const redraw = () => seen.forEach(draw);
 
-  // Where the cells of a map are narrow, their numbers stand upright.
-  const fitMap = (element, map, layout) => {
-    map.showscale = !narrow.matches;
-    const room = element.clientWidth - (narrow.matches ? 60 : 150);
-    if (room / map.x.length < 54) layout.annotations.forEach((note) => (note.textangle = -90));
-  };
+  const observer = new IntersectionObserver(
+    (entries) => {
+      for (const { isIntersecting, target } of entries) {
+        if (!isIntersecting) continue;
+        observer.unobserve(target);
+        seen.add(target);
+        draw(target);
+      }
+    },
+    { rootMargin: "400px" },
+  );
+  figures.forEach((figure) => observer.observe(figure));
 
-  // A long legend gets room of its own, not that of the plot.
-  const fitLegend = (element, data) => {
-    const names = data.filter((trace) => trace.showlegend !== false).map((trace) => trace.name ?? "");
-    const widest = 46 + 6.2 * Math.max(0, ...names.map((name) => name.length));
-    const columns = Math.max(1, Math.floor(element.clientWidth / widest));
-    element.style.setProperty("--legend", `${19 * Math.ceil(names.length / columns)}px`);
-  };
-
-  const draw = (element) => {
-    const styles = getComputedStyle(document.documentElement);
-    const { data, layout } = coloured(charts[element.dataset.chart], styles);
-    fitLegend(element, data);
-    layout.font.family = getComputedStyle(document.body).fontFamily;
-    // a finger on a chart should scroll the page, not zoom the chart
-    layout.dragmode = narrow.matches ? false : "zoom";
-    if (narrow.matches) layout.font.size = 11;
-    if (data[0].type === "heatmap") fitMap(element, data[0], layout);
-    else if (narrow.matches) (layout.annotations ?? []).forEach((note) => (note.font.size = 9));
-    const bar = narrow.matches ? false : "hover";
-    return Plotly.react(element, data, layout, { ...options, displayModeBar: bar });
-  };
-  const drawAll = () => document.querySelectorAll(".chart").forEach(draw);
-
-  const resizeAll = () =>
-    document.querySelectorAll(".chart").forEach((element) => Plotly.Plots.resize(element));
-  dark.addEventListener("change", drawAll);
-  narrow.addEventListener("change", drawAll);
-  // Paper is light and narrow, whatever the screen is.
+  dark.addEventListener("change", redraw);
+  let width = window.innerWidth;
+  let waiting;
+  window.addEventListener("resize", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(() => {
+      if (window.innerWidth !== width) redraw();
+      width = window.innerWidth;
+    }, 150);
+  });
   for (const event of ["beforeprint", "afterprint"]) {
     window.addEventListener(event, () => {
-      document.documentElement.classList.toggle("printing", event === "beforeprint");
-      drawAll();
-      resizeAll();
+      root.classList.toggle("printing", event === "beforeprint");
+      figures.forEach((figure) => seen.add(figure));
+      redraw();
     });
   }
-  drawAll();
 })();

@@ -1,56 +1,29 @@
 """The report: one self-contained page and a folder of figures, from a sweep's output folder."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import vl_convert
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
-from capgap.law.validity import grouped_warnings
+from capgap.law.law import Law
+from capgap.law.own_surface import own_surface
 from capgap.records import write_text_atomically
-from capgap.report import tables, words
+from capgap.report import charts, draw, numbers, tables
+from capgap.report import published_charts as published
+from capgap.report import run_charts as runs
 from capgap.report.data import Results, load_results
-from capgap.report.figures import Absent, Section
-from capgap.report.interactive import to_plotly
-from capgap.report.sections import report_sections
-from capgap.report.static import write_static
-from capgap.report.style import DARK, LIGHT, Palette
+from capgap.report.draw import COLOURS, Absent, Picture
+from capgap.report.sentences import answer
 
-LAW_TABLES = (tables.students_table,)
-TABLES = (*LAW_TABLES, tables.teachers_table, tables.grid_table)
-GLOSSARY = (
-    ("teacher", "the larger, already trained model whose predictions the student learns from"),
-    ("student", "the small model that is made"),
-    (
-        "non-embedding parameters",
-        "a model's weights without the token table, position table and output head: "
-        "the size meant by teacher size (T) and student size (S) here",
-    ),
-    ("T/S", "teacher size divided by student size: the capacity gap"),
-    ("keep fraction", "S/T, the part of the teacher that a cut-out student keeps"),
-    (
-        "init",
-        "where the student's first weights come from: pruned = cut out of this teacher, "
-        "fixed = the same weights with every teacher, scratch = random, chain = cut out of an "
-        "assistant that was cut out of this teacher and distilled from it",
-    ),
-    ("cross-entropy (CE)", "how surprised a model is by the real next token, in nats"),
-    ("held-out loss", "cross-entropy on documents no model was trained on"),
-    (
-        "KL",
-        "how far the student's predictions are from the teacher's: 0 when they are the same",
-    ),
-    ("baseline", "the same student from the same first weights on the same tokens, CE alone"),
-    ("gain", "the baseline's held-out loss minus the distilled student's: positive is better"),
-    ("FLOPs", "floating-point operations: 6 per parameter and token to train, 2 for a forward"),
-)
+# tokens per student parameter of the published surfaces that are drawn
+SURFACE_TOKENS = (20, 80)
+WINDOW = "window.vegaEmbed = vegaEmbed;"
+Sections = dict[str, list[Picture | Absent]]
 
 
 def write_report(out_folder: Path) -> Path:
@@ -62,77 +35,98 @@ def write_report(out_folder: Path) -> Path:
     return _write(load_results(out_folder), out_folder / "report.html", out_folder / "figures")
 
 
-def write_law_report(law: Mapping[str, Any], path: Path, *, title: str) -> Path:
+def write_law_report(law: Law, path: Path, *, title: str) -> Path:
     """Write the report of a law without a sweep behind it, one page at `path`, and its pictures as
-    PNG and SVG into a folder beside it, `<stem>-figures`; return the page.
-
-    `law` is the content of a law.json. What only records could show is left out.
-    """
+    PNG and SVG into a folder beside it, `<stem>-figures`; return the page. What only records could
+    show is left out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     results = Results(folder=path.parent, sweep={}, records=(), law=law, samples={})
     return _write(results, path, path.parent / f"{path.stem}-figures", title=title)
 
 
+def report_sections(results: Results) -> Sections:
+    """All pictures by section, those without data as `Absent`; of a law without records only what
+    it can show alone."""
+    law, groups = results.law, [line.group for line in results.lines]
+    kinds = sorted({c.architecture for c in law.curves} | {r.architecture for r in results.records})
+    makers = (charts.curve_chart, charts.cost_chart)
+    found: Sections = {"curves": [make(results, group) for group in groups for make in makers]}
+    found["law"] = [charts.contrast_chart(results, kind) for kind in kinds]
+    found["law"] += [charts.ratio_chart(results, kind) for kind in kinds]
+    found["law"] += [charts.law_chart(results, line) for line in results.lines]
+    if results.search:
+        found["search"] = [runs.search_chart(results)]
+    if not results.law_alone:
+        both = (False, True)
+        found["gain"] = [runs.gain_map(results, group) for group in groups]
+        found["compute"] = [runs.compute_chart(results, k, given=g) for k in kinds for g in both]
+        found["teachers"] = [runs.teacher_chart(results, kind) for kind in kinds]
+        found["training"] = [
+            runs.training_chart(results, g, measure) for g in groups for measure in runs.MEASURES
+        ]
+    owned = [own for entry in law.surfaces if (own := own_surface(entry)) is not None]
+    found["surfaces"] = [
+        published.own_surface_chart(own, tokens)
+        for own in owned
+        for tokens in sorted({tokens for _, tokens in own.cells})
+    ]
+    found["surfaces"] += [published.published_surface_chart(tokens) for tokens in SURFACE_TOKENS]
+    if not results.law_alone:
+        found["published"] = [published.benchmark_chart(), published.families_chart()]
+    return found
+
+
 def _write(results: Results, page: Path, folder: Path, *, title: str = "") -> Path:
-    sections = list(report_sections(results))
+    sections = report_sections(results)
+    pictures = [one for held in sections.values() for one in held if isinstance(one, Picture)]
     folder.mkdir(exist_ok=True)
-    drawn = [f for section in sections for f in section.figures if not isinstance(f, Absent)]
-    for stale in (*folder.glob("*.png"), *folder.glob("*.svg")):
+    for stale in [path for path in folder.iterdir() if path.suffix in (".png", ".svg")]:
         stale.unlink()
-    for figure in drawn:
-        write_static(figure, folder)
-    text = render_page(results, sections, title=title, figures_folder=folder.name)
-    write_text_atomically(page, text)
+    for one in pictures:
+        draw.write_picture(one, *(folder / f"{one.name}{suffix}" for suffix in (".png", ".svg")))
+    write_text_atomically(page, render_page(results, sections, title, folder.name))
     return page
 
 
-def render_page(
-    results: Results, sections: list[Section], *, title: str = "", figures_folder: str = "figures"
-) -> str:
+def render_page(results: Results, sections: Sections, title: str, folder: str) -> str:
     """The whole page as HTML text. Text of models and of the recipe is escaped.
 
-    `title` stands above the page, without one the sweep's name; `figures_folder` lies beside it.
+    `title` stands above the page, without one the sweep's name; the pictures lie in `folder`.
     """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.tests["absent"] = lambda figure: isinstance(figure, Absent)
-    template = environment.from_string(_resource("page.html.j2"))
-    charts = {
-        figure.name: to_plotly(figure)
-        for section in sections
-        for figure in section.figures
-        if not isinstance(figure, Absent)
-    }
-    counts = {
-        status: sum(r.kind == "cell" and r.status == status for r in results.records)
-        for status in ("done", "failed")
-    }
-    return template.render(
-        name=title or str((results.sweep.get("recipe") or {}).get("name") or results.folder.name),
-        law_alone=results.law_alone,
-        num_curves=len(results.law.get("curves", ())),
-        figures_folder=quote(figures_folder),
-        sweep=results.sweep,
-        started=words.moment(results.sweep.get("started")),
-        counts=counts,
-        num_teachers=sum(r.kind == "teacher" for r in results.records),
-        verdict=results.law.get("verdict") or (),
-        validity=grouped_warnings(results.law),
-        answer=tables.answer_table(results),
+    environment.filters["spec"] = lambda picture: _json(draw.spec_of(picture))
+    environment.filters["moment"] = numbers.moment
+    sweep, recipe = results.sweep, results.sweep.get("recipe") or {}
+    held = [tables.students_table(results)]
+    if not results.law_alone:
+        held += [tables.teachers_table(results), tables.grid_table(results)]
+    return environment.from_string(_resource("page.html.j2")).render(
+        name=title or str(recipe.get("name") or results.folder.name),
+        results=results,
+        law=results.law,
+        sweep=sweep,
+        figures_folder=quote(folder),
+        cells=[run.status for run in results.records if run.kind == "cell"],
+        num_teachers=sum(run.kind == "teacher" for run in results.records),
+        sentences=answer(results.law, results.search),
+        answers=tables.answer_tables(results),
         sections=sections,
-        tables=[make(results) for make in (LAW_TABLES if results.law_alone else TABLES)],
+        tables=held,
         excluded=tables.excluded_table(results),
-        provenance=(tables.machine_table(results), tables.stages_table(results)),
-        recipe=json.dumps(results.sweep.get("recipe") or {}, indent=2, ensure_ascii=False),
+        provenance=tables.provenance_tables(results),
+        recipe=json.dumps(recipe, indent=2, ensure_ascii=False),
         samples=results.samples.get("texts") or (),
-        glossary=GLOSSARY,
-        light=_variables(LIGHT),
-        dark=_variables(DARK),
+        palettes=[
+            Markup("".join(f"--{name}: {pair[ground]};" for name, pair in COLOURS.items()))
+            for ground in (0, 1)
+        ],
         css=Markup(_resource("page.css")),
         script=Markup(_resource("page.js")),
-        plotly=Markup(get_plotlyjs()),
-        charts=Markup(_script_json(charts)),
+        runtime=Markup(vl_convert.javascript_bundle(WINDOW)),
+        colours=_json(dict(COLOURS.values())),
     )
 
 
@@ -140,10 +134,7 @@ def _resource(name: str) -> str:
     return files("capgap.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _variables(palette: Palette) -> Markup:
-    return Markup("".join(f"--{name}: {value};" for name, value in palette.items()))
-
-
-def _script_json(value: Any) -> str:
+def _json(value: Any) -> Markup:
     """JSON that is safe inside a script element: no text in it can close the element."""
-    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+    return Markup(text.replace("<", "\\u003c"))

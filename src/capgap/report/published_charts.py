@@ -1,18 +1,50 @@
-"""What is published, as pictures: benchmarks against compute, families on the surface.
-
-Pure functions.
-"""
-
-from __future__ import annotations
+"""What is published, loss surfaces, and the picture of advice. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
+
+from capgap.law.advise import Advice, recommend
+from capgap.law.advise import Row as Advised
 from capgap.law.benchmarks import BenchmarkResult, published_results
-from capgap.report import words
-from capgap.report.compute import pareto_front
-from capgap.report.figures import Axis, Chart, Pair, Series, power_ticks, span
-from capgap.report.labels import place_labels
+from capgap.law.candidates import candidates_of
+from capgap.law.families import published_families
+from capgap.law.own_surface import OwnSurface
+from capgap.law.published import PUBLISHED_SURFACE
+from capgap.law.rules import PUBLISHED_RULE, SURFACE_SIZES
+from capgap.law.surface import DistillationSurface, TeacherTokens
+from capgap.report import draw, numbers
+from capgap.report.charts import LOSS, STUDENT, TEACHER, WEDGE
+from capgap.report.data import safe
+from capgap.report.draw import LIGHT, Frame, Look, Pair, Picture, Row, row
+from capgap.report.labels import names
+from capgap.report.run_charts import pareto_front
+
+# T/S between which the best teacher is looked for; one at an end is none
+RATIOS = (0.25, 1000.0)
+# shares above the lowest loss and the opacity of their bands, widest first
+COSTS = {0.05: 0.14, 0.01: 0.22, 0.001: 0.35}
+NEAR = "within 0.1%, 1% and 5% of the lowest loss"
+VALLEY, FIXED_RATIO = "best teacher", "T = 2.5 S (arXiv 2311.07052)"
+FRONT, UNTUNED = "Pareto front", "the same without instruction-tuned"
+# by how many steps a published model was made by distilling and tuning
+MADE = (
+    "trained alone or pruned",
+    "distilled by the law: MiniMA",
+    "instruction-tuned: MiniChat",
+    "your models",
+)
+# with more models than this, only families are named
+MOST_LABELS = 14
+# share above the lowest loss from which models stand on the upper edge: one whose teacher is far
+# too small would flatten all others
+WORST = 0.1
+# the student of arXiv 2311.07052: MiniMA-3B
+EXAMPLE = (3_000_000_000, 126_000_000_000)
 
 
 @dataclass(frozen=True)
@@ -24,93 +56,254 @@ class OwnResult:
     mean: float
 
 
-def benchmark_chart(own: Sequence[OwnResult] = ()) -> Chart:
+def surface_chart(
+    surface: DistillationSurface,
+    name: str,
+    title: str,
+    *,
+    students: Pair,
+    teachers: Pair,
+    tokens: float | None = None,
+    tokens_per_parameter: float | None = None,
+    teacher_tokens: TeacherTokens | None = None,
+    notes: tuple[str, ...] = (),
+) -> Picture:
+    """What each teacher costs above the best of each student, both sizes in parameters, with the
+    valley of best teachers and T = 2.5 S.
+
+    Students learn from `tokens`, all alike, or from `tokens_per_parameter`: one of the two.
+    Teachers were trained compute-optimally, or on `teacher_tokens`.
+    """
+    assert (tokens is None) != (tokens_per_parameter is None)
+    sizes, above = np.geomspace(*students, 25), np.geomspace(*teachers, 400)
+    read = np.full_like(sizes, tokens) if tokens else (tokens_per_parameter or 0.0) * sizes
+    alone = surface.supervised
+    taught = (teacher_tokens or alone.compute_optimal_tokens()).of(above)
+    losses = surface.loss(sizes, read, alone.loss(above, taught)[:, None])
+    looks = {VALLEY: Look(draw.TEXT), NEAR: Look(LIGHT["series-0"])}
+    looks |= {FIXED_RATIO: Look(LIGHT["series-1"], dash=draw.DASHED)}
+    frame = Frame(draw.log_axis(STUDENT, students), draw.log_axis(TEACHER, teachers), looks)
+    valley = []
+    for size, own in zip(sizes.tolist(), read.tolist(), strict=True):
+        best = surface.best_teacher(size, own, teacher_tokens=teacher_tokens, ratios=RATIOS)
+        told = f"student {numbers.size(size)}\nbest teacher {numbers.size(best.ratio * size)}"
+        tip = f"{told}\nT/S {best.ratio:.1f}, loss {best.loss:.3f}"
+        if RATIOS[0] * 1.001 < best.ratio < RATIOS[1] / 1.001:
+            valley.append(row(VALLEY, size, best.ratio * size, tip))
+    marks = []
+    for cost, opacity in COSTS.items():
+        near = [above[column <= (1 + cost) * column.min()] for column in losses.T]
+        rows = zip(sizes.tolist(), near, strict=True)
+        band = [row(NEAR, s, None, low=float(n[0]), high=float(n[-1])) for s, n in rows]
+        marks += frame.draw("bands", band, opacity=opacity)
+    fixed = [row(FIXED_RATIO, size, 2.5 * size) for size in sizes.tolist()]
+    marks += frame.draw("lines", [*valley, *fixed], strokeWidth=2.5)
+    inside = [one for one in valley if teachers[0] <= one["y"] <= teachers[1]]
+    if not inside:
+        notes = ("The lowest loss is outside of the picture for every student.", *notes)
+    ends = [one["tip"].replace("\n", ", ") for one in (*inside[:1], *inside[-1:])]
+    return Picture(
+        name,
+        title,
+        "The line is the best teacher of each student. Within the bands a teacher costs at most "
+        "0.1% (darkest), 1% and 5% of the lowest loss: a wide band means that the choice matters "
+        "little.",
+        marks,
+        " ".join([f"{title}.", *(f"{end}." for end in ends)]),
+        notes,
+    )
+
+
+def published_surface_chart(tokens_per_parameter: float) -> Picture:
+    """The published surface (arXiv 2502.08606) for students of so many tokens per parameter."""
+    low, high = (numbers.size(size) for size in SURFACE_SIZES)
+    return surface_chart(
+        PUBLISHED_SURFACE,
+        f"surface-published-{tokens_per_parameter:g}",
+        f"Published surface: {tokens_per_parameter:g} tokens per student parameter",
+        students=SURFACE_SIZES,
+        teachers=(SURFACE_SIZES[0], 1e12),
+        tokens_per_parameter=tokens_per_parameter,
+        notes=(
+            "arXiv 2502.08606: students from scratch, teachers trained compute-optimally. It was "
+            f"read from models of {low} to {high}; larger teachers are an extrapolation.",
+        ),
+    )
+
+
+def own_surface_chart(own: OwnSurface, tokens: float) -> Picture:
+    """The surface fitted to a sweep's students from scratch, on so many tokens, between the sizes
+    of its students and teachers."""
+    sizes = [student for student, _ in own.cells]
+    return surface_chart(
+        own.surface,
+        f"surface-{safe(own.architecture)}-{tokens:.0f}",
+        f"Surface of this sweep: {own.architecture} from scratch, {numbers.size(tokens)} tokens",
+        students=draw.span(sizes, 1.1 if len(set(sizes)) > 1 else 1.5),
+        teachers=draw.span(own.teachers, 1.1),
+        tokens=tokens,
+        teacher_tokens=own.teacher_tokens,
+        notes=(
+            f"It fits the sweep's losses to {own.error:.2%}; a teacher is known by its loss alone, "
+            "as the sweep's teachers were trained.",
+        ),
+    )
+
+
+def benchmark_chart(own: Sequence[OwnResult] = ()) -> Picture:
     """The mean of six benchmarks against compute, with the Pareto fronts of published models.
 
     `own` models are drawn beside the fronts and do not move them.
     """
     published = published_results()
     models: list[BenchmarkResult | OwnResult] = [*published, *own]
-    points = [(model.flops, model.mean) for model in models]
-    limits = span([flops for flops, _ in points], margin=1.7)
-    x = Axis("compute", "FLOPs", True, limits, power_ticks(limits, most=5))
-    scores = [mean for _, mean in points]
-    y = Axis("mean of six benchmarks", "%", limits=(min(scores) - 3, max(scores) + 3))
-    untuned = [model for model in published if not model.tuned]
-    series = [
-        _front("Pareto front", published, limits[1], "solid"),
-        _front("without instruction-tuned", untuned, limits[1], "dash"),
-    ]
-    names = [model.name for model in models]
-    sides = place_labels(points, names, x, y, lines=[(line.x, line.y) for line in series])
-    by_name = dict(zip(names, sides, strict=True))
-    looks = (
-        (False, False, "trained alone or pruned", "muted", "circle-open"),
-        (True, False, "distilled by the law: MiniMA", "series-0", "square"),
-        (True, True, "instruction-tuned: MiniChat", "series-1", "diamond"),
-    )
-    for distilled, tuned, name, colour, marker in looks:
-        held = [m for m in published if (m.distilled, m.tuned) == (distilled, tuned)]
-        series.append(
-            Series(
-                name,
-                tuple(model.flops for model in held),
-                tuple(model.mean for model in held),
-                colour=colour,
-                marker=marker,
-                size=9,
-                hover=tuple(_scores_text(model) for model in held),
-                labels=tuple(model.name for model in held),
-                label_at=tuple(by_name[model.name] for model in held),
-            )
-        )
-    if own:
-        series.append(
-            Series(
-                "your models",
-                tuple(model.flops for model in own),
-                tuple(model.mean for model in own),
-                colour="series-2",
-                marker="star",
-                size=14,
-                hover=tuple(
-                    f"{model.name}<br>mean {model.mean:.2f}<br>{words.power(model.flops)} FLOPs"
-                    for model in own
-                ),
-                labels=tuple(model.name for model in own),
-                label_at=tuple(by_name[model.name] for model in own),
-            )
-        )
-    return Chart(
+    limits = draw.span([model.flops for model in models], 1.7)
+    colours = [LIGHT[name] for name in ("muted", "series-0", "series-1", "series-2")]
+    shapes = ("circle", "square", "diamond", draw.STAR)
+    parts = zip(MADE, colours, shapes, strict=True)
+    looks = {key: Look(colour, shape) for key, colour, shape in parts}
+    looks |= {FRONT: Look(draw.MUTED), UNTUNED: Look(draw.MUTED, dash=draw.DASHED)}
+    if not own:
+        del looks[MADE[3]]
+    scores = [model.mean for model in models]
+    y = draw.linear_axis("mean of six benchmarks (%)", (min(scores) - 3, max(scores) + 3))
+    frame = Frame(draw.log_axis("compute (FLOPs)", limits, draw.POWER), y, looks)
+    rows = [_model(model) for model in models]
+    fronts = _front(FRONT, published, limits[1])
+    fronts += _front(UNTUNED, [model for model in published if not model.tuned], limits[1])
+    marks = frame.draw("lines", fronts, interpolate="step-after", strokeWidth=1.5)
+    best = max(models, key=lambda model: model.mean)
+    return Picture(
         "benchmarks-published",
         "Published models: six benchmarks against compute",
         "Up and to the left is better. The mean is the plain one of MMLU, C-Eval, DROP, HumanEval, "
         "BBH and GSM8K. A distilled model's compute is its own and its teacher's forward passes; "
         "the teacher's training is not counted.",
-        x,
-        y,
-        tuple(series),
+        marks + frame.draw("points", rows, size=90) + names(frame, rows, _corners(fronts)),
+        f"Mean of six benchmarks over FLOPs of {len(models)} models; the highest is {best.name} "
+        f"with {best.mean:.1f}%.",
         ("Scores and compute: arXiv 2311.07052, the authors' repository.",),
+        height=400,
     )
 
 
-def _front(name: str, models: Sequence[BenchmarkResult], right: float, dash: str) -> Series:
-    """The stepped line of the highest mean for at most so much compute."""
-    front = [(flops, -lost) for flops, lost in pareto_front((m.flops, -m.mean) for m in models)]
-    corners: list[Pair] = []
-    for (flops, mean), after in zip(front, [*front[1:], (right, 0.0)], strict=True):
-        corners += [(flops, mean), (after[0], mean)]
-    return Series(
+def advice_chart(found: Advice, *, name: str = "advice", title: str = "") -> Picture:
+    """Every candidate at its size and the student's expected loss, with the error of its difference
+    to the lowest, the surface's own line where that is the published one, and the linear law."""
+    size, line = found.student.non_embedding, found.linear_law
+    rows = sorted(found.recommendations, key=lambda one: one.non_embedding)
+    rule = PUBLISHED_RULE if found.surface.source == PUBLISHED_RULE.source else None
+    lowest = min(one.expected_loss for one in rows)
+    edge = (1 + WORST) * lowest
+    models, looks = _candidates(rows, edge)
+    limits = draw.span([*(one.non_embedding for one in rows), *(line.interval or ())], 1.6)
+    heights = (0.985 * lowest, 1.01 * min(edge, max(one.expected_loss for one in rows)))
+    near, shade, upright = [], [], []
+    if rule is not None:
+        key = "published surface"
+        looks[key] = Look(draw.TEXT)
+        above = np.array(draw.steps(limits, 80))
+        taught = rule.surface.supervised.loss(above, rule.teacher_tokens.of(above))
+        losses = rule.surface.loss(size, found.tokens, taught)
+        near = [row(key, a, b) for a, b in zip(above.tolist(), losses.tolist(), strict=True)]
+    if line.interval is not None and line.teacher is not None:
+        key = f"linear law: {numbers.size(line.teacher)}"
+        looks[key] = Look(draw.MUTED, dash=draw.DASHED)
+        upright = [row(key, line.teacher, None)]
+        key = f"its interval: {' to '.join(map(numbers.size, line.interval))}"
+        looks[key] = WEDGE
+        low, high = heights
+        shade = [row(key, end, None, low=low, high=high) for end in line.interval]
+    y = draw.linear_axis(f"expected student loss ({LOSS})", heights)
+    frame = Frame(draw.log_axis(TEACHER, limits), y, looks)
+    marks = frame.draw("bands", shade) + frame.draw("lines", near)
+    marks += frame.draw("uprights", upright, strokeWidth=2)
+    marks += frame.draw("lines", models, strokeWidth=1, opacity=0.5) + frame.draw("bars", models)
+    marks += frame.draw("points", models, size=90)
+    marks += names(frame, models, near) if len(models) <= MOST_LABELS else []
+    cautions = {"line": line.caution, "surface": found.surface.caution}
+    notes = [f"Of the {source}: {caution}." for source, caution in cautions.items() if caution]
+    if any(one.expected_loss > edge for one in rows):
+        notes.append(f"Marks at the top are {WORST:.0%} above the lowest loss, or more.")
+    return Picture(
         name,
-        tuple(corner[0] for corner in corners),
-        tuple(corner[1] for corner in corners),
-        "line",
-        colour="muted",
-        width=1.5,
-        dash=dash,
+        title or f"Teachers of a {numbers.size(size)} student, {numbers.size(found.tokens)} tokens",
+        "Lower is better. Filled marks cannot be told from the lowest, hollow ones are worse "
+        "beyond noise. Bars are one standard error of the difference to it. The line of the "
+        "surface is for teachers trained compute-optimally; losses are those of its own text.",
+        marks,
+        f"Expected student loss over {len(rows)} teachers. "
+        + (f"Take {found.take}." if found.take else "None of them is larger than the student."),
+        tuple(notes),
+        height=400,
     )
 
 
-def _scores_text(model: BenchmarkResult) -> str:
-    scores = ", ".join(f"{name} {score:.1f}" for name, score in model.scores.items())
-    return f"{model.name}<br>mean {model.mean:.2f}<br>{scores}<br>{words.power(model.flops)} FLOPs"
+def draw_advice(found: Advice, path: Path) -> None:
+    """Draw the advice into one file, .png or .svg; UserError where there is none to write."""
+    draw.write_picture(advice_chart(found), path)
+
+
+def families_chart() -> Picture:
+    """The members of published families that are larger than MiniMA-3B as its teachers."""
+    student, tokens = EXAMPLE
+    members = [model for family in published_families().values() for model in family.models]
+    models = [one.name for one in members if one.parameters().non_embedding > student]
+    asked = f"{numbers.size(student)} student, {numbers.size(tokens)} tokens"
+    title = f"Published families as teachers: {asked}"
+    found = recommend(student, tokens, candidates_of(None, models))
+    return advice_chart(found, name="families-published", title=title)
+
+
+def _front(key: str, models: Sequence[BenchmarkResult], right: float) -> list[Row]:
+    """The highest mean for at most so much compute; it holds until the next model."""
+    front = pareto_front((model.flops, -model.mean) for model in models)
+    return [row(key, x, -y) for x, y in [*front, (right, front[-1][1])]]
+
+
+def _corners(front: Sequence[Row]) -> list[Row]:
+    """Places along stepped lines, so that no name is put on one."""
+    return [
+        one | {"x": x}
+        for one, after in pairwise(front)
+        if one["key"] == after["key"]
+        for x in draw.steps((one["x"], after["x"]), 30)
+    ]
+
+
+def _model(model: BenchmarkResult | OwnResult) -> Row:
+    tip = f"{model.name}\nmean {model.mean:.2f}\n{numbers.power(model.flops)} FLOPs"
+    made = 3
+    if isinstance(model, BenchmarkResult):
+        made = model.distilled + model.tuned
+        tip += "\n" + ", ".join(f"{name} {score:.1f}" for name, score in model.scores.items())
+    return row(MADE[made], model.flops, model.mean, tip, text=model.name)
+
+
+@cache
+def _family_of() -> dict[str, tuple[int, str]]:
+    """Name of a model -> position and title of its family."""
+    return {
+        model.name: (position, family.title)
+        for position, family in enumerate(published_families().values())
+        for model in family.models
+    }
+
+
+def _candidates(rows: Sequence[Advised], edge: float) -> tuple[list[Row], dict[str, Look]]:
+    """A mark for every candidate, those above `edge` on it, and the looks of their families, the
+    same in every picture; after all families comes what belongs to none."""
+    places = [_family_of().get(one.teacher, (len(_family_of()), "your teachers")) for one in rows]
+    looks = {title: draw.look(place) for place, title in sorted(set(places))}
+    marks = []
+    for one, (_, title) in zip(rows, places, strict=True):
+        loss, read = one.expected_loss, one.teacher_tokens
+        tip = (
+            f"{one.teacher}: {numbers.size(one.non_embedding)}, T/S {one.ratio:.2f}\n"
+            f"expected loss {loss:.3f}, {one.difference:.1%} above the lowest\n"
+            + (f"read {numbers.size(read)} tokens" if read else "its tokens are not published")
+        )
+        text = one.teacher + (f" ({loss:.2f})" if loss > edge else "")
+        place, error = (one.non_embedding, min(loss, edge)), loss * one.difference_stderr
+        marks.append(row(title, *place, tip, error, hollow=one.told_worse, text=text))
+    return marks, looks

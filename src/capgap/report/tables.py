@@ -1,316 +1,173 @@
 """The tables of the page as rows of finished text. Pure functions."""
 
-from __future__ import annotations
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from capgap.law.data import BaselineKey, baseline_key, baselines_by_key
+from capgap.law.law import Curve
+from capgap.records import RunRecord
+from capgap.report.data import Results, done, heldout_loss
+from capgap.report.numbers import (
+    NOTHING,
+    duration,
+    gain,
+    loss,
+    moment,
+    power,
+    share,
+    size,
+    with_interval,
+)
 
-from capgap.law.cells import BaselineKey, Kind, baseline_key, baselines_by_key
-from capgap.records import Failure, RunRecord
-from capgap.report import words
-from capgap.report.data import Results, curves_of, done, heldout_loss, kinds_of
-
-STATUS = {
-    "interior": "inside the grid",
-    "smallest": "open below: the smallest teacher may be best",
-    "largest": "open above: the largest teacher may be best",
-    "flat": "not distinguishable from noise",
-    "too_few_points": "too few teachers",
-}
+GRID = "Run|Architecture|Init|Tokens|Student|Teacher|Seed|Loss|Bits per byte|Gain|Last KL|"
+GRID += "Agreement|After the cut|FLOPs|Time"
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table with its heading; the first `text_columns` columns are set left, the rest right."""
+class Table(NamedTuple):
+    """A table with its heading; the first `text_columns` columns are set left, the rest right.
+    The names of columns are parted by bars."""
 
     title: str
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    columns: str
+    rows: list[tuple[str, ...]]
     text_columns: int = 1
     caption: str = ""
     folded: bool = False
 
 
-def answer_table(results: Results) -> Table:
-    """For every student of every kind the teacher to take, with its interval."""
-    kinds = kinds_of(results)
-    rows = [
-        (*_kind_cells(kind, kinds), *_answer_cells(curve))
-        for kind in kinds
-        for curve in curves_of(results, kind)
-    ]
-    varied = _varied(kinds)
-    return Table(
-        "Which teacher for each student",
-        (*varied, "Student", "The optimum is", "Best teacher", "Best T/S", "Best in the grid"),
-        tuple(rows),
-        text_columns=len(varied) + 2,
-        caption=f"Sizes in non-embedding parameters; intervals {_confidence(results)}.",
+def answer_tables(results: Results) -> list[Table]:
+    """For every student of every group the teachers that will do, cheapest first."""
+    columns = "Student|Teachers that will do|The others cost|Best T/S"
+    caption = (
+        "Sizes in non-embedding parameters, the cheapest first; costs above the best teacher, "
     )
+    caption += f"in nats per token; intervals at {results.law.confidence:.0%}."
+    by_group = {str(line.group): results.law.of(line.group) for line in results.lines}
+    return [Table(g, columns, list(map(_answer, own)), 4, caption) for g, own in by_group.items()]
 
 
-def _answer_cells(curve: Mapping[str, Any]) -> tuple[str, ...]:
-    optimum = curve.get("optimum") or {}
-    status = optimum.get("status") or "too_few_points"
-    best = optimum.get("grid_best")
-    return (
-        words.size(curve["student_parameters"]),
-        STATUS.get(status, status),
-        words.size_with_interval(optimum.get("teacher_parameters"), optimum.get("interval")),
-        words.with_interval(optimum.get("ratio"), optimum.get("ratio_interval")),
-        words.NOTHING if best is None else words.between(best, optimum.get("grid_interval")),
-    )
+def _answer(curve: Curve) -> tuple[str, ...]:
+    optimum, costs = curve.optimum, [p.cost for p in curve.points if p.worse and p.cost is not None]
+    will_do, cost = _ranges(curve), NOTHING
+    if all(point.cost is None for point in curve.points):
+        will_do = "not known: nothing tells what noise is"
+    elif costs:
+        cost = " to ".join(dict.fromkeys(f"{end:.3f}" for end in (min(costs), max(costs))))
+    else:
+        will_do = f"all: {will_do}"
+    ratio = with_interval(optimum.ratio, optimum.ratio_interval)
+    return size(curve.student_parameters), will_do, cost, ratio
 
 
-def _confidence(results: Results) -> str:
-    confidence = results.law.get("confidence")
-    return "at an unstated level" if confidence is None else f"at {100 * confidence:g}% confidence"
-
-
-def _kind_texts(kind: Kind) -> dict[str, str]:
-    return {
-        "Architecture": kind.architecture,
-        "Init": kind.init,
-        "Tokens": words.size(kind.tokens),
-    }
-
-
-def _varied(kinds: Sequence[Kind]) -> tuple[str, ...]:
-    """Headers of what differs between the kinds of this sweep."""
-    texts = [_kind_texts(kind) for kind in kinds]
-    return tuple(name for name in (texts[0] if texts else ()) if len({t[name] for t in texts}) > 1)
-
-
-def _kind_cells(kind: Kind, kinds: Sequence[Kind]) -> tuple[str, ...]:
-    texts = _kind_texts(kind)
-    return tuple(texts[name] for name in _varied(kinds))
+def _ranges(curve: Curve) -> str:
+    """Neighbouring teachers that will do as ranges: "60k to 135k, 310k"."""
+    runs: list[list[str]] = [[]]
+    for point in curve.points:
+        if point.worse:
+            runs.append([])
+        else:
+            runs[-1].append(size(point.teacher_parameters))
+    return ", ".join(" to ".join(dict.fromkeys((run[0], run[-1]))) for run in runs if run)
 
 
 def students_table(results: Results) -> Table:
-    """The best student of every size, beside its baseline."""
+    """Every student with the best teacher of its curve, beside its baseline."""
     rows = []
-    for kind in kinds_of(results):
-        for curve in curves_of(results, kind):
-            best = min(curve["points"], key=lambda point: point["loss"])
-            rows.append(
-                (
-                    *_kind_texts(kind).values(),
-                    words.size(curve["student_parameters"]),
-                    words.size(best["teacher_parameters"]),
-                    words.loss(best.get("teacher_loss"), best.get("teacher_loss_stderr")),
-                    words.loss(best["loss"], best.get("loss_stderr")),
-                    words.gain(best.get("gain"), best.get("gain_stderr")),
-                )
-            )
-    return Table(
-        "Best measured student of each size",
-        (
-            "Architecture",
-            "Init",
-            "Tokens",
-            "Student",
-            "Teacher",
-            "Teacher's loss",
-            "Student's loss",
-            "Gain over CE alone",
-        ),
-        tuple(rows),
-        text_columns=2,
-        caption="Held-out losses in nats per token, ± one standard error; the mean over seeds.",
-    )
+    for curve in results.law.curves:
+        best = next(p for p in curve.points if p.teacher_size == curve.optimum.best)
+        sizes = map(size, (curve.tokens, curve.student_parameters, best.teacher_parameters))
+        above = loss(best.teacher_loss, best.teacher_loss_stderr)
+        own = loss(best.loss, best.loss_stderr), gain(best.gain, best.gain_stderr)
+        rows.append((f"{curve.architecture}, {curve.init}", *sizes, above, *own))
+    columns = "Kind|Tokens|Student|Teacher|Teacher's loss|Loss|Gain"
+    caption = "With the best teacher tried, by the fit. Held-out losses in nats per token, ± one "
+    caption += "standard error, means over seeds; the gain is over cross-entropy alone."
+    return Table("Students", columns, rows, caption=caption)
 
 
 def teachers_table(results: Results) -> Table:
     """The teachers with their size, training and held-out loss."""
-    teachers = sorted(
-        done(results.records, "teacher"),
-        key=lambda r: (r.architecture, r.seed, r.parameters.non_embedding),
-    )
-    rows = [
-        (
-            teacher.architecture,
-            words.size(teacher.parameters.non_embedding),
-            words.size(teacher.parameters.total),
-            _shape_text(teacher.shape or {}),
-            words.size(teacher.tokens),
-            "given" if teacher.learning_rate is None else f"{teacher.learning_rate:.2g}",
-            str(teacher.seed),
-            _loss(teacher),
-            _bits(teacher),
-            words.duration(teacher.wall_seconds),
-        )
-        for teacher in teachers
-    ]
-    return Table(
-        "Teachers",
-        (
-            "Architecture",
-            "Non-embedding",
-            "Total",
-            f"Layers {words.TIMES} width",
-            "Tokens",
-            "Learning rate",
-            "Seed",
-            "Loss",
-            "Bits per byte",
-            "Time",
-        ),
-        tuple(rows),
-    )
+    teachers = done(results.records, "teacher")
+    teachers.sort(key=lambda r: (r.architecture, r.seed, r.parameters.non_embedding))
+    rows = []
+    for one in teachers:
+        sizes = map(size, (one.parameters.non_embedding, one.parameters.total, one.tokens))
+        rate = "given" if one.learning_rate is None else f"{one.learning_rate:.2g}"
+        last = *_losses(one), duration(one.wall_seconds)
+        rows.append((one.architecture, *sizes, rate, str(one.seed), *last))
+    columns = "Architecture|Non-embedding|Total|Tokens|Learning rate|Seed|Loss|Bits per byte|Time"
+    return Table("Teachers", columns, rows)
 
 
-def _shape_text(shape: Mapping[str, Any]) -> str:
-    if not shape.get("layers"):
-        return words.NOTHING
-    return f"{shape['layers']} {words.TIMES} {shape['hidden']}"
-
-
-def _loss(record: RunRecord) -> str:
-    heldout = record.heldout
-    return words.NOTHING if heldout is None else words.loss(heldout.loss, heldout.loss_stderr)
-
-
-def _bits(record: RunRecord) -> str:
-    value = record.heldout.bits_per_byte if record.heldout else None
-    return words.NOTHING if value is None else f"{value:.3f}"
+def _losses(run: RunRecord) -> tuple[str, str]:
+    """Held-out loss, and bits per byte."""
+    if run.heldout is None:
+        return NOTHING, NOTHING
+    return loss(run.heldout.loss, run.heldout.loss_stderr), loss(run.heldout.bits_per_byte)
 
 
 def grid_table(results: Results) -> Table:
     """Every cell and baseline of the sweep, failed ones too."""
     matched = baselines_by_key(results.records)
-    runs = sorted(
-        (r for r in results.records if r.kind in ("cell", "baseline")),
-        key=lambda r: (
-            r.architecture,
-            r.init or "",
-            r.tokens,
-            r.student_size or 0,
-            r.teacher_size or 0,
-            r.seed,
-            r.kind,
-        ),
-    )
-    return Table(
-        "The whole grid",
-        (
-            "Run",
-            "Architecture",
-            "Init",
-            "Tokens",
-            "Student",
-            "Teacher",
-            "Seed",
-            "Loss",
-            "Bits per byte",
-            "Gain",
-            "Last KL",
-            "Agreement",
-            "After the cut",
-            "FLOPs",
-            "Time",
-        ),
-        tuple(_grid_row(run, matched) for run in runs),
-        text_columns=3,
-        caption="Losses, gain and KL in nats per token. A dash is a number that does not exist.",
-        folded=True,
-    )
+    names = ("architecture", "init", "tokens", "student_size", "teacher_size", "seed", "kind")
+    runs = [run for run in results.records if run.kind != "teacher"]
+    runs.sort(key=lambda run: [getattr(run, name) or 0 for name in names])
+    caption = "Losses, gain and KL in nats per token. A dash is a number that does not exist."
+    rows = [_grid_row(run, matched) for run in runs]
+    return Table("The whole grid", GRID, rows, 3, caption, folded=True)
 
 
 def _grid_row(run: RunRecord, matched: Mapping[BaselineKey, RunRecord]) -> tuple[str, ...]:
     baseline = matched.get(baseline_key(run)) if run.kind == "cell" else None
-    gain = None
+    gained = None
     if baseline is not None and run.status == "done":
-        gain = heldout_loss(baseline) - heldout_loss(run)
+        gained = heldout_loss(baseline) - heldout_loss(run)
     what = "distilled" if run.kind == "cell" else "CE alone"
-    return (
-        what if run.status == "done" else f"{what}, {run.status}",
-        run.architecture,
-        run.init or words.NOTHING,
-        words.size(run.tokens),
-        words.size(run.student_size),
-        words.size(run.teacher_size),
-        str(run.seed),
-        _loss(run),
-        _bits(run),
-        words.gain(gain),
-        words.loss(_last(run.curve.kl)),
-        words.share(_last(run.curve.agreement)),
-        words.loss(run.after_cut.loss if run.after_cut else None),
-        words.power(run.flops.total) if run.flops.total else words.NOTHING,
-        words.duration(run.wall_seconds),
-    )
-
-
-def _last(values: Sequence[float | None]) -> float | None:
-    """The last measured value of a training curve."""
-    return next((value for value in reversed(values) if value is not None), None)
-
-
-def stages_table(results: Results) -> Table:
-    """Where the time went."""
-    stages = {n: s for n, s in (results.sweep.get("stages") or {}).items() if s is not None}
-    whole = sum(stages.values())
-    rows = [
-        (name.replace("_", " "), words.duration(seconds), words.share(seconds / whole))
-        for name, seconds in sorted(stages.items(), key=lambda item: -item[1])
-        if whole > 0
-    ]
-    wall = results.sweep.get("wall_seconds")
-    caption = "" if wall is None else f"The whole sweep took {words.duration(wall)}."
-    return Table("Time by stage", ("Stage", "Time", "Share"), tuple(rows), caption=caption)
+    what = what if run.status == "done" else f"{what}, {run.status}"
+    sizes = map(size, (run.tokens, run.student_size, run.teacher_size))
+    place = (what, run.architecture, run.init or NOTHING, *sizes, str(run.seed))
+    last = [[v for v in values if v is not None] for values in (run.curve.kl, run.curve.agreement)]
+    kl, agreement = (values[-1] if values else None for values in last)
+    cut = loss(run.after_cut.loss if run.after_cut else None)
+    took = power(run.flops.total) if run.flops.total else NOTHING
+    found = (*_losses(run), gain(gained), loss(kl), share(agreement), cut)
+    return (*place, *found, took, duration(run.wall_seconds))
 
 
 def excluded_table(results: Results) -> Table:
     """Failed runs and runs left out of the law, each with its reason."""
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for record in results.records:
-        if record.failure is not None:
-            reasons[record.id].append(_failure_text(record.failure))
-    for item in results.law.get("excluded", ()):
-        if item["id"] not in reasons:
-            reasons[item["id"]].append(item["reason"])
-    return Table(
-        "Failed or left out",
-        ("Run", "Reason"),
-        tuple((name, "; ".join(held)) for name, held in sorted(reasons.items())),
-        text_columns=2,
-    )
+    reasons = {one.id: one.reason for one in results.law.excluded}
+    for run in results.records:
+        if run.failure is not None:
+            told, windows = [run.failure.message], run.failure.windows or []
+            told += [f"at step {run.failure.step}"] if run.failure.step is not None else []
+            shown = ", ".join(map(str, windows[:8])) + (" and more" if windows[8:] else "")
+            reasons[run.id] = ", ".join([*told, *([f"windows {shown}"] if windows else [])])
+    return Table("Failed or left out", "Run|Reason", sorted(reasons.items()), 2)
 
 
-def _failure_text(failure: Failure) -> str:
-    parts = [failure.message]
-    if failure.step is not None:
-        parts.append(f"at step {failure.step}")
-    windows = failure.windows or []
-    if windows:
-        shown = ", ".join(str(window) for window in windows[:8])
-        parts.append(f"windows {shown}" + (" and more" if len(windows) > 8 else ""))
-    return ", ".join(parts)
-
-
-def machine_table(results: Results) -> Table:
-    """What was run on what: dates, machine, versions and corpus."""
+def provenance_tables(results: Results) -> list[Table]:
+    """What was run on what, and where the time went."""
     sweep = results.sweep
-    rows = [
-        ("Recipe hash", str(sweep.get("recipe_hash") or words.NOTHING)),
-        ("Started", words.moment(sweep.get("started"))),
-        ("Finished", words.moment(sweep["finished"]) if sweep.get("finished") else "not finished"),
-    ]
+    dates = [(name.capitalize(), moment(sweep.get(name))) for name in ("started", "finished")]
+    rows = [("Recipe hash", str(sweep.get("recipe_hash") or NOTHING)), *dates]
     for heading in ("machine", "versions", "corpus"):
         for name, value in (sweep.get(heading) or {}).items():
             rows.append((f"{heading.capitalize()}: {name.replace('_', ' ')}", _value_text(value)))
-    return Table("What was run on what", ("", ""), tuple(rows), text_columns=2)
+    stages = [(n, s) for n, s in (sweep.get("stages") or {}).items() if s is not None]
+    whole = sum(seconds for _, seconds in stages)
+    stages.sort(key=lambda stage: -stage[1])
+    times = [(n.replace("_", " "), duration(s), share(s / whole)) for n, s in stages if whole > 0]
+    took = f"The whole sweep took {duration(sweep.get('wall_seconds'))}."
+    machine = Table("Machine, versions, corpus", "", list(rows), 2)
+    return [machine, Table("Time by stage", "Stage|Time|Share", list(times), caption=took)]
 
 
 def _value_text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_value_text(item)}" for name, item in value.items())
-    if isinstance(value, list) and len(value) > 8:
-        return f"{len(value)} entries"
     if isinstance(value, list):
-        return ", ".join(_value_text(item) for item in value)
+        return f"{len(value)} entries" if len(value) > 8 else ", ".join(map(_value_text, value))
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return words.NOTHING if value is None else str(value)
+    return NOTHING if value is None else str(value)

@@ -20,16 +20,20 @@ if TYPE_CHECKING:
 # Tokens of a row, where all models can read so many
 WINDOW = 1024
 SAID_EVERY = 10.0  # seconds
+# What a teacher writes for a student to read
+WRITTEN, WRITTEN_TOKENS, PROMPT_TOKENS = 16, 128, 32
 
 
 @dataclass(frozen=True)
 class MeasureRequest:
-    """On what models are measured, and how; `corpus` as for `capgap.corpus.excerpt.excerpt`."""
+    """On what models are measured, and how; `corpus` as for `capgap.corpus.excerpt.excerpt`.
+    `student`: a model that then reads text that each of them writes."""
 
     corpus: str
     num_bytes: int = 256_000
     dtype: str = "stored"
     device: str = "auto"
+    student: str | None = None
 
 
 def run_measure(
@@ -55,6 +59,7 @@ def run_measure(
         raise UserError(f"--dtype {request.dtype!r}: take one of {', '.join(DTYPES)}")
     device = torch.device(resolve_device(request.device))
     readers = {name: Reader.of(source) for name, source in models.items()}
+    student = None if request.student is None else Reader.of(request.student)
     window = min([WINDOW, *(one.positions for one in readers.values() if one.positions)])
     corpus = prepared(request.corpus)
     texts = excerpt(request.corpus, request.num_bytes)
@@ -68,7 +73,49 @@ def run_measure(
         )
         measured = found[name]
         say(f"measure: {name}: {measured.nats_per_byte:.4f} nats a byte, {measured.seconds:.0f} s")
-    return Measurement(request.corpus, window, request.dtype, str(device), found)
+    ratios = {}
+    if student is not None:
+        for name, reader in readers.items():
+            ratios[name] = _rank_surprisal(reader, student, texts, request.dtype, device)
+            say(f"measure: {name}: rank-surprisal ratio {ratios[name]:.2f}")
+    return Measurement(request.corpus, window, request.dtype, str(device), found, ratios)
+
+
+def _rank_surprisal(
+    teacher: "Reader", student: "Reader", texts: "Sequence[Passage]", dtype: str, device: Any
+) -> float:
+    """The student on what the teacher writes after the beginnings of some documents."""
+    from capgap.corpus.excerpt import Passage
+    from capgap.corpus.marks import Marks
+    from capgap.evaluate.measure import measure_model
+    from capgap.evaluate.sample import sample_text
+    from capgap.models.build import DTYPES, load_model
+    from capgap.models.parts import Parts
+
+    positions = min(one.positions or WINDOW for one in (teacher, student))
+    prompt = min(PROMPT_TOKENS, positions // 4)
+    writer = load_model(teacher.source, dtype=DTYPES[dtype]).to(device).eval()
+    written = []
+    for seed, (text, _) in enumerate(texts[:WRITTEN]):
+        ids = teacher.tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False)
+        one = sample_text(
+            writer,
+            teacher.tokenizer,
+            teacher.tokenizer.decode(ids[:prompt]),
+            max_new_tokens=min(WRITTEN_TOKENS, positions - prompt - 1),
+            temperature=1.0,
+            top_p=1.0,
+            seed=seed,
+        )
+        if one.strip():
+            written.append(Passage(one.encode(), False))
+    if not written:
+        raise UserError(f"{teacher.source} writes nothing: leave --student-model away")
+    documents, _ = student.documents(written)
+    reader = Parts(load_model(student.source, dtype=DTYPES[dtype]).to(device))
+    marks = Marks.of(student.tokenizer)
+    found = measure_model(reader, documents, marks, window=positions, vocabulary=student.words)
+    return found.rank_surprisal
 
 
 @dataclass(frozen=True)

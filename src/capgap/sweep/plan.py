@@ -66,7 +66,8 @@ class Cell:
     """One student's run. A baseline has alpha 0 and, for the inits that are the same for every
     teacher, no teacher. `cut_from` is the teacher whose weights the student starts from, by way of
     the `assistant` where there is one. `budget` are the tokens asked for; a chain has the FLOPs of
-    a direct cell with as many, and its student sees `tokens`."""
+    a direct cell with as many, and its student sees `tokens`. `equal_flops_to`: the cell whose
+    FLOPs a baseline has in place of its tokens."""
 
     id: str
     kind: Literal["cell", "baseline"]
@@ -82,6 +83,7 @@ class Cell:
     teacher: Teacher | None
     cut_from: Teacher | None
     assistant: Assistant | None = None
+    equal_flops_to: str | None = None
 
     def flops(self, recipe: Recipe, heldout_tokens: int) -> dict[str, int]:
         """What this cell would cost alone; the columns of a sweep share teacher passes.
@@ -234,20 +236,27 @@ def make_plan(recipe: Recipe, given: Sequence[Teacher] = ()) -> Plan:
                 for cell in cells
                 if cell.assistant is not None
             ]
-            matched = [_baseline(cell) for cell in cells]
-            baselines += _baseline_columns(f"{teacher.id}{suffix}", seed, matched)
+            name = f"{teacher.id}{suffix}"
+            baselines += _baseline_columns(name, seed, [_baseline(cell) for cell in cells])
+            if recipe.equal_flops:
+                # a chain has the FLOPs of a direct cell, whose baseline serves both
+                longer = tuple(_equal_flops(recipe, cell) for cell in direct)
+                baselines.append(Column(f"baselines-flops-{name}", None, seed, longer))
     plan = Plan(recipe, teachers, tuple(columns), _without_repeats(baselines))
     _refuse_same_places(plan)
     return plan
 
 
 def select_baselines(plan: Plan, best: Iterable[Cell]) -> list[Column]:
-    """The baselines matched to each curve's largest teacher and to the `best` cells."""
+    """The baselines matched to the `best` cells and, where the recipe says so, to each curve's
+    largest teacher."""
     curves: dict[tuple[object, ...], list[Cell]] = {}
     for cell in plan.cells:
         curves.setdefault((*curve_key(cell), cell.seed), []).append(cell)
-    wanted = [_largest(cells) for cells in curves.values()] + list(best)
-    ids = {_baseline(cell).id for cell in wanted}
+    wanted = list(best)
+    if plan.recipe.baselines == "best_and_largest":
+        wanted += [_largest(cells) for cells in curves.values()]
+    ids = {_baseline(cell).id for cell in wanted} | {_equal_flops_id(cell) for cell in wanted}
     columns = []
     for column in plan.baselines:
         cells = tuple(cell for cell in column.cells if cell.id in ids)
@@ -259,8 +268,8 @@ def select_baselines(plan: Plan, best: Iterable[Cell]) -> list[Column]:
 def expected_baselines(plan: Plan) -> Sequence[Column]:
     """The baselines that will be run, as far as can be known before the cells are.
 
-    Where only the best and the largest teacher get some, the second largest stands for the best:
-    whichever it turns out to be, its baselines cost about the same.
+    Where the best teachers get some, the second largest stands for the best: whichever it turns
+    out to be, its baselines cost about the same.
     """
     if plan.recipe.baselines == "all":
         return plan.baselines
@@ -291,6 +300,7 @@ def _ladder(recipe: Recipe) -> Iterable[Teacher]:
                     size,
                     vocabulary=recipe.corpus.vocabulary,
                     positions=recipe.corpus.window,
+                    layers=recipe.layers,
                 )
                 yield Teacher(
                     id=f"{architecture}-t{_label(size)}-seed{seed}",
@@ -318,7 +328,7 @@ def _cells(recipe: Recipe, teachers: Sequence[Teacher], teacher: Teacher, seed: 
         cut_from = {"pruned": teacher, "chain": teacher, "fixed": smallest, "scratch": None}[init]
         for size in sorted(recipe.students.sizes):
             shape = _student_shape(recipe, teacher, cut_from, size)
-            for tokens in sorted(recipe.students.tokens):
+            for tokens in recipe.students.budgets(init):
                 name = f"{teacher.architecture}-s{_label(size)}-t{_teacher_label(teacher)}"
                 cell = Cell(
                     id=f"{name}-{init}-{_label(tokens)}-seed{seed}",
@@ -348,9 +358,12 @@ def _chained(recipe: Recipe, direct: Cell) -> Cell:
     teacher, student = direct.teacher.shape, direct.shape
     sizes = [one.parameters().non_embedding for one in (teacher, student)]
     between = pruned_shape(
-        teacher, round(math.sqrt(sizes[0] * sizes[1])), vocabulary=student.vocabulary
+        teacher,
+        round(math.sqrt(sizes[0] * sizes[1])),
+        vocabulary=student.vocabulary,
+        layers=recipe.layers,
     )
-    shape = pruned_shape(between, sizes[1])
+    shape = pruned_shape(between, sizes[1], layers=recipe.layers)
     reads = 2 if direct.alpha > 0 else 0
 
     def token_flops(above: Shape, below: Shape) -> int:
@@ -383,6 +396,7 @@ def _student_shape(recipe: Recipe, teacher: Teacher, cut_from: Teacher | None, s
             size,
             vocabulary=teacher.vocabulary,
             positions=recipe.corpus.window,
+            layers=recipe.layers,
         )
     largest = cut_from.shape.parameters().non_embedding
     if size > largest:
@@ -391,7 +405,7 @@ def _student_shape(recipe: Recipe, teacher: Teacher, cut_from: Teacher | None, s
             f"{format_count(largest)} non-embedding parameters it is to be cut from: "
             "take smaller students or larger teachers"
         )
-    return pruned_shape(cut_from.shape, size, vocabulary=cut_from.vocabulary)
+    return pruned_shape(cut_from.shape, size, vocabulary=cut_from.vocabulary, layers=recipe.layers)
 
 
 def _baseline(cell: Cell) -> Cell:
@@ -406,6 +420,25 @@ def _baseline(cell: Cell) -> Cell:
         kind="baseline",
         alpha=0.0,
         teacher=teacher,
+    )
+
+
+def _equal_flops_id(cell: Cell) -> str:
+    return f"baseline-flops-{cell.id}"
+
+
+def _equal_flops(recipe: Recipe, cell: Cell) -> Cell:
+    """Same init, cross-entropy only, on the tokens that the teacher's forward passes would pay."""
+    assert cell.teacher is not None
+    student = training_flops(cell.shape.parameters().total, 1)
+    above = forward_flops(cell.teacher.shape.parameters().total, 1) if cell.alpha > 0 else 0
+    tokens = _whole_batches(recipe, cell.budget * (student + above) / student)
+    return replace(
+        _baseline(cell),
+        id=_equal_flops_id(cell),
+        budget=tokens,
+        tokens=tokens,
+        equal_flops_to=cell.id,
     )
 
 

@@ -30,7 +30,7 @@ from capgap.sweep.plan import (
 from capgap.sweep.progress import CorpusProgress, Display
 from capgap.sweep.results import write_results
 from capgap.sweep.schedule import Workers
-from capgap.sweep.summary import SweepResult
+from capgap.sweep.summary import SweepResult, verdict_of
 from capgap.sweep.worker import EndMessage, peak_memory
 
 
@@ -264,7 +264,8 @@ def _prepare(
 def _check_corpus(plan: Plan, corpus: Corpus) -> None:
     recipe = plan.recipe
     assistants = [cell.assistant.tokens for cell in plan.cells if cell.assistant is not None]
-    students = [cell.tokens for cell in plan.cells]
+    columns = (*plan.columns, *plan.baselines)
+    students = [cell.tokens for column in columns for cell in column.cells]
     longest = max(recipe.teachers.tokens or 0, *students, *assistants)
     check_epochs(corpus, longest, recipe.corpus.max_epochs)
     if recipe.teachers.sizes and corpus.vocabulary != recipe.corpus.vocabulary:
@@ -285,14 +286,13 @@ def _corpus_summary(corpus: Corpus) -> dict[str, Any]:
 
 
 def _result(out: Path, log: _Log) -> SweepResult:
-    law = json.loads((out / "law.json").read_text())
     student = out / "student"
     return SweepResult(
         out=out,
         report=out / "report.html",
         student=student if student.exists() else None,
         best=log.best["cell"] if log.best else None,
-        verdict=law["verdict"],
+        verdict=verdict_of(out),
         stages=log.stages,
         wall_seconds=log.wall_seconds,
         peak_memory_bytes=log.peak_memory,

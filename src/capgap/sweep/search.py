@@ -16,15 +16,6 @@ from rich.table import Table
 
 from capgap.config import Recipe
 from capgap.errors import UserError
-from capgap.law.search import decide, rule_choices
-from capgap.law.search_grid import (
-    Choice,
-    History,
-    Round,
-    Run,
-    SearchGrid,
-    Settings,
-)
 from capgap.records import read_record, write_json_atomically
 from capgap.sizes import format_count, forward_flops
 from capgap.sweep.checks import check_disk
@@ -32,10 +23,18 @@ from capgap.sweep.given import plan_of
 from capgap.sweep.plan import Cell, Column, Plan, Teacher
 from capgap.sweep.progress import Display
 from capgap.sweep.runner import Runner, run_folder
-from capgap.sweep.summary import SweepResult, print_summary
+from capgap.sweep.search_grid import (
+    Choice,
+    History,
+    Round,
+    Run,
+    SearchGrid,
+    Settings,
+)
+from capgap.sweep.search_strategy import decide, rule_choices
+from capgap.sweep.summary import SEARCH_FILE, SweepResult, print_summary
 
 RUNG_RATIO = 3
-SEARCH_FILE = "search.json"
 STOP_REASONS = {
     "safe": "every choice is safe",
     "budget": "nothing more that is worth running fits into the budget",

@@ -1,5 +1,6 @@
 """The tables of a sweep from its records, and what is said at its end. Imports no torch."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from capgap.errors import UserError
-from capgap.law.fit import fit_law
-from capgap.law.table import write_grid
+from capgap.law.data import cells_of, write_grid
+from capgap.law.fit import fit
+from capgap.law.law import Law, read_law
 from capgap.records import read_records, write_json_atomically
 from capgap.report.page import write_report
+from capgap.report.sentences import answer
 from capgap.sizes import clock_time
 
+SEARCH_FILE = "search.json"
 STAGE_NAMES = {
     "corpus": "corpus",
     "batches": "batches",
@@ -59,12 +63,12 @@ class SweepResult:
         }
 
 
-def fit_tables(out: Path) -> dict[str, Any]:
+def fit_tables(out: Path) -> Law:
     """Writes grid.csv and law.json from the records; returns the law."""
     records = read_records(out)
     write_grid(records, out / "grid.csv")
-    law = fit_law(records)
-    write_json_atomically(out / "law.json", law)
+    law = fit(cells_of(records))
+    write_json_atomically(out / "law.json", law.as_dict())
     return law
 
 
@@ -74,9 +78,16 @@ def refresh(out: Path) -> dict[str, Any]:
         raise UserError(f"{str(out)!r} is no output folder of a sweep (it has no sweep.json)")
     if not any(out.glob("records/*/record.json")):
         raise UserError(f"no run of the sweep in {out} is finished yet: try again later")
-    law = fit_tables(out)
+    fit_tables(out)
     page = write_report(out)
-    return {"report": str(page), "law": str(out / "law.json"), "verdict": law["verdict"]}
+    return {"report": str(page), "law": str(out / "law.json"), "verdict": verdict_of(out)}
+
+
+def verdict_of(out: Path) -> list[str]:
+    """The answer of an output folder in sentences."""
+    search = out / SEARCH_FILE
+    trace = json.loads(search.read_text()) if search.exists() else None
+    return answer(read_law(out / "law.json"), trace)
 
 
 def print_summary(result: SweepResult, console: Console) -> None:

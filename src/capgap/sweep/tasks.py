@@ -187,6 +187,7 @@ def _record_cell(
         failure=learner.failure,
         curve=learner.curve,
         assistant=None if cell.assistant is None else assistant_run(task.context, cell.assistant),
+        equal_flops_to=cell.equal_flops_to,
         after_cut=None
         if after_cut is None or not math.isfinite(after_cut.loss)
         else vars(AfterCut(loss=after_cut.loss, loss_stderr=after_cut.loss_stderr)),

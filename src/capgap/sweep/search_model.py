@@ -17,8 +17,8 @@ import numpy as np
 from scipy.linalg import cho_solve, cholesky
 from scipy.special import ndtr
 
-from capgap.law.cells import Floats, Integers
-from capgap.law.search_grid import (
+from capgap.law.model import Floats, Integers
+from capgap.sweep.search_grid import (
     MIN_TEACHERS,
     Choice,
     Decision,

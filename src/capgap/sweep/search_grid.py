@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from capgap.errors import UserError
-from capgap.law.cells import Floats, Integers
+from capgap.law.model import Floats, Integers
 
 STRATEGIES = ("model", "halving", "random")
 MIN_TEACHERS = 2

@@ -11,7 +11,7 @@ from itertools import product
 import numpy as np
 
 from capgap.errors import UserError
-from capgap.law.search_grid import (
+from capgap.sweep.search_grid import (
     MIN_TEACHERS,
     Choice,
     Decision,
@@ -23,7 +23,7 @@ from capgap.law.search_grid import (
     spread,
     too_small,
 )
-from capgap.law.search_model import next_by_model
+from capgap.sweep.search_model import next_by_model
 
 RULE_RATIO = 2.5  # arXiv 2311.07052
 WIDER = (3, 2, 1)  # times the share of teachers that halving keeps at least

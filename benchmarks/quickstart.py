@@ -1,0 +1,71 @@
+"""Is the quickstart's answer the same with every seed, in time and memory?
+
+    python benchmarks/quickstart.py --seeds 10 --out runs/seeds
+
+Every seed is a sweep of its own in OUT; the same command goes on with what is missing. Writes
+OUT/seeds.json and prints it as a table: which teachers the answer leaves out with few and with many
+tokens, the contrast of tokens, minutes and memory.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from capgap.config import find_recipe, load_recipe
+from capgap.law.law import read_law
+from capgap.report.sentences import main_curves, sentences
+from capgap.sizes import clock_time, format_count
+from capgap.sweep.progress import Display
+from capgap.sweep.runner import run_sweep
+
+
+def one_seed(seed: int, out: Path) -> dict[str, Any]:
+    recipe = load_recipe(find_recipe("quickstart"), [f"seeds=[{seed}]"])
+    result = run_sweep(recipe, out, Display(Console(stderr=True)))
+    law = read_law(out / "law.json")
+    curves = main_curves(law.curves)
+    left_out = {}
+    for tokens in sorted({curve.tokens for curve in curves}):
+        own = [curve for curve in curves if curve.tokens == tokens]
+        worse = [{p.teacher_size for p in curve.points if p.worse} for curve in own]
+        left_out[tokens] = sorted(set.union(*worse))
+    [contrast] = [c for c in law.contrasts if c.what == "tokens" and c.inits[0] == curves[0].init]
+    return {
+        "seed": seed,
+        "headline": sentences(law)[0],
+        "left_out": left_out,
+        "per_log_tokens": contrast.per_log_tokens and contrast.per_log_tokens.model_dump(),
+        "minutes": result.wall_seconds / 60,
+        "memory_gb": result.peak_memory_bytes / 1e9,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--out", type=Path, required=True)
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in range(asked.seeds):
+        rows.append(one_seed(seed, asked.out / f"seed{seed}"))
+        (asked.out / "seeds.json").write_text(json.dumps(rows, indent=1) + "\n")
+    budgets = list(rows[0]["left_out"])
+    told = " | ".join(f"left out with {format_count(tokens)} tokens" for tokens in budgets)
+    print(f"| seed | {told} | slope per ln of tokens | time | memory |")
+    print("|---" * (len(budgets) + 4) + "|")
+    for row in rows:
+        sets = [", ".join(map(format_count, row["left_out"][t])) or "none" for t in budgets]
+        slope = row["per_log_tokens"]
+        span = f"{slope['value']:.3f} ({slope['low']:.3f} to {slope['high']:.3f})"
+        print(
+            f"| {row['seed']} | {' | '.join(sets)} | {span} | "
+            f"{clock_time(60 * row['minutes'])} | {row['memory_gb']:.1f} GB |"
+        )
+
+
+if __name__ == "__main__":
+    main()

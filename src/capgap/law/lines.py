@@ -1,0 +1,267 @@
+"""Optima over students -> the laws T* = a S + b, T* = r S and T* = k S^m.
+
+T is a teacher's and S a student's size, both in non-embedding parameters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from scipy.special import log_ndtr
+from scipy.stats import chi2
+
+from capgap.law.law import Band, Estimate, Group, Line, Refusal
+from capgap.law.model import Floats
+
+# A slope known to worse than this factor between the ends of its interval answers nothing: it
+# could not even tell half the published slope from twice it.
+WIDEST_SLOPE_FACTOR = 4.0
+BAND_POINTS = 25
+# Scatter about the law that noise alone makes less often than this widens its intervals
+SCATTER_CONFIDENCE = 0.9
+# Share of half a spacing that even staggered grids do not resolve: a kink at the optimum, or a
+# shape that changes with the student, moves the optima by about as much, and no scatter shows it
+UNKNOWN_SHAPE = 0.3
+Form = Literal["linear", "ratio", "power"]
+FORMS: tuple[Form, ...] = ("linear", "ratio", "power")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best teacher of one student, for a law.
+
+    teachers: ln T of its grid, ascending. value: ln T*; draws [draws] of it, within the grid: one
+    at an end says only that T* is not inside. Without a curve `draws` is None, and T* lies within
+    `half` of the value. half: half the grid's spacing around it.
+    """
+
+    student: float
+    teachers: Floats
+    value: float
+    draws: Floats | None
+    half: float
+
+
+def fit_line(
+    group: Group, found: Sequence[Best], *, confidence: float, rng: np.random.Generator, draws: int
+) -> Line:
+    """The laws of a group of students, by least squares weighted by what is known of each optimum;
+    one at an end of its grid enters as a bound (censored).
+
+    Intervals come from the draws. Where the optima scatter about the law by more than their noise,
+    they widen to match.
+    """
+    evidence = gather(found, rng, draws) if found else None
+    located = 0 if evidence is None else int((~evidence.ends[0]).sum())
+    bounded = len(found) - located
+    empty = Line(
+        group=group,
+        refused="too_few_students",
+        located=located,
+        bounded=bounded,
+        slope=None,
+        intercept=None,
+        ratio=None,
+        exponent=None,
+        factor=None,
+        prediction_errors={},
+        band=None,
+    )
+    if evidence is None or not located:
+        return empty
+    by_form = {form: _coefficients(evidence, form) for form in FORMS}
+    ratio = to_estimate(by_form["ratio"][:, 0], confidence)
+    if located < 2 or len(found) < 3:
+        return empty.model_copy(update={"ratio": ratio})
+    slope = to_estimate(by_form["linear"][:, 0], confidence)
+    refused: Refusal | None = None
+    if slope.low <= 0:
+        refused = "includes_zero"
+    elif slope.high > WIDEST_SLOPE_FACTOR * slope.low:
+        refused = "too_wide"
+    errors = {form: _prediction_error(evidence, form) for form in FORMS}
+    return Line(
+        group=group,
+        refused=refused,
+        located=located,
+        bounded=bounded,
+        slope=slope,
+        intercept=to_estimate(by_form["linear"][:, 1], confidence),
+        ratio=ratio,
+        exponent=to_estimate(by_form["power"][:, 0], confidence),
+        factor=to_estimate(np.exp(by_form["power"][:, 1]), confidence),
+        prediction_errors={form: error for form, error in errors.items() if error is not None},
+        band=_band(evidence.students, by_form["linear"], confidence),
+    )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Arrays [1 + draws, students], the estimate itself in the first row: ln T*, and whether it
+    stands at an end, +1 at the smallest teacher (T* is below) and -1 at the largest, else 0.
+    students in parameters, deviation [students] of ln T*."""
+
+    students: Floats
+    optima: Floats
+    side: Floats
+    deviation: Floats
+
+    @property
+    def ends(self) -> Floats:
+        return np.asarray(self.side != 0)
+
+
+def gather(found: Sequence[Best], rng: np.random.Generator, draws: int) -> Evidence:
+    """Draws of the optima, with what the grids do not resolve.
+
+    Where a student's own draws are narrower than its grid, the optimum moves within half a spacing:
+    by one amount for all students, because students cut at the same fractions share the cells of
+    their grids, and by one of each student's own, because the best cell of each may hide another
+    optimum. Where grids are staggered, the students' scatter shows most of it already.
+    """
+    share = max(UNKNOWN_SHAPE, shared_resolution(found))
+    together = rng.uniform(-1, 1, draws)
+    optima, side, deviation = [], [], []
+    for one in found:
+        apart = np.clip(together + rng.uniform(-1, 1, draws), -1, 1)
+        low, high = float(one.teachers[0]), float(one.teachers[-1])
+        if one.draws is None:
+            drawn = one.value + one.half * apart
+        else:
+            own = float(np.subtract(*np.quantile(one.draws, [0.95, 0.05]))) / 2
+            unsupported = np.sqrt(max(0.0, (share * one.half) ** 2 - own**2))
+            inside = (one.draws > low + 1e-9) & (one.draws < high - 1e-9)
+            drawn = np.where(inside, one.draws + unsupported * apart, one.draws)
+        row = np.concatenate([[one.value], drawn])
+        optima.append(row)
+        side.append(np.where(row <= low + 1e-9, 1.0, np.where(row >= high - 1e-9, -1.0, 0.0)))
+        deviation.append(max(float(drawn.std()), 0.05 * one.half, 1e-6))
+    return Evidence(
+        np.array([one.student for one in found]),
+        np.array(optima).T,
+        np.array(side).T,
+        np.array(deviation),
+    )
+
+
+def shared_resolution(found: Sequence[Best]) -> float:
+    """The share of half a grid's spacing by which the optima of all students could be off together:
+    1 where their cells stand at the same T/S, 0 where they are staggered over half a spacing.
+
+    Between two teachers the shape of a curve is assumed, and a wrong shape moves the optimum by
+    an amount that depends on where it lies between them. Where that is the same place for every
+    student, the scatter of the optima cannot show it and more students do not average it out.
+    """
+    smooth = [one for one in found if one.draws is not None]
+    smooth = [one for one in smooth if one.teachers[0] < one.value < one.teachers[-1]]
+    if not smooth:
+        return 1.0
+    middle = np.mean([one.value - np.log(one.student) for one in smooth])
+    # where the common ratio lies between two teachers, 0 to 1 in each student's own grid; a circle,
+    # because on a teacher and just below it are neighbours
+    places = np.sort(
+        [
+            np.interp(middle, one.teachers - np.log(one.student), np.arange(len(one.teachers))) % 1
+            for one in smooth
+        ]
+    )
+    gaps = np.diff(places, append=places[0] + 1.0)
+    return float(max(0.0, 2 * gaps.max() - 1))
+
+
+def _coefficients(evidence: Evidence, form: Form) -> Floats:
+    """[1 + draws, coefficients]: slope and intercept, ratio, or exponent and ln factor."""
+    optima, deviation, students = evidence.optima, evidence.deviation, evidence.students
+    if form == "power":
+        middle = float(np.log(students).mean())
+        # about the mean, where slope and height do not trade off
+        design = np.stack([np.log(students) - middle, np.ones_like(students)], axis=1)
+        found = _regress(design, optima, evidence.side, deviation)
+        return np.stack([found[:, 0], found[:, 1] - found[:, 0] * middle], axis=1)
+    if form == "ratio":
+        logs = optima - np.log(students)
+        found = _regress(np.ones((len(students), 1)), logs, evidence.side, deviation)
+        return np.asarray(np.exp(found))
+    # in units of the largest student the normal equations are well scaled
+    unit = students.max()
+    design = np.stack([students / unit, np.ones_like(students)], axis=1)
+    sizes = np.exp(optima)
+    found = _regress(design, sizes, evidence.side, deviation * sizes[0])
+    return found / np.array([unit, 1.0])
+
+
+def _regress(design: Floats, values: Floats, side: Floats, deviation: Floats) -> Floats:
+    """Weighted least squares of each row of values [draws, students], those beside an end censored.
+
+    Expectation-maximisation: a value known only by a bound stands at its expected place given the
+    line, then the line is fitted again.
+    """
+    solve = np.linalg.pinv(design / deviation[:, None]) / deviation
+    found: Floats = values @ solve.T
+    rows = np.flatnonzero((side != 0).any(axis=1))
+    bounds, held = values[rows], side[rows]
+    for _ in range(1000):
+        if not len(rows):
+            break
+        line = found[rows] @ design.T
+        z = held * (bounds - line) / deviation
+        mills = np.exp(-0.5 * z * z - 0.5 * np.log(2 * np.pi) - log_ndtr(z))
+        expected = np.where(held != 0, line - held * deviation * mills, bounds)
+        updated = expected @ solve.T
+        change = np.abs(updated - found[rows]).max()
+        found[rows] = updated
+        if change < 1e-7 * np.abs(updated).max():
+            break
+    free = int((side[0] == 0).sum()) - design.shape[1]
+    if free > 0:
+        residuals = ((values[0] - design @ found[0]) / deviation)[side[0] == 0]
+        scatter = float(residuals @ residuals)
+        if scatter > chi2.ppf(SCATTER_CONFIDENCE, free):
+            found = found[0] + np.sqrt(scatter / free) * (found - found[0])
+    return found
+
+
+def _prediction_error(evidence: Evidence, form: Form) -> float | None:
+    """Every located student predicted from the others; None with fewer than three."""
+    located = np.flatnonzero(evidence.side[0] == 0)
+    if len(located) < 3:
+        return None
+    errors = []
+    for left_out in located:
+        others = replace(
+            evidence,
+            students=np.delete(evidence.students, left_out),
+            optima=np.delete(evidence.optima[:1], left_out, axis=1),
+            side=np.delete(evidence.side[:1], left_out, axis=1),
+            deviation=np.delete(evidence.deviation, left_out),
+        )
+        one, other = (*_coefficients(others, form)[0], 0.0)[:2]
+        student = float(evidence.students[left_out])
+        linear = one * student + other
+        if form != "power" and linear <= 0:
+            return None
+        logs = one * np.log(student) + other if form == "power" else np.log(linear)
+        errors.append(logs - evidence.optima[0, left_out])
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def to_estimate(draws: Floats, confidence: float) -> Estimate:
+    """Of [1 + draws] with the estimate first."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws[1:], [tail, 1 - tail])
+    value = float(draws[0])
+    return Estimate(value=value, low=min(float(low), value), high=max(float(high), value))
+
+
+def _band(students: Floats, draws: Floats, confidence: float) -> Band:
+    grid = np.geomspace(students.min(), students.max(), BAND_POINTS)
+    lines = draws[:, :1] * grid + draws[:, 1:]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(lines[1:], [tail, 1 - tail], axis=0)
+    return Band(
+        student=tuple(grid.tolist()),
+        low=tuple(low.tolist()),
+        mid=tuple(lines[0].tolist()),
+        high=tuple(high.tolist()),
+    )
