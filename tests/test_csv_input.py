@@ -141,7 +141,7 @@ def changed(number, **values):
         (changed(1, loss="nan"), "line 3: loss 'nan' is no loss"),
         (changed(1, loss="inf"), "line 3: loss 'inf' is no loss"),
         (changed(1, loss=""), "line 3: loss is missing"),
-        (changed(1, loss="21.5"), r"line 3: loss 21.5 is above ln\\(vocabulary\\), 13.8"),
+        (changed(1, loss="21.5"), r"line 3: loss 21.5 is above ln\(vocabulary\), 13.8"),
         (
             [f"a,pruned,1B,{s}M,{t}M,0,0.{s}" for s in (40, 70) for t in (100, 200)],
             "looks like accuracies",

@@ -793,7 +793,7 @@ def test_tasks_and_shots_are_read():
         (("--tasks", "heldout", "--corpus", "."), ". holds no prepared corpus"),
         (("--tasks", "piqa", "--flops", "4e21"), "--flops is of use with --figure alone"),
         (("--tasks", "piqa", "--figure", "a.png"), "--figure needs the FLOPs"),
-        (("--tasks", "piqa", "--figure", "a.pdf", "--flops", "1"), "give a name that ends in"),
+        (("--tasks", "piqa", "--figure", "a.pdf", "--flops", "1"), "give a name in .png or .svg"),
         (("--tasks", "piqa", "--figure", "a.png", "--flops", "many"), "--flops 'many'"),
         (("--tasks", "piqa", "--out", "nowhere/a.json"), "--out nowhere/a.json: give the name"),
     ],

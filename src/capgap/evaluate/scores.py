@@ -161,8 +161,9 @@ def beside_published(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | 
 
 def _whole(name: str, one: Mapping[str, Any]) -> bool:
     """A part of a set, or other shots, stand for nothing that is published."""
-    asked_all = one["questions"] == one["of_questions"]
-    return one["score"] is not None and asked_all and one["shots"] == SETS[name].shots
+    if one["missing"] or one["score"] is None:
+        return False
+    return one["questions"] == one["of_questions"] and one["shots"] == SETS[name].shots
 
 
 def known_flops(model: str) -> float | None:
