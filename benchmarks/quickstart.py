@@ -32,12 +32,14 @@ def one_seed(seed: int, out: Path) -> dict[str, Any]:
         own = [curve for curve in curves if curve.tokens == tokens]
         worse = [{p.teacher_size for p in curve.points if p.worse} for curve in own]
         left_out[tokens] = sorted(set.union(*worse))
-    [contrast] = [c for c in law.contrasts if c.what == "tokens" and c.inits[0] == curves[0].init]
+    init = curves[0].init
+    contrasts = [c for c in law.contrasts if c.what == "tokens" and c.inits[0] == init]
+    slope = contrasts[0].per_log_tokens if contrasts else None
     return {
         "seed": seed,
         "headline": sentences(law)[0],
         "left_out": left_out,
-        "per_log_tokens": contrast.per_log_tokens and contrast.per_log_tokens.model_dump(),
+        "per_log_tokens": None if slope is None else slope.model_dump(),
         "minutes": result.wall_seconds / 60,
         "memory_gb": result.peak_memory_bytes / 1e9,
     }
@@ -60,7 +62,7 @@ def main() -> None:
     for row in rows:
         sets = [", ".join(map(format_count, row["left_out"][t])) or "none" for t in budgets]
         slope = row["per_log_tokens"]
-        span = f"{slope['value']:.3f} ({slope['low']:.3f} to {slope['high']:.3f})"
+        span = "" if slope is None else "{value:.3f} ({low:.3f} to {high:.3f})".format(**slope)
         print(
             f"| {row['seed']} | {' | '.join(sets)} | {span} | "
             f"{clock_time(60 * row['minutes'])} | {row['memory_gb']:.1f} GB |"

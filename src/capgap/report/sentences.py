@@ -278,6 +278,9 @@ def _cost_of_others(curves: Sequence[Curve]) -> str:
     (least, _, one), (most, share, _) = min(others), max(others)
     if len({point.teacher_size for _, _, point in others}) == 1:
         return f"; {format_count(one.teacher_size)} costs {most:.3f} nats ({share:.1%})"
+    # one teacher may cost one student less, beyond noise, than another costs another within it
+    if least <= max(point.cost or 0.0 for curve in curves for point in curve.will_do):
+        return f"; the others cost up to {most:.3f} nats ({share:.1%})"
     return f"; the others cost {_span(least, most)} nats (up to {share:.1%})"
 
 
