@@ -613,3 +613,21 @@ def test_sentences_are_few_short_and_never_contradict_the_curves():
             assert (status == "interior") == (
                 curve.points[0].worse and curve.points[-1].worse and len(curve.points) >= 4
             )
+
+
+def test_tables_that_say_next_to_nothing_give_finite_numbers():
+    """Equal losses, and students of nearly one size whose best teachers lie far apart."""
+    teachers = ladder(60_000, 1.5, 6)
+    same = {(s, t): 3.0 for s in (30_000, 40_000, 50_000) for t in teachers}
+    law = fit(table(same, seeds=2), draws=200)
+    assert {curve.optimum.status for curve in law.curves} == {"flat"}
+    assert not any(curve.cursed for curve in law.curves)
+    apart = {
+        (s, t): 3 + 0.1 * np.log(t / best) ** 2
+        for s, best in ((30_000, 90_000), (30_010, 200_000), (30_020, 300_000))
+        for t in teachers
+    }
+    law = fit(table(apart), draws=200)
+    assert law.lines[0].exponent.value > 100
+    json.dumps(law.as_dict(), allow_nan=False)
+    assert all(len(one.split()) <= 30 for one in sentences(law))

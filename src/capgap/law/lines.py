@@ -90,7 +90,8 @@ def fit_line(
         intercept=to_estimate(by_form["linear"][:, 1], confidence),
         ratio=ratio,
         exponent=to_estimate(by_form["power"][:, 0], confidence),
-        factor=to_estimate(np.exp(by_form["power"][:, 1]), confidence),
+        # students of nearly one size leave it to any power of ten
+        factor=to_estimate(np.exp(np.clip(by_form["power"][:, 1], -600, 600)), confidence),
         prediction_errors={form: error for form, error in errors.items() if error is not None},
         band=_band(evidence.students, by_form["linear"], confidence),
     )

@@ -49,6 +49,7 @@ FLAT = 100.0  # deviation of a coefficient that nothing holds, in ranges of loss
 # Logarithms of what a deviation can be, in ranges of losses
 BOUNDS = (np.log(1e-4), np.log(30.0))
 PLACES = 161
+LEAST_SCALE = 1e-3  # nats: below it the expected noise would lie beyond the bounds
 SAMPLES = 160  # of the standard deviations
 MIN_TEACHERS = 4  # a quadratic through three points leaves nothing to check it by
 
@@ -129,7 +130,7 @@ class _Model:
         owner[runs.point] = runs.curve
         ranges = [np.ptp(of_point[owner == c]) for c in range(curves)]
         # curves that are exactly flat still need a unit
-        self.scale = max(float(np.median(ranges)), 1e-9)
+        self.scale = max(float(np.median(ranges)), LEAST_SCALE)
         self.losses = (runs.losses - self.means[runs.curve]) / self.scale
         self.domain = (float(runs.gaps.min()), float(runs.gaps.max()) + 1e-12)
         basis = _basis(runs.gaps, self.domain)

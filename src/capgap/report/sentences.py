@@ -399,8 +399,10 @@ def _main_line(lines: Sequence[Line], init: str) -> Line | None:
 def _of_line(line: Line | None, law: Law) -> str:
     if line is None:
         return ""
-    if not line.is_identified or line.exponent is None or line.ratio is None:
+    known = line.is_identified and line.ratio is not None
+    if not known or line.exponent is None or _is_wide(line.exponent):
         return _no_line(line, law)
+    assert line.ratio is not None
     times = Estimate(
         value=2**line.exponent.value, low=2**line.exponent.low, high=2**line.exponent.high
     )
@@ -433,10 +435,15 @@ def _no_line(line: Line, law: Law) -> str:
     assert line.exponent is not None
     low, high = line.exponent.low, line.exponent.high
     told = "How fast the best teacher grows with the student cannot be told"
-    if high - low > WIDEST_EXPONENT:
+    if _is_wide(line.exponent):
         return f"{told} from these students."
     span = _span(2**low, 2**high, 1)
     return f"{told}: twice the student may want {span} times the teacher ({law.confidence:.0%})."
+
+
+def _is_wide(exponent: Estimate) -> bool:
+    steep = max(abs(exponent.low), abs(exponent.high)) > 2 * WIDEST_EXPONENT
+    return steep or exponent.high - exponent.low > WIDEST_EXPONENT
 
 
 def _span(low: float, high: float, digits: int = 3) -> str:
