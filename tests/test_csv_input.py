@@ -177,6 +177,16 @@ def test_columns_that_lack_and_mixed_tokenizers(tmp_path):
         read_table(tmp_path / "absent.csv")
 
 
+def test_a_name_for_teachers_of_several_sizes_and_two_columns_of_a_name(tmp_path):
+    rows = [f"{row},qwen" for row in rows_of()]
+    with pytest.raises(UserError, match="'qwen' stands for several sizes"):
+        read_table(write(tmp_path / "t.csv", rows, f"{HEADER},teacher"))
+    with pytest.raises(UserError, match="two columns 'loss'"):
+        read_table(write(tmp_path / "t.csv", [f"{row},1" for row in rows_of()], f"{HEADER},Loss"))
+    with pytest.raises(UserError, match="more fields than column names"):
+        read_table(write(tmp_path / "t.csv", [f"{row}," for row in rows_of()]))
+
+
 def test_the_command(tmp_path, typed):
     path = write(tmp_path / "t.csv", rows_of())
     done = typed("fit", path, "--out", tmp_path / "law.json", "--report", tmp_path / "law.html")

@@ -20,7 +20,7 @@ from capgap.law.law import Law, read_law
 from capgap.law.lines import _regress
 from capgap.law.published import PUBLISHED_LINES
 from capgap.records import TrainingCurve, record_from_dict, write_json_atomically
-from capgap.report.sentences import main_curves, sentences
+from capgap.report.sentences import answer, main_curves, sentences
 from capgap.sizes import format_count
 from law_surface import ladder, sweep
 
@@ -631,3 +631,45 @@ def test_tables_that_say_next_to_nothing_give_finite_numbers():
     assert law.lines[0].exponent.value > 100
     json.dumps(law.as_dict(), allow_nan=False)
     assert all(len(one.split()) <= 30 for one in sentences(law))
+
+
+def test_a_student_with_fewer_seeds_has_a_level_all_the_same():
+    teachers = ladder(60_000, 1.5, 6)
+    rng = np.random.default_rng(0)
+    both = table({(30_000, t): 3 + 0.003 * rng.standard_normal(2) for t in teachers}, seeds=2)
+    one = table({(40_000, t): 2.9 + 0.003 * rng.standard_normal() for t in teachers})
+    frame = pandas.concat([both.frame, one.frame], ignore_index=True)
+    cells = np.concatenate([both.cells, one.cells])
+    unknown = np.full_like(cells, np.nan)
+    law = fit(Cells(frame, cells, unknown, unknown, np.ones(1)), draws=200)
+    for curve, level in zip(law.curves, (3.0, 2.9), strict=True):
+        assert curve.fit.loss[30] == pytest.approx(level, abs=0.02)
+        assert curve.fit.high[30] - curve.fit.low[30] < 0.1
+
+
+def test_students_that_want_different_teachers_each_have_their_answer():
+    """A law of its own: no teacher will do for the smallest and the largest student."""
+    parts = [
+        table(
+            {
+                (s, t): 3 + 0.3 * np.log(t / s / 2.5) ** 2
+                for s in (30_000, 140_000)
+                for t in ladder(60_000, 1.5, 7)
+            },
+            tokens=tokens,
+        )
+        for tokens in (400_000, 1_600_000)
+    ]
+    frame = pandas.concat([one.frame for one in parts], ignore_index=True)
+    cells = np.concatenate([one.cells for one in parts])
+    unknown = np.full_like(cells, np.nan)
+    law = fit(Cells(frame, cells, unknown, unknown, np.ones(1)), draws=200)
+    said = sentences(law)[0]
+    assert said.startswith("With 400k tokens teachers ") or "for the 30k student" in said
+    assert "tokens ;" not in said
+
+
+def test_a_search_without_a_finished_run_says_so():
+    assert answer(law_of([]), {"choices": []}) == [
+        "No run of the search has finished: nothing is chosen yet."
+    ]

@@ -151,6 +151,20 @@ def test_the_nearest_of_bad_candidates_is_not_agreed_on(student, tokens, family,
     assert told in advice_sentences(found)[0]
 
 
+def test_outside_the_line_the_nearest_is_named():
+    names = ["Pythia-70M", "Pythia-410M", "Qwen2.5-7B", "Pythia-12B"]
+    found = advised("60M", "2B", candidates_of(None, names))
+    assert found.take == "Pythia-410M"
+    told = " ".join(advice_sentences(found))
+    assert "Pythia-410M is nearest, 5.0 times the student" in told
+    assert "within what it can tell apart" not in told or not found.recommendations[0].told_worse
+
+
+def test_families_of_one_tokenizer_are_not_told_apart():
+    shared = candidates_of(None, ["Llama-3.1-8B", "Llama-3.2-3B"])
+    assert advised("Llama-3.2-1B", "20B", shared).tokenizers == ()
+
+
 def test_sizes_with_and_without_embeddings():
     bare = advised("300M", "20B", candidates_of("qwen2.5", [])).student
     assert bare.non_embedding == 300_000_000 < bare.total

@@ -7,7 +7,7 @@ from capgap.errors import UserError
 from capgap.evaluate.measured import Measurement
 from capgap.hardware import hours, parse_gpus
 from capgap.law.candidates import Candidate, published
-from capgap.law.families import find_model
+from capgap.law.families import find_family, find_model
 from capgap.law.law import Law, Value
 from capgap.law.rules import (
     PUBLISHED_RULE,
@@ -201,8 +201,9 @@ def advise(
     The first of the surfaces, by default the published one, gives every candidate an expected loss.
     Those that it puts above the lowest by more than the difference's own noise come last, if it was
     read from such students. Among the others those are first that the line's interval holds, by
-    one's own sweep where there is one; then those that have read much, then the cheaper. One that
-    is no larger than the student is never taken.
+    one's own sweep where there is one, or that are nearest to it; then those that have read much,
+    then the cheaper. Where one's own sweep had such a student, its curve counts before the surface.
+    One that is no larger than the student is never taken.
 
     With a `measurement` of all candidates their own losses on the user's text decide. One factor
     for all puts them on the surface's scale: that of the best of them, which keeps the loss that
@@ -239,7 +240,7 @@ def advise(
                 expected_loss=losses[one.name],
                 difference=difference,
                 difference_stderr=error,
-                told_worse=reaches and difference > BEYOND_NOISE * error and one.name != lowest,
+                told_worse=difference > BEYOND_NOISE * error and one.name != lowest,
                 in_line=rule.holds(one.non_embedding),
                 is_larger=one.non_embedding > size,
                 flops_total=(flops := _flops(student, tokens, one)),
@@ -253,8 +254,11 @@ def advise(
     def rank(row: Row) -> tuple[float, ...]:
         outdone = row.measured is not None and row.measured.no_better_than is not None
         little = (row.teacher_tokens or most_read) < LITTLE_READ * most_read
-        beyond = row.difference if row.told_worse else 0.0
-        return (not row.is_larger, beyond, outdone, not row.in_line, little, row.flops_total)
+        beyond = row.difference if row.told_worse and reaches else 0.0
+        outside = rule.distance(row.non_embedding)
+        # what was measured of such a student counts before a surface
+        told = outside if rule.is_measured else 0.0
+        return (not row.is_larger, told, beyond, outdone, outside, little, row.flops_total)
 
     rows.sort(key=rank)
     first = rows[0]
@@ -262,7 +266,7 @@ def advise(
         student=student,
         tokens=tokens,
         take=first.teacher if first.is_larger else None,
-        agreed=first.is_larger and first.in_line and not first.told_worse,
+        agreed=first.is_larger and first.in_line and not (reaches and first.told_worse),
         recommendations=tuple(rows),
         without_teacher=_alone(student, tokens, first, surface, gpus),
         linear_law=LineAdvice(
@@ -289,11 +293,10 @@ def _flops(student: Student, tokens: int, one: Candidate) -> int:
 
 def _tokenizers(student: Student, candidates: Sequence[Candidate]) -> tuple[str, ...]:
     """Families whose tokenizers differ; empty where there is one, or nobody knows."""
-    found = [one.family for one in candidates if one.family is not None]
-    if student.family is not None:
-        found.insert(0, student.family)
-    names = tuple(dict.fromkeys(found))
-    return names if len(names) > 1 else ()
+    named = [student.family, *(one.family for one in candidates)]
+    families = list(dict.fromkeys(name for name in named if name is not None))
+    tokenizers = {find_family(name).models[0].tokenizer for name in families}
+    return tuple(families) if len(tokenizers) > 1 else ()
 
 
 def _teacher_losses(

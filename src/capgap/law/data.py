@@ -5,6 +5,7 @@ A cell is one distilled student. Sizes are non-embedding parameters, losses nats
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -250,6 +251,13 @@ def read_table(path: Path | str, *, independent_errors: bool = False) -> Cells:
     )
     table, repeated = _without_repeats(table, path)
     _check_curves(table, path)
+    sizes_of = table.groupby(["architecture", "training"])["teacher_size"].nunique()
+    if (sizes_of > 1).any():
+        name = sizes_of[sizes_of > 1].index[0][1]
+        raise UserError(
+            f"{path}: teacher {name!r} stands for several sizes: the column names the training "
+            "that made a teacher, so every size has names of its own"
+        )
     missing = tuple(name for name in LOST if name not in table)
     for name in LOSSES:
         if name not in table:
@@ -273,19 +281,27 @@ def _load(path: Path) -> pandas.DataFrame:
         with path.open(encoding="utf-8-sig") as file:
             header = file.readline()
         separator = max(",;\t", key=header.count)
-        table = pandas.read_csv(
-            path,
-            sep=separator,
-            dtype=str,
-            keep_default_na=False,
-            skipinitialspace=True,
-            encoding="utf-8-sig",
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            table = pandas.read_csv(
+                path,
+                sep=separator,
+                dtype=str,
+                keep_default_na=False,
+                skipinitialspace=True,
+                index_col=False,
+                encoding="utf-8-sig",
+            )
     except FileNotFoundError:
         raise UserError(f"no table {path}") from None
+    except pandas.errors.ParserWarning:
+        raise UserError(f"{path} has rows with more fields than column names") from None
     except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no table of comma-separated values ({error})") from None
     table.columns = [str(name).strip().lower() for name in table.columns]
+    twice = sorted({name for name in table.columns if list(table.columns).count(name) > 1})
+    if twice:
+        raise UserError(f"{path} has two columns {twice[0]!r}: keep one")
     missing = [name for name in REQUIRED if name not in table]
     if missing:
         raise UserError(

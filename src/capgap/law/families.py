@@ -14,13 +14,15 @@ from capgap.sizes import ParameterCounts, parse_count
 @dataclass(frozen=True)
 class PublishedModel:
     """A member of a family. `tokens` of its pre-training; None where they are not published. year:
-    month in which the family came out, as "2024-09"."""
+    month in which the family came out, as "2024-09". tokenizer: a name that families with the
+    same one share."""
 
     name: str
     family: str
     shape: Shape
     tokens: int | None
     year: str
+    tokenizer: str
     head_norms: bool = False
 
     def parameters(self) -> ParameterCounts:
@@ -86,7 +88,13 @@ def _family(name: str, fields: dict[str, Any]) -> PublishedFamily:
         tokens = None if "tokens" not in model else parse_count(model["tokens"])
         models.append(
             PublishedModel(
-                model["name"], name, shape, tokens, fields["year"], fields.get("head_norms", False)
+                model["name"],
+                name,
+                shape,
+                tokens,
+                fields["year"],
+                fields.get("tokenizer", name),
+                fields.get("head_norms", False),
             )
         )
     return PublishedFamily(name, fields["title"], fields["source"], tuple(models))

@@ -227,8 +227,6 @@ def _curve(
     logs = np.log(one.teachers)
     losses = np.array([point.loss for point in points])
     best = int(losses.argmin() if comparison is None else comparison.cost.argmin())
-    if len(one.sizes) < MIN_TEACHERS:
-        best = int(losses.argmin())
     around = (
         float(one.teachers[best - 1]) if best > 0 else None,
         float(one.teachers[best + 1]) if best + 1 < len(logs) else None,
@@ -255,7 +253,14 @@ def _curve(
                     "interval": placed.interval,
                 }
             )
-            drawn = Best(one.student, logs, placed.value, placed.draws, placed.half_spacing)
+            drawn = Best(
+                one.student,
+                logs,
+                placed.value,
+                placed.draws,
+                placed.half_spacing,
+                placed.status == "flat",
+            )
             fitted = _fitted(posterior, number, one, confidence)
         elif 0 < best < len(logs) - 1 and comparison.worse[[best - 1, best + 1]].all():
             # a bare minimum on the grid: anywhere between the neighbours

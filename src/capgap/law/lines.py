@@ -33,7 +33,8 @@ class Best:
 
     teachers: ln T of its grid, ascending. value: ln T*; draws [draws] of it, within the grid: one
     at an end says only that T* is not inside. Without a curve `draws` is None, and T* lies within
-    `half` of the value. half: half the grid's spacing around it.
+    `half` of the value. half: half the grid's spacing around it. is_flat: whether neither end of
+    the grid is worse, beyond noise.
     """
 
     student: float
@@ -41,6 +42,7 @@ class Best:
     value: float
     draws: Floats | None
     half: float
+    is_flat: bool = False
 
 
 def fit_line(
@@ -53,7 +55,8 @@ def fit_line(
     they widen to match.
     """
     evidence = gather(found, rng, draws) if found else None
-    located = 0 if evidence is None else int((~evidence.ends[0]).sum())
+    flat = np.array([one.is_flat for one in found], dtype=bool)
+    located = 0 if evidence is None else int((~evidence.ends[0] & ~flat).sum())
     bounded = len(found) - located
     empty = Line(
         group=group,

@@ -150,18 +150,22 @@ class _Model:
         """[cells, columns] of each curve's own: quadratic, departure, seeds, points."""
         runs = self.runs
         seeds = int(runs.seed.max()) + 1
-        shifts = np.eye(seeds)[runs.seed] - 1 / seeds
+        # of the seeds that a curve has, so that its level is that of their mean
+        present = np.zeros((self.num_curves, seeds))
+        present[runs.curve, runs.seed] = 1
+        present /= present.sum(axis=1, keepdims=True)
+        shifts = np.eye(seeds)[runs.seed] - present[runs.curve]
+        self.num_seeds = seeds if seeds > 1 else 0
         first = np.full(self.num_curves, len(runs.known))
         np.minimum.at(first, runs.curve, runs.point)
         self.within = runs.point - first[runs.curve]
         places = int(self.within.max()) + 1 if runs.known.any() else 0
         at = np.eye(places)[self.within] if places else np.zeros((len(basis), 0))
-        self.own = np.hstack([basis, shifts[:, : seeds - 1], at])
+        self.own = np.hstack([basis, shifts[:, : self.num_seeds], at])
         known = np.zeros((self.num_curves, places))
         if places:
             known[runs.curve, self.within] = runs.known[runs.point] / self.scale**2
         self.known = known
-        self.num_seeds = seeds
 
     def _common_columns(self, basis: Floats) -> None:
         """[cells, columns] of what curves share, and which deviation each column has."""
@@ -191,7 +195,7 @@ class _Model:
         and seeds, and every training's own effect; held towards 1 where little is known."""
         runs, kinds = self.runs, self.runs.kind[self.runs.curve]
         left, freedom = np.zeros(int(kinds.max()) + 1), np.zeros(int(kinds.max()) + 1)
-        fixed = [*range(OWN), *range(DEGREE + 1, DEGREE + self.num_seeds)]
+        fixed = [*range(OWN), *range(DEGREE + 1, DEGREE + 1 + self.num_seeds)]
         self.freedom = 0
         for kind in range(len(left)):
             mine = np.flatnonzero(kinds == kind)

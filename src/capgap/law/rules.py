@@ -29,19 +29,26 @@ LOOSE = 100.0
 @dataclass(frozen=True)
 class LineRule:
     """The best teacher by a linear law or by a curve of one's own, and what its source leaves; all
-    None where it says nothing of such a student. caution: why it may not hold here."""
+    None where it says nothing of such a student. caution: why it may not hold here.
+    is_measured: whether it is a curve of such a student."""
 
     source: str
     teacher: float | None
     low: float | None
     high: float | None
     caution: str | None
+    is_measured: bool = False
 
     def holds(self, teacher: float) -> bool:
         """Whether a teacher's size is one that the source leaves."""
+        return self.low is not None and self.distance(teacher) == 0
+
+    def distance(self, teacher: float) -> float:
+        """Of ln T from what the source leaves; 0 where it says nothing."""
         if self.low is None or self.high is None:
-            return False
-        return self.low / SIZES_REACH <= teacher <= self.high * SIZES_REACH
+            return 0.0
+        low, high = self.low / SIZES_REACH, self.high * SIZES_REACH
+        return float(max(np.log(low / teacher), np.log(teacher / high), 0.0))
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,9 @@ def _by_curve(curve: Curve) -> LineRule:
         if (len(sizes) == len(curve.points))
         else None
     )
-    return LineRule(name, float(best.teacher_parameters), min(sizes), max(sizes), caution)
+    return LineRule(
+        name, float(best.teacher_parameters), min(sizes), max(sizes), caution, is_measured=True
+    )
 
 
 def _by_line(line: Line, student: int) -> LineRule:

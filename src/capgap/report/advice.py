@@ -54,7 +54,7 @@ def _verdict(advice: Advice) -> str:
         )
     return (
         f"None of these has a good size: {_look_for(advice.linear_law)}; if it must be one of "
-        f"these, {advice.take}, {rows[0].ratio:.1f} times the student, is the cheapest."
+        f"these, {advice.take} is nearest, {rows[0].ratio:.1f} times the student."
     )
 
 
@@ -93,7 +93,7 @@ def _why(advice: Advice) -> Iterator[str]:
 def _why_not(row: Row, advice: Advice) -> str:
     if row.measured is not None and row.measured.no_better_than is not None:
         return f"but it reads your text no better than {row.measured.no_better_than}"
-    if row.told_worse:
+    if row.told_worse and advice.surface.caution is None:
         return (
             f"but the surface puts it {row.difference:.1%} of the loss above the lowest "
             f"(± {row.difference_stderr:.1%})"

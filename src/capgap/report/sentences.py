@@ -29,10 +29,13 @@ def sentences(law: Law) -> list[str]:
     names = list(dict.fromkeys(curve.architecture for curve in law.curves))
     if len(names) == 1:
         return _of_one(law, names[0])[:MOST_SENTENCES]
-    # of several architectures the answers first, then the laws
-    each = [_of_one(law, name) for name in names]
-    told = [f"For {name}: {own[0]}" for name, own in zip(names, each, strict=True)]
-    laws = [f"For {name}: {own[-1]}" for name, own in zip(names, each, strict=True)]
+    # of several architectures the answers first, then how the best teacher grows
+    told = [f"{name}: {_of_one(law, name)[0]}" for name in names]
+    laws = [
+        f"{name}: {own[-1]}"
+        for name in names
+        if len(own := _of_one(law, name)) > 1 and "the student" in own[-1]
+    ]
     return [*told[: MOST_SENTENCES - 1], *laws][:MOST_SENTENCES]
 
 
@@ -82,6 +85,8 @@ def answer(law: Law, search: Mapping[str, Any] | None) -> list[str]:
 def search_sentences(trace: Mapping[str, Any]) -> list[str]:
     """What a search chose, from search.json: the answer of a grid of which only a part was run, in
     place of the law's, for which too little was run on purpose."""
+    if not trace["choices"]:
+        return ["No run of the search has finished: nothing is chosen yet."]
     by_teacher: dict[int, list[int]] = {}
     for one in trace["choices"]:
         by_teacher.setdefault(one["teacher_size"], []).append(one["student_size"])
@@ -130,11 +135,11 @@ def which_teachers(curves: Sequence[Curve]) -> str:
     few, many = (format_count(tokens) for tokens in (budgets[0], budgets[-1]))
 
     def both(tell: Callable[[Sequence[Curve]], str]) -> str:
-        return f"With {few} tokens {tell(parts[0])}; with {many}, {tell(parts[-1])}."
+        first, last = tell(parts[0]), tell(parts[-1])
+        return f"With {few} tokens {first}; with {many}, {last}." if first and last else ""
 
-    return _first_that_fits(
-        lambda: both(_set_with_cost), lambda: both(_set_alone), lambda: both(_ratios_alone)
-    )
+    ways = (_set_with_cost, _set_alone, _ratios_alone, _ends_alone)
+    return _first_that_fits(*(lambda way=way: both(way) for way in ways))
 
 
 def _first_that_fits(*ways: Callable[[], str]) -> str:
@@ -187,6 +192,8 @@ def _set_with_noise(curves: Sequence[Curve]) -> str:
     points = curves[0].will_do
     if len(points) == 1:
         return f"take the {format_count(points[0].teacher_size)} teacher"
+    if not _ratios_alone(curves):
+        return ""
     within = max(point.cost or 0.0 for curve in curves for point in curve.will_do)
     noise = f"within {within:.3f} nats, which is noise"
     cheapest = format_count(points[0].teacher_size)
@@ -224,6 +231,11 @@ def _set_alone(curves: Sequence[Curve]) -> str:
 
 def _ranges(curve: Curve) -> str:
     """Runs of neighbours that will do: "from 200k to 480k", "of 60k or 200k to 480k"."""
+    runs = _runs(curve)
+    return ("of " if " or " in runs else "from ") + runs
+
+
+def _runs(curve: Curve) -> str:
     runs: list[list[int]] = []
     before = True
     for point in curve.points:
@@ -238,17 +250,17 @@ def _ranges(curve: Curve) -> str:
         else f"{format_count(run[0])} to {format_count(run[-1])}"
         for run in runs
     ]
-    return ("from " if len(runs) == 1 else "of ") + " or ".join(told)
+    return " or ".join(told)
 
 
 def _ratio_range(curves: Sequence[Curve]) -> tuple[float, float]:
-    """T/S of the teachers that will do, over all students: the widest."""
+    """T/S of teachers that will do for every one of the students; the first is the larger one
+    where there is no such ratio."""
     ratios = [
-        point.teacher_parameters / curve.student_parameters
+        [point.teacher_parameters / curve.student_parameters for point in curve.will_do]
         for curve in curves
-        for point in curve.will_do
     ]
-    return min(ratios), max(ratios)
+    return max(map(min, ratios)), min(map(max, ratios))
 
 
 def _by_ratio(curves: Sequence[Curve]) -> str:
@@ -258,11 +270,22 @@ def _by_ratio(curves: Sequence[Curve]) -> str:
 
 
 def _ratios_alone(curves: Sequence[Curve]) -> str:
-    return f"teachers {_span(*_ratio_range(curves), digits=1)} times the student will do"
+    low, high = _ratio_range(curves)
+    return f"teachers {_span(low, high, 1)} times the student will do" if low <= high else ""
+
+
+def _ends_alone(curves: Sequence[Curve]) -> str:
+    """Of the smallest and the largest student, where nothing holds for all."""
+    small, large = (pick(curves, key=lambda curve: curve.student_parameters) for pick in (min, max))
+    parts = [
+        f"{_runs(curve)} for the {format_count(curve.student_parameters)} student"
+        for curve in (small, large)
+    ]
+    return f"take {parts[0]}, {parts[1]}"
 
 
 def _shortly(curves: Sequence[Curve]) -> str:
-    return _sentence(_ratios_alone(curves))
+    return _sentence(_ratios_alone(curves) or f"{_ends_alone(curves)} (the table has all)")
 
 
 def _cost_of_others(curves: Sequence[Curve]) -> str:
@@ -275,7 +298,9 @@ def _cost_of_others(curves: Sequence[Curve]) -> str:
     ]
     if not others:
         return ""
-    (least, _, one), (most, share, _) = min(others), max(others)
+    (least, _, one), (most, share, _) = (
+        pick(others, key=lambda other: other[:2]) for pick in (min, max)
+    )
     if len({point.teacher_size for _, _, point in others}) == 1:
         return f"; {format_count(one.teacher_size)} costs {most:.3f} nats ({share:.1%})"
     # one teacher may cost one student less, beyond noise, than another costs another within it
@@ -308,7 +333,15 @@ def _of_cut(contrasts: Sequence[Contrast]) -> str:
     """Students cut out of each teacher beside students with the same first weights for all."""
     if not contrasts:
         return ""
+    against = [one for one in contrasts if one.is_told and one.slope.value < 0]
     told = [one for one in contrasts if one.is_told and one.slope.value > 0]
+    if against and not told:
+        one = min(against, key=lambda contrast: contrast.tokens[1])
+        return (
+            f"Students gain by being cut out of large teachers: with {format_count(one.tokens[1])} "
+            f"tokens one twice as large gives {-DOUBLED * one.slope.value:.3f} nats more than "
+            "without a cut."
+        )
     if not told:
         few = format_count(min(one.tokens[1] for one in contrasts))
         return (
@@ -407,11 +440,17 @@ def _of_line(line: Line | None, law: Law) -> str:
         value=2**line.exponent.value, low=2**line.exponent.low, high=2**line.exponent.high
     )
     bent = line.exponent.low > 1 + PROPORTIONAL or line.exponent.high < 1 - PROPORTIONAL
-    shape = ", not in proportion" if bent else ""
-    return (
+    twice = (
         f"Twice the student wants {times.value:.1f} times the teacher ({law.confidence:.0%}: "
-        f"{_span(times.low, times.high, 1)}){shape}; the best is {line.ratio.value:.1f} times the "
-        f"student ({_span(line.ratio.low, line.ratio.high, 1)}), {_beside_published(line.ratio)}."
+        f"{_span(times.low, times.high, 1)})"
+    )
+    if bent:
+        # no one ratio then
+        return f"{twice}, not in proportion."
+    span = _span(line.ratio.low, line.ratio.high, 1)
+    return (
+        f"{twice}; the best is {line.ratio.value:.1f} times the student ({span}), "
+        f"{_beside_published(line.ratio)}."
     )
 
 
@@ -426,11 +465,11 @@ def _beside_published(ratio: Estimate) -> str:
 def _no_line(line: Line, law: Law) -> str:
     students = line.located + line.bounded
     if line.refused == "too_few_students":
-        why = f"of {students} students {line.bounded} have it at an end of the teachers tried"
+        why = f"{line.bounded} of {students} students have it at an end of the teachers tried"
         if len(law.of(line.group)) < 3:
             why = "that takes three students"
-        elif not students:
-            why = "fewer than four teachers do not place it"
+        elif students < 3 or not line.bounded:
+            why = "too few students have teachers enough to place it"
         return f"How the best teacher grows with the student is not known: {why}."
     assert line.exponent is not None
     low, high = line.exponent.low, line.exponent.high

@@ -238,7 +238,7 @@ def make_plan(recipe: Recipe, given: Sequence[Teacher] = ()) -> Plan:
             ]
             name = f"{teacher.id}{suffix}"
             baselines += _baseline_columns(name, seed, [_baseline(cell) for cell in cells])
-            if recipe.equal_flops:
+            if recipe.equal_flops and direct:
                 # a chain has the FLOPs of a direct cell, whose baseline serves both
                 longer = tuple(_equal_flops(recipe, cell) for cell in direct)
                 baselines.append(Column(f"baselines-flops-{name}", None, seed, longer))
