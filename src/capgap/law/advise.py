@@ -179,7 +179,7 @@ def student_of(size: str | int, candidates: Sequence[Candidate]) -> Student:
     first = candidates[0]
     if not is_total:
         return Student(non_embedding=given, total=first.student_total(given), family=None)
-    low, high = 1, given
+    low, high = 1, given + 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if first.student_total(middle) <= given else (low, middle)
