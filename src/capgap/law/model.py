@@ -253,8 +253,8 @@ class _Model:
         inner = self.own_own / of_curve[:, None, None]
         inner[:, np.arange(inner.shape[1]), np.arange(inner.shape[1])] += 1 / prior
         root = np.linalg.cholesky(inner)
-        half = _forward(root, self.own_shared / of_curve[:, None, None])
-        half_y = _forward(root, (self.own_y / of_curve[:, None])[..., None])[..., 0]
+        half = np.linalg.solve(root, self.own_shared / of_curve[:, None, None])
+        half_y = np.linalg.solve(root, (self.own_y / of_curve[:, None])[..., None])[..., 0]
         flat = half.reshape(-1, half.shape[2])
         middle = np.tensordot(1 / noise, self.shared_shared, 1) - flat.T @ flat
         right = (1 / noise) @ self.shared_y - flat.T @ half_y.ravel()
@@ -307,11 +307,6 @@ class _Model:
         coefficients = own + common
         coefficients[:, OWN:] *= _expected()[:, None]
         return coefficients.transpose(2, 0, 1)
-
-
-def _forward(root: Floats, right: Floats) -> Floats:
-    """root^-1 right, for lower triangles [..., n, n]."""
-    return np.asarray(np.linalg.solve(root, right))
 
 
 def _hessian(function: Any, at: Floats, step: float = 0.1) -> Floats:

@@ -1,7 +1,6 @@
 """What is published of the capacity gap, as data to set beside what is measured."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from capgap.law.surface import DistillationSurface, SupervisedSurface
 
@@ -13,15 +12,10 @@ class PublishedLine:
     name: str
     slope: float
     intercept: float
-    note: str
 
     def optimal_teacher(self, student_parameters: float) -> float:
         """Teacher size in parameters; may be negative far below the line's own range."""
         return self.slope * student_parameters + self.intercept
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
 
 
 PUBLISHED_LINES = (
@@ -29,12 +23,6 @@ PUBLISHED_LINES = (
         name="Zhang et al., arXiv 2311.07052",
         slope=2.498,
         intercept=-11_498_000.0,
-        note=(
-            "Read from GPT-2 and Pythia teachers of 70M to 2.8B parameters with pruned students: "
-            "far above the sizes of a small sweep, where the line even falls below zero. "
-            "Its students were cut at sparsities in tens, so the best cell at 60% says only that "
-            "T*/S lies between 2.0 and 3.33."
-        ),
     ),
 )
 

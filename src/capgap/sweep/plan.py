@@ -239,7 +239,7 @@ def make_plan(recipe: Recipe, given: Sequence[Teacher] = ()) -> Plan:
             name = f"{teacher.id}{suffix}"
             baselines += _baseline_columns(name, seed, [_baseline(cell) for cell in cells])
             if recipe.equal_flops and direct:
-                # a chain has the FLOPs of a direct cell, whose baseline serves both
+                # of a chain there is none: it has the FLOPs of its direct cell
                 longer = tuple(_equal_flops(recipe, cell) for cell in direct)
                 baselines.append(Column(f"baselines-flops-{name}", None, seed, longer))
     plan = Plan(recipe, teachers, tuple(columns), _without_repeats(baselines))
