@@ -2,9 +2,9 @@
 
     python benchmarks/quickstart.py --seeds 10 --out runs/seeds
 
-Every seed is a sweep of its own in OUT; the same command goes on with what is missing. Writes
-OUT/seeds.json and prints it as a table: which teachers the answer leaves out with few and with many
-tokens, the contrast of tokens, minutes and memory.
+Every seed is a sweep of its own in OUT; the same command goes on with what OUT/seeds.json lacks and
+prints it as a table: which teachers the answer leaves out with few and with many tokens, the
+contrast of tokens, minutes and memory.
 """
 
 import argparse
@@ -51,12 +51,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed in range(asked.seeds):
+    kept = asked.out / "seeds.json"
+    rows = json.loads(kept.read_text()) if kept.is_file() else []
+    for seed in sorted(set(range(asked.seeds)) - {row["seed"] for row in rows}):
         rows.append(one_seed(seed, asked.out / f"seed{seed}"))
-        (asked.out / "seeds.json").write_text(json.dumps(rows, indent=1) + "\n")
+        kept.write_text(json.dumps(rows, indent=1) + "\n")
+    rows = json.loads(kept.read_text())  # keys as text, also of what was just made
     budgets = list(rows[0]["left_out"])
-    told = " | ".join(f"left out with {format_count(tokens)} tokens" for tokens in budgets)
+    told = " | ".join(f"left out with {format_count(int(tokens))} tokens" for tokens in budgets)
     print(f"| seed | {told} | slope per ln of tokens | time | memory |")
     print("|---" * (len(budgets) + 4) + "|")
     for row in rows:

@@ -18,7 +18,7 @@ from capgap.law.data import Cells, cells_of
 from capgap.law.fit import fit
 from capgap.law.law import Law, read_law
 from capgap.law.lines import _regress
-from capgap.law.published import PUBLISHED_LINES
+from capgap.law.published import PUBLISHED_LINE
 from capgap.records import TrainingCurve, record_from_dict, write_json_atomically
 from capgap.report.sentences import answer, main_curves, sentences
 from capgap.sizes import format_count
@@ -409,14 +409,19 @@ def test_an_assistant_against_the_direct_cut():
 
 
 def test_students_with_as_many_tokens_for_each_parameter_have_a_law():
+    miss = dict(zip(STUDENTS, 20 * np.linspace(0.96, 1.04, len(STUDENTS)), strict=True))
     records = [
-        dataclasses.replace(record, tokens=20 * record.student_size)
+        # shapes miss a size that was asked for, and tokens are whole batches
+        dataclasses.replace(record, tokens=round(miss[record.student_size] * record.student_size))
         for record in sweep(STUDENTS, lambda s: ladder(1.3 * s, 1.3, 9), lambda s: 2.5 * s)
         if record.kind == "cell"
     ]
     law = law_of(records)
     [line] = law.lines
-    assert line.group.tokens_per_parameter == pytest.approx(20)
+    assert line.group.tokens_per_parameter == pytest.approx(20, rel=0.01)
+    assert len(law.of(line.group)) == len(STUDENTS)
+    # nor is there one pair of budgets to tell
+    assert [one.tokens for one in law.contrasts if one.what == "tokens"] == []
     assert line.slope.value == pytest.approx(2.5, rel=0.01)
 
 
@@ -554,7 +559,7 @@ def test_a_large_grid_is_fitted_in_seconds():
 
 
 def test_the_published_line():
-    [line] = PUBLISHED_LINES
+    line = PUBLISHED_LINE
     # LLaMA2-7B for a student of 3B (arXiv 2311.07052)
     assert line.optimal_teacher(3.0e9) == pytest.approx(7.48e9, rel=1e-2)
 

@@ -8,9 +8,8 @@ import pytest
 
 from capgap.law.data import cells_of, read_table
 from capgap.law.fit import fit
-from capgap.law.own_surface import own_surface
 from capgap.law.published import PUBLISHED_SURFACE
-from capgap.law.rules import PUBLISHED_RULE, surface_rules
+from capgap.law.rules import PUBLISHED_RULE, own_surface, surface_rules
 from capgap.law.surface import DistillationSurface, SupervisedSurface, TeacherTokens
 from capgap.records import read_records
 from capgap.report.published_charts import own_surface_chart
@@ -61,7 +60,7 @@ def test_a_known_surface_comes_back(law):
     own = own_surface(entry)
     assert own.teacher_tokens.factor == pytest.approx(20)
     assert own.teacher_tokens.exponent == pytest.approx(1)
-    assert len(own.cells) == 9
+    assert len(own.combinations) == 9
     # between sizes and tokens that were measured, and nowhere else
     assert own.has_read(30_000, 1_000_000)
     assert own.has_read(20_500, 300_000)
@@ -155,13 +154,13 @@ def test_recommend_by_a_surface_of_ones_own(law, tmp_path, typed):
     assert other["expected_losses"]["100k"] == pytest.approx(
         float(PUBLISHED_SURFACE.loss(30_000, 1_000_000, published.loss(100_000, tokens)))
     )
-    assert other["caution"] == "it was read from students of other sizes"
+    assert other["caution"] == "it was read from other sizes and tokens"
     shown = typed("recommend", *asked)
     assert "to less than 0.01%" in " ".join(shown.out.split())
 
 
 def test_the_surface_is_drawn(law):
     own = own_surface(law.surfaces[0])
-    picture = own_surface_chart(own, 4_800_000)
+    picture = own_surface_chart(own, "llama", 4_800_000)
     assert picture.name == "surface-llama-4800000"
     assert picture.alt

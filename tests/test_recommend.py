@@ -1,6 +1,8 @@
 """Advice from published laws: the families, the order, what it rests on, mistakes."""
 
+import dataclasses
 import json
+import math
 
 import pytest
 
@@ -12,7 +14,7 @@ from capgap.law.data import cells_of
 from capgap.law.families import find_family, published_families
 from capgap.law.fit import fit
 from capgap.law.published import PUBLISHED_SURFACE
-from capgap.law.rules import PUBLISHED_RULE, own_rule, published_rule
+from capgap.law.rules import PUBLISHED_RULE, LineRule, own_rule, published_rule
 from capgap.records import write_json_atomically
 from capgap.report.advice import advice_sentences
 from law_surface import ladder, sweep
@@ -183,11 +185,18 @@ def test_a_law_of_ones_own_takes_the_place_of_the_published(tmp_path):
     students = [40_000, 63_000, 100_000, 160_000]
     records = sweep(students, lambda s: ladder(1.5 * s, 1.4, 9), lambda s: 6 * s, init="pruned")
     law = fit(cells_of(records), draws=200)
-    rule = own_rule(law, 80_000, 10**6)
+    rule = own_rule(law, 80_000, 400_000)
     assert rule.teacher == pytest.approx(480_000, rel=0.03)
-    assert rule.low < 480_000 < rule.high
+    assert rule.interval[0] < 480_000 < rule.interval[1]
     assert rule.caution is None
-    assert "extrapolation" in own_rule(law, 10**7, 10**6).caution
+    assert own_rule(law, 80_000, 10**6).caution == "it was read on 400k tokens, not on 1M"
+    beyond = own_rule(law, 10**7, 400_000)
+    assert "extrapolation" in beyond.caution
+    # the ends of the band go on with the slopes' own
+    (line,) = law.lines
+    step = 10**7 - line.band.student[-1]
+    assert beyond.interval[0] == pytest.approx(line.band.low[-1] + line.slope.low * step)
+    assert beyond.interval[1] == pytest.approx(line.band.high[-1] + line.slope.high * step)
     write_json_atomically(tmp_path / "law.json", law.as_dict())
     found = capgap.recommend(
         80_000, 1_600_000, teachers=["100k", "250k", "480k", "2M"], law=tmp_path / "law.json"
@@ -202,7 +211,7 @@ def test_a_sweep_without_a_line_advises_its_own_students():
     law = fit(cells_of(records), draws=200)
     rule = own_rule(law, 40_000, 400_000)
     curve = law.curves[0]
-    assert (rule.low, rule.high) == (
+    assert rule.interval == (
         curve.will_do[0].teacher_parameters,
         curve.will_do[-1].teacher_parameters,
     )
@@ -212,14 +221,43 @@ def test_a_sweep_without_a_line_advises_its_own_students():
         advised(80_000, 400_000, candidates_of(None, ["135k"]), law=law)
 
 
+def test_lines_of_several_budgets_advise_by_the_nearest():
+    students = [40_000, 63_000, 100_000, 160_000]
+    records = []
+    for tokens, times in ((400_000, 6), (1_600_000, 12)):
+        made = sweep(students, lambda s: ladder(3 * s, 1.4, 9), lambda s, k=times: k * s)
+        records += [dataclasses.replace(one, tokens=tokens) for one in made if one.kind == "cell"]
+    law = fit(cells_of(records), draws=200)
+    few, many = (own_rule(law, 80_000, tokens).teacher for tokens in (300_000, 2_000_000))
+    assert few == pytest.approx(6 * 80_000, rel=0.05)
+    assert many == pytest.approx(12 * 80_000, rel=0.05)
+
+
+def test_a_teacher_between_two_that_will_do_is_not_one_of_them():
+    points = tuple(
+        (float(size), will_do) for size, will_do in ((10, True), (20, False), (40, True))
+    )
+    rule = LineRule(source="a curve", teacher=10.0, interval=(10.0, 40.0), measured=points)
+    assert [rule.holds(size) for size in (10, 19, 22, 39)] == [True, False, False, True]
+    assert rule.distance(20) == pytest.approx(math.log(2))
+
+
+def test_equal_flops_are_those_of_the_teacher_that_is_taken():
+    found = advised("300M", "20B", candidates_of(None, ["Qwen2.5-1.5B", "Llama-3.2-1B"]))
+    first, equal = found.recommendations[0], found.without_teacher[1]
+    assert equal.flops_total == pytest.approx(first.flops_total, rel=1e-6)
+    same = found.without_teacher[0]
+    assert first.flops_total - same.flops_total == 2 * first.total * 20 * 10**9
+
+
 def test_the_published_line_says_how_far_it_reaches():
     rule = published_rule(500_000_000)
-    assert (rule.low, rule.high) == (10**9, pytest.approx(5e8 / 0.3))
+    assert rule.interval == (10**9, pytest.approx(5e8 / 0.3))
     assert rule.caution is None
     assert "extrapolation" in published_rule(3_000_000_000).caution
     # below zero for a tiny student
     tiny = published_rule(40_000)
-    assert (tiny.low, tiny.teacher, tiny.high) == (None, None, None)
+    assert (tiny.teacher, tiny.interval) == (None, None)
     assert not tiny.holds(40_000)
 
 

@@ -93,18 +93,10 @@ class Alone(Value):
     hours: float | None
 
 
-class LineAdvice(Value):
-    """What a line, or one's own curve, says; docs/output.md of `LineRule`."""
-
-    source: str
-    teacher: float | None
-    interval: tuple[float, float] | None
-    caution: str | None
-
-
 class SurfaceAdvice(Value):
-    """What a surface says. nearest: the candidate of the lowest loss by it. anchor: whose own loss
-    fixes the scale of measured ones."""
+    """What a surface says, by candidate. teacher_losses: of their own, nats per token of the
+    surface's text; expected_losses: of the student. nearest: the larger one under which that is
+    lowest. anchor: whose own loss fixes the scale of measured ones."""
 
     name: str
     source: str
@@ -112,6 +104,7 @@ class SurfaceAdvice(Value):
     nearest: str | None
     anchor: str | None
     caution: str | None
+    teacher_losses: dict[str, float]
     expected_losses: dict[str, float]
 
 
@@ -125,7 +118,7 @@ class Advice(Value):
     agreed: bool
     recommendations: tuple[Row, ...]
     without_teacher: tuple[Alone, ...]
-    linear_law: LineAdvice
+    linear_law: LineRule
     surface: SurfaceAdvice
     other_surfaces: tuple[SurfaceAdvice, ...]
     tokenizers: tuple[str, ...]
@@ -216,17 +209,15 @@ def advise(
             f"{format_count(student.non_embedding)} parameters: give tokens as 126B or 400M"
         )
     surface, *others = surfaces or [PUBLISHED_RULE]
-    rule = own or published_rule(student.non_embedding)
-    size = student.non_embedding
-    anchor, above = _teacher_losses(surface, candidates, measurement)
-    losses = {name: float(surface.surface.loss(size, tokens, loss)) for name, loss in above.items()}
-    larger = [one for one in candidates if one.non_embedding > size]
-    lowest = min((one.name for one in larger or candidates), key=losses.__getitem__)
-    reaches = surface.has_read(size, tokens)
+    rule, size = own or published_rule(student.non_embedding), student.non_embedding
+    told = _surface(surface, student, tokens, candidates, measurement)
+    above, losses = told.teacher_losses, told.expected_losses
+    lowest = told.nearest or min(losses, key=losses.__getitem__)
     rows = []
     for one in candidates:
         error = surface.difference_error(size, tokens, (above[one.name], above[lowest]))
         difference = losses[one.name] / losses[lowest] - 1
+        flops = training_flops(_total(student, one), tokens) + forward_flops(one.total, tokens)
         rows.append(
             Row(
                 teacher=one.name,
@@ -243,13 +234,14 @@ def advise(
                 told_worse=difference > BEYOND_NOISE * error and one.name != lowest,
                 in_line=rule.holds(one.non_embedding),
                 is_larger=one.non_embedding > size,
-                flops_total=(flops := _flops(student, tokens, one)),
+                flops_total=flops,
                 hours=None if gpus is None else hours(flops, gpus),
                 measured=None if measurement is None else _measured(one, candidates, measurement),
-                cautions=tuple(_cautions(one, candidates, surface, anchor, measurement)),
+                cautions=tuple(_cautions(one, candidates, surface, told.anchor, measurement)),
             )
         )
-    most_read = max((one.tokens or 0 for one in larger), default=0)
+    most_read = max((row.teacher_tokens or 0 for row in rows if row.is_larger), default=0)
+    reaches = told.caution is None
 
     def rank(row: Row) -> tuple[float, ...]:
         outdone = row.measured is not None and row.measured.no_better_than is not None
@@ -257,25 +249,21 @@ def advise(
         beyond = row.difference if row.told_worse and reaches else 0.0
         outside = rule.distance(row.non_embedding)
         # what was measured of such a student counts before a surface
-        told = outside if rule.is_measured else 0.0
-        return (not row.is_larger, told, beyond, outdone, outside, little, row.flops_total)
+        measured = outside if rule.measured else 0.0
+        return (not row.is_larger, measured, beyond, outdone, outside, little, row.flops_total)
 
     rows.sort(key=rank)
     first = rows[0]
+    taken = next(one for one in candidates if one.name == first.teacher)
     return Advice(
         student=student,
         tokens=tokens,
         take=first.teacher if first.is_larger else None,
         agreed=first.is_larger and first.in_line and not (reaches and first.told_worse),
         recommendations=tuple(rows),
-        without_teacher=_alone(student, tokens, first, surface, gpus),
-        linear_law=LineAdvice(
-            source=rule.source,
-            teacher=rule.teacher,
-            interval=None if rule.low is None or rule.high is None else (rule.low, rule.high),
-            caution=rule.caution,
-        ),
-        surface=_surface(surface, student, tokens, candidates, measurement),
+        without_teacher=_alone(student, _total(student, taken), tokens, first, surface, gpus),
+        linear_law=rule,
+        surface=told,
         other_surfaces=tuple(
             _surface(one, student, tokens, candidates, measurement) for one in others
         ),
@@ -284,11 +272,11 @@ def advise(
     )
 
 
-def _flops(student: Student, tokens: int, one: Candidate) -> int:
-    total = student.total
-    if one.embedding is not None and student.family is None:
-        total = one.student_total(student.non_embedding)
-    return training_flops(total, tokens) + forward_flops(one.total, tokens)
+def _total(student: Student, teacher: Candidate) -> int:
+    """The student's parameters with the embeddings of this teacher's family, unless it has one."""
+    if teacher.embedding is None or student.family is not None:
+        return student.total
+    return teacher.student_total(student.non_embedding)
 
 
 def _tokenizers(student: Student, candidates: Sequence[Candidate]) -> tuple[str, ...]:
@@ -391,15 +379,16 @@ def _cautions(
 
 def _alone(
     student: Student,
+    total: int,
     tokens: int,
     first: Row,
     surface: SurfaceRule,
     gpus: tuple[int, str] | None,
 ) -> tuple[Alone, ...]:
-    equal = round(first.flops_total / training_flops(student.total, 1))
+    equal = round(first.flops_total / training_flops(total, 1))
     found = []
     for name, read in (("no teacher", tokens), ("no teacher, equal FLOPs", equal)):
-        flops = training_flops(student.total, read)
+        flops = training_flops(total, read)
         found.append(
             Alone(
                 name=name,
@@ -425,7 +414,7 @@ def _surface(
     larger = [one.name for one in candidates if one.non_embedding > size]
     caution = None
     if not rule.has_read(size, tokens):
-        caution = "it was read from students of other sizes"
+        caution = "it was read from other sizes and tokens"
     return SurfaceAdvice(
         name=rule.name,
         source=rule.source,
@@ -433,5 +422,6 @@ def _surface(
         nearest=min(larger, key=losses.__getitem__, default=None),
         anchor=anchor,
         caution=caution,
+        teacher_losses=above,
         expected_losses=losses,
     )

@@ -39,6 +39,7 @@ def contrasts_of(
             return
         slope, level = np.mean([one for _, one in known], axis=0)
         first, second = ([curves[pair[i]] for pair, _ in known] for i in (0, 1))
+        budgets = {(a.tokens, b.tokens) for a, b in zip(first, second, strict=True)}
         per = None
         if what == "tokens":
             steps = [np.log(a.tokens / b.tokens) for a, b in zip(first, second, strict=True)]
@@ -49,7 +50,7 @@ def contrasts_of(
                 what=what,
                 architecture=first[0].architecture,
                 inits=(first[0].init, second[0].init),
-                tokens=(max(c.tokens for c in first), min(c.tokens for c in second)),
+                tokens=budgets.pop() if len(budgets) == 1 else None,
                 students=tuple(sorted({c.student_parameters for c in (*first, *second)})),
                 slope=_estimate(slope, confidence),
                 stderr=float(slope.std()),

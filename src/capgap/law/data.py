@@ -470,9 +470,10 @@ def grid_table(records: Sequence[RunRecord]) -> pandas.DataFrame:
         _row(record, baselines.get(baseline_key(record)), teachers.get(record.teacher or ""))
         for record in sorted(records, key=lambda record: record.id)
     ]
-    table = pandas.DataFrame(rows, columns=list(_row_columns()))
+    table = pandas.DataFrame(rows)
+    whole = {name: "Int64" for name in _WHOLE if name in table}
     # FLOPs of a large run exceed 64-bit integers, so those stay Python integers
-    return table.astype(dict.fromkeys(_WHOLE, "Int64") | {"flops_total": object})
+    return table.astype(whole | {name: object for name in ("flops_total",) if name in table})
 
 
 _WHOLE = (
@@ -484,30 +485,6 @@ _WHOLE = (
     "teacher_parameters",
     "assistant_parameters",
 )
-_SAME = ("id", "kind", "status", "architecture", "init", "seed", "tokens", "student_size")
-
-
-def _row_columns() -> Sequence[str]:
-    return (
-        *_SAME,
-        "student_parameters",
-        "teacher",
-        "teacher_size",
-        "teacher_parameters",
-        "assistant_parameters",
-        "loss",
-        "loss_stderr",
-        "bits_per_byte",
-        "bits_per_byte_stderr",
-        "teacher_loss",
-        "after_cut_loss",
-        "baseline_loss",
-        "gain",
-        "kl",
-        "agreement",
-        "flops_total",
-        "wall_seconds",
-    )
 
 
 def write_grid(records: Sequence[RunRecord], path: Path | str) -> None:
@@ -520,27 +497,27 @@ def _row(
 ) -> dict[str, Any]:
     heldout, is_teacher = record.heldout, record.kind == "teacher"
     above = record.parameters if is_teacher else record.teacher_parameters
-    row: dict[str, Any] = {name: getattr(record, name) for name in _SAME} | {
+    names = ("id", "kind", "status", "architecture", "init", "seed", "tokens", "student_size")
+    losses = ("loss", "loss_stderr", "bits_per_byte", "bits_per_byte_stderr")
+    alone = baseline.heldout.loss if baseline is not None and baseline.heldout else None
+    if record.kind != "cell":
+        alone = None
+    return {name: getattr(record, name) for name in names} | {
         "student_parameters": None if is_teacher else record.parameters.non_embedding,
         "teacher": record.id if is_teacher else record.teacher,
         "teacher_size": record.teacher_size,
         "teacher_parameters": above and above.non_embedding,
         "assistant_parameters": record.assistant and record.assistant.parameters.non_embedding,
+        **{name: heldout and getattr(heldout, name) for name in losses},
         "teacher_loss": teacher.heldout.loss if teacher and teacher.heldout else None,
         "after_cut_loss": record.after_cut and record.after_cut.loss,
+        "baseline_loss": alone,
+        "gain": None if alone is None or heldout is None else alone - heldout.loss,
         "kl": _last(record.curve.kl),
         "agreement": _last(record.curve.agreement),
         "flops_total": record.flops.total,
         "wall_seconds": record.wall_seconds,
     }
-    if heldout is not None:
-        names = ("loss", "loss_stderr", "bits_per_byte", "bits_per_byte_stderr")
-        row |= {name: getattr(heldout, name) for name in names}
-    if record.kind == "cell" and baseline is not None and baseline.heldout is not None:
-        row["baseline_loss"] = baseline.heldout.loss
-        if heldout is not None:
-            row["gain"] = baseline.heldout.loss - heldout.loss
-    return row
 
 
 def _last(values: Sequence[float | None]) -> float | None:

@@ -12,7 +12,7 @@ import pandas
 from capgap.errors import UserError
 from capgap.law.contrasts import contrasts_of
 from capgap.law.data import CURVE, Cells, per_token
-from capgap.law.law import SAME_RATIO, Curve, Estimate, Fit, Group, Law, Luck, Optimum, Point
+from capgap.law.law import Curve, Estimate, Fit, Group, Law, Luck, Point
 from capgap.law.lines import Best, fit_line, to_estimate
 from capgap.law.model import MIN_TEACHERS, Floats, Integers, Posterior, Runs, fit_curves
 from capgap.law.optimum import Comparison, compare_teachers, find_optimum
@@ -20,6 +20,8 @@ from capgap.law.own_surface import fit_surfaces
 from capgap.law.warnings import all_warnings
 
 FIT_POINTS = 61
+# Students of as many tokens a parameter: shapes miss a size that was asked for by up to 2%
+SAME_RATIO = 1.1
 PATTERNS = 3  # of documents: levels are free, so slopes, curvatures and one more
 
 
@@ -52,7 +54,7 @@ def fit(cells: Cells, *, confidence: float = 0.9, draws: int = 1000, seed: int =
     for architecture, own in frame.groupby("architecture", sort=True):
         measured = [_measured(rows) for _, rows in own.groupby(CURVE, sort=True)]
         keys = [key[1:3] for key, _ in own.groupby(CURVE, sort=True)]
-        groups = _groups(str(architecture), keys, measured)
+        groups = _groups(str(architecture), keys, measured, len(curves))
         primary = _primary(groups, len(measured))
         posterior = _posterior(cells, measured, primary, draws, rng)
         found, optima = _curves(cells, measured, primary, posterior, confidence)
@@ -89,41 +91,43 @@ def _measured(rows: pandas.DataFrame) -> Measured:
 
 
 def _groups(
-    architecture: str, keys: Sequence[tuple[str, int]], measured: Sequence[Measured]
+    architecture: str, keys: Sequence[tuple[str, int]], measured: Sequence[Measured], first: int
 ) -> list[tuple[Group, list[int]]]:
-    """Curves that a law is fitted to: students on the same tokens; and where students have budgets
-    of their own, those of as many tokens for each parameter."""
-    found = []
-    for init, tokens in sorted(set(keys)):
-        members = [i for i, key in enumerate(keys) if key == (init, tokens)]
+    """Curves that a law is fitted to, by their places among these, of which the first is the law's
+    `first`: students on the same tokens; and where students have budgets of their own, those of as
+    many tokens for each parameter."""
+    found: list[tuple[Group, list[int]]] = []
+
+    def add(members: list[int], tokens: int | None, ratio: float | None) -> None:
+        places = tuple(first + i for i in members)
         group = Group(
-            architecture=architecture, init=init, tokens=int(tokens), tokens_per_parameter=None
+            architecture=architecture,
+            init=init,
+            tokens=tokens,
+            tokens_per_parameter=ratio,
+            curves=places,
         )
         found.append((group, members))
+
+    ratios = [tokens / one.student for (_, tokens), one in zip(keys, measured, strict=True)]
     for init in sorted({init for init, _ in keys}):
-        ratios = {
-            i: keys[i][1] / measured[i].student for i in range(len(keys)) if keys[i][0] == init
-        }
-        while ratios:
-            first = min(ratios.values())
-            # from the smallest, half a step to either side of the middle
-            near = {
-                i: ratio for i, ratio in ratios.items() if ratio <= first * (1 + 2 * SAME_RATIO)
-            }
-            middle = float(np.exp(np.mean(np.log(list(near.values())))))
-            ratios = {i: ratio for i, ratio in ratios.items() if i not in near}
-            if len({keys[i][1] for i in near}) > 1:
-                group = Group(
-                    architecture=architecture, init=init, tokens=None, tokens_per_parameter=middle
-                )
-                found.append((group, sorted(near)))
-    # students that share a budget with no other are no group of their own where they have another
-    shared = {i for group, members in found if group.tokens is None for i in members}
-    return [
-        (group, members)
-        for group, members in found
-        if group.tokens is None or len(members) > 1 or members[0] not in shared
-    ]
+        own = [i for i, key in enumerate(keys) if key[0] == init]
+        near: list[list[int]] = []
+        for i in sorted(own, key=ratios.__getitem__):
+            if near and ratios[i] <= SAME_RATIO * ratios[near[-1][0]]:
+                near[-1].append(i)
+            else:
+                near.append([i])
+        near = [sorted(one) for one in near if len({keys[i][1] for i in one}) > 1]
+        shared = {i for one in near for i in one}
+        for tokens in sorted({keys[i][1] for i in own}):
+            members = [i for i in own if keys[i][1] == tokens]
+            # one that shares its budget with no other is no group of its own if it has another
+            if len(members) > 1 or members[0] not in shared:
+                add(members, int(tokens), None)
+        for one in near:
+            add(one, None, float(np.exp(np.log([ratios[i] for i in one]).mean())))
+    return found
 
 
 def _primary(groups: Sequence[tuple[Group, list[int]]], number: int) -> list[int]:
@@ -224,55 +228,14 @@ def _curve(
     frame = cells.frame.loc[one.rows]
     noise = None if posterior is None else float(np.sqrt((posterior.noise[:, number] ** 2).mean()))
     points = [_point(cells, one, i, comparison, noise) for i in range(len(one.sizes))]
-    logs = np.log(one.teachers)
     losses = np.array([point.loss for point in points])
-    best = int(losses.argmin() if comparison is None else comparison.cost.argmin())
-    around = (
-        float(one.teachers[best - 1]) if best > 0 else None,
-        float(one.teachers[best + 1]) if best + 1 < len(logs) else None,
+    lowest = int((losses if comparison is None else comparison.cost).argmin())
+    optimum, best = find_optimum(
+        posterior, number, one.sizes, one.teachers, one.student, lowest, comparison, confidence
     )
-    drawn, fitted = None, None
-    optimum = Optimum(
-        status="too_few_points",
-        teacher_parameters=None,
-        interval=None,
-        ratio=None,
-        ratio_interval=None,
-        best=one.sizes[best],
-        neighbours=around,
-    )
-    if posterior is not None and comparison is not None:
-        if len(one.sizes) >= MIN_TEACHERS:
-            placed = find_optimum(
-                posterior, number, one.teachers, one.student, comparison, confidence
-            )
-            optimum = optimum.model_copy(
-                update={
-                    "status": placed.status,
-                    "teacher_parameters": placed.teacher_parameters,
-                    "interval": placed.interval,
-                }
-            )
-            drawn = Best(
-                one.student,
-                logs,
-                placed.value,
-                placed.draws,
-                placed.half_spacing,
-                placed.status == "flat",
-            )
-            fitted = _fitted(posterior, number, one, confidence)
-        elif 0 < best < len(logs) - 1 and comparison.worse[[best - 1, best + 1]].all():
-            # a bare minimum on the grid: anywhere between the neighbours
-            low, high = float(logs[best - 1]), float(logs[best + 1])
-            optimum = optimum.model_copy(update={"interval": around})
-            drawn = Best(one.student, logs, (low + high) / 2, None, (high - low) / 2)
-    if optimum.interval is not None:
-        ends = tuple(None if end is None else end / one.student for end in optimum.interval)
-        size = optimum.teacher_parameters
-        optimum = optimum.model_copy(
-            update={"ratio": None if size is None else size / one.student, "ratio_interval": ends}
-        )
+    fitted = None
+    if posterior is not None and len(one.sizes) >= MIN_TEACHERS:
+        fitted = _fitted(posterior, number, one, confidence)
     first = frame.iloc[0]
     curve = Curve(
         architecture=first["architecture"],
@@ -285,7 +248,7 @@ def _curve(
         optimum=optimum,
         own_noise=noise,
     )
-    return curve, drawn
+    return curve, best
 
 
 def _point(

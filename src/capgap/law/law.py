@@ -94,12 +94,13 @@ class Optimum(Value):
 
 class Group(Value):
     """Curves that one answer is given for: students on the same tokens, or on as many tokens for
-    each of their parameters."""
+    each of their parameters. curves: their places among the law's."""
 
     architecture: str
     init: str
     tokens: int | None
     tokens_per_parameter: float | None
+    curves: tuple[int, ...]
 
     def __str__(self) -> str:
         if self.tokens is not None:
@@ -181,7 +182,8 @@ class Contrast(Value):
 
     what: `tokens`, more less fewer; `init`, students cut out of their teachers less those with
     `fixed` first weights; `chain`, through an assistant less cut at once; `student`, a group's
-    largest less its smallest. slope: by how many nats the loss of the first rises more than that
+    largest less its smallest. tokens: of the first and the second, None where every student has
+    budgets of its own. slope: by how many nats the loss of the first rises more than that
     of the second for a teacher e times larger, mean over pairs of curves; `stderr` its standard
     error. level: by how many nats the first is higher, mean over teachers. per_log_tokens: the
     slope for e times the tokens.
@@ -190,12 +192,17 @@ class Contrast(Value):
     what: Literal["tokens", "init", "chain", "student"]
     architecture: str
     inits: tuple[str, str]
-    tokens: tuple[int, int]
+    tokens: tuple[int, int] | None
     students: tuple[int, ...]
     slope: Estimate
     stderr: float
     level: Estimate
     per_log_tokens: Estimate | None
+
+    @property
+    def fewest(self) -> int:
+        """Tokens of the second; 0 for budgets of their own."""
+        return 0 if self.tokens is None else self.tokens[1]
 
     @property
     def is_told(self) -> bool:
@@ -280,21 +287,7 @@ class Law(Value):
 
     def of(self, group: Group) -> list[Curve]:
         """The curves of a group, smallest student first."""
-        return [curve for curve in self.curves if belongs(curve, group)]
-
-
-def belongs(curve: Curve, group: Group) -> bool:
-    """Whether a curve is one of a group."""
-    if (curve.architecture, curve.init) != (group.architecture, group.init):
-        return False
-    if group.tokens is not None:
-        return curve.tokens == group.tokens
-    ratio = curve.tokens / curve.student_parameters
-    return abs(ratio / (group.tokens_per_parameter or 1.0) - 1) <= SAME_RATIO
-
-
-# Students of as many tokens a parameter: shapes miss a size that was asked for by up to 2%
-SAME_RATIO = 0.05
+        return [self.curves[place] for place in group.curves]
 
 
 def read_law(path: Path | str) -> Law:

@@ -5,17 +5,22 @@ T is a teacher's and S a student's size, both in non-embedding parameters.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from capgap.law.model import Floats, Posterior
+from capgap.law.law import Interval, Optimum, Status
+from capgap.law.lines import Best
+from capgap.law.model import MIN_TEACHERS, Floats, Posterior
 
 Bools = NDArray[np.bool_]
-
-Status = Literal["interior", "smallest", "largest", "flat", "too_few_points"]
-Interval = tuple[float | None, float | None]
+# by whether the smallest and the largest teacher will do, so that the best may lie beyond
+STATUS: dict[tuple[bool, bool], Status] = {
+    (False, False): "interior",
+    (True, False): "smallest",
+    (False, True): "largest",
+    (True, True): "flat",
+}
 
 
 @dataclass(frozen=True)
@@ -26,24 +31,6 @@ class Comparison:
     cost: Floats
     stderr: Floats
     worse: Bools
-
-
-@dataclass(frozen=True)
-class Placed:
-    """Where a curve is lowest: ln T `value`, and draws [draws] of it within the grid.
-
-    status: `interior`, both the smallest and the largest teacher are worse than the best beyond
-    noise; `smallest`, `largest`, that one is not, so that the optimum may lie beyond it; `flat`,
-    neither is. interval: of T in parameters, None for flat and an end that is None open.
-    half_spacing: half the distance in ln T between the teachers around it.
-    """
-
-    status: Status
-    teacher_parameters: float | None
-    interval: Interval | None
-    value: float
-    half_spacing: float
-    draws: Floats
 
 
 def compare_teachers(losses: Sequence[Floats], confidence: float) -> list[Comparison]:
@@ -72,40 +59,66 @@ def compare_teachers(losses: Sequence[Floats], confidence: float) -> list[Compar
 
 
 def find_optimum(
-    posterior: Posterior,
+    posterior: Posterior | None,
     curve: int,
+    sizes: Sequence[int],
     teachers: Floats,
     student: float,
-    comparison: Comparison,
+    lowest: int,
+    comparison: Comparison | None,
     confidence: float,
-) -> Placed:
-    """The optimum of a curve over `teachers`, in parameters.
+) -> tuple[Optimum, Best | None]:
+    """Where a curve over `teachers` (in parameters; asked for: `sizes`) is lowest, for the reader
+    and for a law. lowest: which of them it is at; without a `comparison` there is nothing to say.
 
-    Its interval is never narrower than half the spacing of the grid to either side: between two
+    The interval is never narrower than half the spacing of the grid to either side: between two
     teachers the shape of a curve is assumed, not measured.
     """
     logs = np.log(teachers)
+    around = (
+        float(teachers[lowest - 1]) if lowest > 0 else None,
+        float(teachers[lowest + 1]) if lowest + 1 < len(logs) else None,
+    )
+
+    def optimum(status: Status, size: float | None, interval: Interval | None) -> Optimum:
+        low, high = (None if end is None else end / student for end in interval or (None, None))
+        return Optimum(
+            status=status,
+            teacher_parameters=size,
+            interval=interval,
+            ratio=None if size is None else size / student,
+            ratio_interval=None if interval is None else (low, high),
+            best=sizes[lowest],
+            neighbours=around,
+        )
+
+    if posterior is None or comparison is None:
+        return optimum("too_few_points", None, None), None
+    if len(sizes) < MIN_TEACHERS:
+        if None in around or not comparison.worse[[lowest - 1, lowest + 1]].all():
+            return optimum("too_few_points", None, None), None
+        # a bare minimum on the grid: anywhere between the neighbours
+        low, high = float(logs[lowest - 1]), float(logs[lowest + 1])
+        held = Best(student, logs, (low + high) / 2, None, (high - low) / 2)
+        return optimum("too_few_points", None, around), held
     draws = posterior.lowest(curve, (logs[0] - np.log(student), logs[-1] - np.log(student)))
     draws = draws + np.log(student)
-    mean = posterior.losses(curve, np.linspace(logs[0], logs[-1], 401) - np.log(student)).mean(0)
-    best = float(np.linspace(logs[0], logs[-1], 401)[mean.argmin()])
+    fine = np.linspace(logs[0], logs[-1], 401)
+    best = float(fine[posterior.losses(curve, fine - np.log(student)).mean(0).argmin()])
     tail = (1 - confidence) / 2
     low, high = (float(end) for end in np.quantile(draws, [tail, 1 - tail]))
     half = half_spacing(logs, best)
     low, high = max(logs[0], min(low, best - half)), min(logs[-1], max(high, best + half))
-    open_below, open_above = not comparison.worse[0], not comparison.worse[-1]
-    status: Status = "interior"
-    if open_below and open_above:
-        return Placed("flat", None, None, best, half, draws)
-    if open_below:
-        status = "smallest"
-    elif open_above:
-        status = "largest"
+    opened = not comparison.worse[0], not comparison.worse[-1]
+    status = STATUS[opened]
+    held = Best(student, logs, best, draws, half, status == "flat")
+    if status == "flat":
+        return optimum(status, None, None), held
     interval = (
-        None if open_below else float(np.exp(low)),
-        None if open_above else float(np.exp(high)),
+        None if opened[0] else float(np.exp(low)),
+        None if opened[1] else float(np.exp(high)),
     )
-    return Placed(status, float(np.exp(best)), interval, best, half, draws)
+    return optimum(status, float(np.exp(best)), interval), held
 
 
 def half_spacing(logs: Floats, place: float) -> float:

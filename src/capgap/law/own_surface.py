@@ -6,16 +6,15 @@ teacher by its loss alone, and has no term for weights that were cut out of a te
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import pandas
-from scipy.optimize import linprog
 
 from capgap.law.data import Cells, per_token
 from capgap.law.law import Surface, SurfacePart
 from capgap.law.model import Floats
-from capgap.law.surface import DistillationSurface, SupervisedSurface, TeacherTokens
+from capgap.law.surface import SupervisedSurface, TeacherTokens
 from capgap.law.surface_fit import (
     DISTILLATION_FORMS,
     SUPERVISED_FORMS,
@@ -26,51 +25,6 @@ from capgap.law.surface_fit import (
 
 INIT = "scratch"
 STARTS = 8
-# What is asked for is round, what was made missed it by a little; tokens are rounded to batches
-SIZES_REACH, TOKENS_REACH = 1.05, 1.25
-
-
-@dataclass(frozen=True)
-class OwnSurface:
-    """A surface fitted to a sweep, and what it was read from; `error` as a share of a loss."""
-
-    architecture: str
-    surface: DistillationSurface
-    teacher_tokens: TeacherTokens
-    error: float
-    teachers: tuple[float, float]
-    cells: tuple[tuple[float, float], ...]
-
-    def has_read(self, student: float, tokens: float) -> bool:
-        """Whether (student, tokens) lies between combinations that were measured."""
-        logs = np.log(np.array(self.cells))
-        asked, reach = np.log([student, tokens]), np.log([SIZES_REACH, TOKENS_REACH])
-        within = np.vstack([(logs - asked).T, (asked - logs).T])
-        found = linprog(
-            np.zeros(len(logs)),
-            A_ub=within,
-            b_ub=np.concatenate([reach, reach]),
-            A_eq=np.ones((1, len(logs))),
-            b_eq=[1.0],
-        )
-        return bool(found.success)
-
-
-def own_surface(entry: Surface) -> OwnSurface | None:
-    """What a law holds of a surface; None where none was fitted."""
-    if entry.distillation is None or entry.supervised is None or entry.teacher_tokens is None:
-        return None
-    assert entry.error is not None
-    assert entry.teachers is not None
-    supervised = SupervisedSurface(**entry.supervised.coefficients)
-    return OwnSurface(
-        architecture=entry.architecture,
-        surface=DistillationSurface(supervised, **entry.distillation.coefficients),
-        teacher_tokens=TeacherTokens(*entry.teacher_tokens),
-        error=entry.error,
-        teachers=entry.teachers,
-        cells=entry.cells,
-    )
 
 
 def fit_surfaces(cells: Cells, *, seed: int = 0) -> list[Surface]:

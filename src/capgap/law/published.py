@@ -18,13 +18,7 @@ class PublishedLine:
         return self.slope * student_parameters + self.intercept
 
 
-PUBLISHED_LINES = (
-    PublishedLine(
-        name="Zhang et al., arXiv 2311.07052",
-        slope=2.498,
-        intercept=-11_498_000.0,
-    ),
-)
+PUBLISHED_LINE = PublishedLine("Zhang et al., arXiv 2311.07052", 2.498, -11_498_000.0)
 
 # T/S of the cells beside the best one, cut at 50% and 70%: what the line's grid can resolve
 PUBLISHED_RESOLUTION = (2.0, 1 / 0.3)

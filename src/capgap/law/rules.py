@@ -3,21 +3,24 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import product
 
 import numpy as np
+from scipy.optimize import linprog
 
-from capgap.law.law import Curve, Law, Line
+from capgap.law.law import Curve, Law, Line, Surface, Value
 from capgap.law.model import Floats
-from capgap.law.own_surface import SIZES_REACH, TOKENS_REACH, OwnSurface, own_surface
 from capgap.law.published import (
-    PUBLISHED_LINES,
+    PUBLISHED_LINE,
     PUBLISHED_RESOLUTION,
     PUBLISHED_SURFACE,
     PUBLISHED_TEACHERS,
 )
-from capgap.law.surface import DistillationSurface, TeacherTokens
+from capgap.law.surface import DistillationSurface, SupervisedSurface, TeacherTokens
 from capgap.sizes import format_count
 
+# What is asked for is round, what was made missed it by a little; tokens are rounded to batches
+SIZES_REACH, TOKENS_REACH = 1.05, 1.25
 # What the published surface was read from, non-embedding parameters and tokens, and is good to
 SURFACE_SIZES = (143e6, 12.6e9)
 SURFACE_TOKENS = (4e9, 512e9)
@@ -26,36 +29,38 @@ SURFACE_ERROR = 0.01
 LOOSE = 100.0
 
 
-@dataclass(frozen=True)
-class LineRule:
-    """The best teacher by a linear law or by a curve of one's own, and what its source leaves; all
-    None where it says nothing of such a student. caution: why it may not hold here.
-    is_measured: whether it is a curve of such a student."""
+class LineRule(Value):
+    """The best teacher by a linear law or by a curve of one's own, and the interval that it leaves;
+    both None where it says nothing of such a student. caution: why it may not hold here. measured:
+    the sizes of a curve of such a student, and whether each will do."""
 
     source: str
-    teacher: float | None
-    low: float | None
-    high: float | None
-    caution: str | None
-    is_measured: bool = False
+    teacher: float | None = None
+    interval: tuple[float, float] | None = None
+    caution: str | None = None
+    measured: tuple[tuple[float, bool], ...] = ()
 
     def holds(self, teacher: float) -> bool:
         """Whether a teacher's size is one that the source leaves."""
-        return self.low is not None and self.distance(teacher) == 0
+        return self.interval is not None and self.distance(teacher) == 0
 
     def distance(self, teacher: float) -> float:
         """Of ln T from what the source leaves; 0 where it says nothing."""
-        if self.low is None or self.high is None:
+        if self.interval is None:
             return 0.0
-        low, high = self.low / SIZES_REACH, self.high * SIZES_REACH
+        apart = {size: abs(float(np.log(teacher / size))) for size, _ in self.measured}
+        if apart and not dict(self.measured)[min(apart, key=apart.__getitem__)]:
+            # nearest to one that will not do, maybe between two that will
+            return min(apart[size] for size, will_do in self.measured if will_do)
+        low, high = self.interval[0] / SIZES_REACH, self.interval[1] * SIZES_REACH
         return float(max(np.log(low / teacher), np.log(teacher / high), 0.0))
 
 
 @dataclass(frozen=True)
 class SurfaceRule:
-    """A loss surface with what it was read from: (student, tokens) combinations, and sizes of
-    teachers. error: of a loss, as a share. `teacher_tokens`: what a teacher whose tokens are not
-    known is taken to have read."""
+    """A loss surface with what it was read from: (student, tokens) combinations, and the smallest
+    and largest teacher. error: of a loss, as a share. teacher_tokens: what a teacher whose tokens
+    are not known is taken to have read."""
 
     name: str
     source: str
@@ -63,9 +68,21 @@ class SurfaceRule:
     error: float
     teachers: tuple[float, float]
     combinations: tuple[tuple[float, float], ...]
-    has_read: Callable[[float, float], bool]
     teacher_tokens: TeacherTokens
     teacher_tokens_name: str
+
+    def has_read(self, student: float, tokens: float) -> bool:
+        """Whether (student, tokens) lies between combinations that were measured."""
+        logs = np.log(np.array(self.combinations))
+        asked, reach = np.log([student, tokens]), np.log([SIZES_REACH, TOKENS_REACH])
+        found = linprog(
+            np.zeros(len(logs)),
+            A_ub=np.vstack([(logs - asked).T, (asked - logs).T]),
+            b_ub=np.concatenate([reach, reach]),
+            A_eq=np.ones((1, len(logs))),
+            b_eq=[1.0],
+        )
+        return bool(found.success)
 
     def teacher_loss(self, size: float, tokens: float | None) -> float:
         """What the surface expects of a teacher itself, nats per token of the surface's text."""
@@ -131,24 +148,13 @@ def _slopes(
     return np.stack(found, axis=-1)
 
 
-def _published_combinations() -> tuple[tuple[float, float], ...]:
-    return tuple(
-        (float(student), float(tokens))
-        for student in np.geomspace(*SURFACE_SIZES, 8)
-        for tokens in np.geomspace(*SURFACE_TOKENS, 6)
-    )
-
-
 PUBLISHED_RULE = SurfaceRule(
     name="the published surface",
     source="arXiv 2502.08606",
     surface=PUBLISHED_SURFACE,
     error=SURFACE_ERROR,
     teachers=SURFACE_SIZES,
-    combinations=_published_combinations(),
-    has_read=lambda student, _: (
-        SURFACE_SIZES[0] / SIZES_REACH <= student <= SURFACE_SIZES[1] * SIZES_REACH
-    ),
+    combinations=tuple(product(np.geomspace(*SURFACE_SIZES, 8), np.geomspace(*SURFACE_TOKENS, 6))),
     teacher_tokens=PUBLISHED_SURFACE.supervised.compute_optimal_tokens(),
     teacher_tokens_name="compute-optimal tokens",
 )
@@ -156,7 +162,7 @@ PUBLISHED_RULE = SurfaceRule(
 
 def published_rule(student: int) -> LineRule:
     """The published line; its interval is what the grid that it was read from resolves."""
-    line, (low, high) = PUBLISHED_LINES[0], PUBLISHED_RESOLUTION
+    line, (low, high) = PUBLISHED_LINE, PUBLISHED_RESOLUTION
     teacher = line.optimal_teacher(student)
     least, most = (size / line.slope for size in PUBLISHED_TEACHERS)
     caution = None
@@ -164,69 +170,87 @@ def published_rule(student: int) -> LineRule:
         sizes = " to ".join(format_count(size) for size in PUBLISHED_TEACHERS)
         caution = f"it was read from teachers of {sizes}, so this is an extrapolation"
     if teacher < student:
-        return LineRule(line.name, None, None, None, "it says nothing of students so small")
-    return LineRule(line.name, teacher, min(low * student, teacher), high * student, caution)
+        return LineRule(source=line.name, caution="it says nothing of students so small")
+    interval = (min(low * student, teacher), high * student)
+    return LineRule(source=line.name, teacher=teacher, interval=interval, caution=caution)
 
 
 def own_rule(law: Law, student: int, tokens: int) -> LineRule | None:
     """What one's own sweep says of a student: by its own curve where it was one of the sweep, else
     by the line; None where it says nothing.
 
-    Of several curves or lines the one for students cut out of their teachers, with the most tokens.
+    Of several curves or lines the one for students cut out of their teachers, with tokens nearest
+    to those asked for.
     """
     curves = [curve for curve in law.curves if _is_of(curve, student, tokens)]
     if curves:
-        return _by_curve(max(curves, key=lambda one: (one.init == "pruned", one.tokens)))
-    lines = [line for line in law.lines if line.is_identified and line.slope and line.intercept]
+        curve = min(curves, key=lambda one: (one.init != "pruned", _apart(one.tokens, tokens)))
+        return _by_curve(curve)
+    lines = [line for line in law.lines if line.is_identified]
     if not lines:
         return None
-    return _by_line(
-        max(lines, key=lambda one: (one.group.init == "pruned", one.group.tokens or 0)), student
-    )
+
+    def read(line: Line) -> float:
+        return line.group.tokens or (line.group.tokens_per_parameter or 0.0) * student
+
+    line = min(lines, key=lambda one: (one.group.init != "pruned", _apart(read(one), tokens)))
+    rule = _by_line(line, student)
+    beside = sorted({one.group.architecture for one in lines} - {line.group.architecture})
+    cautions = [rule.caution] if rule.caution else []
+    if _apart(read(line), tokens) > np.log(TOKENS_REACH):
+        cautions.append(
+            f"it was read on {format_count(read(line))} tokens, not on {format_count(tokens)}"
+        )
+    if beside:
+        cautions.append(f"the sweep has a line of {', '.join(beside)} too")
+    return rule.model_copy(update={"caution": "; ".join(cautions) or None})
+
+
+def _apart(one: float, other: float) -> float:
+    return abs(float(np.log(one / other)))
 
 
 def _is_of(curve: Curve, student: int, tokens: int) -> bool:
-    size = max(curve.student_parameters / student, student / curve.student_parameters)
-    budget = max(curve.tokens / tokens, tokens / curve.tokens)
+    size, budget = _apart(curve.student_parameters, student), _apart(curve.tokens, tokens)
     known = all(point.cost is not None for point in curve.points)
-    return known and size <= SIZES_REACH and budget <= TOKENS_REACH
+    return known and size <= np.log(SIZES_REACH) and budget <= np.log(TOKENS_REACH)
 
 
 def _by_curve(curve: Curve) -> LineRule:
-    name = f"your sweep's {format_count(curve.student_parameters)} student"
     sizes = [float(point.teacher_parameters) for point in curve.will_do]
     best = next(p for p in curve.points if p.teacher_size == curve.optimum.best)
-    caution = (
-        "no teacher was better than another beyond noise"
-        if (len(sizes) == len(curve.points))
-        else None
-    )
+    all_do = len(sizes) == len(curve.points)
     return LineRule(
-        name, float(best.teacher_parameters), min(sizes), max(sizes), caution, is_measured=True
+        source=f"your sweep's {format_count(curve.student_parameters)} student",
+        teacher=float(best.teacher_parameters),
+        interval=(min(sizes), max(sizes)),
+        caution="no teacher was better than another beyond noise" if all_do else None,
+        measured=tuple((float(p.teacher_parameters), not p.worse) for p in curve.points),
     )
 
 
 def _by_line(line: Line, student: int) -> LineRule:
     assert line.slope is not None
-    assert line.intercept is not None
     assert line.band is not None
-    name = f"your sweep ({line.group})"
-    first, last = line.band.student[0], line.band.student[-1]
-    if first / SIZES_REACH <= student <= last * SIZES_REACH:
-        teacher, low, high = (
-            float(np.interp(student, line.band.student, end))
-            for end in (line.band.mid, line.band.low, line.band.high)
+    band, slope = line.band, line.slope
+    first, last = band.student[0], band.student[-1]
+    caution = None
+    if not first / SIZES_REACH <= student <= last * SIZES_REACH:
+        caution = (
+            f"it was read from students of {format_count(first)} to {format_count(last)}, so this "
+            "is an extrapolation"
         )
-        return LineRule(name, teacher, max(low, 1.0), high, None)
-    caution = (
-        f"it was read from students of {format_count(first)} to {format_count(last)}, so this is "
-        "an extrapolation"
-    )
+    # beyond the band its end goes on by every slope of the interval: wider than the law's own
+    beyond = student - min(max(student, first), last)
+    ends = sorted((slope.low * beyond, slope.high * beyond))
     teacher, low, high = (
-        max(1.0, slope * student + line.intercept.value)
-        for slope in (line.slope.value, line.slope.low, line.slope.high)
+        max(1.0, float(np.interp(student, band.student, end)) + step)
+        for end, step in zip(
+            (band.mid, band.low, band.high), (slope.value * beyond, *ends), strict=True
+        )
     )
-    return LineRule(name, teacher, low, high, caution)
+    source = f"your sweep ({line.group})"
+    return LineRule(source=source, teacher=teacher, interval=(low, high), caution=caution)
 
 
 def surface_rules(law: Law | None, student: int, tokens: int) -> list[SurfaceRule]:
@@ -234,18 +258,23 @@ def surface_rules(law: Law | None, student: int, tokens: int) -> list[SurfaceRul
     students and tokens, else the published one; of one's own that were not, none."""
     entries = () if law is None else law.surfaces
     fitted = [own for entry in entries if (own := own_surface(entry)) is not None]
-    return [*(_own_rule(own) for own in fitted if own.has_read(student, tokens)), PUBLISHED_RULE]
+    return [*(own for own in fitted if own.has_read(student, tokens)), PUBLISHED_RULE]
 
 
-def _own_rule(own: OwnSurface) -> SurfaceRule:
+def own_surface(entry: Surface) -> SurfaceRule | None:
+    """What a law holds of a surface; None where none was fitted."""
+    if entry.distillation is None or entry.supervised is None or entry.teacher_tokens is None:
+        return None
+    assert entry.error is not None
+    assert entry.teachers is not None
+    supervised = SupervisedSurface(**entry.supervised.coefficients)
     return SurfaceRule(
         name="the surface of your sweep",
-        source=f"your sweep ({own.architecture}, scratch)",
-        surface=own.surface,
-        error=max(own.error, 1e-6),
-        teachers=own.teachers,
-        combinations=own.cells,
-        has_read=own.has_read,
-        teacher_tokens=own.teacher_tokens,
+        source=f"your sweep ({entry.architecture}, scratch)",
+        surface=DistillationSurface(supervised, **entry.distillation.coefficients),
+        error=max(entry.error, 1e-6),
+        teachers=entry.teachers,
+        combinations=entry.cells,
+        teacher_tokens=TeacherTokens(*entry.teacher_tokens),
         teacher_tokens_name="the sweep teachers' tokens",
     )

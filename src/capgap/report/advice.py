@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from capgap.law.advise import Advice, LineAdvice, Row, SurfaceAdvice
+from capgap.law.advise import Advice, Row, SurfaceAdvice
+from capgap.law.rules import LineRule
 from capgap.sizes import format_count
 
 CONTESTED = (
@@ -58,7 +59,7 @@ def _verdict(advice: Advice) -> str:
     )
 
 
-def _look_for(line: LineAdvice) -> str:
+def _look_for(line: LineRule) -> str:
     if line.interval is None:
         return "what size to look for is not known"
     low, high = (format_count(end) for end in line.interval)
@@ -131,7 +132,7 @@ def _alone(advice: Advice) -> Iterator[str]:
         )
 
 
-def _name(one: LineAdvice | SurfaceAdvice) -> str:
+def _name(one: LineRule | SurfaceAdvice) -> str:
     if isinstance(one, SurfaceAdvice):
         return one.name
     return one.source if one.source.startswith("your sweep") else "the linear law"

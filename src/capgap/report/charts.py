@@ -11,7 +11,7 @@ import altair
 import numpy as np
 
 from capgap.law.law import Contrast, Curve, Group, Interval, Line, Point
-from capgap.law.published import PUBLISHED_LINES, PUBLISHED_RESOLUTION, PUBLISHED_SURFACE
+from capgap.law.published import PUBLISHED_LINE, PUBLISHED_RESOLUTION, PUBLISHED_SURFACE
 from capgap.report import draw, numbers
 from capgap.report.data import Results, place_of, safe, slug
 from capgap.report.draw import LIGHT, Absent, Frame, Look, Pair, Picture, Row, row
@@ -38,7 +38,6 @@ CONTRASTS = {
     "student": "largest against smallest student",
 }
 SURFACE_STUDENT = 1e9  # that the published surface is asked for
-PUBLISHED = PUBLISHED_LINES[0]
 OWN_GRID, THEIR_GRID = "what this grid resolves", "what the published grid resolves"
 SURFACE = "published surface (arXiv 2502.08606)"
 DASHED, WEDGE = Look(draw.MUTED, dash=draw.DASHED), Look(LIGHT["series-4"])
@@ -54,12 +53,10 @@ def student_looks(results: Results, sizes: Iterable[int]) -> dict[str, Look]:
     return {student_name(size): draw.look(places.index(size)) for size in sorted(set(sizes))}
 
 
-def curve_chart(results: Results, group: Group) -> Picture | Absent:
+def curve_chart(results: Results, group: Group) -> Picture:
     """Student loss over teacher size, a line for each student, with its fit and its optimum."""
     names = f"curves-{slug(group)}", f"Student loss over teacher size: {group}"
     curves = results.law.of(group)
-    if not curves:
-        return Absent(*names, "No cell of this kind has finished yet.")
     frame = _frame(results, curves, f"held-out loss of the student ({LOSS})")
     measured = [
         row(_key(c), p.teacher_parameters, p.loss, _point_text(c, p), p.loss_stderr)
@@ -195,7 +192,7 @@ def ratio_chart(results: Results, architecture: str) -> Picture | Absent:
     low, high = PUBLISHED_RESOLUTION
     up = draw.span([low, high, *filter(None, ends), *(one["y"] for one in surface)], 1.3)
     inits = sorted({c.init for c in curves}, key=lambda init: (place_of(init), init))
-    line = f"published {PUBLISHED.slope:.3g} (arXiv 2311.07052)"
+    line = f"published {PUBLISHED_LINE.slope:.3g} (arXiv 2311.07052)"
     looks = {init: draw.look(place_of(init)) for init in inits} | {line: DASHED, THEIR_GRID: WEDGE}
     looks |= {SURFACE: Look(draw.TEXT, dash=draw.DOTTED)} if surface else {}
     x = draw.log_axis("training tokens per student parameter", across, draw.FACTOR)
@@ -204,7 +201,7 @@ def ratio_chart(results: Results, architecture: str) -> Picture | Absent:
     places = [c.tokens / c.student_parameters * 1.03 ** inits.index(c.init) for c in curves]
     rows = [_best(c, c.init, place, up) for c, place in zip(curves, places, strict=True)]
     marks = frame.draw("bands", [row(THEIR_GRID, s, None, low=low, high=high) for s in across])
-    marks += frame.draw("lines", [*(row(line, s, PUBLISHED.slope) for s in across), *surface])
+    marks += frame.draw("lines", [*(row(line, s, PUBLISHED_LINE.slope) for s in across), *surface])
     return Picture(
         *names,
         "Is it one ratio for all, or does it grow or fall with the tokens? Filled marks lie inside "
@@ -330,9 +327,9 @@ def _fitted_line(line: Line) -> list[Row]:
 
 def _published_line(students: Pair, smallest: float) -> list[Row]:
     """The published line over these students."""
-    slope, intercept = PUBLISHED.slope, PUBLISHED.intercept
+    slope, intercept = PUBLISHED_LINE.slope, PUBLISHED_LINE.intercept
     key = f"published T = {slope:.4g} S {numbers.MINUS} {numbers.size(abs(intercept))}"
-    if PUBLISHED.optimal_teacher(students[1]) < smallest:
+    if PUBLISHED_LINE.optimal_teacher(students[1]) < smallest:
         # an intercept of millions of parameters means nothing for students far below that
         intercept, key = 0.0, f"published slope {slope:.4g}, without its intercept"
     placed = [(size, slope * size + intercept) for size in draw.steps(students, 20)]
@@ -341,13 +338,14 @@ def _published_line(students: Pair, smallest: float) -> list[Row]:
 
 def _contrast(one: Contrast) -> Row:
     """A row of the contrasts, for a teacher twice as large."""
-    more, fewer = map(numbers.size, one.tokens)
+    budgets = () if one.tokens is None else tuple(map(numbers.size, one.tokens))
+    tokens = " and ".join(dict.fromkeys(budgets)) or "budgets of their own,"
     large, small = numbers.size(one.students[-1]), numbers.size(one.students[0])
     first, second = one.inits
     pair = {
-        "tokens": f"{more} less {fewer} tokens | {first}",
-        "student": f"{large} less {small} student | {first}, {more} tokens",
-    }.get(one.what, f"{first} less {second} | {more} tokens")
+        "tokens": f"{' less '.join(budgets) or 'more less fewer'} tokens | {first}",
+        "student": f"{large} less {small} student | {first}, {tokens} tokens",
+    }.get(one.what, f"{first} less {second} | {tokens} tokens")
     value, left, right = (log(2) * end for end in (one.slope.value, one.slope.low, one.slope.high))
     told = f"{numbers.gain(value)} ({numbers.gain(left)} to {numbers.gain(right)})"
     tip, hollow = f"{pair.replace(' | ', ', ')}\n{told} {LOSS}", not one.is_told

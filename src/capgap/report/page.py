@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from capgap.law.law import Law
-from capgap.law.own_surface import own_surface
+from capgap.law.rules import own_surface
 from capgap.records import write_text_atomically
 from capgap.report import charts, draw, numbers, tables
 from capgap.report import published_charts as published
@@ -64,11 +64,11 @@ def report_sections(results: Results) -> Sections:
         found["training"] = [
             runs.training_chart(results, g, measure) for g in groups for measure in runs.MEASURES
         ]
-    owned = [own for entry in law.surfaces if (own := own_surface(entry)) is not None]
     found["surfaces"] = [
-        published.own_surface_chart(own, tokens)
-        for own in owned
-        for tokens in sorted({tokens for _, tokens in own.cells})
+        published.own_surface_chart(own, entry.architecture, tokens)
+        for entry in law.surfaces
+        if (own := own_surface(entry)) is not None
+        for tokens in sorted({tokens for _, tokens in own.combinations})
     ]
     found["surfaces"] += [published.published_surface_chart(tokens) for tokens in SURFACE_TOKENS]
     if not results.law_alone:

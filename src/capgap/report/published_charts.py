@@ -13,9 +13,8 @@ from capgap.law.advise import Row as Advised
 from capgap.law.benchmarks import BenchmarkResult, published_results
 from capgap.law.candidates import candidates_of
 from capgap.law.families import published_families
-from capgap.law.own_surface import OwnSurface
 from capgap.law.published import PUBLISHED_SURFACE
-from capgap.law.rules import PUBLISHED_RULE, SURFACE_SIZES
+from capgap.law.rules import PUBLISHED_RULE, SURFACE_SIZES, SurfaceRule
 from capgap.law.surface import DistillationSurface, TeacherTokens
 from capgap.report import draw, numbers
 from capgap.report.charts import LOSS, STUDENT, TEACHER, WEDGE
@@ -131,14 +130,14 @@ def published_surface_chart(tokens_per_parameter: float) -> Picture:
     )
 
 
-def own_surface_chart(own: OwnSurface, tokens: float) -> Picture:
+def own_surface_chart(own: SurfaceRule, architecture: str, tokens: float) -> Picture:
     """The surface fitted to a sweep's students from scratch, on so many tokens, between the sizes
     of its students and teachers."""
-    sizes = [student for student, _ in own.cells]
+    sizes = [student for student, _ in own.combinations]
     return surface_chart(
         own.surface,
-        f"surface-{safe(own.architecture)}-{tokens:.0f}",
-        f"Surface of this sweep: {own.architecture} from scratch, {numbers.size(tokens)} tokens",
+        f"surface-{safe(architecture)}-{tokens:.0f}",
+        f"Surface of this sweep: {architecture} from scratch, {numbers.size(tokens)} tokens",
         students=draw.span(sizes, 1.1 if len(set(sizes)) > 1 else 1.5),
         teachers=draw.span(own.teachers, 1.1),
         tokens=tokens,

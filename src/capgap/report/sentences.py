@@ -4,7 +4,8 @@ Everything is read from the curves (`Point.worse`, `Point.cost`, `Optimum`), nev
 cell, so that no two sentences can contradict each other.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from capgap.law.law import Contrast, Curve, Estimate, Law, Line
@@ -197,7 +198,8 @@ def _set_with_noise(curves: Sequence[Curve]) -> str:
     within = max(point.cost or 0.0 for curve in curves for point in curve.will_do)
     noise = f"within {within:.3f} nats, which is noise"
     cheapest = format_count(points[0].teacher_size)
-    return f"any teacher {_ranges(curves[0])} will do ({noise}), {cheapest} the cheapest"
+    held = {point.teacher_size for point in points}
+    return f"any teacher {_from_to(curves[0], held)} will do ({noise}), {cheapest} the cheapest"
 
 
 def _set_with_cost(curves: Sequence[Curve]) -> str:
@@ -216,40 +218,25 @@ def _set_alone(curves: Sequence[Curve]) -> str:
     common = set.intersection(*({p.teacher_size for p in c.will_do} for c in curves))
     if not common:
         return ""
-    curve = curves[0]
-    kept = curve.model_copy(
-        update={
-            "points": tuple(
-                p.model_copy(update={"worse": p.teacher_size not in common}) for p in curve.points
-            )
-        }
-    )
     if len(common) == 1:
         return f"take the {format_count(*common)} teacher"
-    return f"any {_ranges(kept)} will do, {format_count(min(common))} the cheapest"
+    told = _from_to(curves[0], common)
+    return f"any {told} will do, {format_count(min(common))} the cheapest"
 
 
-def _ranges(curve: Curve) -> str:
+def _from_to(curve: Curve, held: Collection[int]) -> str:
     """Runs of neighbours that will do: "from 200k to 480k", "of 60k or 200k to 480k"."""
-    runs = _runs(curve)
+    runs = runs_of(curve, held)
     return ("of " if " or " in runs else "from ") + runs
 
 
-def _runs(curve: Curve) -> str:
-    runs: list[list[int]] = []
-    before = True
-    for point in curve.points:
-        if not point.worse:
-            if before:
-                runs.append([])
-            runs[-1].append(point.teacher_size)
-        before = point.worse
-    told = [
-        format_count(run[0])
-        if len(run) == 1
-        else f"{format_count(run[0])} to {format_count(run[-1])}"
-        for run in runs
-    ]
+def runs_of(curve: Curve, held: Collection[int] | None = None) -> str:
+    """Teachers that will do, or these, neighbours as a range: "60k or 200k to 480k"."""
+    held = {point.teacher_size for point in curve.will_do} if held is None else held
+    told = []
+    for will_do, run in groupby((p.teacher_size for p in curve.points), held.__contains__):
+        names = [format_count(size) for size in run]
+        told += [" to ".join(dict.fromkeys((names[0], names[-1])))] if will_do else []
     return " or ".join(told)
 
 
@@ -278,7 +265,7 @@ def _ends_alone(curves: Sequence[Curve]) -> str:
     """Of the smallest and the largest student, where nothing holds for all."""
     small, large = (pick(curves, key=lambda curve: curve.student_parameters) for pick in (min, max))
     parts = [
-        f"{_runs(curve)} for the {format_count(curve.student_parameters)} student"
+        f"{runs_of(curve)} for the {format_count(curve.student_parameters)} student"
         for curve in (small, large)
     ]
     return f"take {parts[0]}, {parts[1]}"
@@ -310,12 +297,15 @@ def _cost_of_others(curves: Sequence[Curve]) -> str:
 
 
 def _of_tokens(contrast: Contrast, confidence: float) -> str:
-    few, many = (format_count(tokens) for tokens in reversed(contrast.tokens))
+    span_of, instead = "one budget to the other", "with the larger budget of each student"
+    if contrast.tokens is not None:
+        many, few = map(format_count, contrast.tokens)
+        span_of, instead = f"{few} to {many}", f"with {many} instead of {few}"
     low, high = -DOUBLED * contrast.slope.high, -DOUBLED * contrast.slope.low
     span = f"{confidence:.0%}: {low:.3f} to {high:.3f} nats"
     if not contrast.is_told:
         return (
-            f"Whether more tokens want a larger teacher cannot be told: from {few} to {many} one "
+            f"Whether more tokens want a larger teacher cannot be told: from {span_of} one "
             f"twice as large gains {low:.3f} to {high:.3f} nats ({confidence:.0%})."
         )
     more = contrast.slope.value < 0
@@ -324,7 +314,7 @@ def _of_tokens(contrast: Contrast, confidence: float) -> str:
     if not more:
         span = f"{confidence:.0%}: {-high:.3f} to {-low:.3f} nats"
     return (
-        f"More tokens want a {size} teacher: with {many} instead of {few}, one twice as large "
+        f"More tokens want a {size} teacher: {instead}, one twice as large "
         f"{verb} {amount:.3f} nats more ({span})."
     )
 
@@ -336,27 +326,27 @@ def _of_cut(contrasts: Sequence[Contrast]) -> str:
     against = [one for one in contrasts if one.is_told and one.slope.value < 0]
     told = [one for one in contrasts if one.is_told and one.slope.value > 0]
     if against and not told:
-        one = min(against, key=lambda contrast: contrast.tokens[1])
+        one = min(against, key=lambda contrast: contrast.fewest)
         return (
-            f"Students gain by being cut out of large teachers: with {format_count(one.tokens[1])} "
+            f"Students gain by being cut out of large teachers: with {format_count(one.fewest)} "
             f"tokens one twice as large gives {-DOUBLED * one.slope.value:.3f} nats more than "
             "without a cut."
         )
     if not told:
-        few = format_count(min(one.tokens[1] for one in contrasts))
+        few = format_count(min(one.fewest for one in contrasts))
         return (
             f"The cut does not make the difference: from {few} tokens on, students with the same "
             "first weights for every teacher show the same curve, within noise."
         )
-    first = min(told, key=lambda one: one.tokens[1])
-    last = max(contrasts, key=lambda one: one.tokens[1])
+    first = min(told, key=lambda one: one.fewest)
+    last = max(contrasts, key=lambda one: one.fewest)
     amount = DOUBLED * first.slope.value
     rest = ""
     if last is not first:
-        rest = f", with {format_count(last.tokens[1])} {DOUBLED * last.slope.value:.3f}"
+        rest = f", with {format_count(last.fewest)} {DOUBLED * last.slope.value:.3f}"
         rest += "" if last.is_told else " (noise)"
     return (
-        f"The cut itself makes large teachers costly: with {format_count(first.tokens[1])} tokens "
+        f"The cut itself makes large teachers costly: with {format_count(first.fewest)} tokens "
         f"one twice as large costs {amount:.3f} nats more than without a cut{rest}."
     )
 
@@ -365,7 +355,7 @@ def _of_chain(contrasts: Sequence[Contrast], confidence: float) -> str:
     """What an assistant between teacher and student brings for the same FLOPs."""
     if not contrasts:
         return ""
-    one = max(contrasts, key=lambda contrast: contrast.tokens[0])
+    one = max(contrasts, key=lambda contrast: contrast.fewest)
     level = one.level
     amount = f"{abs(level.value):.3f} nats ({confidence:.0%}: {level.low:.3f} to {level.high:.3f})"
     if level.holds(0.0):

@@ -18,6 +18,7 @@ from capgap.report.numbers import (
     size,
     with_interval,
 )
+from capgap.report.sentences import runs_of
 
 GRID = "Run|Architecture|Init|Tokens|Student|Teacher|Seed|Loss|Bits per byte|Gain|Last KL|"
 GRID += "Agreement|After the cut|FLOPs|Time"
@@ -38,17 +39,15 @@ class Table(NamedTuple):
 def answer_tables(results: Results) -> list[Table]:
     """For every student of every group the teachers that will do, cheapest first."""
     columns = "Student|Teachers that will do|The others cost|Best T/S"
-    caption = (
-        "Sizes in non-embedding parameters, the cheapest first; costs above the best teacher, "
-    )
-    caption += f"in nats per token; intervals at {results.law.confidence:.0%}."
+    caption = "Sizes in non-embedding parameters, the cheapest first; costs above the best "
+    caption += f"teacher, in nats per token; intervals at {results.law.confidence:.0%}."
     by_group = {str(line.group): results.law.of(line.group) for line in results.lines}
     return [Table(g, columns, list(map(_answer, own)), 4, caption) for g, own in by_group.items()]
 
 
 def _answer(curve: Curve) -> tuple[str, ...]:
     optimum, costs = curve.optimum, [p.cost for p in curve.points if p.worse and p.cost is not None]
-    will_do, cost = _ranges(curve), NOTHING
+    will_do, cost = runs_of(curve), NOTHING
     if all(point.cost is None for point in curve.points):
         will_do = "not known: nothing tells what noise is"
     elif costs:
@@ -57,17 +56,6 @@ def _answer(curve: Curve) -> tuple[str, ...]:
         will_do = f"all: {will_do}"
     ratio = with_interval(optimum.ratio, optimum.ratio_interval)
     return size(curve.student_parameters), will_do, cost, ratio
-
-
-def _ranges(curve: Curve) -> str:
-    """Neighbouring teachers that will do as ranges: "60k to 135k, 310k"."""
-    runs: list[list[str]] = [[]]
-    for point in curve.points:
-        if point.worse:
-            runs.append([])
-        else:
-            runs[-1].append(size(point.teacher_parameters))
-    return ", ".join(" to ".join(dict.fromkeys((run[0], run[-1]))) for run in runs if run)
 
 
 def students_table(results: Results) -> Table:
