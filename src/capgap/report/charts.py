@@ -32,10 +32,10 @@ REFUSED = {
     "too_wide": "No line is fitted: its slope is known to no better than a factor of four.",
 }
 CONTRASTS = {
-    "tokens": "more against fewer tokens",
-    "init": "cut out of the teacher against the same first weights",
-    "chain": "through an assistant against cut at once",
-    "student": "largest against smallest student",
+    "tokens": "more or fewer tokens",
+    "init": "cut or the same start",
+    "chain": "with an assistant or not",
+    "student": "larger or smaller student",
 }
 SURFACE_STUDENT = 1e9  # that the published surface is asked for
 OWN_GRID, THEIR_GRID = "what this grid resolves", "what the published grid resolves"
@@ -120,7 +120,7 @@ def contrast_chart(results: Results, architecture: str) -> Picture | Absent:
     # in two lines: a narrow screen has no room for the names beside the bars
     axis = altair.Axis(labelExpr="split(datum.label, ' | ')", labelLimit=200, grid=True)
     y = {"type": "nominal", "title": None, "sort": [one["y"] for one in rows], "axis": axis}
-    wants = "\u2190 larger teachers are better for the first | for the second \u2192"
+    wants = ["\u2190 larger teachers for the first", "for the second \u2192"]
     frame = Frame(draw.linear_axis(wants), y, looks)
     marks = frame.draw("uprights", [row(rows[0]["key"], 0.0, None)], color=draw.TEXT)
     marks += frame.draw("spans", rows) + frame.draw("points", rows, size=90)

@@ -189,7 +189,7 @@ def size_axis(title: str, sizes: Iterable[float], margin: float = 1.15) -> Row:
     return log_axis(title, span(ticks, margin), COUNT, ticks if len(ticks) < 12 else ())
 
 
-def linear_axis(title: str, limits: Pair | None = None, **more: Any) -> Row:
+def linear_axis(title: str | list[str], limits: Pair | None = None, **more: Any) -> Row:
     ends: Row = (
         {"zero": False, "padding": 8} if limits is None else {"domain": list(limits), "nice": False}
     )
