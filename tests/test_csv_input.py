@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from capgap.errors import UserError
-from capgap.law.data import cells_of, read_table, write_grid
+from capgap.law.data import cells_of, write_grid
 from capgap.law.fit import fit
+from capgap.law.table import read_table
 from law_surface import ladder, sweep
 
 HEADER = "architecture,init,tokens,student_parameters,teacher_parameters,seed,loss"
@@ -137,19 +138,19 @@ def changed(number, **values):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (changed(1, loss="-2"), "line 3: loss '-2' is no loss"),
-        (changed(1, loss="nan"), "line 3: loss 'nan' is no loss"),
-        (changed(1, loss="inf"), "line 3: loss 'inf' is no loss"),
-        (changed(1, loss=""), "line 3: loss is missing"),
+        (changed(1, loss="-2"), "line 3: loss '-2': Input should be greater than 0"),
+        (changed(1, loss="nan"), "line 3: loss 'nan': Input should be greater than 0"),
+        (changed(1, loss="inf"), "line 3: loss 'inf': Input should be a finite number"),
+        (changed(1, loss=""), "line 3: loss '': Input should be a valid number"),
         (changed(1, loss="21.5"), r"line 3: loss 21.5 is above ln\(vocabulary\), 13.8"),
         (
             [f"a,pruned,1B,{s}M,{t}M,0,0.{s}" for s in (40, 70) for t in (100, 200)],
             "looks like accuracies",
         ),
-        (changed(2, seed="a"), "line 4: seed 'a' is no whole number"),
-        (changed(2, tokens="many"), "line 4: tokens: 'many' is no count"),
+        (changed(2, seed="a"), "line 4: seed 'a': Input should be a valid integer"),
+        (changed(2, tokens="many"), "line 4: tokens 'many': .* is no count"),
         (changed(0, teacher_parameters="52"), "line 2: teacher_parameters 52 beside 552M"),
-        (changed(3, init=" "), "line 5: init is empty"),
+        (changed(3, init=" "), "line 5: init '': String should have at least 1 character"),
         ([*rows_of(), rows_of()[0] + "1"], ""),
         ([*rows_of(), rows_of()[0].rsplit(",", 1)[0] + ",3.5"], "same cell with the losses"),
         (rows_of(ratios=(2.5,)), "no student has more than one teacher"),

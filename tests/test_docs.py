@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from capgap.cli import app
 from capgap.config import Recipe, RunRecipe, parse_recipe, parse_run_recipe, shipped_recipes
-from capgap.law.data import OPTIONAL
+from capgap.law.table import OPTIONAL
 from conftest import made_up_text
 
 ROOT = Path(__file__).parent.parent

@@ -442,6 +442,14 @@ def test_missing_and_worse_baselines_are_told():
     assert any("gains nothing" in sentence for sentence in sentences(worse))
 
 
+def test_the_gain_is_told_for_few_and_for_many_tokens():
+    exact = {"seed_noise": 0.0, "document_noise": 0.0}
+    few = [dataclasses.replace(one, tokens=100_000) for one in small(gain=0.08, **exact)]
+    told = sentences(law_of([*few, *small(gain=-0.02, **exact)]))
+    gains = "gains 0.080 nats with 100k tokens and loses 0.020 with 400k"
+    assert any(gains in sentence for sentence in told)
+
+
 def test_a_teacher_worse_than_a_smaller_one_is_told():
     records = small()
     assert "teacher_loss_not_falling" not in names(law_of(records))

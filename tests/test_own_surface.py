@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from capgap.law.data import cells_of, read_table
+from capgap.law.data import cells_of
 from capgap.law.fit import fit
 from capgap.law.published import PUBLISHED_SURFACE
 from capgap.law.rules import PUBLISHED_RULE, own_surface, surface_rules
 from capgap.law.surface import DistillationSurface, SupervisedSurface, TeacherTokens
+from capgap.law.table import read_table
 from capgap.records import read_records
 from capgap.report.published_charts import own_surface_chart
 from report_data import Plan, write_output

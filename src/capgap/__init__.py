@@ -25,8 +25,8 @@ def fit(
     cell's own noise. Raises UserError for a table that cannot be read (docs/output.md).
     """
     # numpy, scipy and pandas are loaded here, so that `import capgap` stays instant
-    from capgap.law.data import load_cells
     from capgap.law.fit import fit as fit_cells
+    from capgap.law.table import load_cells
 
     cells = load_cells(source, independent_errors=independent_errors)
     return fit_cells(cells, confidence=confidence, seed=seed)

@@ -28,8 +28,8 @@ def fit(
     json_: Json = False,
 ) -> None:
     """Fit the law of capacity gap to a table of cells, or to the records of a sweep."""
-    from capgap.law.data import load_cells
     from capgap.law.fit import fit as fit_law
+    from capgap.law.table import load_cells
     from capgap.records import write_json_atomically
     from capgap.report.sentences import sentences
 

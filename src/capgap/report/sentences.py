@@ -386,21 +386,37 @@ def _of_size(curves: Sequence[Curve]) -> str:
 
 def _of_gain(curves: Sequence[Curve]) -> str:
     """What distilling gains over the same student alone, at equal tokens and at equal FLOPs."""
-    best = [point for curve in curves if (point := curve.gainer) is not None]
-    gains = sorted(point.gain for point in best if point.gain is not None)
+    best = [(curve, point) for curve in curves if (point := curve.gainer) is not None]
+    gains = [(curve.tokens, point.gain) for curve, point in best if point.gain is not None]
     if not gains:
         return ""
-    span = _span(gains[0], gains[-1])
-    errors = [point.gain_stderr for point in best if point.gain_stderr is not None]
+    errors = [point.gain_stderr for _, point in best if point.gain_stderr is not None]
     error = f" (± {max(errors):.3f})" if errors else ""
-    longer = sorted(point.gain_flops for point in best if point.gain_flops is not None)
-    rest = f", {_span(longer[0], longer[-1])} for as many FLOPs" if longer else ""
-    if gains[-1] <= 0:
+    whole = [gain for _, gain in gains]
+    if max(whole) <= 0:
+        span = _span(min(whole), max(whole))
         return f"Distilling gains nothing over the same student trained alone: {span} nats{error}."
+    longer = [point.gain_flops for _, point in best if point.gain_flops is not None]
+    budgets = sorted({tokens for tokens, _ in gains})
+    students = {curve.student_size for curve, _ in best}
+    if len(budgets) == 2 and len(gains) == 2 * len(students) and not longer:
+        few, many = (_gained([gain for t, gain in gains if t == tokens]) for tokens in budgets)
+        many = many.removeprefix("gains ") if few.startswith("gains") else many
+        less, more = map(format_count, budgets)
+        return (
+            f"Distilling from the best teacher {few} nats with {less} tokens and {many} with "
+            f"{more}{error}, compared with the same student alone."
+        )
+    rest = f", {_span(min(longer), max(longer))} for as many FLOPs" if longer else ""
     return (
-        f"Distilling from the best teacher gains {span} nats{error} over the same student trained "
-        f"alone on as many tokens{rest}."
+        f"Distilling from the best teacher {_gained(whole)} nats{error} over the same student "
+        f"trained alone on as many tokens{rest}."
     )
+
+
+def _gained(gains: Sequence[float]) -> str:
+    low, high = min(gains), max(gains)
+    return f"loses {_span(-high, -low)}" if high < 0 else f"gains {_span(low, high)}"
 
 
 def _main_line(lines: Sequence[Line], init: str) -> Line | None:
