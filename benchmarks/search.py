@@ -22,15 +22,9 @@ import numpy as np
 from capgap.errors import UserError
 from capgap.law.model import Floats
 from capgap.law.published import PUBLISHED_SURFACE
-from capgap.sweep.search_grid import (
-    STRATEGIES,
-    Choice,
-    History,
-    Round,
-    SearchGrid,
-    Settings,
-)
-from capgap.sweep.search_strategy import decide, rule_choices
+from capgap.sweep.search_grid import Choice, Decision, History, Round, SearchGrid, Settings
+from capgap.sweep.search_model import decide, rule_choices
+from search_strategies import at_random, by_halving
 
 STUDENTS = np.geomspace(0.3e9, 0.6e9, 5)
 TEACHERS = np.geomspace(0.72e9, 6e9, 10)  # 1.2 times the largest student, 20 times the smallest
@@ -42,6 +36,7 @@ DESIGNS: dict[str, Callable[[Floats], Floats]] = {
     "300B tokens": lambda sizes: np.full_like(sizes, 300e9),
     "equal FLOPs": lambda sizes: 2e9 * 100e9 / sizes,
 }
+STRATEGIES = ("model", "halving", "random")
 REPLAY_BUDGETS = (0.2, 0.35, 0.5)
 
 
@@ -53,10 +48,17 @@ class Played:
     spent: float
 
 
-def play(grid: SearchGrid, seen: Floats, truth: Floats, settings: Settings) -> Played:
+def next_by(name: str, grid: SearchGrid, rounds: list[Round], settings: Settings) -> Decision:
+    if name == "model":
+        return decide(grid, rounds, settings)
+    history = History(grid, rounds, settings.budget)
+    return {"halving": by_halving, "random": at_random}[name](history, settings)
+
+
+def play(name: str, grid: SearchGrid, seen: Floats, truth: Floats, settings: Settings) -> Played:
     """A search whose runs show `seen` [S, T, R, N]; `truth` [S, T] judges the choices."""
     rounds: list[Round] = []
-    while (decision := decide(grid, rounds, settings)).runs:
+    while (decision := next_by(name, grid, rounds, settings)).runs:
         losses = [
             float(seen[run.student, run.teacher, run.rung, run.seed]) for run in decision.runs
         ]
@@ -119,7 +121,7 @@ def simulate(replicates: int, budget: float) -> Iterator[str]:
                 seen = truth[..., None] + drawn
                 whole.append(Played(whole_grid(seen, full), 1.0))
                 for name in STRATEGIES:
-                    found[name].append(play(grid, seen, full, Settings(budget, name, seed=seed)))
+                    found[name].append(play(name, grid, seen, full, Settings(budget, seed=seed)))
             for name, played in (found | {"the whole grid": whole}).items():
                 yield row(design, f"{noise:g}", name, played)
 
@@ -219,9 +221,9 @@ def replay(table: Path, replicates: int, ladder_tokens: float) -> Iterator[str]:
                 try:
                     for seed in range(replicates):
                         order = np.roll(np.arange(grid.seeds), seed)[:seeds]
-                        settings = Settings(budget, name, seed=seed)
+                        settings = Settings(budget, seed=seed)
                         own = replace(asked, seeds=seeds)
-                        played.append(play(own, losses[..., order], truth, settings))
+                        played.append(play(name, own, losses[..., order], truth, settings))
                 except UserError as error:
                     yield f"| {teachers} | {seeds} | {budget:.0%} | {name} | {error} | | |"
                     continue

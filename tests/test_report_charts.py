@@ -168,7 +168,7 @@ def test_a_search_shows_every_round_and_where_the_teacher_changed(full: Results)
         }
         for spent, t, loss in rounds
     ]
-    search = {"steps": steps, "budget": 0.4, "strategy": "model", "stop": "budget"}
+    search = {"steps": steps, "budget": 0.4, "stop": "budget"}
     results = Results(Path("."), {}, (), full.law, {}, search)
     picture = picture_of(search_chart(results))
     points = rows_of(picture, "point")

@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 
 from capgap.errors import UserError
-from capgap.sweep.search_grid import (
-    STRATEGIES,
-    History,
-    Round,
-    Run,
-    SearchGrid,
-    Settings,
-)
-from capgap.sweep.search_strategy import decide, rule_choices
+from capgap.sweep.search_grid import History, Round, Run, SearchGrid, Settings
+from capgap.sweep.search_model import decide, rule_choices
 
 STUDENTS = np.array([1e6, 1.5e6, 2e6])
 TEACHERS = np.geomspace(2.4e6, 2e7, 8)
@@ -65,11 +58,10 @@ def regrets(choices, truth):
     return [full[one.student, one.teacher] / full[one.student].min() - 1 for one in choices]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("budget", [0.2, 0.35, 1.0])
-def test_the_budget_is_never_exceeded_and_no_run_is_made_twice(strategy, budget):
+def test_the_budget_is_never_exceeded_and_no_run_is_made_twice(budget):
     grid = made_grid(seeds=2, teacher_flops=1.5e6 * TEACHERS, own_teachers=True)
-    rounds, last = search(grid, noisy(true_losses(), 0.005, seeds=2), Settings(budget, strategy))
+    rounds, last = search(grid, noisy(true_losses(), 0.005, seeds=2), Settings(budget))
     runs = [run for one in rounds for run in one.runs]
     assert len(set(runs)) == len(runs)
     assert 0 < History(grid, rounds, budget).spent <= budget * grid.full_flops
@@ -77,10 +69,9 @@ def test_the_budget_is_never_exceeded_and_no_run_is_made_twice(strategy, budget)
     assert last.stop in ("safe", "budget", "exhausted")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_decisions_are_a_function_of_grid_rounds_and_settings(strategy):
+def test_decisions_are_a_function_of_grid_rounds_and_settings():
     grid, losses = made_grid(), noisy(true_losses(), 0.003)
-    settings = Settings(0.35, strategy, seed=3)
+    settings = Settings(0.35, seed=3)
     rounds, last = search(grid, losses, settings)
     for number in range(len(rounds)):
         assert decide(grid, rounds[:number], settings).runs == rounds[number].runs
@@ -126,26 +117,6 @@ def test_expected_losses_are_as_uncertain_as_they_say():
     assert 0.2 < np.std(misses) < 2
 
 
-def test_halving_keeps_the_best_arm_where_short_runs_rank_as_long_ones():
-    """Without noise, and with curves that have the same shape on every rung."""
-    ratio = np.log(TEACHERS / STUDENTS[:, None])[..., None]
-    truth = 3 - 0.2 * np.log(TOKENS / TOKENS[-1]) + 0.05 * (ratio - np.log(4)) ** 2
-    rounds, last = search(made_grid(), truth[..., None], Settings(0.8, "halving"))
-    assert regrets(last.choices, truth) == [0.0] * len(STUDENTS)
-    assert [one.runs[0].rung for one in rounds] == [0, 1, 2]
-    numbers = [len(one.runs) // len(STUDENTS) for one in rounds]
-    assert numbers == sorted(numbers, reverse=True)
-    assert numbers[0] == 8
-    assert numbers[-1] < 4
-
-
-def test_a_budget_too_small_for_all_teachers_halves_fewer():
-    grid = made_grid(teacher_flops=5e7 * TEACHERS)
-    rounds, _ = search(grid, true_losses()[..., None], Settings(0.3, "halving"))
-    first = {run.teacher for run in rounds[0].runs}
-    assert 2 <= len(first) < len(TEACHERS)
-
-
 def test_the_rule_takes_the_teacher_nearest_to_two_and_a_half_students():
     grid = made_grid(teachers=np.array([1.2e6, 2.4e6, 3.9e6, 8e6]))
     assert [one.teacher for one in rule_choices(grid)] == [1, 2, 2]
@@ -171,28 +142,26 @@ def test_a_fixed_start_needs_the_smallest_teacher():
     assert grid.used_teachers([Run(0, 5, 0, 0)]) == {(5, 0), (0, 0)}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_what_failed_is_not_chosen_nor_run_again(strategy):
+def test_what_failed_is_not_chosen_nor_run_again():
     truth = true_losses()
     best = int(truth[0, :, -1].argmin())
     failed = {Run(0, best, rung, 0) for rung in range(3)}
-    rounds, last = search(made_grid(), truth[..., None], Settings(0.6, strategy), failed=failed)
+    rounds, last = search(made_grid(), truth[..., None], Settings(0.6), failed=failed)
     tried = [run for one in rounds for run in one.runs]
     assert len(set(tried)) == len(tried)
     if set(tried) & failed:
         assert last.choices[0].teacher != best
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_student_whose_runs_all_fail_gets_no_choice_and_the_others_do(strategy):
+def test_a_student_whose_runs_all_fail_gets_no_choice_and_the_others_do():
     def failing(*students):
         places = itertools.product(students, range(len(TEACHERS)), range(3))
         return {Run(student, teacher, rung, 0) for student, teacher, rung in places}
 
     losses = true_losses()[..., None]
-    _, last = search(made_grid(), losses, Settings(1.0, strategy), failed=failing(1))
+    _, last = search(made_grid(), losses, Settings(1.0), failed=failing(1))
     assert [one.student for one in last.choices] == [0, 2]
-    _, last = search(made_grid(), losses, Settings(1.0, strategy), failed=failing(0, 1, 2))
+    _, last = search(made_grid(), losses, Settings(1.0), failed=failing(0, 1, 2))
     assert last.choices == ()
 
 
@@ -205,9 +174,8 @@ def test_one_rung_and_two_teachers_are_enough():
         teacher_flops=np.zeros(2),
     )
     losses = true_losses()[:, :2, -1:, None]
-    for strategy in STRATEGIES:
-        _, last = search(grid, losses, Settings(1.0, strategy))
-        assert [one.teacher for one in last.choices] == list(losses[:, :, 0, 0].argmin(axis=1))
+    _, last = search(grid, losses, Settings(1.0))
+    assert [one.teacher for one in last.choices] == list(losses[:, :, 0, 0].argmin(axis=1))
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, 1.5, float("nan")])
@@ -216,23 +184,17 @@ def test_a_budget_that_is_no_share_is_refused(budget):
         Settings(budget)
 
 
-def test_an_unknown_strategy_is_refused_with_the_choices():
-    with pytest.raises(UserError, match=r"'bandit'.*model, halving, random"):
-        Settings(0.35, "bandit")
-
-
 @pytest.mark.parametrize("tolerance", [0, 1, -1])
 def test_a_tolerance_that_is_no_share_is_refused(tolerance):
     with pytest.raises(UserError, match="tolerance"):
         Settings(0.35, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_budget_below_the_first_runs_and_a_single_teacher_are_refused(strategy):
+def test_a_budget_below_the_first_runs_and_a_single_teacher_are_refused():
     with pytest.raises(
         UserError, match=r"too small for this grid: the search needs at least 0\.\d"
     ):
-        decide(made_grid(), [], Settings(0.0005, strategy))
+        decide(made_grid(), [], Settings(0.0005))
     one = made_grid(
         teachers=TEACHERS[:1],
         run_flops=np.ones((3, 1, 3)),
@@ -240,4 +202,4 @@ def test_a_budget_below_the_first_runs_and_a_single_teacher_are_refused(strategy
         teacher_flops=np.zeros(1),
     )
     with pytest.raises(UserError, match="two teachers or more"):
-        decide(one, [], Settings(0.35, strategy))
+        decide(one, [], Settings(0.35))

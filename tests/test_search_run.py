@@ -191,7 +191,6 @@ def test_mistakes_are_told_in_one_line(typed, tmp_path, text_file):
     recipe.write_text(TOML.format(source=text_file))
     for options, told in (
         (("--budget", "35"), "budget 35 is no share"),
-        (("--strategy", "bandit"), "model, halving, random"),
         (("--budget", "0.001"), "too small for this grid"),
         (("--rungs", "0"), "rungs 0 must be 1 or more"),
     ):

@@ -58,7 +58,6 @@ def search(
     budget: Annotated[
         float, typer.Option(help="Share of the full grid's FLOPs that may be spent.")
     ] = 0.35,
-    strategy: Annotated[str, typer.Option(help="model, halving or random.")] = "model",
     rungs: Annotated[
         int, typer.Option(help="Token budgets to run on, each a third of the next.")
     ] = 3,
@@ -80,7 +79,7 @@ def search(
     from capgap.sweep.search_grid import Settings
 
     _refuse_torchrun("search")
-    settings = Settings(budget=budget, strategy=strategy, tolerance=tolerance)
+    settings = Settings(budget=budget, tolerance=tolerance)
     loaded = load_recipe(find_recipe(recipe), set_ or [])
     quieten_transformers()
     if dry_run:

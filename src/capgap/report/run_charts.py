@@ -216,7 +216,7 @@ def search_chart(results: Results) -> Picture | Absent:
         "marks are rounds that changed the teacher.",
         marks + frame.draw("bars", rows) + frame.draw("points", rows),
         f"{names[1]}, over FLOPs spent. The last choices: {'; '.join(last)}.",
-        (f"Strategy: {search['strategy']}. {ENDED[search.get('stop')]}",),
+        (ENDED[search.get("stop")],),
     )
 
 

@@ -31,7 +31,7 @@ from capgap.sweep.search_grid import (
     SearchGrid,
     Settings,
 )
-from capgap.sweep.search_strategy import decide, rule_choices
+from capgap.sweep.search_model import decide, rule_choices
 from capgap.sweep.summary import SEARCH_FILE, SweepResult, print_summary
 
 RUNG_RATIO = 3
@@ -51,7 +51,7 @@ class SearchResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The keys of `capgap search --json` (docs/cli.md)."""
-        kept = ("strategy", "budget", "full_flops", "spent_flops", "spent_fraction", "stop")
+        kept = ("budget", "full_flops", "spent_flops", "spent_fraction", "stop")
         found = {name: self.trace[name] for name in (*kept, "choices")}
         return self.sweep.as_dict() | {"search": found}
 
@@ -140,7 +140,6 @@ class Search:
         return {
             "name": self.plan.recipe.name,
             "recipe_hash": self.plan.recipe.hash(),
-            "strategy": self.settings.strategy,
             "budget": self.settings.budget,
             "rungs": [int(tokens) for tokens in grid.tokens],
             "cells": len(grid.runs(grid.last)),
@@ -329,7 +328,7 @@ def print_expected(found: dict[str, Any], console: Console) -> None:
         f"{found['name']}: the full grid has {found['cells']} cells and takes "
         f"{found['full_flops']:.3g} FLOPs without baselines\n"
         f"a budget of {found['budget']:.1%} allows {found['budget_flops']:.3g}, on rungs of "
-        f"{rungs} tokens\nthe strategy {found['strategy']} begins with {len(found['first'])} "
+        f"{rungs} tokens\nit begins with {len(found['first'])} "
         f"runs for {found['first_flops']:.3g} FLOPs:",
         highlight=False,
     )

@@ -12,7 +12,6 @@ import numpy as np
 from capgap.errors import UserError
 from capgap.law.model import Floats, Integers
 
-STRATEGIES = ("model", "halving", "random")
 MIN_TEACHERS = 2
 
 
@@ -100,7 +99,7 @@ class Choice:
 
     `loss` at full tokens in nats per token, its standard deviation, the loss that choosing it
     instead of the true best is expected to cost, and the probability that this is at most the
-    tolerance; None where the strategy does not say. `runs`: how many of its runs had full tokens.
+    tolerance; None where nothing is expected. `runs`: how many of its runs had full tokens.
     """
 
     student: int
@@ -129,7 +128,6 @@ class Settings:
     `confidence`."""
 
     budget: float
-    strategy: str = "model"
     tolerance: float = 0.0025
     confidence: float = 0.9
     seed: int = 0
@@ -139,8 +137,6 @@ class Settings:
             raise UserError(
                 f"budget {self.budget:g} is no share of the full grid: give more than 0, at most 1"
             )
-        if self.strategy not in STRATEGIES:
-            raise UserError(f"strategy {self.strategy!r} is unknown: {', '.join(STRATEGIES)}")
         for name in ("tolerance", "confidence"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name):g} must lie between 0 and 1")
@@ -191,7 +187,7 @@ class History:
 
 
 def too_small(grid: SearchGrid, needed: float, budget: float) -> UserError:
-    """The budget does not even pay for what a strategy needs at least."""
+    """The budget does not even pay for what a search needs at least."""
     return UserError(
         f"budget {budget:g} is too small for this grid: the search needs at least "
         f"{needed / grid.full_flops:.4f} of the full grid's FLOPs; give more, or more rungs"

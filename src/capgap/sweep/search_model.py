@@ -17,12 +17,14 @@ import numpy as np
 from scipy.linalg import cho_solve, cholesky
 from scipy.special import ndtr
 
+from capgap.errors import UserError
 from capgap.law.model import Floats, Integers
 from capgap.sweep.search_grid import (
     MIN_TEACHERS,
     Choice,
     Decision,
     History,
+    Round,
     Run,
     SearchGrid,
     Settings,
@@ -30,6 +32,7 @@ from capgap.sweep.search_grid import (
     too_small,
 )
 
+RULE_RATIO = 2.5  # arXiv 2311.07052
 LEVEL_DEVIATION = 2.0  # of the common level and its trends, nats per token
 OWN_LEVEL_DEVIATION = 0.05  # of a student's level on a rung from the trends
 EFFECTS = (0.01, 0.03, 0.1, 0.3)  # of teachers, nats per token at the edge of the grid
@@ -54,10 +57,17 @@ class Beliefs:
     covariances: Floats  # [K, places, places]
 
 
-def next_by_model(history: History, settings: Settings) -> Decision:
-    """The first runs are spread over the teachers; then what tells most per FLOP; then each chosen
-    teacher at full tokens, which is kept in reserve from the beginning."""
-    grid = history.grid
+def decide(grid: SearchGrid, rounds: Sequence[Round], settings: Settings) -> Decision:
+    """The next batch of runs, or the end, after these rounds: a pure function of both, so that a
+    search that was stopped takes the same decisions again.
+
+    The first runs are spread over the teachers; then what tells most per FLOP; then each chosen
+    teacher at full tokens, which is kept in reserve from the beginning. UserError: fewer than two
+    teachers, or a budget that the search cannot even begin with.
+    """
+    if len(grid.teachers) < MIN_TEACHERS:
+        raise UserError("a search needs two teachers or more: there is nothing to choose from")
+    history = History(grid, rounds, settings.budget)
     if not history.done:
         return Decision(_start(grid, settings), "start: short runs spread over the teachers", ())
     if not history.losses:
@@ -76,6 +86,12 @@ def next_by_model(history: History, settings: Settings) -> Decision:
         return Decision((), "", choices, "safe")
     everything = all(set(grid.runs(rung)) <= history.tried for rung in range(len(grid.tokens)))
     return Decision((), "", choices, "exhausted" if everything else "budget")
+
+
+def rule_choices(grid: SearchGrid) -> tuple[Choice, ...]:
+    """The teacher nearest to 2.5 times each student, by ratio; nothing is run (2311.07052)."""
+    distance = np.abs(np.log(grid.teachers / (RULE_RATIO * grid.students[:, None])))
+    return tuple(Choice(student, int(row.argmin()), None) for student, row in enumerate(distance))
 
 
 def fit(history: History) -> Beliefs:

@@ -1,53 +1,23 @@
-"""Which runs of a grid to make next: the search for every student's best teacher within a budget.
+"""Other ways to search, to set capgap's own beside: successive halving, and random choice."""
 
-The grid is data, the past is a list of rounds, and a decision is a pure function of both: a search
-that was stopped takes the same decisions again, and needs no state of its own.
-"""
-
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
-from capgap.errors import UserError
 from capgap.sweep.search_grid import (
     MIN_TEACHERS,
     Choice,
     Decision,
     History,
-    Round,
     Run,
     SearchGrid,
     Settings,
     spread,
     too_small,
 )
-from capgap.sweep.search_model import next_by_model
 
-RULE_RATIO = 2.5  # arXiv 2311.07052
 WIDER = (3, 2, 1)  # times the share of teachers that halving keeps at least
-
-
-def decide(grid: SearchGrid, rounds: Sequence[Round], settings: Settings) -> Decision:
-    """The next batch of runs, or the end, after these rounds.
-
-    UserError: fewer than two teachers, or a budget that the search cannot even begin with.
-    """
-    if len(grid.teachers) < MIN_TEACHERS:
-        raise UserError("a search needs two teachers or more: there is nothing to choose from")
-    history = History(grid, rounds, settings.budget)
-    if settings.strategy == "model":
-        return next_by_model(history, settings)
-    return (_next_by_halving if settings.strategy == "halving" else _next_at_random)(
-        history, settings
-    )
-
-
-def rule_choices(grid: SearchGrid) -> tuple[Choice, ...]:
-    """The teacher nearest to 2.5 times each student, by ratio; nothing is run (2311.07052)."""
-    distance = np.abs(np.log(grid.teachers / (RULE_RATIO * grid.students[:, None])))
-    return tuple(Choice(student, int(row.argmin()), None) for student, row in enumerate(distance))
 
 
 def measured_choices(history: History) -> tuple[Choice, ...]:
@@ -69,7 +39,7 @@ def measured_choices(history: History) -> tuple[Choice, ...]:
     return tuple(choices)
 
 
-def _next_at_random(history: History, settings: Settings) -> Decision:
+def at_random(history: History, settings: Settings) -> Decision:
     """Columns at full tokens (all students of one teacher and seed) in an order drawn once."""
     grid, last = history.grid, history.grid.last
     columns = [
@@ -103,7 +73,7 @@ class _Halving:
     kept: tuple[int, ...]
 
 
-def _next_by_halving(history: History, settings: Settings) -> Decision:
+def by_halving(history: History, settings: Settings) -> Decision:
     """Successive halving, student by student but in step: all teachers on the shortest rung, on
     every later rung a share of them, the best of the rung before. A rung that takes k times the
     tokens keeps one teacher in k, or more where the budget allows it."""
