@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from capgap.config import find_recipe, load_recipe
+from capgap.config import Recipe, find_recipe, load_recipe
 from capgap.law.law import read_law
 from capgap.report.sentences import main_curves, sentences
 from capgap.sizes import clock_time, format_count
@@ -22,8 +22,12 @@ from capgap.sweep.progress import Display
 from capgap.sweep.runner import run_sweep
 
 
+def recipe_of(seed: int) -> Recipe:
+    return load_recipe(find_recipe("quickstart"), [f"seeds=[{seed}]"])
+
+
 def one_seed(seed: int, out: Path) -> dict[str, Any]:
-    recipe = load_recipe(find_recipe("quickstart"), [f"seeds=[{seed}]"])
+    recipe = recipe_of(seed)
     result = run_sweep(recipe, out, Display(Console(stderr=True)))
     law = read_law(out / "law.json")
     curves = main_curves(law.curves)
@@ -37,6 +41,7 @@ def one_seed(seed: int, out: Path) -> dict[str, Any]:
     slope = contrasts[0].per_log_tokens if contrasts else None
     return {
         "seed": seed,
+        "recipe_hash": recipe.hash(),
         "headline": sentences(law)[0],
         "left_out": left_out,
         "per_log_tokens": None if slope is None else slope.model_dump(),
@@ -47,16 +52,19 @@ def one_seed(seed: int, out: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=10, choices=range(1, 101), metavar="N")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     kept = asked.out / "seeds.json"
     rows = json.loads(kept.read_text()) if kept.is_file() else []
+    # those of another recipe are no rows of this table
+    rows = [row for row in rows if row.get("recipe_hash") == recipe_of(row["seed"]).hash()]
     for seed in sorted(set(range(asked.seeds)) - {row["seed"] for row in rows}):
         rows.append(one_seed(seed, asked.out / f"seed{seed}"))
         kept.write_text(json.dumps(rows, indent=1) + "\n")
-    rows = json.loads(kept.read_text())  # keys as text, also of what was just made
+    # keys as text, also of what was just made
+    rows = sorted(json.loads(kept.read_text()), key=lambda row: row["seed"])
     budgets = list(rows[0]["left_out"])
     told = " | ".join(f"left out with {format_count(int(tokens))} tokens" for tokens in budgets)
     print(f"| seed | {told} | slope per ln of tokens | time | memory |")

@@ -86,6 +86,22 @@ def test_tables_as_spreadsheets_write_them(tmp_path, separator, rewrite):
     assert found.losses == pytest.approx(plain.losses)
 
 
+def test_counts_and_losses_as_people_write_them(tmp_path):
+    rows = [row.replace(",", ";").replace("10B", "1,5B") for row in rows_of()]
+    table = read_table(write(tmp_path / "t.csv", rows, HEADER.replace(",", ";")))
+    assert set(table.frame["tokens"]) == {1_500_000_000}
+    quoted = [row.rsplit(",", 1)[0] + ',"3,250"' for row in rows_of()]
+    with pytest.raises(UserError, match="loss '3,250': give a positive, finite number"):
+        read_table(write(tmp_path / "t.csv", quoted))
+
+
+def test_blank_lines_and_columns_without_a_name_are_passed_over(tmp_path):
+    plain = read_table(write(tmp_path / "plain.csv", rows_of()))
+    rows = [f"{row},a,b,," for row in rows_of()]
+    path = write(tmp_path / "t.csv", ["  ", *rows, ",,,", " "], f"\n{HEADER},note,note,,")
+    assert read_table(path).frame.equals(plain.frame)
+
+
 def test_stated_errors_blur_the_optimum_only_where_they_are_independent(tmp_path):
     header = f"{HEADER},loss_stderr"
     rows = [f"{row},0.02" for row in rows_of()]
@@ -138,19 +154,22 @@ def changed(number, **values):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (changed(1, loss="-2"), "line 3: loss '-2': Input should be greater than 0"),
-        (changed(1, loss="nan"), "line 3: loss 'nan': Input should be greater than 0"),
-        (changed(1, loss="inf"), "line 3: loss 'inf': Input should be a finite number"),
-        (changed(1, loss=""), "line 3: loss '': Input should be a valid number"),
+        (changed(1, loss="-2"), "line 3: loss '-2': give a positive, finite number"),
+        (changed(1, loss="nan"), "line 3: loss 'nan': give a positive"),
+        (changed(1, loss="inf"), "line 3: loss 'inf': give a positive"),
+        (changed(1, loss=""), "line 3: loss '': give a positive"),
         (changed(1, loss="21.5"), r"line 3: loss 21.5 is above ln\(vocabulary\), 13.8"),
         (
             [f"a,pruned,1B,{s}M,{t}M,0,0.{s}" for s in (40, 70) for t in (100, 200)],
             "looks like accuracies",
         ),
-        (changed(2, seed="a"), "line 4: seed 'a': Input should be a valid integer"),
-        (changed(2, tokens="many"), "line 4: tokens 'many': .* is no count"),
+        (changed(2, seed="a"), "line 4: seed 'a': give a whole number"),
+        (changed(2, seed=""), "line 4: seed '': give a whole number"),
+        (changed(2, tokens="1,5"), "more fields than column names"),
+        ([*rows_of(), '"'], "is no table of comma-separated values"),
+        (changed(2, tokens="many"), "line 4: tokens 'many': give a positive whole number"),
         (changed(0, teacher_parameters="52"), "line 2: teacher_parameters 52 beside 552M"),
-        (changed(3, init=" "), "line 5: init '': String should have at least 1 character"),
+        (changed(3, init=" "), "line 5: init '': name it"),
         ([*rows_of(), rows_of()[0] + "1"], ""),
         ([*rows_of(), rows_of()[0].rsplit(",", 1)[0] + ",3.5"], "same cell with the losses"),
         (rows_of(ratios=(2.5,)), "no student has more than one teacher"),

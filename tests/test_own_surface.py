@@ -155,7 +155,7 @@ def test_recommend_by_a_surface_of_ones_own(law, tmp_path, typed):
     assert other["expected_losses"]["100k"] == pytest.approx(
         float(PUBLISHED_SURFACE.loss(30_000, 1_000_000, published.loss(100_000, tokens)))
     )
-    assert other["caution"] == "it was read from other sizes and tokens"
+    assert other["caution"] == "it was read from other sizes or tokens"
     shown = typed("recommend", *asked)
     assert "to less than 0.01%" in " ".join(shown.out.split())
 

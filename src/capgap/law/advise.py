@@ -11,6 +11,7 @@ from capgap.law.families import find_family, find_model
 from capgap.law.law import Law, Value
 from capgap.law.rules import (
     PUBLISHED_RULE,
+    SIZES_REACH,
     LineRule,
     SurfaceRule,
     own_rule,
@@ -361,7 +362,7 @@ def _cautions(
     if one.tokens is None and anchor in (None, one.name):
         found.append(f"its training tokens are not known: {surface.teacher_tokens_name} are taken")
     low, high = surface.teachers
-    if not low / 1.05 <= one.non_embedding <= high * 1.05:
+    if not low / SIZES_REACH <= one.non_embedding <= high * SIZES_REACH:
         found.append("its size lies outside of what the surface was read from")
     if measurement is None:
         return found
@@ -414,7 +415,7 @@ def _surface(
     larger = [one.name for one in candidates if one.non_embedding > size]
     caution = None
     if not rule.has_read(size, tokens):
-        caution = "it was read from other sizes and tokens"
+        caution = "it was read from other sizes or tokens"
     return SurfaceAdvice(
         name=rule.name,
         source=rule.source,

@@ -195,9 +195,10 @@ def grid_table(records: Sequence[RunRecord]) -> pandas.DataFrame:
         for record in sorted(records, key=lambda record: record.id)
     ]
     table = pandas.DataFrame(rows)
-    whole = {name: "Int64" for name in _WHOLE if name in table}
+    if table.empty:
+        return table
     # FLOPs of a large run exceed 64-bit integers, so those stay Python integers
-    return table.astype(whole | {name: object for name in ("flops_total",) if name in table})
+    return table.astype(dict.fromkeys(_WHOLE, "Int64") | {"flops_total": object})
 
 
 _WHOLE = (

@@ -182,8 +182,8 @@ class Contrast(Value):
 
     what: `tokens`, more less fewer; `init`, students cut out of their teachers less those with
     `fixed` first weights; `chain`, through an assistant less cut at once; `student`, a group's
-    largest less its smallest. tokens: of the first and the second, None where every student has
-    budgets of its own. slope: by how many nats the loss of the first rises more than that
+    largest less its smallest. tokens: of the first and the second, None where not all students
+    have the same budgets. slope: by how many nats the loss of the first rises more than that
     of the second for a teacher e times larger, mean over pairs of curves; `stderr` its standard
     error. level: by how many nats the first is higher, mean over teachers. per_log_tokens: the
     slope for e times the tokens.

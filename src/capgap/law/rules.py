@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import groupby, product
 
 import numpy as np
 from scipy.optimize import linprog
@@ -43,6 +43,15 @@ class LineRule(Value):
     def holds(self, teacher: float) -> bool:
         """Whether a teacher's size is one that the source leaves."""
         return self.interval is not None and self.distance(teacher) == 0
+
+    @property
+    def runs(self) -> list[tuple[float, float]]:
+        """The sizes that it leaves: its interval, or what will do between what will not."""
+        found = []
+        for will_do, run in groupby(self.measured, lambda one: one[1]):
+            sizes = [size for size, _ in run]
+            found += [(sizes[0], sizes[-1])] if will_do else []
+        return found or ([] if self.interval is None else [self.interval])
 
     def distance(self, teacher: float) -> float:
         """Of ln T from what the source leaves; 0 where it says nothing."""
@@ -195,15 +204,14 @@ def own_rule(law: Law, student: int, tokens: int) -> LineRule | None:
 
     line = min(lines, key=lambda one: (one.group.init != "pruned", _apart(read(one), tokens)))
     rule = _by_line(line, student)
-    beside = sorted({one.group.architecture for one in lines} - {line.group.architecture})
-    cautions = [rule.caution] if rule.caution else []
-    if _apart(read(line), tokens) > np.log(TOKENS_REACH):
-        cautions.append(
-            f"it was read on {format_count(read(line))} tokens, not on {format_count(tokens)}"
-        )
-    if beside:
-        cautions.append(f"the sweep has a line of {', '.join(beside)} too")
-    return rule.model_copy(update={"caution": "; ".join(cautions) or None})
+    if _apart(read(line), tokens) <= np.log(TOKENS_REACH):
+        return rule
+    other = f"{format_count(read(line))} tokens, not on {format_count(tokens)}"
+    if line.group.tokens is None:
+        ratio = line.group.tokens_per_parameter
+        other = f"{ratio:.3g} tokens a parameter, not on {tokens / student:.3g}"
+    cautions = [*filter(None, [rule.caution]), f"it was read on {other}"]
+    return rule.model_copy(update={"caution": "; ".join(cautions)})
 
 
 def _apart(one: float, other: float) -> float:
@@ -242,13 +250,9 @@ def _by_line(line: Line, student: int) -> LineRule:
         )
     # beyond the band its end goes on by every slope of the interval: wider than the law's own
     beyond = student - min(max(student, first), last)
-    ends = sorted((slope.low * beyond, slope.high * beyond))
-    teacher, low, high = (
-        max(1.0, float(np.interp(student, band.student, end)) + step)
-        for end, step in zip(
-            (band.mid, band.low, band.high), (slope.value * beyond, *ends), strict=True
-        )
-    )
+    steps = (slope.value * beyond, *sorted((slope.low * beyond, slope.high * beyond)))
+    ends = (np.interp(student, band.student, end) for end in (band.mid, band.low, band.high))
+    teacher, low, high = (max(1.0, float(e) + s) for e, s in zip(ends, steps, strict=True))
     source = f"your sweep ({line.group})"
     return LineRule(source=source, teacher=teacher, interval=(low, high), caution=caution)
 

@@ -4,11 +4,11 @@ import csv
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 import pandas
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError, ValidationInfo
 
 from capgap.errors import UserError, check_regular
 from capgap.law.data import CURVE, FRAME, KEYS, LARGEST_VOCABULARY, LOST, Cells, cells_of
@@ -22,26 +22,55 @@ SMALLEST_MODEL = 1_000
 SAME_LOSS = 1e-9  # two rows of one place may differ by rounding
 
 
-def _count(text: str) -> int:
-    # thousands may be parted by points, spaces or apostrophes
-    plain = re.sub(r"[\s'\u2019]", "", text).removesuffix(".0")
-    if re.fullmatch(r"\d{1,3}(\.\d{3})+", plain):
-        plain = plain.replace(".", "")
-    try:
-        return parse_count(plain)
-    except UserError as error:
-        raise ValueError(str(error)) from None
-
-
 def _number(text: str) -> str:
-    """Decimals may have a comma."""
-    return re.sub(r"^(\d+),(\d+)$", r"\1.\2", text)
+    """A comma before decimals is a point, as in 3,05 or 1,5B; between thousands it is nothing."""
+    if re.fullmatch(r"\d+,\d+[kmbtKMBT]?", text) and not re.fullmatch(r"\d{1,3},\d{3}", text):
+        return text.replace(",", ".")
+    return text
+
+
+def _count(text: str) -> int:
+    # thousands may be parted by points, commas, spaces or apostrophes
+    plain = re.sub(r"[\s'\u2019]", "", text).removesuffix(".0")
+    if re.fullmatch(r"\d{1,3}([.,]\d{3})+", plain):
+        plain = re.sub("[.,]", "", plain)
+    try:
+        return parse_count(_number(plain))
+    except UserError:
+        raise ValueError("give a positive whole number, plain or like 300k, 1.5M, 3B") from None
+
+
+def _real(text: str, info: ValidationInfo) -> float:
+    """Where commas part the fields, one in a field is none before decimals."""
+    text = text if info.context == "," else _number(text)
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _loss(text: str, info: ValidationInfo) -> float:
+    value = _real(text, info)
+    if not (0 < value < math.inf or (value == 0 and info.field_name == "loss_stderr")):
+        raise ValueError("give a positive, finite number of nats per token, or take the row out")
+    return value
+
+
+def _whole(text: str, info: ValidationInfo) -> int:
+    if not _real(text, info).is_integer():
+        raise ValueError("give a whole number")
+    return int(_real(text, info))
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise ValueError("name it")
+    return text
 
 
 Count = Annotated[int, BeforeValidator(_count)]
-Loss = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-Error = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Name = Annotated[str, Field(min_length=1)]
+Loss = Annotated[float, BeforeValidator(_loss)]
+Name = Annotated[str, BeforeValidator(_name)]
 
 
 class _Row(BaseModel):
@@ -54,8 +83,8 @@ class _Row(BaseModel):
     architecture: Name = "unnamed"
     init: Name = "unnamed"
     teacher: str = ""
-    seed: Annotated[int, BeforeValidator(_number)] = 0
-    loss_stderr: Error = math.nan
+    seed: Annotated[int, BeforeValidator(_whole)] = 0
+    loss_stderr: Loss = math.nan
     teacher_loss: Loss = math.nan
     baseline_loss: Loss = math.nan
     teacher_tokens: Annotated[float, BeforeValidator(_count)] = math.nan
@@ -91,9 +120,10 @@ def read_table(path: Path | str, *, independent_errors: bool = False) -> Cells:
     sizes in several units, fewer than two teachers for every student.
     """
     path = Path(path)
-    columns, rows = _load(path)
+    separator, columns, rows = _load(path)
     excluded: list[Excluded] = []
-    table = pandas.DataFrame([_checked(row, path) for row in rows if _is_cell(row, excluded)])
+    own = [row for row in rows if _is_cell(row, excluded)]
+    table = pandas.DataFrame([_checked(row, separator, path) for row in own])
     if table.empty:
         raise UserError(f"{path} has no row of a finished cell")
     _check_losses(table, path)
@@ -120,37 +150,38 @@ def read_table(path: Path | str, *, independent_errors: bool = False) -> Cells:
     )
 
 
-def _load(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Names of columns, and rows of text with the number of their `line`."""
+def _load(path: Path) -> tuple[str, list[str], list[dict[str, str]]]:
+    """The separator, names of columns, and rows of text with the number of their `line`."""
     check_regular(path, "a table")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             separator = max(",;\t", key=file.readline().count)
             file.seek(0)
-            reader = csv.DictReader(file, delimiter=separator, skipinitialspace=True)
-            columns = [name.strip().lower() for name in reader.fieldnames or ()]
-            rows = [
-                {
-                    name: (text or "").strip()
-                    for name, text in zip(columns, row.values(), strict=False)
-                }
-                | {"line": str(reader.line_num), "more": "yes" if None in row else ""}
+            reader = csv.reader(file, delimiter=separator, skipinitialspace=True, strict=True)
+            lines = [
+                (reader.line_num, fields)
                 for row in reader
+                if any(fields := [field.strip() for field in row])
             ]
     except FileNotFoundError:
         raise UserError(f"no table {path}") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no table of comma-separated values ({error})") from None
-    twice = sorted({name for name in columns if columns.count(name) > 1})
-    if twice:
-        raise UserError(f"{path} has two columns {twice[0]!r}: keep one")
+    columns = [name.lower() for name in lines.pop(0)[1]] if lines else []
+    for name in (*_Row.model_fields, "kind", "status"):
+        if columns.count(name) > 1:
+            raise UserError(f"{path} has two columns {name!r}: keep one")
     missing = [name for name in REQUIRED if name not in columns]
     if missing:
         raise UserError(
             f"{path} lacks {', '.join(missing)}; it has {', '.join(columns) or 'none'}. A table "
             f"needs {', '.join(REQUIRED)}, and may have {', '.join(OPTIONAL)}"
         )
-    return columns, rows
+    for line, fields in lines:
+        if len(fields) > len(columns):
+            raise UserError(f"{path}, line {line}: more fields than column names")
+    rows = [dict(zip(columns, held, strict=False)) | {"line": str(n)} for n, held in lines]
+    return separator, columns, rows
 
 
 def _is_cell(row: dict[str, str], excluded: list[Excluded]) -> bool:
@@ -167,24 +198,22 @@ def _is_cell(row: dict[str, str], excluded: list[Excluded]) -> bool:
     return False
 
 
-def _checked(row: dict[str, str], path: Path) -> dict[str, Any]:
-    if row["more"]:
-        raise UserError(f"{path}, line {row['line']}: more fields than column names")
+def _checked(row: dict[str, str], separator: str, path: Path) -> dict[str, Any]:
     # an empty field is one that the row leaves away, but where there must be something
-    needed = (*REQUIRED, "architecture", "init")
+    needed = (*REQUIRED, "architecture", "init", "seed")
     held = {name: text for name, text in row.items() if text or name in needed}
     try:
-        return _Row.model_validate(held).model_dump() | {"line": int(row["line"])}
+        found = _Row.model_validate(held, context=separator).model_dump()
     except ValidationError as error:
-        first = error.errors()[0]
-        name, why = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
+        name, why = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"]
+        why = why.removeprefix("Value error, ")
         raise UserError(f"{path}, line {row['line']}: {name} {held[name]!r}: {why}") from None
+    return found | {"line": int(row["line"])}
 
 
-def _refuse(path: Path, table: pandas.DataFrame, wrong: pandas.Series, why: str) -> None:
-    """UserError with the first line that is wrong, if any is."""
-    if wrong.any():
-        raise UserError(f"{path}, line {table.loc[wrong, 'line'].iloc[0]}: {why}")
+def _refuse(path: Path, table: pandas.DataFrame, wrong: pandas.Series, why: str) -> NoReturn:
+    """UserError with the first line that is wrong."""
+    raise UserError(f"{path}, line {table.loc[wrong, 'line'].iloc[0]}: {why}")
 
 
 def _check_losses(table: pandas.DataFrame, path: Path) -> None:

@@ -48,10 +48,9 @@ def _verdict(advice: Advice) -> str:
     if advice.linear_law.interval is None:
         return f"Take {advice.take} if it must be one of these: no line says which size is best."
     if advice.surface.caution is None:
-        low, high = (format_count(end) for end in advice.linear_law.interval)
         return (
             f"Take {advice.take}, {rows[0].ratio:.1f} times the student, by the surface alone: the "
-            f"line asks for {low} to {high} parameters, which none of these has."
+            f"line asks for {_sizes(advice.linear_law)} parameters, which none of these has."
         )
     return (
         f"None of these has a good size: {_look_for(advice.linear_law)}; if it must be one of "
@@ -62,8 +61,13 @@ def _verdict(advice: Advice) -> str:
 def _look_for(line: LineRule) -> str:
     if line.interval is None:
         return "what size to look for is not known"
-    low, high = (format_count(end) for end in line.interval)
-    return f"look for one of {low} to {high} parameters ({line.source})"
+    return f"look for one of {_sizes(line)} parameters ({line.source})"
+
+
+def _sizes(line: LineRule) -> str:
+    """What a line leaves: "42k or 100k to 155k"."""
+    runs = [dict.fromkeys(map(format_count, run)) for run in line.runs]
+    return " or ".join(" to ".join(run) for run in runs)
 
 
 def _why(advice: Advice) -> Iterator[str]:
@@ -72,9 +76,8 @@ def _why(advice: Advice) -> Iterator[str]:
         return
     first, line = advice.recommendations[0], advice.linear_law
     if line.interval is not None:
-        low, high = (format_count(end) for end in line.interval)
         within = [row for row in advice.recommendations if row.in_line and row.is_larger]
-        told = f"{_capital(_name(line))} wants {low} to {high} parameters"
+        told = f"{_capital(_name(line))} wants {_sizes(line)} parameters"
         if first.in_line:
             yield f"{told}, and {first.teacher} has {format_count(first.non_embedding)}."
         elif within:

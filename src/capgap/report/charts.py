@@ -339,7 +339,7 @@ def _published_line(students: Pair, smallest: float) -> list[Row]:
 def _contrast(one: Contrast) -> Row:
     """A row of the contrasts, for a teacher twice as large."""
     budgets = () if one.tokens is None else tuple(map(numbers.size, one.tokens))
-    tokens = " and ".join(dict.fromkeys(budgets)) or "budgets of their own,"
+    tokens = " and ".join(dict.fromkeys(budgets))
     large, small = numbers.size(one.students[-1]), numbers.size(one.students[0])
     first, second = one.inits
     pair = {

@@ -212,10 +212,11 @@ def advice_chart(found: Advice, *, name: str = "advice", title: str = "") -> Pic
         key = f"its interval: {' to '.join(map(numbers.size, line.interval))}"
         looks[key] = WEDGE
         low, high = heights
-        shade = [row(key, end, None, low=low, high=high) for end in line.interval]
+        shade = [[row(key, end, None, low=low, high=high) for end in run] for run in line.runs]
     y = draw.linear_axis(f"expected student loss ({LOSS})", heights)
     frame = Frame(draw.log_axis(TEACHER, limits), y, looks)
-    marks = frame.draw("bands", shade) + frame.draw("lines", near)
+    marks = [mark for run in shade for mark in frame.draw("bands", run)]
+    marks += frame.draw("lines", near)
     marks += frame.draw("uprights", upright, strokeWidth=2)
     marks += frame.draw("lines", models, strokeWidth=1, opacity=0.5) + frame.draw("bars", models)
     marks += frame.draw("points", models, size=90)

@@ -10,6 +10,7 @@ from typing import Any
 
 from capgap.law.law import Contrast, Curve, Estimate, Law, Line
 from capgap.law.published import PUBLISHED_RESOLUTION
+from capgap.report.numbers import listed
 from capgap.sizes import format_count
 
 MOST_SENTENCES = 6
@@ -297,25 +298,23 @@ def _cost_of_others(curves: Sequence[Curve]) -> str:
 
 
 def _of_tokens(contrast: Contrast, confidence: float) -> str:
-    span_of, instead = "one budget to the other", "with the larger budget of each student"
+    between, instead = "one budget to the other", "with the larger budget of each student"
     if contrast.tokens is not None:
         many, few = map(format_count, contrast.tokens)
-        span_of, instead = f"{few} to {many}", f"with {many} instead of {few}"
-    low, high = -DOUBLED * contrast.slope.high, -DOUBLED * contrast.slope.low
-    span = f"{confidence:.0%}: {low:.3f} to {high:.3f} nats"
+        between, instead = f"{few} to {many}", f"with {many} instead of {few}"
+    sign = -1 if contrast.is_told and contrast.slope.value > 0 else 1
+    slope, factor = contrast.slope, -sign * DOUBLED
+    low, high = sorted((factor * slope.low, factor * slope.high))
+    span = f"{_span(low, high)} nats"
     if not contrast.is_told:
         return (
-            f"Whether more tokens want a larger teacher cannot be told: from {span_of} one "
-            f"twice as large gains {low:.3f} to {high:.3f} nats ({confidence:.0%})."
+            f"Whether more tokens want a larger teacher cannot be told: from {between}, one twice "
+            f"as large gains {span} ({confidence:.0%})."
         )
-    more = contrast.slope.value < 0
-    size, verb = ("larger", "gains") if more else ("smaller", "loses")
-    amount = abs(DOUBLED * contrast.slope.value)
-    if not more:
-        span = f"{confidence:.0%}: {-high:.3f} to {-low:.3f} nats"
+    size, verb = ("larger", "gains") if sign > 0 else ("smaller", "loses")
     return (
-        f"More tokens want a {size} teacher: {instead}, one twice as large "
-        f"{verb} {amount:.3f} nats more ({span})."
+        f"More tokens want a {size} teacher: {instead}, one twice as large {verb} "
+        f"{factor * slope.value:.3f} nats more ({confidence:.0%}: {span})."
     )
 
 
@@ -334,9 +333,10 @@ def _of_cut(contrasts: Sequence[Contrast]) -> str:
         )
     if not told:
         few = format_count(min(one.fewest for one in contrasts))
+        when = f"from {few} tokens on" if len(contrasts) > 1 else f"with {few} tokens"
         return (
-            f"The cut does not make the difference: from {few} tokens on, students with the same "
-            "first weights for every teacher show the same curve, within noise."
+            f"The cut does not make the difference: {when}, students with the same first weights "
+            "for every teacher show the same curve, within noise."
         )
     first = min(told, key=lambda one: one.fewest)
     last = max(contrasts, key=lambda one: one.fewest)
@@ -387,36 +387,46 @@ def _of_size(curves: Sequence[Curve]) -> str:
 def _of_gain(curves: Sequence[Curve]) -> str:
     """What distilling gains over the same student alone, at equal tokens and at equal FLOPs."""
     best = [(curve, point) for curve in curves if (point := curve.gainer) is not None]
-    gains = [(curve.tokens, point.gain) for curve, point in best if point.gain is not None]
+    gains = [(curve.tokens, point.gain or 0.0) for curve, point in best]
     if not gains:
         return ""
     errors = [point.gain_stderr for _, point in best if point.gain_stderr is not None]
     error = f" (± {max(errors):.3f})" if errors else ""
-    whole = [gain for _, gain in gains]
-    if max(whole) <= 0:
-        span = _span(min(whole), max(whole))
-        return f"Distilling gains nothing over the same student trained alone: {span} nats{error}."
     longer = [point.gain_flops for _, point in best if point.gain_flops is not None]
+    rest = f", {_span(min(longer), max(longer))} for as many FLOPs" if longer else ""
+    whole = [gain for _, gain in gains]
     budgets = sorted({tokens for tokens, _ in gains})
-    students = {curve.student_size for curve, _ in best}
-    if len(budgets) == 2 and len(gains) == 2 * len(students) and not longer:
+
+    def by_budget() -> str:
+        students = {curve.student_size for curve, _ in best}
+        if len(budgets) != 2 or len(gains) != 2 * len(students):
+            return ""
         few, many = (_gained([gain for t, gain in gains if t == tokens]) for tokens in budgets)
         many = many.removeprefix("gains ") if few.startswith("gains") else many
         less, more = map(format_count, budgets)
         return (
             f"Distilling from the best teacher {few} nats with {less} tokens and {many} with "
-            f"{more}{error}, compared with the same student alone."
+            f"{more}{error}, compared with the same student alone{rest}."
         )
-    rest = f", {_span(min(longer), max(longer))} for as many FLOPs" if longer else ""
-    return (
-        f"Distilling from the best teacher {_gained(whole)} nats{error} over the same student "
-        f"trained alone on as many tokens{rest}."
-    )
+
+    def together() -> str:
+        return (
+            f"Distilling from the best teacher {_gained(whole)} nats{error}, compared with the "
+            f"same student alone on as many tokens{rest}."
+        )
+
+    if round(max(whole), 3) <= 0:
+        span = _span(min(whole), max(whole))
+        return f"Distilling gains nothing over the same student trained alone: {span} nats{error}."
+    told = by_budget()
+    return told if told and len(told.split()) <= MOST_WORDS else together()
 
 
 def _gained(gains: Sequence[float]) -> str:
     low, high = min(gains), max(gains)
-    return f"loses {_span(-high, -low)}" if high < 0 else f"gains {_span(low, high)}"
+    if round(high, 3) <= 0:
+        return f"loses {_span(-high, -low)}"
+    return f"gains {_span(low, high)}" if round(low, 3) >= 0 else f"changes by {_span(low, high)}"
 
 
 def _main_line(lines: Sequence[Line], init: str) -> Line | None:
@@ -493,13 +503,13 @@ def _is_wide(exponent: Estimate) -> bool:
 
 def _span(low: float, high: float, digits: int = 3) -> str:
     """Two numbers, or one where they are written alike."""
-    first, last = f"{low:.{digits}f}", f"{high:.{digits}f}"
+    # no negative zero
+    first, last = (f"{round(end, digits) + 0.0:.{digits}f}" for end in (low, high))
     return first if first == last else f"{first} to {last}"
 
 
 def _listed(sizes: Sequence[int]) -> str:
-    told = [format_count(size) for size in sizes]
-    return told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"
+    return listed([format_count(size) for size in sizes])
 
 
 def _sentence(text: str) -> str:
