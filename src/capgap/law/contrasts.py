@@ -14,8 +14,6 @@ from capgap.law.law import Contrast, Curve, Estimate, Group
 from capgap.law.lines import to_estimate
 from capgap.law.model import Floats, Posterior
 
-LEAST_TEACHERS = 2  # that two curves must share
-
 
 def contrasts_of(
     curves: Sequence[Curve],
@@ -93,7 +91,7 @@ def _difference(
     larger, and by which it is higher, over the teachers that they share."""
     sizes = {point.teacher_size: point for point in curves[first].points}
     shared = [p for p in curves[second].points if p.teacher_size in sizes]
-    if len(shared) < LEAST_TEACHERS:
+    if len(shared) < 2:
         return None
     logs = np.log([point.teacher_parameters for point in shared])
     weights = (logs - logs.mean()) / ((logs - logs.mean()) ** 2).sum()

@@ -209,12 +209,11 @@ def _curves(
                 for i in members
             ]
             compared |= dict(zip(members, compare_teachers(losses, confidence), strict=True))
-    curves, optima = [], []
-    for i, one in enumerate(measured):
-        curve, best = _curve(cells, i, one, compared.get(i), posterior, confidence)
-        curves.append(curve)
-        optima.append(best)
-    return curves, optima
+    found = [
+        _curve(cells, i, one, compared.get(i), posterior, confidence)
+        for i, one in enumerate(measured)
+    ]
+    return [curve for curve, _ in found], [best for _, best in found]
 
 
 def _curve(

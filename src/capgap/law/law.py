@@ -163,13 +163,13 @@ class Line(Value):
     refused: Refusal | None
     located: int
     bounded: int
-    slope: Estimate | None
-    intercept: Estimate | None
-    ratio: Estimate | None
-    exponent: Estimate | None
-    factor: Estimate | None
-    prediction_errors: dict[str, float]
-    band: Band | None
+    slope: Estimate | None = None
+    intercept: Estimate | None = None
+    ratio: Estimate | None = None
+    exponent: Estimate | None = None
+    factor: Estimate | None = None
+    prediction_errors: dict[str, float] = {}
+    band: Band | None = None
 
     @property
     def is_identified(self) -> bool:

@@ -58,19 +58,7 @@ def fit_line(
     flat = np.array([one.is_flat for one in found], dtype=bool)
     located = 0 if evidence is None else int((~evidence.ends[0] & ~flat).sum())
     bounded = len(found) - located
-    empty = Line(
-        group=group,
-        refused="too_few_students",
-        located=located,
-        bounded=bounded,
-        slope=None,
-        intercept=None,
-        ratio=None,
-        exponent=None,
-        factor=None,
-        prediction_errors={},
-        band=None,
-    )
+    empty = Line(group=group, refused="too_few_students", located=located, bounded=bounded)
     if evidence is None or not located:
         return empty
     by_form = {form: _coefficients(evidence, form) for form in FORMS}

@@ -13,7 +13,6 @@ from capgap.law.law import Interval, Optimum, Status
 from capgap.law.lines import Best
 from capgap.law.model import MIN_TEACHERS, Floats, Posterior
 
-Bools = NDArray[np.bool_]
 # by whether the smallest and the largest teacher will do, so that the best may lie beyond
 STATUS: dict[tuple[bool, bool], Status] = {
     (False, False): "interior",
@@ -30,7 +29,7 @@ class Comparison:
 
     cost: Floats
     stderr: Floats
-    worse: Bools
+    worse: NDArray[np.bool_]
 
 
 def compare_teachers(losses: Sequence[Floats], confidence: float) -> list[Comparison]:

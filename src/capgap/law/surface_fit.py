@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.optimize import brentq, least_squares
 
 from capgap.errors import UserError
-from capgap.law.surface import DistillationSurface, SupervisedSurface, log_power_sum
+from capgap.law.surface import DistillationSurface, Floats, SupervisedSurface, log_power_sum
 
-Floats = NDArray[np.floating[Any]]
 Status = Literal["converged", "bound_hit", "not_identified", "not_converged"]
 
 # (lower, upper) of every coefficient; a fit that ends at one says so
@@ -150,11 +149,7 @@ def fit_supervised(
 
     names = ("E", "A", "B", "alpha", "beta", "gamma")
     problem = _problem(names, SUPERVISED_FORMS, form, predict, measured, scatter)
-
-    def surface(values: dict[str, float]) -> SupervisedSurface:
-        return SupervisedSurface(**values)
-
-    return _fit(problem, form, surface, starts, seed, intervals)
+    return _fit(problem, form, lambda c: SupervisedSurface(**c), starts, seed, intervals)
 
 
 def fit_distillation(
@@ -200,11 +195,9 @@ def fit_distillation(
 
     names = ("A", "B", "alpha", "beta", "gamma", "c0", "c1", "f1", "d1")
     problem = _problem(names, DISTILLATION_FORMS, form, predict, measured, scatter)
-
-    def surface(values: dict[str, float]) -> DistillationSurface:
-        return DistillationSurface(supervised=supervised, **values)
-
-    return _fit(problem, form, surface, starts, seed, intervals)
+    return _fit(
+        problem, form, lambda c: DistillationSurface(supervised, **c), starts, seed, intervals
+    )
 
 
 def _power(c: dict[str, float], n: Floats, d: Floats) -> tuple[Floats, dict[str, Floats]]:
