@@ -25,7 +25,7 @@ from capgap.models.shape import ladder_shape
 from capgap.stages.distill import DistillRequest, run_distill
 from capgap.stages.export import ExportRequest, run_export
 from capgap.stages.prune import PruneRequest, run_prune
-from capgap.stages.score import ScoreRequest, run_score
+from capgap.stages.score import Score
 from report_data import write_output
 from test_docs import assert_told, code_blocks, keys
 
@@ -61,7 +61,7 @@ def student(small_corpus, tmp_path_factory):
     teacher = save(place / "teacher", small_corpus, size=20_000)
     (teacher / "LICENSE").write_text(APACHE)
     scores, corpus = place / "scores.safetensors", small_corpus.directory
-    run_score(ScoreRequest(str(teacher), scores, corpus, tokens=512, window=16))
+    Score(teacher=str(teacher), out=scores, corpus=corpus, tokens=512, window=16).run()
     run_prune(PruneRequest(str(teacher), place / "cut", scores, params=9_000))
     from capgap.config import stage_settings
 

@@ -1,6 +1,5 @@
 """Instruction tuning: what is read, which tokens are trained, how a run stops and goes on."""
 
-import dataclasses
 import json
 import os
 import resource
@@ -16,11 +15,10 @@ from transformers.trainer_pt_utils import safe_globals
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import UserError
 from capgap.models.build import load_model
-from capgap.stages.instruct import InstructRequest, run_instruct
+from capgap.stages.instruct import Instruct
 from capgap.train.loop import Interrupted
 from capgap.tune import training
 from capgap.tune.conversations import read_conversations
-from capgap.tune.settings import Lora
 from capgap.tune.template import encode, fitted, prompt_ids, set_template
 from talks import said, save_base, talks, write_lines
 from test_docs import assert_told, keys
@@ -39,17 +37,17 @@ def request_of(base, tmp_path):
     data = write_lines(tmp_path / "talks.jsonl", [{"messages": one} for one in talks()])
 
     def make(out="tuned", **changes):
-        made = InstructRequest(
-            str(base),
-            data,
-            tmp_path / out,
+        made = Instruct(
+            model=str(base),
+            data=data,
+            out=tmp_path / out,
             batch=4,
             micro_batch=2,
             learning_rate=3e-3,
             heldout_fraction=0.1,
             device="cpu",
         )
-        return dataclasses.replace(made, **changes)
+        return made.but(**changes)
 
     return make
 
@@ -149,7 +147,7 @@ def test_the_trainer_gets_loss_on_the_assistant_alone(request_of, monkeypatch):
 
     monkeypatch.setattr(training._SFT, "compute_loss", spy)
     request = request_of(batch=20, micro_batch=4, epochs=1, heldout_fraction=0.0, system="Bref.")
-    record = run_instruct(request)
+    record = request.run()
     assert record["before"] is None
     assert record["after"] is None
     tokenizer = load_tokenizer(request.model)
@@ -231,7 +229,7 @@ def test_a_long_conversation_is_cut_behind_an_answer(request_of, base):
     request = request_of(epochs=1, window=len(whole.ids) - 1)
     write_lines(request.data, [*lines, {"messages": long}])
     told = []
-    problems = run_instruct(request, say=told.append)["data"]["problems"]
+    problems = request.run(say=told.append)["data"]["problems"]
     assert problems["cut"]["first_lines"][0] == 1
     assert problems["left_out"] == {"count": 1, "first_lines": [21]}
     assert any("cut to the leading turns" in line for line in told)
@@ -239,7 +237,7 @@ def test_a_long_conversation_is_cut_behind_an_answer(request_of, base):
 
 def test_what_is_written_loads_in_plain_transformers(request_of):
     request = request_of()
-    record = run_instruct(request)
+    record = request.run()
     assert record["after"]["loss"] < record["before"]["loss"] - 1
     assert_told(record, keys("chat.md", "`instruct.json`"))
     lines = [json.loads(line) for line in (request.out / "metrics.jsonl").read_text().splitlines()]
@@ -256,24 +254,24 @@ def test_what_is_written_loads_in_plain_transformers(request_of):
     text = tokenizer.apply_chat_template(talks()[0], tokenize=False)
     assert text.endswith("[|Assistant|] Oui, one 好.<|endoftext|>")
     # finished: nothing is computed again
-    assert run_instruct(request) == record
+    assert request.run() == record
     with pytest.raises(UserError, match="holds a run with another learning_rate"):
-        run_instruct(dataclasses.replace(request, learning_rate=1e-3))
+        request.but(learning_rate=1e-3).run()
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"lora": Lora(), "neftune": 5.0}], ids=["full", "lora and neftune"]
+    "changes", [{}, {"lora": True, "neftune": 5.0}], ids=["full", "lora and neftune"]
 )
 def test_an_interrupted_run_equals_an_uninterrupted_one(request_of, changes):
     whole, parts = request_of("whole", **changes), request_of("parts", **changes)
-    expected = run_instruct(whole)
+    expected = whole.run()
     for _ in range(2):
         calls = iter(range(100))
         with pytest.raises(Interrupted):
-            run_instruct(parts, should_stop=lambda calls=calls: next(calls) == 3)
+            parts.run(should_stop=lambda calls=calls: next(calls) == 3)
     # a checkpoint that a kill left half written is passed over
     (parts.out / "checkpoints/checkpoint-11").mkdir()
-    record = run_instruct(parts)
+    record = parts.run()
     for key in ("curve", "before", "after", "steps", "tokens_trained"):
         assert record[key] == expected[key]
     first, second = weights(whole), weights(parts)
@@ -288,7 +286,7 @@ def test_a_checkpoint_holds_no_code(request_of):
     request = request_of()
     calls = iter(range(100))
     with pytest.raises(Interrupted):
-        run_instruct(request, should_stop=lambda: next(calls) == 1)
+        request.run(should_stop=lambda: next(calls) == 1)
     (checkpoint,) = (request.out / "checkpoints").glob("checkpoint-*")
     assert not list(checkpoint.glob("*.bin"))
     for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
@@ -300,15 +298,15 @@ def test_a_batch_may_be_split_in_any_way(request_of):
     """Sums over the tokens of the whole batch, whatever the lengths in its parts."""
     runs = [request_of(f"by-{size}", micro_batch=size, epochs=2) for size in (1, 4)]
     for request in runs:
-        run_instruct(request)
+        request.run()
     first, second = map(weights, runs)
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5)
 
 
 def test_lora_trains_the_named_layers_and_is_merged(request_of):
-    request = request_of(lora=Lora(rank=4, modules=("q_proj", "down_proj")))
-    run_instruct(request)
+    request = request_of(lora=True, lora_rank=4, lora_modules=("q_proj", "down_proj"))
+    request.run()
     before, after = load_model(request.model).state_dict(), weights(request)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     ends = ("self_attn.q_proj.weight", "mlp.down_proj.weight")
@@ -352,21 +350,21 @@ def test_a_signal_saves_and_tells_in_one_line(typed, request_of, monkeypatch):
 
 def test_a_loss_that_is_not_finite_ends_the_run(request_of):
     with pytest.raises(UserError, match="the loss is not finite at step"):
-        run_instruct(request_of(learning_rate=1e30))
+        request_of(learning_rate=1e30).run()
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         (("--lora", "--lora-modules", "query"), "it has down_proj, gate_proj, k_proj"),
-        (("--lora-modules", "q_proj"), "goes with --lora"),
+        (("--lora-modules", "q_proj"), "goes with lora"),
         (("--batch", 6, "--micro-batch", 4), "is not a multiple"),
         (("--window", 4000), "take --window 64 or less"),
         (("--template", "chatml"), "take one of minichat, own"),
         (("--template", "own"), "has no chat template"),
-        (("--neftune", 0), "must be above 0"),
-        (("--epochs", 0), "must be above 0"),
-        (("--heldout-fraction", 1), "below 1"),
+        (("--neftune", 0), "--neftune '0': Input should be greater than 0"),
+        (("--epochs", 0), "--epochs '0' is no count"),
+        (("--heldout-fraction", 1), "less than 1"),
         (("--data", "none.jsonl"), "is no file"),
         (("--out", "."), "is no empty folder"),
     ],
@@ -428,4 +426,4 @@ def test_a_template_of_a_stranger_has_limits(base, monkeypatch, template, told):
 def test_a_missing_library_is_told_with_its_extra(request_of, monkeypatch):
     monkeypatch.setattr("capgap.tune.libraries.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'capgap\[chat\]'"):
-        run_instruct(request_of())
+        request_of().run()

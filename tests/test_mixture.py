@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from capgap.corpus.mixture import PATTERN, Weighted, mix, parse_mixture
+from capgap.corpus.given import Weighted, parse_mixture
+from capgap.corpus.mixture import PATTERN, mix
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.tokens import load_corpus
 from capgap.errors import UserError
@@ -130,9 +132,8 @@ def test_weights_as_they_are_typed(tmp_path):
     ],
 )
 def test_wrong_weights_are_told(texts, told):
-    with pytest.raises(UserError, match=r"^--corpus") as error:
+    with pytest.raises(UserError, match=re.escape(told)):
         parse_mixture(texts)
-    assert told in str(error.value)
 
 
 def test_corpora_that_do_not_mix_are_told(small_corpus, other, tmp_path, text_file):

@@ -1,6 +1,5 @@
 """Preference tuning: pairs that are read, the loss of DPO, adapters and full weights."""
 
-import dataclasses
 import json
 import math
 
@@ -10,12 +9,11 @@ from safetensors.torch import load_file
 
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.models.build import load_model
-from capgap.stages.prefer import PreferRequest, run_prefer
+from capgap.stages.prefer import Prefer
 from capgap.train.loop import Interrupted
 from capgap.tune import training
 from capgap.tune.conversations import read_pairs
 from capgap.tune.scores import preference
-from capgap.tune.settings import Lora
 from capgap.tune.template import encode, set_template
 from talks import said, save_base, talks, write_lines
 from test_docs import assert_told, keys
@@ -35,10 +33,10 @@ def request_of(base, tmp_path):
     data = write_lines(tmp_path / "pairs.jsonl", lines)
 
     def make(out="tuned", **changes):
-        made = PreferRequest(
-            str(base),
-            data,
-            tmp_path / out,
+        made = Prefer(
+            model=str(base),
+            data=data,
+            out=tmp_path / out,
             batch=4,
             micro_batch=2,
             learning_rate=1e-3,
@@ -46,7 +44,7 @@ def request_of(base, tmp_path):
             template="minichat",
             device="cpu",
         )
-        return dataclasses.replace(made, **changes)
+        return made.but(**changes)
 
     return make
 
@@ -107,10 +105,10 @@ def test_the_numbers_of_pairs_are_those_of_the_formula():
     assert same["accuracy"] is None
 
 
-@pytest.mark.parametrize("lora", [None, Lora(rank=4, dropout=0.0)], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [{}, {"lora": True, "lora_rank": 4}], ids=["full", "lora"])
 def test_the_chosen_answer_becomes_likelier(request_of, lora):
-    request = request_of(lora=lora)
-    record = run_prefer(request)
+    request = request_of(**lora)
+    record = request.run()
     # the first step is taken from the reference itself
     assert record["curve"]["loss"][0] == pytest.approx(math.log(2), abs=1e-4)
     assert record["after"]["loss"] < record["before"]["loss"]
@@ -118,7 +116,7 @@ def test_the_chosen_answer_becomes_likelier(request_of, lora):
     assert_told(record, keys("chat.md", "`prefer.json`"))
     lines = [json.loads(line) for line in (request.out / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == record["curve"]["loss"]
-    assert run_prefer(request) == record
+    assert request.run() == record
     # the record's score of the answers is that of the folder that was written
     model, tokenizer = load_model(request.out / "model"), load_tokenizer(request.out / "model")
     nats = []
@@ -145,7 +143,7 @@ def test_trl_reads_the_tokens_that_are_scored(request_of, monkeypatch):
         return original(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(training._DPO, "_compute_loss", spy)
-    run_prefer(request_of(heldout_fraction=0.0))
+    request_of(heldout_fraction=0.0).run()
     tokenizer = load_tokenizer(request_of().model)
     set_template(tokenizer, "minichat")
     expected = []
@@ -156,14 +154,14 @@ def test_trl_reads_the_tokens_that_are_scored(request_of, monkeypatch):
     assert sorted(seen) == sorted(expected)
 
 
-@pytest.mark.parametrize("lora", [None, Lora(rank=4, dropout=0.0)], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [{}, {"lora": True, "lora_rank": 4}], ids=["full", "lora"])
 def test_an_interrupted_run_equals_an_uninterrupted_one(request_of, lora):
-    whole, parts = request_of("whole", lora=lora), request_of("parts", lora=lora)
-    expected = run_prefer(whole)
+    whole, parts = request_of("whole", **lora), request_of("parts", **lora)
+    expected = whole.run()
     calls = iter(range(100))
     with pytest.raises(Interrupted):
-        run_prefer(parts, should_stop=lambda: next(calls) == 2)
-    record = run_prefer(parts)
+        parts.run(should_stop=lambda: next(calls) == 2)
+    record = parts.run()
     assert (record["curve"], record["after"]) == (expected["curve"], expected["after"])
     first, second = (load_file(one.out / "model/model.safetensors") for one in (whole, parts))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -172,7 +170,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(request_of, lora):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--beta", 0), "must be above 0"),
+        (("--beta", 0), "--beta '0': Input should be greater than 0"),
         (("--template", "own"), "has no chat template"),
         (("--lora", "--lora-modules", "lm_head"), "no such linear layer below its head"),
     ],

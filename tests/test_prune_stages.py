@@ -31,7 +31,7 @@ from capgap.prune.scores import load_importance, save_importance
 from capgap.prune.surgery import cut, score_lost
 from capgap.prune.text import scoring_batches
 from capgap.stages.prune import PruneRequest, parse_sizes, plan_prune, run_prune
-from capgap.stages.score import ScoreRequest, run_score
+from capgap.stages.score import Score
 from capgap.train.loop import Interrupted
 from lively import lively
 
@@ -53,8 +53,13 @@ def teacher(small_corpus, tmp_path_factory):
 @pytest.fixture(scope="module")
 def scores(teacher, small_corpus, tmp_path_factory):
     path = tmp_path_factory.mktemp("scores") / "scores.safetensors"
-    run_score(ScoreRequest(str(teacher), path, small_corpus.directory, tokens=1024, window=16))
+    asked(teacher, small_corpus, path).run()
     return path
+
+
+def asked(teacher, corpus, out, **values):
+    given = {"tokens": 1024, "window": 16} | values
+    return Score(teacher=str(teacher), corpus=corpus.directory, out=out, **given)
 
 
 def assert_same_scores(first, second):
@@ -91,14 +96,10 @@ def test_scores_say_where_they_come_from(typed, teacher, small_corpus, scores, t
 @pytest.mark.parametrize("method", ["first_order", "weights", "activation"])
 def test_a_stopped_scoring_goes_on_to_the_same_scores(teacher, small_corpus, tmp_path, method):
     def request(name):
-        return ScoreRequest(
-            *(str(teacher), tmp_path / name, small_corpus.directory, method),
-            depth="influence",
-            tokens=1024,
-            window=16,
-        )
+        out = tmp_path / name
+        return asked(teacher, small_corpus, out, method=method, depth="influence")
 
-    run_score(request("whole"))
+    request("whole").run()
     calls = 0
 
     def stop_after_three():
@@ -107,36 +108,28 @@ def test_a_stopped_scoring_goes_on_to_the_same_scores(teacher, small_corpus, tmp
         return calls == 3
 
     with pytest.raises(Interrupted):
-        run_score(request("stopped"), should_stop=stop_after_three)
+        request("stopped").run(should_stop=stop_after_three)
     assert not (tmp_path / "stopped").exists()
     with safe_open(tmp_path / ".stopped.partial", framework="pt") as partial:
         assert json.loads(partial.metadata()["capgap"])["batches"] == 3
     batches = []
-    run_score(request("stopped"), should_stop=lambda: batches.append(1) is not None)
+    request("stopped").run(should_stop=lambda: batches.append(1) is not None)
     assert len(batches) == 8 - 3
     assert_same_scores(load_importance(tmp_path / "whole"), load_importance(tmp_path / "stopped"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped", "whole"]
 
 
 def test_a_partial_scoring_of_something_else_is_not_gone_on_with(teacher, small_corpus, tmp_path):
-    asked = ScoreRequest(
-        str(teacher), tmp_path / "scores", small_corpus.directory, tokens=512, window=16
-    )
+    request = asked(teacher, small_corpus, tmp_path / "scores", tokens=512)
     with pytest.raises(Interrupted):
-        run_score(replace(asked, seed=5), should_stop=lambda: True)
-    run_score(asked)
+        request.but(seed=5).run(should_stop=lambda: True)
+    request.run()
     direct = score(load_model(teacher), scoring_batches(small_corpus, 512))
     assert_same_scores(load_importance(tmp_path / "scores"), direct)
 
 
 def test_scores_in_bf16_are_nearly_those_in_fp32(teacher, small_corpus, scores, tmp_path):
-    asked = ScoreRequest(
-        *(str(teacher), tmp_path / "half", small_corpus.directory),
-        tokens=1024,
-        window=16,
-        dtype="bf16",
-    )
-    run_score(asked)
+    asked(teacher, small_corpus, tmp_path / "half", dtype="bf16").run()
     half, whole = load_importance(tmp_path / "half"), load_importance(scores)
     for name in UNITS:
         torch.testing.assert_close(getattr(half, name), getattr(whole, name), rtol=0.1, atol=0.02)
@@ -440,10 +433,10 @@ def test_what_cannot_be_scored(typed, teacher, small_corpus, tmp_path):
     corpus = ("--corpus", small_corpus.directory, "--window", 16)
     for asked, told in (
         ([], "reads text: give --corpus"),
-        ([*corpus, "--method", "luck"], "no importance method 'luck'"),
-        ([*corpus, "--depth", "luck"], "no importance depth 'luck'"),
-        ([*corpus, "--dtype", "int4"], "take one of stored, fp32, bf16"),
-        ([*corpus, "--batch-windows", 0], "must be above 0"),
+        ([*corpus, "--method", "luck"], "--method 'luck': Input should be 'first_order', "),
+        ([*corpus, "--depth", "luck"], "--depth 'luck': Input should be"),
+        ([*corpus, "--dtype", "int4"], "--dtype 'int4': Input should be 'stored', 'fp32'"),
+        ([*corpus, "--batch-windows", 0], "--batch-windows '0' is no count"),
         ([*corpus, "--device", "cuda:9"], "cuda"),
         (["--corpus", tmp_path], "holds no prepared corpus"),
         (["--corpus", small_corpus.directory, "--window", 64], "reads at most 32 tokens"),

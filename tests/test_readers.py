@@ -25,7 +25,7 @@ from capgap.prune.shape import LARGE, Target, changed_shape, suited
 from capgap.prune.surgery import check_cut_config, cut
 from capgap.stages.export import ExportRequest, run_export
 from capgap.stages.prune import PruneRequest, run_prune
-from capgap.stages.score import ScoreRequest, run_score
+from capgap.stages.score import Score
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,9 +144,8 @@ def test_a_head_of_its_own_beats_a_config_that_ties_it(folder, tmp_path, small_c
     run_export(ExportRequest(str(folder), tmp_path / "exported"))
     assert torch.equal(logits(tmp_path / "exported"), own)
     scores = tmp_path / "scores.safetensors"
-    run_score(
-        ScoreRequest(str(folder), scores, corpus=small_corpus.directory, window=16, tokens=64)
-    )
+    given = {"corpus": small_corpus.directory, "window": 16, "tokens": 64}
+    Score(teacher=str(folder), out=scores, **given).run()
     run_prune(PruneRequest(str(folder), tmp_path / "cut", scores, keep=1.0, multiple=1))
     assert torch.equal(logits(tmp_path / "cut"), own)
 

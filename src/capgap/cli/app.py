@@ -4,13 +4,18 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from inspect import Parameter, Signature
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from capgap.errors import UserError
 from capgap.machine import started
+
+if TYPE_CHECKING:
+    from capgap.stage import Stage
 
 USER_ERROR = 2
 FAILED = 1
@@ -24,8 +29,10 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option(help="Output folder.", show_default=True)]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Json = Annotated[
+    bool, typer.Option("--json", metavar="", help="One JSON object on standard output.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="No progress.")]
 Corpora = Annotated[
     list[str],
     typer.Option(
@@ -42,14 +49,19 @@ Track = Annotated[
 ]
 TrustCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run the model's own code, for other architectures."),
+    typer.Option(
+        "--trust-remote-code", metavar="", help="Run the model's own code, for other architectures."
+    ),
 ]
 Override = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe."),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print every cell, its cost and the time; run nothing.")
+    bool,
+    typer.Option(
+        "--dry-run", metavar="", help="Print every cell, its cost and the time; run nothing."
+    ),
 ]
 
 
@@ -79,7 +91,7 @@ def stopped(folder: Path, number: signal.Signals) -> NoReturn:
 
 
 def run_stoppable(
-    stage: Callable[..., dict[str, Any]], request: Any, *, out: Path, quiet: bool
+    stage: Callable[..., dict[str, Any]], request: Any, *, out: Path | str, quiet: bool
 ) -> dict[str, Any]:
     """Runs a stage that saves its state when it is asked to stop; `out` is what it writes."""
     from rich.console import Console
@@ -97,7 +109,32 @@ def run_stoppable(
             should_stop=lambda: flag.signal is not None,
         )
     except (Interrupted, KeyboardInterrupt):
-        stopped(out, flag.signal or signal.SIGINT)
+        stopped(Path(out), flag.signal or signal.SIGINT)
+
+
+def add_stage(kind: "type[Stage]") -> None:
+    """The command of a stage."""
+    from capgap.stage import FieldError, command_line, option
+
+    def command(**given: Any) -> None:
+        quiet, as_json = given.pop("quiet"), given.pop("json_")
+        try:
+            stage = kind(**{name: value for name, value in given.items() if value is not None})
+        except FieldError as error:
+            raise UserError(f"{option(error.field)} {error.why}") from None
+        found = run_stoppable(kind.run, stage, out=given["out"], quiet=quiet)
+        if as_json:
+            print_json(found)
+        else:
+            print(stage.told(found))
+
+    shared = [
+        Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=Quiet),
+        Parameter("json_", Parameter.KEYWORD_ONLY, default=False, annotation=Json),
+    ]
+    command.__signature__ = Signature([*command_line(kind), *shared])  # type: ignore[attr-defined]
+    command.__doc__ = kind.__doc__
+    app.command(kind.__name__.lower())(command)
 
 
 def quieten_transformers() -> None:

@@ -13,6 +13,7 @@ from capgap.cli.app import (
     Json,
     Quiet,
     Track,
+    add_stage,
     app,
     exit_with,
     print_json,
@@ -22,9 +23,9 @@ from capgap.cli.app import (
 )
 from capgap.errors import UserError
 from capgap.machine import started
+from capgap.stages.score import Score
 
 if TYPE_CHECKING:
-    from capgap.prune.methods import Depth, Method
     from capgap.stages.distill import DistillRequest
     from capgap.stages.prune import Prefer
 
@@ -136,7 +137,7 @@ def cache(
     """Keep a teacher's signal on disk; the same command goes on with what is missing."""
     from rich.console import Console
 
-    from capgap.corpus.mixture import unweighted
+    from capgap.corpus.given import unweighted
     from capgap.stages.cache import CacheRequest, parse_part, run_cache
     from capgap.sweep.progress import make_lines
 
@@ -176,61 +177,7 @@ def cache(
         print(f"this part is written; other parts lack {missing} of {shards} shards in {out}")
 
 
-@app.command()
-def score(
-    teacher: Annotated[str, typer.Argument(help="A Hugging Face folder or name.")],
-    out: Annotated[Path, typer.Option(help="File for the scores (safetensors).")],
-    corpus: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FOLDER[=WEIGHT]", help="What `capgap corpus` prepared; several are mixed."
-        ),
-    ] = None,
-    method: Annotated[
-        str, typer.Option(help="weights, first_order, activation, norm or random.")
-    ] = "activation",
-    depth: Annotated[
-        str | None,
-        typer.Option(help="For layers: first_order, influence or ends; none is as the method."),
-    ] = None,
-    tokens: Annotated[str, typer.Option(help="Tokens to score on.")] = "32768",
-    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
-    batch_windows: Annotated[int, typer.Option(help="Windows read at once.")] = 8,
-    seed: Annotated[int, typer.Option(help="Decides the windows, and random scores.")] = 0,
-    dtype: Annotated[str, typer.Option(help="The teacher's: stored, fp32 or bf16.")] = "stored",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    activation_checkpointing: Annotated[
-        bool, typer.Option("--activation-checkpointing", help="Less memory, more time.")
-    ] = False,
-    quiet: Quiet = False,
-    json_: Json = False,
-) -> None:
-    """Measure how much every unit of a model matters, once for many cuts."""
-
-    from capgap.corpus.mixture import parse_mixture
-    from capgap.sizes import parse_count
-    from capgap.stages.score import ScoreRequest, run_score
-
-    request = ScoreRequest(
-        teacher,
-        out,
-        parse_mixture(corpus) if corpus else None,
-        method=cast("Method", method),
-        depth=cast("Depth | None", depth),
-        tokens=parse_count(tokens),
-        window=window,
-        batch_windows=batch_windows,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        activation_checkpointing=activation_checkpointing,
-    )
-    found = run_stoppable(run_score, request, out=out, quiet=quiet)
-    if json_:
-        print_json(found)
-    else:
-        read = f" on {found['tokens']:,} tokens" if found["tokens"] else ""
-        print(f"{found['method']} scores of {teacher}{read}, in {out}")
+add_stage(Score)
 
 
 @app.command()
@@ -329,7 +276,7 @@ def distill(
     """Let students learn from a teacher; the same command continues one that was stopped."""
 
     from capgap.config import stage_settings
-    from capgap.corpus.mixture import parse_mixture
+    from capgap.corpus.given import parse_mixture
     from capgap.sizes import parse_count
     from capgap.stages.distill import DistillRequest
 

@@ -50,7 +50,7 @@ def train(
 ) -> None:
     """Train models on text, without a teacher; the same command continues one that was stopped."""
     from capgap.config import stage_settings
-    from capgap.corpus.mixture import parse_mixture
+    from capgap.corpus.given import parse_mixture
     from capgap.sizes import parse_count
     from capgap.stages.distill import DistillRequest
 

@@ -8,13 +8,7 @@ from pydantic import ValidationError
 
 from capgap.config.base import (
     ABOUT_A_TEACHER,
-    Architecture,
-    Count,
-    Fraction,
-    Init,
-    LearningRate,
     RunSection,
-    Section,
     TrainingSection,
     apply_override,
     first_problem,
@@ -31,6 +25,7 @@ from capgap.config.run import (
 )
 from capgap.config.sweep import CorpusSection, Recipe, StudentsSection, TeachersSection
 from capgap.errors import UserError
+from capgap.section import Architecture, Count, Fraction, Init, LearningRate, Section
 
 __all__ = [
     "ABOUT_A_TEACHER",

@@ -5,18 +5,17 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from capgap.config.base import (
-    Architecture,
-    Count,
-    LearningRate,
     RunSection,
-    Section,
     TrainingSection,
     check_batches,
     check_tokens,
 )
 from capgap.errors import UserError
 from capgap.hardware import UTILISATION, parse_gpus
-from capgap.prune.methods import Depth, Method
+from capgap.section import Architecture, Count, LearningRate, Section
+from capgap.stages.instruct import InstructSection
+from capgap.stages.prefer import PreferSection
+from capgap.stages.score import ScoreSection
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 
@@ -69,15 +68,6 @@ class AdaptSection(Section):
     learning_rate: LearningRate = "auto"
 
 
-class ScoreSection(Section):
-    """How the teacher's units are scored before the cut."""
-
-    method: Method = "activation"
-    depth: Depth | None = None
-    tokens: Count = 32_768
-    window: Annotated[int, Field(ge=8)] = 512
-
-
 class PruneSection(Section):
     """What is cut out of the teacher: a share, a number of parameters, or sizes; one of the three.
 
@@ -127,33 +117,6 @@ class EvaluateSection(Section):
     limit: Count | None = None
     batch_size: Count = 8
     allow_code: bool = False
-
-
-class InstructSection(Section):
-    """The student learns to answer from conversations."""
-
-    data: str
-    batch: Count = 256
-    micro_batch: Count = 4
-    window: Annotated[int, Field(ge=8)] | None = None
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
-    epochs: Count = 3
-    lora: bool = False
-    neftune: Annotated[float, Field(gt=0)] | None = None
-    system: str = ""
-
-
-class PreferSection(Section):
-    """The better of two answers becomes likelier (DPO)."""
-
-    data: str
-    batch: Count = 32
-    micro_batch: Count = 4
-    window: Annotated[int, Field(ge=8)] | None = None
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-7
-    epochs: Count = 1
-    beta: Annotated[float, Field(gt=0)] = 0.1
-    lora: bool = False
 
 
 class ExportSection(Section):

@@ -7,17 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from capgap.config.base import (
-    Architecture,
-    Count,
-    Init,
-    LearningRate,
     RunSection,
-    Section,
     TrainingSection,
     check_batches,
     check_tokens,
 )
 from capgap.prune.methods import Depth, Method
+from capgap.section import Architecture, Count, Init, LearningRate, Section
 
 
 class CorpusSection(Section):

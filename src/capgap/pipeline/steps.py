@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from capgap.config import ABOUT_A_TEACHER, RunRecipe
-from capgap.config.run import InstructSection, PreferSection
 from capgap.errors import UserError
 from capgap.law.families import find_model
+from capgap.stages.tuning import TuningSection
 
 # A step of these is continued by its own command; of all others a half-done one leaves nothing
 CONTINUED = {"train", "adapt", "distill", "evaluate", "instruct", "prefer"}
@@ -308,7 +308,7 @@ class _Planner:
         last: tuple[str, ...] = ("distill",)
         conversations, pairs = self.recipe.instruct, self.recipe.prefer
         if conversations is not None:
-            own = {"--neftune": conversations.neftune, "--system": conversations.system or None}
+            own: dict[str, Any] = {"--neftune": conversations.neftune}
             model, last = self._tune("instruct", conversations, own, model, last)
         if pairs is not None:
             template = "minichat" if conversations is None else "own"
@@ -319,7 +319,7 @@ class _Planner:
     def _tune(
         self,
         name: str,
-        asked: InstructSection | PreferSection,
+        asked: TuningSection,
         own: dict[str, Any],
         model: str,
         last: tuple[str, ...],
@@ -334,12 +334,13 @@ class _Planner:
             "--learning-rate": asked.learning_rate,
             "--epochs": asked.epochs,
             "--lora": asked.lora,
+            "--system": asked.system or None,
             **own,
             "--device": self.recipe.run.device,
             "--track": self.recipe.track or None,
             "--out": folder,
         }
-        record, files = folder / f"{name}.json", (asked.data,)
+        record, files = folder / f"{name}.json", (str(asked.data),)
         self._add(Step(name, name, (model,), options, (folder,), record, files=files, after=last))
         return str(folder / "model"), (name,)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capgap.config import StageSettings
-from capgap.corpus.mixture import Given, Weighted
+from capgap.corpus.given import Given, Weighted
 from capgap.errors import UserError
 from capgap.machine import started
 from capgap.records import write_json_atomically

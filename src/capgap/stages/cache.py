@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capgap.corpus.mixture import Given
+from capgap.corpus.given import Given
 from capgap.errors import UserError
 from capgap.stages.inputs import check_model, open_text, warn_of_beginning
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capgap.config import ABOUT_A_TEACHER, StageSettings
-from capgap.corpus.mixture import Given, Mixture, TrainingText
+from capgap.corpus.given import Given
+from capgap.corpus.mixture import Mixture, TrainingText
 from capgap.errors import UserError, check_positive
 from capgap.records import write_json_atomically
 from capgap.sizes import format_count

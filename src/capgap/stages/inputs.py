@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capgap.config import CorpusSection
-from capgap.corpus.mixture import Given, Mixture, TrainingText, mix, source_epochs
+from capgap.corpus.given import Given
+from capgap.corpus.mixture import Mixture, TrainingText, mix, source_epochs
 from capgap.corpus.tokens import Corpus, load_corpus
 from capgap.errors import UserError
 

@@ -1,11 +1,12 @@
 """The stage `instruct`: a model learns to answer from conversations."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-from capgap.errors import UserError
-from capgap.stages.tuning import TuningRequest, TuningRun, usable_texts
+from pydantic import Field
+
+from capgap.stage import Say, ShouldStop
+from capgap.stages.tuning import Share, Tuning, TuningRun, TuningSection, usable_texts
 from capgap.tune.conversations import Conversation, Reading, read_conversations
 
 if TYPE_CHECKING:
@@ -17,30 +18,36 @@ STAGE = "instruct"
 NUMBERS = {"epoch": "epoch", "mean_token_accuracy": "token_accuracy"}
 
 
-@dataclass(frozen=True)
-class InstructRequest(TuningRequest):
-    """`neftune`: size of the noise on the embeddings (arXiv 2310.05914), None for none."""
+class InstructSection(TuningSection):
+    """The student learns to answer from conversations."""
 
-    neftune: float | None = None
-
-    def check(self) -> None:
-        super().check()
-        if self.neftune is not None and not self.neftune > 0:
-            raise UserError(f"--neftune {self.neftune:g} must be above 0; leave it out for none")
+    neftune: Annotated[
+        Annotated[float, Field(gt=0)] | None, "Noise on the embeddings, such as 5 (2310.05914)."
+    ] = None
 
 
-def run_instruct(
-    request: InstructRequest,
-    *,
-    say: Callable[[str], None] = lambda text: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """Tunes the model on the assistant's turns, writes OUT/model; returns instruct.json.
+class Instruct(InstructSection, Tuning):
+    """Teach a model to answer from conversations; the same command continues a stopped run."""
 
-    Stopped or killed, the same call goes on from the last checkpoint; finished, it returns the
-    record at once. UserError for the user's mistakes, before any work; Interrupted when
-    `should_stop` said so.
-    """
+    template: Annotated[str, "minichat, or the tokenizer's own."] = "minichat"
+    lora_dropout: Annotated[Share, "Dropout on their inputs."] = 0.05
+
+    def run(
+        self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
+    ) -> dict[str, Any]:
+        """Tunes the model on the assistant's turns, writes OUT/model; returns instruct.json."""
+        return _run(self, say, should_stop)
+
+    def told(self, found: dict[str, Any]) -> str:
+        made = f"{found['data']['training']:,} conversations, {found['steps']:,} steps"
+        told = f"{made}, {found['folder']}"
+        if found["before"] is None:
+            return told
+        before, after = found["before"]["loss"], found["after"]["loss"]
+        return f"held-out loss of the answers {before:.4f} -> {after:.4f} nats a token\n{told}"
+
+
+def _run(request: Instruct, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     run = TuningRun(request, STAGE, say)
     if run.finished:
         return run.record
@@ -63,10 +70,10 @@ def run_instruct(
 
 def _tune(
     run: TuningRun,
-    request: InstructRequest,
+    request: Instruct,
     training: "Sequence[Example]",
     heldout: "Sequence[Example]",
-    should_stop: Callable[[], bool],
+    should_stop: ShouldStop,
 ) -> None:
     from capgap.tune.scores import answer_set, score_answers
     from capgap.tune.training import instruct_model

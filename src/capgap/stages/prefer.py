@@ -1,11 +1,15 @@
 """The stage `prefer`: of two answers to a prompt the better one is to become the likelier (DPO)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from capgap.errors import UserError
-from capgap.stages.tuning import TuningRequest, TuningRun, usable_texts
+from pydantic import Field
+
+from capgap.section import Count
+from capgap.stage import Say, ShouldStop
+from capgap.stages.tuning import Rate, Tuning, TuningRun, TuningSection, usable_texts
 from capgap.tune.conversations import Message, Pair, Reading, read_pairs
 
 if TYPE_CHECKING:
@@ -18,21 +22,33 @@ STAGE = "prefer"
 NUMBERS = {"epoch": "epoch", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
 
-@dataclass(frozen=True)
-class PreferRequest(TuningRequest):
-    """`beta`: how strongly the reference holds (arXiv 2305.18290). Batch and learning rate are
-    those of Zephyr (arXiv 2310.16944)."""
+class PreferSection(TuningSection):
+    """The better of two answers becomes likelier (DPO, arXiv 2305.18290). Batch and learning rate
+    are those of Zephyr (arXiv 2310.16944)."""
 
-    batch: int = 32
-    learning_rate: float = 5e-7
-    epochs: int = 1
-    template: str = "own"
-    beta: float = 0.1
+    data: Annotated[Path, "prompt, chosen, rejected, one a line (.jsonl)."]
+    batch: Annotated[Count, "Pairs a step."] = 32
+    learning_rate: Annotated[Rate, "Peak rate; it falls as a cosine to 0."] = 5e-7
+    epochs: Annotated[Count, "Times that every pair is read."] = 1
+    beta: Annotated[Annotated[float, Field(gt=0)], "How strongly the first model holds."] = 0.1
 
-    def check(self) -> None:
-        super().check()
-        if not self.beta > 0:
-            raise UserError(f"--beta {self.beta:g} must be above 0")
+
+class Prefer(PreferSection, Tuning):
+    """Make the better of two answers likelier (DPO); the same command continues a stopped run."""
+
+    def run(
+        self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
+    ) -> dict[str, Any]:
+        """Tunes the model by DPO, writes OUT/model; returns prefer.json."""
+        return _run(self, say, should_stop)
+
+    def told(self, found: dict[str, Any]) -> str:
+        told = f"{found['data']['training']:,} pairs, {found['steps']:,} steps, {found['folder']}"
+        if found["before"] is None:
+            return told
+        before, after = (found[when]["chosen_likelier"] for when in ("before", "after"))
+        pairs = f"likelier in {before:.0%} -> {after:.0%}"
+        return f"of the held-out pairs the chosen answer is {pairs}\n{told}"
 
 
 @dataclass(frozen=True)
@@ -44,13 +60,7 @@ class _Encoded:
     rejected: "Example"
 
 
-def run_prefer(
-    request: PreferRequest,
-    *,
-    say: Callable[[str], None] = lambda text: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """Tunes the model by DPO, writes OUT/model; returns prefer.json. Otherwise as run_instruct."""
+def _run(request: Prefer, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     run = TuningRun(request, STAGE, say)
     if run.finished:
         return run.record
@@ -73,10 +83,10 @@ def run_prefer(
 
 def _tune(
     run: TuningRun,
-    request: PreferRequest,
+    request: Prefer,
     training: Sequence[_Encoded],
     heldout: Sequence[_Encoded],
-    should_stop: Callable[[], bool],
+    should_stop: ShouldStop,
 ) -> None:
     from capgap.tune.scores import answer_set, preference
     from capgap.tune.training import prefer_model

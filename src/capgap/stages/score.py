@@ -1,16 +1,17 @@
 """The stage `score`: how much each unit of a model matters, measured once for many cuts."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from capgap.corpus.mixture import Given
+from pydantic import Field
+
+from capgap.corpus.given import Text
 from capgap.errors import UserError
-from capgap.prune.methods import Depth, Method, check_methods, reading_methods
+from capgap.prune.methods import Depth, Method, reading_methods
 from capgap.scrub import scrub
-from capgap.stages.inputs import check_model, open_text, text_identity, warn_of_beginning
+from capgap.section import Count, Section
+from capgap.stage import ARGUMENT, SEVERAL, Say, ShouldStop, Stage
 
 if TYPE_CHECKING:
     from capgap.corpus.mixture import TrainingText
@@ -20,39 +21,43 @@ SAVED_EVERY = 30.0  # seconds
 SAID_EVERY = 10.0
 
 
-@dataclass(frozen=True)
-class ScoreRequest:
-    """Whose units are scored, on what and how; see `capgap.prune.importance.score`.
-
-    `corpus` may be None where the method reads no text.
-    """
-
-    teacher: str
-    out: Path
-    corpus: Given | None = None
-    method: Method = "activation"
-    depth: Depth | None = None
-    tokens: int = 32_768
-    window: int = 512
-    batch_windows: int = 8
-    seed: int = 0
-    dtype: str = "stored"
-    device: str = "auto"
-    activation_checkpointing: bool = False
+Dtype = Literal["stored", "fp32", "bf16"]
 
 
-def run_score(
-    request: ScoreRequest,
-    *,
-    say: Callable[[str], None] = lambda text: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """Writes the scores as one safetensors file; returns what `capgap score --json` prints.
+class ScoreSection(Section):
+    """How the teacher's units are scored before the cut."""
 
-    Stopped or killed, the same call goes on from the last batches that were saved, and the scores
-    are those of an uninterrupted call. UserError for the user's mistakes, before any work;
-    Interrupted when `should_stop` said so.
-    """
+    method: Annotated[Method, "How units are scored:"] = "activation"
+    depth: Annotated[Depth | None, "How layers are, if not by the method:"] = None
+    tokens: Annotated[Count, "Tokens to score on."] = 32_768
+    window: Annotated[int, Field(ge=8), "Tokens of a window."] = 512
+
+
+class Score(ScoreSection, Stage):
+    """Measure how much every unit of a model matters, once for many cuts."""
+
+    teacher: Annotated[str, ARGUMENT, "A Hugging Face folder or name."]
+    out: Annotated[Path, "File for the scores (safetensors)."]
+    corpus: Annotated[
+        Text | None, SEVERAL, "FOLDER[=WEIGHT] that `capgap corpus` prepared; several are mixed."
+    ] = None
+    batch_windows: Annotated[Count, "Windows read at once."] = 8
+    seed: Annotated[int, "Decides the windows, and random scores."] = 0
+    dtype: Annotated[Dtype, "What the teacher reads in:"] = "stored"
+    device: Annotated[str, "auto, cpu, cuda or cuda:1."] = "auto"
+    activation_checkpointing: Annotated[bool, "Less memory, more time."] = False
+
+    def run(
+        self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
+    ) -> dict[str, Any]:
+        return _run(self, say, should_stop)
+
+    def told(self, found: dict[str, Any]) -> str:
+        read = f" on {found['tokens']:,} tokens" if found["tokens"] else ""
+        return f"{found['method']} scores of {self.teacher}{read}, in {self.out}"
+
+
+def _run(request: Score, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     import torch
 
     from capgap.machine import resolve_device
@@ -60,13 +65,9 @@ def run_score(
     from capgap.models.parts import Parts
     from capgap.prune.importance import score
     from capgap.prune.scores import load_state, save_importance, save_state
+    from capgap.stages.inputs import warn_of_beginning
     from capgap.train.loop import Interrupted
 
-    check_methods(request.method, request.depth)
-    if request.dtype not in DTYPES:
-        raise UserError(f"--dtype {request.dtype!r}: take one of {', '.join(DTYPES)}")
-    if request.batch_windows < 1:
-        raise UserError(f"--batch-windows {request.batch_windows} must be above 0")
     device = torch.device(resolve_device(request.device))
     corpus = _corpus(request)
     found = _found(request)
@@ -115,7 +116,9 @@ def run_score(
     return _told(request, importance, time.monotonic() - began)
 
 
-def _corpus(request: ScoreRequest) -> "TrainingText | None":
+def _corpus(request: Score) -> "TrainingText | None":
+    from capgap.stages.inputs import check_model, open_text
+
     if not reading_methods(request.method, request.depth):
         return None
     if request.corpus is None:
@@ -128,7 +131,7 @@ def _corpus(request: ScoreRequest) -> "TrainingText | None":
     return corpus
 
 
-def _batches(request: ScoreRequest, corpus: "TrainingText | None") -> list[Any]:
+def _batches(request: Score, corpus: "TrainingText | None") -> list[Any]:
     from capgap.prune.text import scoring_batches
 
     if corpus is None:
@@ -138,9 +141,10 @@ def _batches(request: ScoreRequest, corpus: "TrainingText | None") -> list[Any]:
     )
 
 
-def _provenance(request: ScoreRequest, corpus: "TrainingText | None") -> dict[str, Any]:
+def _provenance(request: Score, corpus: "TrainingText | None") -> dict[str, Any]:
     """What decides the scores."""
     from capgap.models.identity import model_hash
+    from capgap.stages.inputs import text_identity
 
     text = {}
     if corpus is not None:
@@ -161,7 +165,7 @@ def _provenance(request: ScoreRequest, corpus: "TrainingText | None") -> dict[st
     }
 
 
-def _found(request: ScoreRequest) -> Any:
+def _found(request: Score) -> Any:
     from capgap.prune.scores import load_importance
 
     return load_importance(request.out) if request.out.exists() else None
@@ -176,7 +180,7 @@ def _refuse(out: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
     )
 
 
-def _told(request: ScoreRequest, importance: Any, seconds: float) -> dict[str, Any]:
+def _told(request: Score, importance: Any, seconds: float) -> dict[str, Any]:
     return {
         "file": str(request.out),
         **importance.provenance,

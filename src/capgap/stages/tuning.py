@@ -4,13 +4,17 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
-from capgap.errors import UserError, check_positive
+from pydantic import BeforeValidator, Field, model_validator
+
+from capgap.errors import UserError
 from capgap.records import write_json_atomically
+from capgap.section import Count, Section
+from capgap.stage import ARGUMENT, SEVERAL, Stage
 from capgap.stages.run_folder import begin, find_run
 from capgap.stages.step_lines import SAID_EVERY, MetricsFile
 from capgap.tune.conversations import Findings, Reading, file_hash
@@ -27,86 +31,91 @@ WINDOW = 4096
 MOST_HELDOUT = 1000
 # What may change between a run and its continuation without changing what comes out
 _FREE = {"model", "data", "out", "device", "checkpoint_seconds", "track"}
+_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_modules")
 
 _Item = TypeVar("_Item")
 
 
-@dataclass(frozen=True)
-class TuningRequest:
-    """Which model learns from which file, and how; see `capgap.tune.settings`.
+def _words(given: Any) -> Any:
+    """As typed, parted by commas, or as they are."""
+    return [word.strip() for word in given.split(",")] if isinstance(given, str) else given
 
-    `window`: tokens of the longest conversation, None for 4096 or all that the model reads.
-    `heldout_fraction` of the conversations, at most 1000, are kept out of training and scored
-    before and after it. `skip_bad` leaves bad lines out instead of refusing the file. `track`:
-    names of trackers (capgap.train.trackers) that are told every step.
-    """
 
-    model: str
-    data: Path
-    out: Path
-    window: int | None = None
-    batch: int = 256
-    micro_batch: int = 4
-    learning_rate: float = 2e-5
-    epochs: int = 3
-    warmup_fraction: float = 0.1
-    lora: Lora | None = None
-    heldout_fraction: float = 0.05
-    template: str = "minichat"
-    system: str = ""
-    skip_bad: bool = False
-    activation_checkpointing: bool = False
-    seed: int = 0
-    device: str = "auto"
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class TuningSection(Section):
+    """How a model learns from conversations; see `capgap.tune.settings`."""
+
+    data: Annotated[Path, "Conversations, one a line (.jsonl)."]
+    batch: Annotated[Count, "Conversations a step."] = 256
+    micro_batch: Annotated[Count, "Conversations at once."] = 4
+    window: Annotated[
+        Annotated[int, Field(ge=2)] | None,
+        "Tokens of the longest conversation; 4096, or all that the model reads.",
+    ] = None
+    learning_rate: Annotated[Rate, "Peak rate; it falls as a cosine to 0."] = 2e-5
+    epochs: Annotated[Count, "Times that every conversation is read."] = 3
+    lora: Annotated[bool, "Train adapters, merged at the end."] = False
+    system: Annotated[
+        str, "System prompt of conversations without one; goes into the template."
+    ] = ""
+
+
+class Tuning(TuningSection, Stage):
+    """What `instruct` and `prefer` share. `heldout_fraction` of the conversations, at most 1000,
+    are kept out of training and scored before and after it."""
+
+    model: Annotated[str, ARGUMENT, "A Hugging Face folder or name."]
+    out: Annotated[Path, "Folder for model, metrics and record."]
+    warmup_fraction: Annotated[Share, "Share of the steps until the peak rate."] = 0.1
+    lora_rank: Annotated[Count, "Rank of the adapters."] = 8
+    lora_alpha: Annotated[Rate, "Their scale times the rank."] = 16
+    # the loss of preferences compares with a model that has no dropout
+    lora_dropout: Share = 0.0
+    lora_modules: Annotated[Words | None, "q_proj,v_proj: which linear layers; all if none."] = None
+    heldout_fraction: Annotated[Share, "Share kept out of training and scored."] = 0.05
+    template: Annotated[str, "minichat, or the tokenizer's own."] = "own"
+    skip_bad: Annotated[bool, "Leave bad lines out, and count them."] = False
+    activation_checkpointing: Annotated[bool, "Less memory, more time."] = False
+    seed: Annotated[
+        Annotated[int, Field(ge=0, lt=2**32)],
+        "Decides order, adapters, noise and what is held out.",
+    ] = 0
+    device: Annotated[str, "auto, cpu or cuda."] = "auto"
+    track: Annotated[
+        tuple[str, ...], SEVERAL, "Also tell tensorboard, trackio or wandb; several times."
+    ] = ()
     checkpoint_seconds: float = 600.0
-    track: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.batch % self.micro_batch:
+            raise ValueError(
+                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}"
+            )
+        if self.lora_modules is not None and not self.lora:
+            raise ValueError(f"lora_modules {','.join(self.lora_modules)} goes with lora")
+        return self
+
+    @property
+    def adapters(self) -> Lora | None:
+        rank, alpha, dropout = self.lora_rank, self.lora_alpha, self.lora_dropout
+        return Lora(rank, alpha, dropout, self.lora_modules) if self.lora else None
 
     def asked(self) -> dict[str, Any]:
         """What a run in the same folder must agree on to be continued."""
-        found = {one.name: getattr(self, one.name) for one in fields(self)}
-        found = {name: value for name, value in found.items() if name not in _FREE}
-        if self.lora is not None:
-            lora = asdict(self.lora)
-            modules = lora["modules"]
-            found["lora"] = lora | {"modules": None if modules is None else list(modules)}
-        return found
-
-    def check(self) -> None:
-        """UserError for a number that cannot be, and for a tracker that is not there."""
-        from capgap.train.trackers import check_trackers
-
-        check_trackers(self.track)
-        for name, value in (
-            ("--batch", self.batch),
-            ("--micro-batch", self.micro_batch),
-            ("--epochs", self.epochs),
-        ):
-            if value < 1:
-                raise UserError(f"{name} {value} must be above 0")
-        if self.batch % self.micro_batch:
-            raise UserError(
-                f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch}"
-            )
-        check_positive("--learning-rate", self.learning_rate)
-        for name, share in (
-            ("--warmup-fraction", self.warmup_fraction),
-            ("--heldout-fraction", self.heldout_fraction),
-        ):
-            if not 0 <= share < 1:
-                raise UserError(f"{name} {share:g} must be 0 or more and below 1")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed} must be 0 to {2**32 - 1}")
-        if self.lora is not None and (self.lora.rank < 1 or not 0 <= self.lora.dropout < 1):
-            raise UserError(
-                f"--lora-rank {self.lora.rank} must be above 0, the dropout {self.lora.dropout:g} "
-                "0 or more and below 1"
-            )
+        found = self.model_dump(mode="json", exclude=_FREE)
+        lora = {name.removeprefix("lora_"): found.pop(name) for name in _LORA}
+        return found | {"lora": lora if self.lora else None}
 
 
 class TuningRun:
     """One call of a stage: opens its model's tokenizer, finds or begins its record."""
 
-    def __init__(self, request: TuningRequest, stage: str, say: Callable[[str], None]) -> None:
+    def __init__(self, request: Tuning, stage: str, say: Callable[[str], None]) -> None:
         from transformers.utils import logging as transformers_logging
 
         from capgap.corpus.tokenizer import load_tokenizer, num_words
@@ -114,12 +123,13 @@ class TuningRun:
         from capgap.models.identity import model_hash
         from capgap.models.stored import read_config
         from capgap.stages.inputs import check_words
+        from capgap.train.trackers import check_trackers
         from capgap.tune.libraries import check_libraries
         from capgap.tune.template import set_template
 
         transformers_logging.disable_progress_bar()
         check_libraries()
-        request.check()
+        check_trackers(request.track)
         if started()[1] > 1:
             raise UserError(f"{stage} is the work of one process: start it without torchrun")
         self.request = request
@@ -166,8 +176,8 @@ class TuningRun:
     def settings(self) -> TuneSettings:
         request = self.request
         names = {one.name for one in fields(TuneSettings)} - {"device", "bf16"}
-        shared = {name: getattr(request, name) for name in names}
-        return TuneSettings(**shared, device=self.device, bf16=self.bf16)
+        shared = {name: getattr(request, name) for name in names - {"lora"}}
+        return TuneSettings(**shared, lora=request.adapters, device=self.device, bf16=self.bf16)
 
     def split(self, items: Sequence[_Item]) -> tuple[list[_Item], list[_Item]]:
         """(for training, held out), drawn by the seed; UserError where there are too few."""
@@ -204,7 +214,7 @@ class TuningRun:
 
         from capgap.models.build import load_model
 
-        frozen = self.request.lora is not None and self.device != "cpu"
+        frozen = self.request.lora and self.device != "cpu"
         model = load_model(self.request.model, dtype=None if frozen else torch.float32)
         return model.to(self.device)
 
@@ -286,14 +296,12 @@ def usable_texts(
     return usable
 
 
-def _window(request: TuningRequest, config: Any) -> int:
+def _window(request: Tuning, config: Any) -> int:
     from capgap.models.stored import positions_of
 
     positions = positions_of(config)
     if request.window is None:
         return min(WINDOW, positions or WINDOW)
-    if request.window < 2:
-        raise UserError(f"--window {request.window} must be 2 or more")
     if positions is not None and request.window > positions:
         raise UserError(
             f"{request.model} reads at most {positions} tokens, the window has {request.window}: "
