@@ -155,7 +155,9 @@ def recommend(
 def _of_no_use(law: Law, student: int, tokens: int) -> str:
     sizes = sorted({curve.student_parameters for curve in law.curves})
     budgets = sorted({curve.tokens for curve in law.curves})
-    students, read = (", ".join(map(format_count, found)) for found in (sizes, budgets))
+    students, read = (
+        ", ".join(dict.fromkeys(map(format_count, found))) for found in (sizes, budgets)
+    )
     return (
         f"this law says nothing of a student of {format_count(student)} on {format_count(tokens)} "
         f"tokens: it has students of {students} on {read} tokens, and no line over students. Ask "

@@ -15,10 +15,9 @@ CONTESTED = (
 def advice_sentences(advice: Advice) -> list[str]:
     """What to take and why, the most important first."""
     found = [*_tokenizers(advice), _verdict(advice), *_why(advice), *_alone(advice)]
+    cautions = ((advice.linear_law, "is stretched"), (advice.surface, "says nothing of this"))
     beyond = [
-        f"{_capital(_name(one))} is stretched: {one.caution}."
-        for one in (advice.linear_law, advice.surface)
-        if one.caution
+        f"{_capital(_name(one))} {what}: {one.caution}." for one, what in cautions if one.caution
     ]
     own = advice.linear_law.source.startswith("your sweep")
     return [*found, *beyond, *([] if own else [CONTESTED])]
@@ -83,7 +82,8 @@ def _why(advice: Advice) -> Iterator[str]:
         elif within:
             other = min(within, key=lambda row: row.difference)
             yield f"{told}: {other.teacher}, {_why_not(other, advice)}."
-    yield _of_surface(first, advice)
+    if advice.surface.caution is None:
+        yield _of_surface(first, advice)
     for surface in advice.other_surfaces:
         if surface.nearest is not None and surface.caution is None:
             losses = surface.expected_losses
@@ -118,7 +118,7 @@ def _of_surface(first: Row, advice: Advice) -> str:
 
 
 def _alone(advice: Advice) -> Iterator[str]:
-    if advice.take is None:
+    if advice.take is None or advice.surface.caution is not None:
         return
     first = advice.recommendations[0]
     same, equal = advice.without_teacher
