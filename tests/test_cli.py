@@ -130,7 +130,8 @@ def test_quickstart_dry_run_measures_and_writes_nothing(typed, here):
     assert found["name"] == "quickstart"
     # at least 5 teachers for 3 students, in minutes on this very machine
     assert found["teachers"] >= 5
-    assert found["cells"] == 3 * found["teachers"]
+    # cut with few and many tokens, and with the same start
+    assert found["cells"] == 3 * 3 * found["teachers"]
     assert found["expected_seconds"] > 0
     assert list(here.iterdir()) == []
 
