@@ -233,7 +233,13 @@ def test_signatures_are_those_of_the_functions():
             name = dotted.rpartition(".")[2]
             (block,) = code_blocks(text, "python")
             # the formatter may break a long one over several lines
-            written = re.sub(r"\s+", " ", block).strip().replace("( ", "(").replace(", )", ")").replace(" )", ")")
+            written = (
+                re.sub(r"\s+", " ", block)
+                .strip()
+                .replace("( ", "(")
+                .replace(", )", ")")
+                .replace(" )", ")")
+            )
             written = written.replace('"', "'")
             assert written == name + written_signature(resolve(dotted))
             told += 1
