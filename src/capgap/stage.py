@@ -6,6 +6,7 @@ a recipe may say stands in a Section that the stage inherits. Heavy imports happ
 """
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
@@ -31,6 +32,9 @@ class FieldError(UserError):
         self.field = field
         self.why = why
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.field, self.why)
+
 
 class Stage(Section):
     """What is asked of a stage, and the work. UserError for values that cannot be."""
@@ -40,11 +44,16 @@ class Stage(Section):
             super().__init__(**given)
         except ValidationError as error:
             first = error.errors()[0]
-            why = first["msg"].removeprefix("Value error, ")
+            kind, why = first["type"], first["msg"].removeprefix("Value error, ")
             if not first["loc"]:
                 raise UserError(why) from None
-            value = repr(first["input"])
-            why = why if why.startswith(value) else f"{value}: {why}"
+            if kind == "missing":
+                why = "is missing"
+            elif kind == "extra_forbidden":
+                near = get_close_matches(str(first["loc"][0]), type(self).model_fields, n=1)
+                why = "is no field" + (f": did you mean {near[0]}?" if near else "")
+            elif kind != "value_error":
+                why = f"{first['input']!r}: {why}"
             raise FieldError(str(first["loc"][0]), why) from None
 
     def run(
@@ -59,7 +68,7 @@ class Stage(Section):
         raise NotImplementedError
 
     def but(self, **changes: Any) -> Self:
-        """The same with other values, checked again."""
+        """The same with other values, checked again; what was set stays set."""
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
 

@@ -15,6 +15,7 @@ from capgap.errors import UserError
 from capgap.machine import started
 
 if TYPE_CHECKING:
+    from capgap.corpus.given import Given
     from capgap.stage import Stage
 
 USER_ERROR = 2
@@ -110,6 +111,16 @@ def run_stoppable(
         )
     except (Interrupted, KeyboardInterrupt):
         stopped(Path(out), flag.signal or signal.SIGINT)
+
+
+def corpora(texts: list[str]) -> "Given":
+    """What --corpus names, once or several times."""
+    from capgap.corpus.given import parse_mixture
+
+    try:
+        return parse_mixture(texts)
+    except UserError as error:
+        raise UserError(f"--corpus {error}") from None
 
 
 def add_stage(kind: "type[Stage]") -> None:

@@ -15,6 +15,7 @@ from capgap.cli.app import (
     Track,
     add_stage,
     app,
+    corpora,
     exit_with,
     print_json,
     quieten_transformers,
@@ -276,14 +277,13 @@ def distill(
     """Let students learn from a teacher; the same command continues one that was stopped."""
 
     from capgap.config import stage_settings
-    from capgap.corpus.given import parse_mixture
     from capgap.sizes import parse_count
     from capgap.stages.distill import DistillRequest
 
     request = DistillRequest(
         teacher,
         tuple(students),
-        parse_mixture(corpus),
+        corpora(corpus),
         out,
         parse_count(tokens),
         window=window,

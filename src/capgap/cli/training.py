@@ -12,6 +12,7 @@ from capgap.cli.app import (
     Set,
     Track,
     app,
+    corpora,
     print_json,
     run_stoppable,
 )
@@ -50,14 +51,13 @@ def train(
 ) -> None:
     """Train models on text, without a teacher; the same command continues one that was stopped."""
     from capgap.config import stage_settings
-    from capgap.corpus.given import parse_mixture
     from capgap.sizes import parse_count
     from capgap.stages.distill import DistillRequest
 
     request = DistillRequest(
         None,
         tuple(models or ()),
-        parse_mixture(corpus),
+        corpora(corpus),
         out,
         parse_count(tokens),
         window=window,

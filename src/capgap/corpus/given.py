@@ -58,11 +58,11 @@ def unweighted(folders: Sequence[str]) -> Given:
 
 
 def _text(given: Any) -> Any:
-    """As it was typed, a list, or as it is."""
-    if not isinstance(given, list):
+    """As it was typed, texts, or as it is."""
+    if not isinstance(given, (list, tuple)) or not all(isinstance(one, str) for one in given):
         return given
     try:
-        return parse_mixture(given)
+        return parse_mixture(given) if given else None
     except UserError as error:
         raise ValueError(str(error)) from None
 

@@ -308,7 +308,7 @@ class _Planner:
         last: tuple[str, ...] = ("distill",)
         conversations, pairs = self.recipe.instruct, self.recipe.prefer
         if conversations is not None:
-            own: dict[str, Any] = {"--neftune": conversations.neftune}
+            own = {"--neftune": conversations.neftune, "--system": conversations.system or None}
             model, last = self._tune("instruct", conversations, own, model, last)
         if pairs is not None:
             template = "minichat" if conversations is None else "own"
@@ -334,7 +334,6 @@ class _Planner:
             "--learning-rate": asked.learning_rate,
             "--epochs": asked.epochs,
             "--lora": asked.lora,
-            "--system": asked.system or None,
             **own,
             "--device": self.recipe.run.device,
             "--track": self.recipe.track or None,

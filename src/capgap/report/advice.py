@@ -15,10 +15,11 @@ CONTESTED = (
 def advice_sentences(advice: Advice) -> list[str]:
     """What to take and why, the most important first."""
     found = [*_tokenizers(advice), _verdict(advice), *_why(advice), *_alone(advice)]
-    cautions = ((advice.linear_law, "is stretched"), (advice.surface, "says nothing of this"))
-    beyond = [
-        f"{_capital(_name(one))} {what}: {one.caution}." for one, what in cautions if one.caution
-    ]
+    line, surface = advice.linear_law, advice.surface
+    beyond = [f"{_capital(_name(line))}: {line.caution}."] if line.caution else []
+    if surface.caution:
+        told = f"{surface.caution}, so its losses are extrapolated and do not rank"
+        beyond.append(f"{_capital(surface.name)}: {told}.")
     own = advice.linear_law.source.startswith("your sweep")
     return [*found, *beyond, *([] if own else [CONTESTED])]
 
@@ -84,6 +85,8 @@ def _why(advice: Advice) -> Iterator[str]:
             yield f"{told}: {other.teacher}, {_why_not(other, advice)}."
     if advice.surface.caution is None:
         yield _of_surface(first, advice)
+    elif advice.surface.anchor is not None:
+        yield f"{advice.surface.anchor} reads your text best."
     for surface in advice.other_surfaces:
         if surface.nearest is not None and surface.caution is None:
             losses = surface.expected_losses

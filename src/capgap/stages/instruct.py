@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
-
 from capgap.stage import Say, ShouldStop
-from capgap.stages.tuning import Share, Tuning, TuningRun, TuningSection, usable_texts
+from capgap.stages.tuning import Rate, Share, Tuning, TuningRun, TuningSection, usable_texts
 from capgap.tune.conversations import Conversation, Reading, read_conversations
 
 if TYPE_CHECKING:
@@ -21,9 +19,10 @@ NUMBERS = {"epoch": "epoch", "mean_token_accuracy": "token_accuracy"}
 class InstructSection(TuningSection):
     """The student learns to answer from conversations."""
 
-    neftune: Annotated[
-        Annotated[float, Field(gt=0)] | None, "Noise on the embeddings, such as 5 (2310.05914)."
-    ] = None
+    neftune: Annotated[Rate | None, "Noise on the embeddings, such as 5 (2310.05914)."] = None
+    system: Annotated[
+        str, "System prompt of conversations without one; goes into the template."
+    ] = ""
 
 
 class Instruct(InstructSection, Tuning):

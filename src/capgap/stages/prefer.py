@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
-
 from capgap.section import Count
 from capgap.stage import Say, ShouldStop
 from capgap.stages.tuning import Rate, Tuning, TuningRun, TuningSection, usable_texts
@@ -30,7 +28,7 @@ class PreferSection(TuningSection):
     batch: Annotated[Count, "Pairs a step."] = 32
     learning_rate: Annotated[Rate, "Peak rate; it falls as a cosine to 0."] = 5e-7
     epochs: Annotated[Count, "Times that every pair is read."] = 1
-    beta: Annotated[Annotated[float, Field(gt=0)], "How strongly the first model holds."] = 0.1
+    beta: Annotated[Rate, "How strongly the first model holds."] = 0.1
 
 
 class Prefer(PreferSection, Tuning):

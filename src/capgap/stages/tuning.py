@@ -1,4 +1,4 @@
-"""What the stages `instruct` and `prefer` share: request, checks, record, steps, model folder."""
+"""What the stages `instruct` and `prefer` share: fields, record, steps, model folder."""
 
 import random
 import time
@@ -42,7 +42,7 @@ def _words(given: Any) -> Any:
 
 
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -59,9 +59,14 @@ class TuningSection(Section):
     learning_rate: Annotated[Rate, "Peak rate; it falls as a cosine to 0."] = 2e-5
     epochs: Annotated[Count, "Times that every conversation is read."] = 3
     lora: Annotated[bool, "Train adapters, merged at the end."] = False
-    system: Annotated[
-        str, "System prompt of conversations without one; goes into the template."
-    ] = ""
+
+    @model_validator(mode="after")
+    def _whole_steps(self) -> Self:
+        if self.batch % self.micro_batch:
+            raise ValueError(
+                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}"
+            )
+        return self
 
 
 class Tuning(TuningSection, Stage):
@@ -78,6 +83,9 @@ class Tuning(TuningSection, Stage):
     lora_modules: Annotated[Words | None, "q_proj,v_proj: which linear layers; all if none."] = None
     heldout_fraction: Annotated[Share, "Share kept out of training and scored."] = 0.05
     template: Annotated[str, "minichat, or the tokenizer's own."] = "own"
+    system: Annotated[
+        str, "System prompt of conversations without one; goes into the template."
+    ] = ""
     skip_bad: Annotated[bool, "Leave bad lines out, and count them."] = False
     activation_checkpointing: Annotated[bool, "Less memory, more time."] = False
     seed: Annotated[
@@ -91,11 +99,7 @@ class Tuning(TuningSection, Stage):
     checkpoint_seconds: float = 600.0
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.batch % self.micro_batch:
-            raise ValueError(
-                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}"
-            )
+    def _lora_alone(self) -> Self:
         if self.lora_modules is not None and not self.lora:
             raise ValueError(f"lora_modules {','.join(self.lora_modules)} goes with lora")
         return self
