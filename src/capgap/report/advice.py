@@ -86,7 +86,7 @@ def _why(advice: Advice) -> Iterator[str]:
     if advice.surface.caution is None:
         yield _of_surface(first, advice)
     elif advice.surface.anchor is not None:
-        yield f"{advice.surface.anchor} reads your text best."
+        yield f"Your text is read best by {advice.surface.anchor}."
     for surface in advice.other_surfaces:
         if surface.nearest is not None and surface.caution is None:
             losses = surface.expected_losses
