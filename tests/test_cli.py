@@ -48,22 +48,19 @@ def model_folder(small_corpus: Corpus, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["sweep", "--help"], ["--version"], []])
-def test_help_takes_less_than_a_second_and_loads_nothing_heavy(arguments):
+def test_help_loads_nothing_heavy(arguments):
     code = f"""
-import json, sys, time
+import json, sys
 from capgap.cli import main
 sys.argv = ["capgap", *{arguments!r}]
 try:
     main()
 except SystemExit:
     pass
-loaded = [name for name in {HEAVY!r} if name in sys.modules]
-print(json.dumps([time.process_time(), loaded]), file=sys.stderr)
+print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]), file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    seconds, loaded = json.loads(done.stderr)
-    assert seconds < 1.0
-    assert loaded == []
+    assert json.loads(done.stderr) == []
 
 
 def test_alone_it_says_what_it_can_do(typed):

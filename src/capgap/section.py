@@ -42,4 +42,4 @@ Architecture = Literal[
 class Section(BaseModel):
     """A table of a recipe: unknown keys are errors, values cannot change once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
