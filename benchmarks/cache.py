@@ -30,7 +30,7 @@ KEPT = ((4, 0), (12, 0), (28, 0), (54, 0), (0, 16), (0, 54), (4, 8), (12, 16), (
 def make_teacher(folder: Path) -> Path:
     import torch
 
-    from capgap.corpus.tokens import load_corpus
+    from capgap.corpus.text import Text
     from capgap.models.build import build_model, save_model
     from capgap.models.shape import ladder_shape
     from capgap.train.learner import Learner
@@ -41,7 +41,7 @@ def make_teacher(folder: Path) -> Path:
     if path.exists():
         return path
     torch.set_num_threads(2)
-    corpus = load_corpus(folder / "corpus", window=WINDOW)
+    corpus = Text.open([(folder / "corpus", None)], WINDOW)
     shape = ladder_shape("llama", TEACHER, vocabulary=VOCABULARY, positions=WINDOW)
     model = build_model(shape, seed=1)
     steps = TEACHER_TOKENS // (BATCH_WINDOWS * WINDOW)
@@ -55,7 +55,7 @@ def make_teacher(folder: Path) -> Path:
 def make_cache(folder: str, top_k: int, samples: int) -> None:
     import torch
 
-    from capgap.corpus.tokens import load_corpus
+    from capgap.corpus.text import Text
     from capgap.distill.cache import CacheIdentity, CacheWriter, write_cache
     from capgap.distill.cache_format import CacheFormat
     from capgap.distill.teacher import OnlineTeacher
@@ -64,7 +64,7 @@ def make_cache(folder: str, top_k: int, samples: int) -> None:
 
     torch.set_num_threads(1)
     teacher = Path(folder) / "teacher"
-    corpus = load_corpus(Path(folder) / "corpus", window=WINDOW)
+    corpus = Text.open([(Path(folder) / "corpus", None)], WINDOW)
     identity = CacheIdentity.of(
         "teacher", model_hash(teacher), "float32", corpus, document_mask=False
     )
@@ -80,10 +80,10 @@ def distill(folder: str, kept: tuple[int, int] | None, alpha: float, seed: int) 
     """kept None: the teacher itself; alpha 0: no teacher at all."""
     import torch
 
-    from capgap.corpus.tokens import load_corpus
+    from capgap.corpus.text import Text
     from capgap.distill.cache import CachedTeacher
     from capgap.distill.teacher import OnlineTeacher, TeacherSource
-    from capgap.evaluate.heldout import evaluate_heldout, heldout_set
+    from capgap.evaluate.losses import evaluate_heldout, heldout_set
     from capgap.models.build import build_model, load_model
     from capgap.models.parts import Parts
     from capgap.models.shape import ladder_shape
@@ -92,7 +92,7 @@ def distill(folder: str, kept: tuple[int, int] | None, alpha: float, seed: int) 
     from capgap.train.loop import LoopSettings, train
 
     torch.set_num_threads(1)
-    corpus = load_corpus(Path(folder) / "corpus", window=WINDOW)
+    corpus = Text.open([(Path(folder) / "corpus", None)], WINDOW)
     teacher: TeacherSource | None = None
     token_bytes = None
     if kept is not None:

@@ -102,7 +102,6 @@ def write_corpus(folder: Path, vocabulary: int, tokens: int) -> None:
     dtype = token_dtype(vocabulary)
     writer = ShardWriter(folder, "train", dtype)
     writer.append(np.random.default_rng(0).integers(vocabulary, size=tokens))
-    writer.close()
     manifest = {
         "vocabulary": vocabulary,
         "marks": {"begin": 0, "end": 0, "begin_windows": False},

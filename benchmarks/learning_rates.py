@@ -46,8 +46,8 @@ def runs(batch_tokens: int) -> list[dict[str, Any]]:
 def measure(run: dict[str, Any], folder: str) -> dict[str, Any]:
     import torch
 
-    from capgap.corpus.tokens import load_corpus
-    from capgap.evaluate.heldout import evaluate_heldout, heldout_set
+    from capgap.corpus.text import Text
+    from capgap.evaluate.losses import evaluate_heldout, heldout_set
     from capgap.models.build import build_model, load_model
     from capgap.models.parts import Parts
     from capgap.models.shape import ladder_shape
@@ -56,7 +56,7 @@ def measure(run: dict[str, Any], folder: str) -> dict[str, Any]:
     from capgap.train.loop import LoopSettings, train
 
     torch.set_num_threads(1)
-    corpus = load_corpus(Path(folder) / "corpus", window=WINDOW)
+    corpus = Text.open([(Path(folder) / "corpus", None)], WINDOW)
     if run["init"] == "pruned":
         batches = torch.from_numpy(corpus.train.windows_at(range(256))).split(8)
         model = prune(load_model(Path(folder) / "teacher"), batches, run["size"])
@@ -79,13 +79,13 @@ def train_teacher(folder: Path) -> None:
     """The model that students are cut out of."""
     import torch
 
-    from capgap.corpus.tokens import load_corpus
+    from capgap.corpus.text import Text
     from capgap.models.build import build_model, save_model
     from capgap.models.shape import ladder_shape
     from capgap.train.learner import Learner
     from capgap.train.loop import LoopSettings, train
 
-    corpus = load_corpus(folder / "corpus", window=WINDOW)
+    corpus = Text.open([(folder / "corpus", None)], WINDOW)
     shape = ladder_shape("llama", CUT_FROM, vocabulary=corpus.vocabulary, positions=WINDOW)
     model = build_model(shape, seed=0)
     torch.set_num_threads(1)

@@ -152,6 +152,7 @@ def run_case(case: Case, folder: Path) -> None:
     """Trains it; random tokens, layers not compiled."""
     import torch
 
+    from capgap.corpus.text import Text
     from capgap.corpus.tokens import Corpus
     from capgap.distill.teacher import OnlineTeacher
     from capgap.models.build import build_model
@@ -161,7 +162,9 @@ def run_case(case: Case, folder: Path) -> None:
 
     batch = case.micro_batch_tokens * case.micro_batches
     write_corpus(folder, case.students[0].vocabulary, STEPS * batch + 1)
-    corpus = Corpus(folder, json.loads((folder / "manifest.json").read_text()), case.window)
+    corpus = Text.of(
+        [Corpus(folder, json.loads((folder / "manifest.json").read_text()), case.window)]
+    )
     low = torch.bfloat16 if case.autocast else None
     teacher = None
     if case.teacher is not None:

@@ -47,7 +47,7 @@ def teacher_shape(family: str) -> Any:
 def train_teacher(family: str, seed: int, folder: Path) -> None:
     import torch
 
-    from capgap.corpus.tokens import load_corpus
+    from capgap.corpus.text import Text
     from capgap.models.build import build_model, save_model
     from capgap.train.learner import Learner
     from capgap.train.learning_rate import auto_learning_rate
@@ -56,7 +56,7 @@ def train_teacher(family: str, seed: int, folder: Path) -> None:
     torch.set_num_threads(1)
     if (folder / f"{family}-seed{seed}").exists():
         return
-    corpus = load_corpus(folder / "corpus", window=WINDOW)
+    corpus = Text.open([(folder / "corpus", None)], WINDOW)
     shape = teacher_shape(family)
     model = build_model(shape, seed=seed)
     rate = auto_learning_rate(shape.parameters().non_embedding)
@@ -83,9 +83,9 @@ def measure(family: str, seed: int, kind: str, keep: float, folder: Path) -> dic
     import torch
 
     from capgap.corpus.batches import batch_indices
-    from capgap.corpus.tokens import load_corpus
+    from capgap.corpus.text import Text
     from capgap.distill.teacher import load_teacher
-    from capgap.evaluate.heldout import evaluate_heldout, heldout_set
+    from capgap.evaluate.losses import evaluate_heldout, heldout_set
     from capgap.models.build import load_model
     from capgap.models.parts import Parts
     from capgap.prune.importance import score
@@ -95,7 +95,7 @@ def measure(family: str, seed: int, kind: str, keep: float, folder: Path) -> dic
     from capgap.train.loop import LoopSettings, train
 
     torch.set_num_threads(1)
-    corpus = load_corpus(folder / "corpus", window=WINDOW)
+    corpus = Text.open([(folder / "corpus", None)], WINDOW)
     heldout = heldout_set(corpus.heldout_documents(), corpus.marks, WINDOW, corpus.vocabulary)
     path = folder / f"{family}-seed{seed}"
     model = load_model(path)

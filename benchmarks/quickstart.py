@@ -28,7 +28,7 @@ def recipe_of(seed: int) -> Recipe:
 
 def one_seed(seed: int, out: Path) -> dict[str, Any]:
     recipe = recipe_of(seed)
-    result = run_sweep(recipe, out, Display(Console(stderr=True)))
+    result = run_sweep(recipe, out, Display(Console(quiet=True)))
     law = read_law(out / "law.json")
     curves = main_curves(law.curves)
     left_out = {}

@@ -23,9 +23,9 @@ import torch
 from transformers import PreTrainedModel
 
 from capgap.corpus.prepare import prepare_corpus
-from capgap.corpus.tokens import Corpus
+from capgap.corpus.text import Text
 from capgap.distill.teacher import OnlineTeacher
-from capgap.evaluate.heldout import HeldoutSet, evaluate_heldout, heldout_set
+from capgap.evaluate.losses import HeldoutSet, evaluate_heldout, heldout_set
 from capgap.models.build import load_model, shape_of
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape
@@ -77,7 +77,7 @@ def work(*, tokens: int) -> Iterator[dict[str, Any]]:
             yield {"axis": "layers", "method": name, **told, "tokens": 0}
 
 
-def scorer(model: PreTrainedModel, corpus: Corpus) -> Callable[..., Importance]:
+def scorer(model: PreTrainedModel, corpus: Text) -> Callable[..., Importance]:
     """Scores of one method, sample and seed, kept until others are asked for."""
 
     @functools.lru_cache(maxsize=1)
@@ -93,7 +93,7 @@ def scorer(model: PreTrainedModel, corpus: Corpus) -> Callable[..., Importance]:
 def measure(
     asked: dict[str, Any],
     model: PreTrainedModel,
-    corpus: Corpus,
+    corpus: Text,
     heldout: HeldoutSet,
     scores: Callable[..., Importance],
 ) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def main() -> None:
     if arguments.out.exists():
         done = [json.loads(line) for line in arguments.out.read_text().splitlines()]
     with tempfile.TemporaryDirectory() as folder:
-        corpus = prepare_corpus(
+        prepared = prepare_corpus(
             arguments.source,
             Path(folder) / "corpus",
             heldout_source=arguments.heldout,
@@ -145,6 +145,7 @@ def main() -> None:
             tokenizer=arguments.model,
             window=WINDOW,
         )
+        corpus = Text.of([prepared])
         heldout = heldout_set(corpus.heldout_documents(), corpus.marks, WINDOW, corpus.vocabulary)
         model = load_model(arguments.model, torch.float32)
         scores = scorer(model, corpus)

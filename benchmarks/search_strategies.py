@@ -20,6 +20,16 @@ from capgap.sweep.search_grid import (
 WIDER = (3, 2, 1)  # times the share of teachers that halving keeps at least
 
 
+def mean_loss(history: History, student: int, teacher: int, rung: int) -> float | None:
+    """Over the seeds that were run."""
+    found = [
+        loss
+        for run, loss in history.losses.items()
+        if (run.student, run.teacher, run.rung) == (student, teacher, rung)
+    ]
+    return sum(found) / len(found) if found else None
+
+
 def measured_choices(history: History) -> tuple[Choice, ...]:
     """Each student's teacher with the lowest mean loss on the longest rung that it was run on."""
     grid, choices = history.grid, []
@@ -29,7 +39,7 @@ def measured_choices(history: History) -> tuple[Choice, ...]:
                 teacher: mean
                 for teacher in range(len(grid.teachers))
                 if not history.is_broken(student, teacher)
-                and (mean := history.mean(student, teacher, rung)) is not None
+                and (mean := mean_loss(history, student, teacher, rung)) is not None
             }
             if means:
                 best = min(means, key=means.__getitem__)
@@ -86,7 +96,7 @@ def by_halving(history: History, settings: Settings) -> Decision:
         for student, teachers in kept.items():
             alive = [one for one in teachers if not history.is_broken(student, one)]
             if rung > 0:
-                means = {one: history.mean(student, one, rung - 1) for one in alive}
+                means = {one: mean_loss(history, student, one, rung - 1) for one in alive}
                 ranked = sorted((mean, one) for one, mean in means.items() if mean is not None)
                 alive = [one for _, one in ranked[:number]]
             kept[student] = tuple(alive)

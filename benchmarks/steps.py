@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from capgap.corpus.prepare import prepare_corpus
-from capgap.corpus.tokens import Corpus
+from capgap.corpus.text import Text
 from capgap.models.build import build_model
 from capgap.models.shape import ladder_shape
 from capgap.train.learner import Learner
@@ -29,7 +29,7 @@ VOCABULARY, WINDOW, WINDOWS = 1024, 128, 8
 STEPS, REPEATS = 6, 5
 
 
-def run_steps(corpus: Corpus, size: int, dtype: torch.dtype | None) -> float:
+def run_steps(corpus: Text, size: int, dtype: torch.dtype | None) -> float:
     """Median seconds of a step, the first two left out."""
     shape = ladder_shape("llama", size, vocabulary=VOCABULARY, positions=WINDOW)
     learner = Learner("model", build_model(shape, seed=0), STEPS, 1e-3)
@@ -39,7 +39,7 @@ def run_steps(corpus: Corpus, size: int, dtype: torch.dtype | None) -> float:
     return statistics.median(np.diff(times)[2:])
 
 
-def share_outside(corpus: Corpus, size: int) -> float:
+def share_outside(corpus: Text, size: int) -> float:
     """The part of the loop's time in which no operator of torch was running."""
     shape = ladder_shape("llama", size, vocabulary=VOCABULARY, positions=WINDOW)
     settings = LoopSettings(WINDOWS, WINDOWS, data_seed=0)
@@ -59,9 +59,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        corpus = prepare_corpus(
+        prepared = prepare_corpus(
             arguments.source, Path(folder) / "corpus", vocabulary=VOCABULARY, max_bytes=4_000_000
         )
+        corpus = Text.of([prepared])
         print("| size | fp32 tokens/s | bf16 tokens/s | bf16 / fp32 | outside operators |")
         print("|---|---|---|---|---|")
         for size in SIZES:

@@ -23,8 +23,8 @@ BATCH_WINDOWS = 8
 def measure(size: int, vocabulary: int, folder: str) -> dict[str, Any]:
     import torch
 
-    from capgap.corpus.tokens import load_corpus
-    from capgap.evaluate.heldout import evaluate_heldout, heldout_set
+    from capgap.corpus.text import Text
+    from capgap.evaluate.losses import evaluate_heldout, heldout_set
     from capgap.models.build import build_model
     from capgap.models.parts import Parts
     from capgap.models.shape import ladder_shape
@@ -38,7 +38,7 @@ def measure(size: int, vocabulary: int, folder: str) -> dict[str, Any]:
     manifest = json.loads((path / "manifest.json").read_text())
     bytes_a_token = manifest["train"]["bytes"] / manifest["train"]["tokens"]
     window = round(WINDOW_BYTES / bytes_a_token / 8) * 8
-    corpus = load_corpus(path, window=window)
+    corpus = Text.open([(path, None)], window)
     shape = ladder_shape("llama", size, vocabulary=vocabulary, positions=window)
     model = build_model(shape, seed=0)
     steps = round(TRAINED_BYTES / bytes_a_token / (BATCH_WINDOWS * window))

@@ -13,7 +13,7 @@ import pytest
 
 from capgap.cli import main
 from capgap.corpus.prepare import prepare_corpus
-from capgap.corpus.tokens import Corpus
+from capgap.corpus.text import Text
 
 WORDS = [a + b for a in ("ka", "lo", "mi", "ren", "tus") for b in ("ba", "do", "fi", "shen", "")]
 
@@ -49,8 +49,8 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_corpus(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return prepare_corpus(
+def small_corpus(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Text:
+    corpus = prepare_corpus(
         str(text_file),
         tmp_path_factory.mktemp("corpus") / "tokens",
         vocabulary=300,
@@ -58,6 +58,7 @@ def small_corpus(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> C
         heldout_fraction=0.1,
         heldout_tokens=2000,
     )
+    return Text.of([corpus])
 
 
 @pytest.fixture

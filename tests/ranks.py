@@ -14,15 +14,16 @@ from safetensors.torch import save_file
 
 from capgap.cli import leave
 from capgap.corpus.batches import batch_indices
-from capgap.corpus.tokens import Corpus, load_corpus
+from capgap.corpus.text import Text
 from capgap.distill.teacher import OnlineTeacher
-from capgap.evaluate.heldout import evaluate_heldout, heldout_set
+from capgap.errors import Interrupted
+from capgap.evaluate.losses import evaluate_heldout, heldout_set
 from capgap.models.build import build_model
 from capgap.models.parallel import Ranks, joined, parallelize, whole_weights
 from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape
 from capgap.train.learner import Learner
-from capgap.train.loop import Interrupted, LoopSettings, train
+from capgap.train.loop import LoopSettings, train
 
 WINDOW = 16
 STEPS = 8
@@ -35,7 +36,7 @@ def student(size: int, architecture: str, *, tied: bool) -> Learner:
     return Learner(architecture, model, STEPS, learning_rate=5e-3, alpha=0.5)
 
 
-def settings(corpus: Corpus, micro_batch_windows: int, checkpointing: bool) -> LoopSettings:
+def settings(corpus: Text, micro_batch_windows: int, checkpointing: bool) -> LoopSettings:
     """Half of the words do not count, and by far not the same share of every window."""
     return LoopSettings(
         batch_windows=8,
@@ -49,7 +50,7 @@ def settings(corpus: Corpus, micro_batch_windows: int, checkpointing: bool) -> L
     )
 
 
-def spoil(learner: Learner, corpus: Corpus) -> None:
+def spoil(learner: Learner, corpus: Text) -> None:
     """A word of the second half of the first batch alone, so that the last ranks meet it."""
     indices = batch_indices(seed=5, step=0, batch_windows=8, num_windows=corpus.windows)
     first, second = (corpus.train.windows_at(half)[:, :-1] for half in (indices[:4], indices[4:]))
@@ -59,7 +60,7 @@ def spoil(learner: Learner, corpus: Corpus) -> None:
 
 
 def run(asked: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    corpus = load_corpus(Path(asked["corpus"]), window=WINDOW)
+    corpus = Text.open([(asked["corpus"], None)], WINDOW)
     learners = [student(9_000, "llama", tied=False), student(11_000, "gpt2", tied=True)]
     if asked.get("spoil"):
         spoil(learners[0], corpus)

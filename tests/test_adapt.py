@@ -318,26 +318,29 @@ def test_no_tokens_only_extend(typed, model, texts, tmp_path):
 
 
 def test_stopped_anywhere_it_goes_on_to_the_same_end(model, texts, tmp_path):
-    from capgap.config import stage_settings
-    from capgap.stages.adapt import AdaptRequest, run_adapt
-    from capgap.train.loop import Interrupted
+    from capgap.errors import Interrupted
+    from capgap.stages.adapt import Adapt
 
     def request(out):
-        settings = stage_settings(
-            ["training.batch_tokens=256", "run.checkpoint_seconds=0", "run.checkpoint_share=0.9"]
-        )
         sources = {"new": str(texts / "new.txt"), "old": str(texts / "old.txt")}
-        return AdaptRequest(
-            str(model), out=out, pieces=40, tokens=4096, window=32, settings=settings, **sources
+        return Adapt(
+            model=str(model),
+            out=out,
+            pieces=40,
+            tokens=4096,
+            window=32,
+            training={"batch_tokens": 256},
+            running={"checkpoint_seconds": 0, "checkpoint_share": 0.9},
+            **sources,
         )
 
-    whole = run_adapt(request(tmp_path / "whole"))
+    whole = request(tmp_path / "whole").run()
     times = 0
     while True:
         # every time it goes on a little longer
         answers = itertools.chain([False] * (3 + times), itertools.repeat(True))
         try:
-            found = run_adapt(request(tmp_path / "often"), should_stop=answers.__next__)
+            found = request(tmp_path / "often").run(should_stop=answers.__next__)
             break
         except Interrupted:
             times += 1
@@ -352,14 +355,14 @@ def test_stopped_anywhere_it_goes_on_to_the_same_end(model, texts, tmp_path):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (("--new-share", "0.5"), "--new-share 0.5 is of the new text beside --old"),
-        (("--old", "stdlib", "--new-share", "1"), "--new-share 1 must be between 0 and 1"),
+        (("--new-share", "0.5"), "new_share 0.5 is of the new text beside old"),
+        (("--old", "stdlib", "--new-share", "1"), "--new-share '1': Input should be less than 1"),
         (("--old", "nowhere.txt"), "nowhere.txt"),
         (("--window", "64"), "reads at most 32 tokens, the window has 64"),
-        (("--tokens", "100"), "--tokens 100 is less than one batch of 256"),
+        (("--tokens", "100"), "tokens 100 is less than one batch of 256"),
         (("--pieces", "0"), "'0' is no count"),
         (("-s", "training.alpha=1"), "training.alpha is about a teacher"),
-        (("-s", "training.batch_tokens=100"), "not a multiple of --window 32"),
+        (("-s", "training.batch_tokens=100"), "not a multiple of window 32"),
     ],
 )
 def test_mistakes_are_told_in_a_line_before_any_work(typed, model, texts, tmp_path, more, told):

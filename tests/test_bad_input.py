@@ -24,7 +24,7 @@ from capgap.corpus.tokenizer import train_tokenizer
 from capgap.models.build import build_model, save_model
 from capgap.models.shape import ladder_shape
 from capgap.records import read_records
-from capgap.sweep import checks, progress, results, runner, schedule, summary, tasks, worker
+from capgap.sweep import checks, progress, runner, schedule, summary, tasks, worker
 from capgap.sweep.checks import claimed
 from capgap.sweep.context import Context
 from capgap.sweep.plan import make_plan
@@ -86,7 +86,7 @@ def use_own_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     OwnWorkers.ran = []
     monkeypatch.setattr(runner, "Workers", OwnWorkers)
     # drawing takes longer than all the rest
-    monkeypatch.setattr(results, "write_report", page)
+    monkeypatch.setattr(runner, "write_report", page)
     monkeypatch.setattr(summary, "write_report", page)
 
 
@@ -391,7 +391,7 @@ def test_corpus_options_that_do_not_do(typed, text_file, tmp_path):
 def test_too_many_epochs_say_how_many(typed, recipe, out, idle):
     answer = typed("sweep", recipe, "--out", out, "-q", "--set", "teachers.tokens=1M")
     # the corpus has about 47 thousand tokens
-    assert_refused_at_once(answer, "1000000 training tokens", "21.4 epochs", "more than 4")
+    assert_refused_at_once(answer, "999936 training tokens", "21.4 epochs", "more than 4")
     overrides = with_set("teachers.tokens=1M", "corpus.max_epochs=22")
     with pytest.raises(WorkBegan):
         typed("sweep", recipe, "--out", out, *overrides)
@@ -430,7 +430,7 @@ def test_stopped_while_the_text_is_read(typed, recipe, out, monkeypatch, idle):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(progress.CorpusProgress, "__call__", stop)
+        patched.setattr(runner, "corpus_progress", lambda say: stop)
         answer = typed("sweep", recipe, "--out", out, "--quiet")
     assert answer.code == 130
     assert answer.err.count("\n") == 1
@@ -585,7 +585,9 @@ def test_another_recipe_leaves_the_folder_as_it_is(typed, copied, own):
     recipe, out = copied
     before = contents(out)
     answer = typed("sweep", recipe, "--out", out, "--set", "training.alpha=0.25")
-    assert_refused_at_once(answer, "another recipe", "hash", "another --out")
+    assert_refused_at_once(
+        answer, "another recipe", "training.alpha is 0.5 there and 0.25 here", "another --out"
+    )
     assert contents(out) == before
 
 
@@ -618,7 +620,8 @@ def test_a_disk_that_fills_up_in_a_worker(copied, monkeypatch):
     monkeypatch.setattr(tasks, "write_record", full)
     plan = make_plan(load_recipe(recipe))
     column = next(one for one in plan.columns if any(cell.id == CELL for cell in one.cells))
-    context = Context(plan.recipe, out, "cpu", 1)
+    training = plan.recipe.training.model_copy(update={"teacher_dtype": "stored"})
+    context = Context(plan.recipe, out, "cpu", 1, training)
     messages: Any = queue.Queue()
     stop: Any = threading.Event()
     ended = worker._run(0, context, column, messages, stop, os.getppid())
@@ -715,7 +718,7 @@ def test_a_dead_worker_is_noticed_while_others_talk(tiny_recipe):
             return False
 
     plan = make_plan(parse_recipe(tiny_recipe))
-    workers = schedule.Workers(Context(plan.recipe, Path("out"), "cpu", 1), 1)
+    workers = schedule.Workers(Context(plan.recipe, Path("out"), "cpu", 1, plan.recipe.training), 1)
     process: Any = Dead()
     workers.workers = [schedule._Worker(process, queue.Queue(), plan.teachers[0])]
     workers.messages = queue.Queue()

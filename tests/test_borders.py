@@ -79,7 +79,10 @@ def test_half_a_character_is_told_with_its_place(typed, folder, tmp_path):
 def test_rates_are_above_zero_and_finite(typed, folder, small_corpus, tmp_path, rate):
     asked = ("train", folder, "--corpus", small_corpus.directory, "--window", 16, "--tokens", "4k")
     asked += ("-s", "training.batch_tokens=1024", "--out", tmp_path / "out")
-    one_line(typed(*asked, "--learning-rate", rate), "must be above 0 and finite")
+    one_line(
+        typed(*asked, "--learning-rate", rate),
+        f"--learning-rate '{rate}': Input should be 'auto' or",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -87,7 +90,10 @@ def test_rates_are_above_zero_and_finite(typed, folder, small_corpus, tmp_path, 
 def test_a_window_of_nothing(typed, folder, small_corpus, tmp_path, command):
     models = (folder, folder) if command == "distill" else (folder,)
     asked = (command, *models, "--corpus", small_corpus.directory, "--window", 0, "--tokens", "4k")
-    one_line(typed(*asked, "--out", tmp_path / "out"), "--window 0 must be above 0")
+    one_line(
+        typed(*asked, "--out", tmp_path / "out"),
+        "--window '0': Input should be greater than or equal to 8",
+    )
 
 
 @pytest.mark.parametrize(

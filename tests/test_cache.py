@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from capgap.corpus.text import Text
 from capgap.distill.cache import CachedTeacher, CacheIdentity, CacheWriter, write_cache
 from capgap.distill.cache_format import CacheFormat
 from capgap.distill.teacher import OnlineTeacher
@@ -22,6 +23,12 @@ CPU = torch.device("cpu")
 
 def model_of(size, seed):
     return build_model(ladder_shape("llama", size, vocabulary=300, positions=16), seed=seed)
+
+
+def changed(text, **values):
+    """The text with other entries in its manifest."""
+    (source,) = text.sources
+    return Text.of([dataclasses.replace(source, manifest=source.manifest | values)])
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +113,8 @@ def test_parts_and_restarts_write_the_same_bytes(
 def test_document_mask_reaches_the_cached_teacher(small_corpus, teacher, tmp_path):
     tokens = small_corpus.train.windows_at(range(100))
     commonest = int(np.bincount(tokens.ravel()).argmax())
-    corpus = dataclasses.replace(
-        small_corpus,
-        manifest=small_corpus.manifest
-        | {"marks": {"begin": commonest, "end": commonest, "begin_windows": False}},
-    )
+    marks = {"begin": commonest, "end": commonest, "begin_windows": False}
+    corpus = changed(small_corpus, marks=marks)
     identity = CacheIdentity.of("t", "abc", "float32", corpus, document_mask=True)
     write_cache(
         CacheWriter(tmp_path / "cache", identity, CacheFormat(300)), teacher, corpus, device=CPU
@@ -133,13 +137,11 @@ def test_a_cache_serves_nothing_but_what_it_is_of(small_corpus, cache):
     with pytest.raises(UserError, match=r"another teacher \(abc, not xyz\)"):
         CachedTeacher(cache, small_corpus, teacher_hash="xyz")
     for field, name in (("corpus_hash", "corpus"), ("tokenizer_hash", "tokenizer")):
-        other = dataclasses.replace(
-            small_corpus, manifest=small_corpus.manifest | {field: "f" * 64}
-        )
+        other = changed(small_corpus, **{field: "f" * 64})
         with pytest.raises(UserError, match=f"another {name} "):
             CachedTeacher(cache, other)
     with pytest.raises(UserError, match=r"another window \(16, not 8\)"):
-        CachedTeacher(cache, dataclasses.replace(small_corpus, window=8))
+        CachedTeacher(cache, Text.open([(small_corpus.directory, None)], 8))
     with pytest.raises(UserError, match="holds no teacher cache"):
         CachedTeacher(cache.parent, small_corpus)
     with pytest.raises(UserError, match=r"another teacher_hash .*another --out"):

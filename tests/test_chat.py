@@ -12,7 +12,7 @@ import torch
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import UserError
 from capgap.models.build import load_model
-from capgap.tune.chat import Chat, Sampling, _TextStream
+from capgap.tune.chat import Chat, Sampling, pieces_of
 from capgap.tune.template import prompt_ids, set_template
 from talks import said, save_base
 from test_docs import DOCS, code_blocks, sections
@@ -108,16 +108,13 @@ def test_pieces_are_whole_characters_without_outer_white_space(talker):
 def test_bytes_that_never_make_a_character_show_at_the_end(talker):
     tokenizer = load_tokenizer(talker)
     first_byte = tokenizer.encode("水", add_special_tokens=False)[0]
-    stream = _TextStream(tokenizer)
     letter = tokenizer.encode("a", add_special_tokens=False)
-    assert [stream.add(token) for token in (*letter, first_byte)] == ["a", ""]
-    assert stream.rest() == "\ufffd"
+    assert list(pieces_of(tokenizer, [*letter, first_byte])) == ["a", "\ufffd"]
 
 
 def test_special_tokens_are_neither_shown_nor_taken(talker):
     chat = chat_of(talker)
-    stream = _TextStream(chat.tokenizer)
-    assert stream.add(chat.tokenizer.eos_token_id) + stream.rest() == ""
+    assert list(pieces_of(chat.tokenizer, [chat.tokenizer.eos_token_id])) == []
     with pytest.raises(UserError, match="is a special token"):
         list(chat.answer("what is <|endoftext|>?"))
     assert chat.messages == []

@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 
 from capgap.config import Recipe, find_recipe, load_any_recipe, load_recipe, shipped_recipes
-from capgap.corpus.tokens import Corpus
+from capgap.corpus.text import Text
 from capgap.law.law import read_law
 from capgap.models.build import build_model, save_model
 from capgap.models.shape import ladder_shape
 from capgap.report.sentences import sentences
 from capgap.sweep import preview, progress, runner
 from capgap.sweep.plan import FLOP_PARTS
-from capgap.sweep.schedule import WorkerDied
-from capgap.sweep.speed import Speed
+from capgap.sweep.schedule import Speed, WorkerDied
 from report_data import Plan, write_output
 
 COMMANDS = ("quickstart", "sweep", "report", "corpus", "sample")
@@ -38,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def model_folder(small_corpus: Corpus, tmp_path: Path) -> Path:
+def model_folder(small_corpus: Text, tmp_path: Path) -> Path:
     shape = ladder_shape("llama", 14_000, vocabulary=300, positions=16)
     save_model(build_model(shape, seed=0), tmp_path / "model", small_corpus.tokenizer)
     return tmp_path / "model"
@@ -174,23 +173,23 @@ def test_a_folder_called_like_a_recipe_does_not_hide_it(typed, here, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("arguments", "folder", "display"),
+    ("arguments", "folder", "quiet"),
     [
-        (["quickstart"], "runs/quickstart", progress.LineDisplay),
-        (["sweep", "quickstart", "-q"], "runs/quickstart", progress.Display),
-        (["sweep", "-q", "--out", "x", "quickstart"], "x", progress.Display),
+        (["quickstart"], "runs/quickstart", False),
+        (["sweep", "quickstart", "-q"], "runs/quickstart", True),
+        (["sweep", "-q", "--out", "x", "quickstart"], "x", True),
     ],
 )
-def test_where_a_sweep_goes(typed, monkeypatch, arguments, folder, display):
+def test_where_a_sweep_goes(typed, monkeypatch, arguments, folder, quiet):
     asked = []
 
     def run_sweep(recipe, out, shown):
-        asked.append((recipe.name, out, type(shown)))
+        asked.append((recipe.name, out, shown.console.quiet, shown.live))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "run_sweep", run_sweep)
     assert typed(*arguments).code == 130
-    assert asked == [("quickstart", Path(folder), display)]
+    assert asked == [("quickstart", Path(folder), quiet, None)]
 
 
 def interrupted(*_):
@@ -229,7 +228,8 @@ def forbidden(*_):
         (forbidden, 2, "runs/sweep.json: Permission denied"),
     ],
 )
-def test_how_a_sweep_ends_is_one_line_and_a_code(typed, monkeypatch, end, code, words):
+def test_how_a_sweep_ends_is_one_line_and_a_code(typed, here, monkeypatch, end, code, words):
+    (here / "runs/x").mkdir(parents=True)
     monkeypatch.setattr(runner, "run_sweep", end)
     answer = typed("quickstart", "--out", "runs/x")
     assert (answer.code, answer.out) == (code, "")
@@ -280,10 +280,15 @@ def test_corpus_answers_with_one_object(typed, text_file, tmp_path):
     assert json.loads(typed(*command).out) == found
     assert Path(found["manifest"]).stat().st_mtime_ns == made
     assert "vocabulary 300" in typed(*command[:-1]).out
+    other = typed(*command[:-2], "310")
+    assert other.code == 2
+    assert "/c holds another corpus (vocabulary is 310, was 300): choose" in other.err
+    assert len(other.err.splitlines()) == 1
+    assert Path(found["manifest"]).stat().st_mtime_ns == made
 
 
 def test_corpus_tells_its_progress_on_standard_error(typed, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr("capgap.stages.corpus.paced", lambda say: lambda text: say(text()))
     loud = typed("corpus", text_file, "--out", tmp_path / "a", "--vocabulary", "300", "--json")
     json.loads(loud.out)
     assert "corpus, read" in loud.err
@@ -293,7 +298,7 @@ def test_corpus_tells_its_progress_on_standard_error(typed, text_file, tmp_path,
 
 
 def test_corpus_stopped_by_the_user_leaves_nothing(typed, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress.CorpusProgress, "__call__", interrupted)
+    monkeypatch.setattr("capgap.stages.corpus.corpus_progress", lambda say: interrupted)
     assert typed("corpus", text_file, "--out", tmp_path / "c").code == 130
     assert list(tmp_path.iterdir()) == []
 

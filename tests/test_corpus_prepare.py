@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from capgap.corpus import tokens, write
 from capgap.corpus.marks import Marks
 from capgap.corpus.prepare import prepare_corpus
-from capgap.corpus.tokenizer import decode_bytes, encode_bytes, train_tokenizer
+from capgap.corpus.text import Text
+from capgap.corpus.tokenizer import TokenCodec, train_tokenizer
 from capgap.corpus.tokens import Corpus, TokenWindows, check_epochs, load_corpus
 from capgap.corpus.write import cut_text, fair_limit
 from capgap.errors import UserError
@@ -64,13 +65,13 @@ def train_text(corpus: Corpus) -> list[bytes]:
     ends = np.flatnonzero(ids == corpus.marks.end)
     assert ends[0] == 0
     return [
-        decode_bytes(corpus.tokenizer, ids[start + 1 : end])
+        TokenCodec(corpus.tokenizer).decode(ids[start + 1 : end])
         for start, end in itertools.pairwise(ends)
     ]
 
 
 def heldout_text(corpus: Corpus) -> list[bytes]:
-    return [decode_bytes(corpus.tokenizer, d.tokens) for d in corpus.heldout_documents()]
+    return [TokenCodec(corpus.tokenizer).decode(d.tokens) for d in corpus.heldout_documents()]
 
 
 def test_every_document_is_in_one_part_and_comes_back(source: Path, tmp_path: Path) -> None:
@@ -90,10 +91,10 @@ def test_heldout_documents_have_context_and_exact_bytes(source: Path, tmp_path: 
     corpus = prepare(source, tmp_path / "corpus", heldout_fraction=0.1)
     for document in corpus.heldout_documents():
         assert document.tokens.dtype == np.int64
-        text = decode_bytes(corpus.tokenizer, document.tokens)
+        text = TokenCodec(corpus.tokenizer).decode(document.tokens)
         assert len(text) == document.num_bytes
         end = corpus.marks.end
-        assert document.tokens.tolist() == [end, *encode_bytes(corpus.tokenizer, text), end]
+        assert document.tokens.tolist() == [end, *TokenCodec(corpus.tokenizer).encode(text), end]
 
 
 def test_heldout_limit_is_shared_fairly(source: Path, tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_heldout_limit_is_shared_fairly(source: Path, tmp_path: Path) -> None:
         assert max(lengths) - sorted(lengths)[len(lengths) // 2] < 15
         assert corpus.manifest["heldout"]["documents"] > 60
         for document in documents:
-            text = decode_bytes(corpus.tokenizer, document.tokens)
+            text = TokenCodec(corpus.tokenizer).decode(document.tokens)
             assert len(text) == document.num_bytes
             assert any(make_document(i).startswith(text) for i in range(200))
 
@@ -198,11 +199,11 @@ def test_windows_cover_the_stream_with_one_token_shared(
         assert windows.dtype == np.int64
         np.testing.assert_array_equal(windows[:, :-1].ravel(), stream[: corpus.windows * 16])
         np.testing.assert_array_equal(windows[:, 1:].ravel(), stream[1 : corpus.windows * 16 + 1])
-        np.testing.assert_array_equal(corpus.train.window(5), windows[5])
+        np.testing.assert_array_equal(corpus.train.windows_at([5])[0], windows[5])
         np.testing.assert_array_equal(corpus.train.windows_at([9, 0, 9]), windows[[9, 0, 9]])
         for wrong in (-1, corpus.windows):
             with pytest.raises(IndexError):
-                corpus.train.window(wrong)
+                corpus.train.windows_at([wrong])
 
 
 def test_shards_have_their_hashes_and_are_cut_in_files_without_effect(
@@ -229,8 +230,8 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path, source: Path) -> Non
     assert corpus.manifest["dtype"] == "<u4"
     assert corpus.vocabulary == 70_001
     assert not corpus.manifest["invalid_bytes_kept"]
-    assert corpus.train.window(0)[0] == 70_000
-    assert corpus.train.window(0).max() == 70_000
+    assert corpus.train.windows_at([0])[0, 0] == 70_000
+    assert corpus.train.windows_at([0]).max() == 70_000
 
 
 def test_limits_of_bytes_and_tokens(source: Path, tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_limits_of_bytes_and_tokens(source: Path, tmp_path: Path) -> None:
     assert 950 <= corpus.train_tokens <= 1000
     stream = np.fromfile(corpus.directory / "train-00000.bin", dtype="<u2")
     # The counted bytes are just those the tokens stand for.
-    assert len(decode_bytes(corpus.tokenizer, stream)) == counts["train"]["bytes"]
+    assert len(TokenCodec(corpus.tokenizer).decode(stream)) == counts["train"]["bytes"]
     everything = sum(counts[part]["bytes"] for part in ("train", "heldout", "unused"))
     assert everything == sum(len(make_document(number)) for number in range(200))
 
@@ -325,9 +326,11 @@ def test_reuse_and_its_end(source: Path, tmp_path: Path, caplog: pytest.LogCaptu
     first = load_corpus(directory, window=16).corpus_hash
     assert again() == ""
     assert again(window=8) == ""
-    assert again(vocabulary=310).endswith("vocabulary is 310, was 300")
-    assert again(vocabulary=310, max_bytes=9000).endswith("max_bytes is 9000, was None")
-    assert again().endswith("vocabulary is 300, was 310")
+    assert again(vocabulary=310, replace=True).endswith("vocabulary is 310, was 300")
+    assert again(vocabulary=310, max_bytes=9000, replace=True).endswith(
+        "max_bytes is 9000, was None"
+    )
+    assert again(replace=True).endswith("vocabulary is 300, was 310")
 
     shard = directory / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
@@ -346,6 +349,78 @@ def test_reuse_and_its_end(source: Path, tmp_path: Path, caplog: pytest.LogCaptu
     assert again().endswith(f"the source changed: {source}")
     assert load_corpus(directory, window=16).corpus_hash != first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "text.txt"]
+
+
+def test_the_corpus_of_another_request_is_refused_and_stays(
+    source: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    before = prepare(source, tmp_path / "corpus").corpus_hash
+    shutil.copy(source, tmp_path / "other.txt")
+    for options, told in (
+        ({"vocabulary": 310}, "vocabulary is 310, was 300"),
+        ({"max_bytes": 9000}, "max_bytes is 9000, was None"),
+        ({"begin_windows": True}, "begin_windows is True, was False"),
+        ({"tokenizer": tokenizer}, "its tokenizer is another"),
+        ({"separator": "---"}, "the source's separator is '---', was '<|endoftext|>'"),
+        ({"text_column": "body"}, "the source's text column is 'body', was 'text'"),
+        ({"source": tmp_path / "other.txt"}, f"the source is '{tmp_path}/other.txt', was "),
+        (
+            {"heldout_source": str(source)},
+            f"the heldout source is '{source}', was None",
+        ),
+    ):
+        with pytest.raises(UserError) as caught:
+            prepare(**({"source": source, "directory": tmp_path / "corpus"} | options))
+        line = str(caught.value)
+        assert f"{tmp_path}/corpus holds another corpus ({told}" in line
+        assert line.endswith("): choose another output folder, or delete this one")
+    assert load_corpus(tmp_path / "corpus", window=16).corpus_hash == before
+    # the same file in another spelling is the same request
+    spelled = f"{tmp_path}/./{source.name}"
+    assert prepare(spelled, tmp_path / "corpus").corpus_hash == before
+
+
+@pytest.mark.parametrize("name", ["train-00000.bin", "heldout.bin"])
+def test_a_flipped_bit_is_noticed_at_first_use_and_mended(
+    source: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = prepare(source, tmp_path / "corpus")
+    text = Text.of([corpus])
+    assert len(text.train) == corpus.windows
+    path = tmp_path / "corpus" / name
+    data = bytearray(path.read_bytes())
+    data[40] ^= 1
+    path.write_bytes(data)
+    damaged = Text.open([(tmp_path / "corpus", None)], 16)
+    with pytest.raises(UserError) as caught:
+        _ = damaged.heldout_documents() if name == "heldout.bin" else damaged.train
+    told = f"the corpus in {tmp_path}/corpus is damaged: {name} does not hold what was written"
+    assert str(caught.value).startswith(told)
+    assert "prepare it again" in str(caught.value)
+    again = prepare(source, tmp_path / "corpus")
+    assert f"anew: it is damaged: {name} does not hold" in caplog.text
+    assert again.corpus_hash == corpus.corpus_hash
+    assert len(again.train) == corpus.windows
+    assert len(again.heldout_documents()) == len(heldout_text(corpus))
+
+
+def test_files_are_read_for_their_hash_once_a_process(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(source, tmp_path / "corpus")
+    hashed: list[str] = []
+    digest = hashlib.file_digest
+
+    def spy(stream: Any, name: str) -> Any:
+        hashed.append(Path(stream.name).name)
+        return digest(stream, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", spy)
+    for _ in range(3):
+        corpus = load_corpus(tmp_path / "corpus", window=16)
+        assert len(corpus.train) == corpus.windows
+        corpus.heldout_documents()
+    assert hashed == ["train-00000.bin", "heldout.bin"]
 
 
 def test_source_that_changes_while_it_is_read(source: Path, tmp_path: Path) -> None:
@@ -392,7 +467,7 @@ def test_failure_keeps_the_corpus_that_was_there(source: Path, tmp_path: Path) -
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(source, tmp_path / "corpus", vocabulary=310, progress=interrupt)
+        prepare(source, tmp_path / "corpus", vocabulary=310, replace=True, progress=interrupt)
     assert load_corpus(tmp_path / "corpus", window=16).corpus_hash == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "text.txt"]
 

@@ -106,6 +106,16 @@ def test_parquet(tmp_path: Path) -> None:
         read(path, text_column="number")
 
 
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+def test_compressed_tables(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"rows.parquet{ending}"
+    plain = tmp_path / "rows.parquet"
+    table = pyarrow.table({"text": [row["text"] for row in ROWS]})
+    pyarrow.parquet.write_table(table, plain)
+    path.write_bytes(COMPRESS[ending](plain.read_bytes()))
+    assert read(path) == TEXTS
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.txt.gz", "a.txt.xz", "a.txt.zst", "a.jsonl.gz"])
 def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / name

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from capgap.config import Recipe, find_recipe, load_any_recipe, load_recipe, shipped_recipes
-from capgap.corpus.tokens import Corpus
+from capgap.corpus.text import Text
 from capgap.cost.activations import cast_bytes, kept_bytes, layer_bytes
 from capgap.cost.estimate import estimate
 from capgap.cost.memory import PARTS, LoopMemory
@@ -23,7 +23,7 @@ from capgap.models.build import build_model, checkpoint_activations, to_config
 from capgap.models.families import FAMILIES
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape, ladder_shape
-from capgap.stages.prune import PruneRequest, plan_prune
+from capgap.stages.prune import Prune
 from capgap.sweep.plan import expected_baselines, make_plan
 from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, train
@@ -129,7 +129,7 @@ def test_the_peak_is_what_torch_allocates(
     tmp_path, small_corpus, architecture, micro_batches, checkpointing, teacher
 ):
     words, window, micro = small_corpus.vocabulary, 64, 2048
-    corpus = Corpus(small_corpus.directory, small_corpus.manifest, window)
+    corpus = Text.open([(small_corpus.directory, None)], window)
     shape, above = (
         ladder_shape(architecture, size, vocabulary=words, positions=window)
         for size in (400_000, 1_000_000)
@@ -271,7 +271,8 @@ def test_a_run_cuts_the_shape_that_prune_cuts(tmp_path, ask):
     recipe = load_any_recipe(path, overrides)
     teacher = find_teacher(recipe)
     assert (teacher.shape, teacher.stored_bytes) == (shape, 4)
-    cut = plan_prune(PruneRequest(str(tmp_path / "teacher"), tmp_path / "out", **ask))
+    ask |= {"teacher": str(tmp_path / "teacher"), "out": tmp_path / "out", "dry_run": True}
+    cut = Prune(**ask).run()
     assert vars(student_shape(recipe.prune, teacher.shape)) == cut["shape"]
 
 

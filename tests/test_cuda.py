@@ -23,7 +23,8 @@ from capgap.distill.divergences import Divergence, DivergenceName
 from capgap.distill.head import HeadInput
 from capgap.distill.losses import column_loss
 from capgap.distill.teacher import OnlineTeacher
-from capgap.evaluate.heldout import evaluate_heldout, heldout_set
+from capgap.errors import Interrupted
+from capgap.evaluate.losses import evaluate_heldout, heldout_set
 from capgap.evaluate.sample import sample_text
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.parts import Parts
@@ -31,7 +32,7 @@ from capgap.models.shape import ladder_shape
 from capgap.prune.importance import score
 from capgap.prune.surgery import cut
 from capgap.train.learner import Learner
-from capgap.train.loop import Interrupted, LoopSettings, train
+from capgap.train.loop import LoopSettings, train
 
 DEVICE = os.environ.get("CAPGAP_TEST_DEVICE", "cuda")
 pytestmark = [

@@ -3,6 +3,7 @@
 import ast
 import csv
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -19,8 +20,9 @@ from pydantic_core import PydanticUndefined
 from typer.testing import CliRunner
 
 from capgap.cli import app
-from capgap.config import Recipe, RunRecipe, parse_recipe, parse_run_recipe, shipped_recipes
+from capgap.config import Recipe, parse_recipe, parse_run_recipe, shipped_recipes
 from capgap.law.table import OPTIONAL
+from capgap.pipeline.recipe import RunRecipe
 from conftest import made_up_text
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +95,14 @@ def commands() -> dict[str, Any]:
 def test_every_command_has_its_section_and_no_other_is_named():
     headings = [h for h in sections((DOCS / "cli.md").read_text()) if h.startswith("`capgap")]
     assert headings == list(commands())
+
+
+def test_tables_of_options_are_as_they_are_generated():
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    page = (DOCS / "cli.md").read_text()
+    assert generate.cli_page(page) == page, "run python docs/generate.py"
 
 
 @pytest.mark.parametrize("heading", list(commands()))
@@ -214,6 +224,9 @@ class Dots:
 
 def written_signature(function: Any) -> str:
     """The signature without types."""
+    if isinstance(function, type) and issubclass(function, BaseModel):
+        # models are built when they are first used
+        function.model_rebuild()
     found = inspect.signature(function)
     plain = [
         p.replace(
@@ -291,7 +304,7 @@ def test_the_examples_run_and_everything_they_leave_is_told(tmp_path, monkeypatc
         "quickstart and sweep": names["result"].as_dict(),
         "a dry run": names["expected"],
         "report": json_of("report", "runs/tiny"),
-        "corpus": json_of("corpus", "text.txt", "--out", "tokens", "--vocabulary", "300"),
+        "corpus": json_of("corpus", "text.txt", "--out", "own-tokens", "--vocabulary", "300"),
         "sample": json_of("sample", "runs/tiny/student", "Lo", "--tokens", "8"),
     }
     teacher = str(next(iter(sorted(out.glob("teachers/*")))))
@@ -344,6 +357,10 @@ def test_warnings_of_the_law_are_told():
 
 def test_the_tree_of_the_readme_is_that_of_the_repository():
     (block,) = code_blocks(sections((ROOT / "README.md").read_text())["The source"], "")
+    for name in re.findall(
+        r"`(\w+/\w+\.py|\w+\.py)`", sections((ROOT / "README.md").read_text())["The source"]
+    ):
+        assert (ROOT / "src/capgap" / name).exists(), name
     told: set[str] = set()
     for line in block.splitlines():
         name = line.split()[0]

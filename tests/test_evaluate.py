@@ -1,11 +1,11 @@
 """`capgap evaluate`: the harness against scoring by hand, sets that are missing, bad input."""
 
 import csv
-import dataclasses
 import io
 import json
 import math
 import shutil
+import signal
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -15,23 +15,15 @@ import torch
 
 from capgap.corpus.tokenizer import load_tokenizer, train_tokenizer
 from capgap.errors import UserError
-from capgap.evaluate import heldout
-from capgap.evaluate.archive import read_copy
+from capgap.evaluate import losses
 from capgap.evaluate.code_runner import run_program, sandbox_problem
 from capgap.evaluate.harness import CountingModel, counting_model, load_tasks, part_names, run_set
-from capgap.evaluate.local_data import READERS, read_local
-from capgap.evaluate.scores import (
-    Part,
-    beside_published,
-    combine,
-    known_flops,
-    parse_flops,
-    six_mean,
-)
-from capgap.evaluate.sets import NAMES, SETS, SIX, parse_shots, parse_tasks
+from capgap.evaluate.scores import Part, combine, comparable, known_flops, six_mean
+from capgap.evaluate.sets import NAMES, SETS, SIX
+from capgap.evaluate.sources import READERS, read_copy, read_local
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.shape import ladder_shape
-from capgap.stages.evaluate import EvaluateRequest, run_evaluate
+from capgap.stages.evaluate import Evaluate, EvaluateSection
 from evaluation_sets import files_of, write_archive, write_folder
 
 POSITIONS = 512
@@ -75,13 +67,18 @@ def no_hub(monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "nothing")
 
 
+def asked(student, tasks, **options):
+    """An evaluation on the CPU, without a record where none is named."""
+    return Evaluate(
+        **{"model": str(student), "tasks": tasks, "device": "cpu", "out": None} | options
+    )
+
+
 def evaluated(student, sets, tmp_path, *tasks, **options):
     """The record, and the samples by set."""
     lines = tmp_path / "samples.jsonl"
-    request = EvaluateRequest(
-        str(student), tasks, data=sets, device="cpu", batch_size=3, samples=lines, **options
-    )
-    record = run_evaluate(request)
+    request = asked(student, tasks, data=sets, batch_size=3, samples=lines, **options)
+    record = request.run()
     samples = [json.loads(line) for line in lines.read_text().splitlines()]
     return record, samples
 
@@ -212,10 +209,8 @@ def test_mmlu_with_five_examples_is_that_of_plain_scoring(student, sets, tmp_pat
 
 
 def test_heldout_loss_is_that_of_plain_scoring(student, small_corpus):
-    request = EvaluateRequest(
-        str(student), ("heldout",), corpora=(small_corpus.directory,), device="cpu", window=500
-    )
-    (found,) = run_evaluate(request)["heldout"].values()
+    request = asked(student, ("heldout",), corpus=[small_corpus.directory], window=500)
+    (found,) = request.run()["heldout"].values()
     hand, total, tokens = ByHand(student), 0.0, 0
     documents = small_corpus.heldout_documents()
     for document in documents:
@@ -234,13 +229,9 @@ def test_heldout_loss_is_that_of_plain_scoring(student, small_corpus):
 
 def test_heldout_text_is_cut_anew_for_another_tokenizer(small_corpus, text_file, tmp_path):
     other = train_tokenizer([text_file.read_bytes()], 400)
-    request = EvaluateRequest(
-        str(make_model(tmp_path / "other", other)),
-        ("heldout",),
-        corpora=(small_corpus.directory,),
-        device="cpu",
-    )
-    (found,) = run_evaluate(request)["heldout"].values()
+    model = make_model(tmp_path / "other", other)
+    request = asked(model, ("heldout",), corpus=[small_corpus.directory])
+    (found,) = request.run()["heldout"].values()
     documents = small_corpus.heldout_documents()
     assert found["same_tokenizer"] is False
     assert found["bytes"] == sum(document.num_bytes for document in documents)
@@ -271,10 +262,10 @@ def test_a_generated_answer_is_the_likeliest_and_counts_where_it_is_right(studen
     oracle = Oracle(load_model(student), load_tokenizer(student), 4)
     for name in ("bbh", "drop", "gsm8k", "humaneval"):
         _, local = read_local(sets, name, part_names(SETS[name]))
-        found = run_set(SETS[name], oracle, local, shots=SETS[name].shots)
-        assert found.metrics[found.metric][0] == 1, name
-        assert found.questions == found.of_questions
-    assert found.programs == {"passed": 2}
+        found, _ = run_set(SETS[name], oracle, local, shots=SETS[name].shots)
+        assert found["score"] == 1, name
+        assert found["questions"] == found["of_questions"]
+    assert found["programs"] == {"passed": 2}
 
 
 def test_the_likeliest_tokens_are_written(student, sets, tmp_path):
@@ -330,10 +321,8 @@ def test_no_program_is_asked_for_where_none_can_run(student, sets, tmp_path, mon
 def test_prompts_longer_than_the_context_are_counted(small_corpus, sets, tmp_path):
     short = make_model(tmp_path / "short", small_corpus.tokenizer, positions=48)
     said = []
-    request = EvaluateRequest(
-        str(short), ("mmlu", "blimp", "gsm8k"), data=sets, device="cpu", limit=1
-    )
-    record = run_evaluate(request, said.append)
+    request = asked(short, ("mmlu", "blimp", "gsm8k"), data=sets, limit=1)
+    record = request.run(say=said.append)
     assert record["context"] == 48
     assert record["tasks"]["mmlu"]["cut_prompts"] == 57
     assert record["tasks"]["mmlu"]["parts"]["virology"]["cut_prompts"] == 1
@@ -358,7 +347,7 @@ def test_a_model_that_is_not_finite_has_no_scores(small_corpus, sets, tmp_path):
         model.model.norm.weight.fill_(math.nan)
     save_model(model, folder, small_corpus.tokenizer)
     record, _ = evaluated(
-        folder, sets, tmp_path, "piqa", "gsm8k", "heldout", corpora=(small_corpus.directory,)
+        folder, sets, tmp_path, "piqa", "gsm8k", "heldout", corpus=[small_corpus.directory]
     )
     assert record["tasks"]["piqa"]["missing"].startswith("log-likelihoods are not finite")
     assert record["tasks"]["gsm8k"]["missing"].startswith("logits are not finite")
@@ -442,10 +431,7 @@ HELDOUT_KEYS = (
 
 
 def test_held_out_keys_are_those(student, small_corpus):
-    request = EvaluateRequest(
-        str(student), ("heldout",), corpora=(small_corpus.directory,), device="cpu"
-    )
-    record = run_evaluate(request)
+    record = asked(student, ("heldout",), corpus=[small_corpus.directory]).run()
     (found,) = record["heldout"].values()
     assert set(found) == set(HELDOUT_KEYS)
     assert (record["tasks"], record["mean_percent"], record["mean_missing"]) == ({}, None, None)
@@ -473,11 +459,11 @@ def test_only_whole_sets_with_their_own_shots_stand_beside_published_scores():
     sets = {
         name: one | {"shots": SETS[name].shots, "of_questions": 100} for name in ("mmlu", "gsm8k")
     }
-    assert beside_published(sets)["columns"] == ["MMLU", "GSM8K"]
+    assert comparable(sets) == ["mmlu", "gsm8k"]
     sets["gsm8k"] |= {"questions": 10}
-    assert beside_published(sets)["columns"] == ["MMLU"]
+    assert comparable(sets) == ["mmlu"]
     sets["mmlu"] |= {"shots": 0}
-    assert beside_published(sets) is None
+    assert comparable(sets) == []
 
 
 def test_parts_are_put_together_by_question_or_by_part():
@@ -485,21 +471,16 @@ def test_parts_are_put_together_by_question_or_by_part():
         "a": Part({"acc,none": (0.5, 0.1)}, 10, 10, 1),
         "b": Part({"acc,none": (0.8, 0.2)}, 30, 40, 2),
     }
-    about = {
-        "shots": 0,
-        "task_version": "1",
-        "max_gen_toks": None,
-        "programs": None,
-        "sandbox": None,
-        "seconds": 0.0,
+    mmlu = combine(SETS["mmlu"], parts)
+    assert (mmlu["score"], mmlu["score_stderr"]) == pytest.approx((0.725, math.hypot(1, 6) / 40))
+    assert (mmlu["questions"], mmlu["of_questions"], mmlu["cut_prompts"]) == (40, 50, 3)
+    blimp = combine(SETS["blimp"], parts)
+    assert blimp["metrics"]["acc,none"] == {
+        "value": pytest.approx(0.65),
+        "stderr": pytest.approx(math.hypot(0.1, 0.2) / 2),
     }
-    mmlu = combine(SETS["mmlu"], parts, **about)
-    assert mmlu.metrics["acc,none"] == pytest.approx((0.725, math.hypot(1, 6) / 40))
-    assert (mmlu.questions, mmlu.of_questions, mmlu.cut_prompts) == (40, 50, 3)
-    blimp = combine(SETS["blimp"], parts, **about)
-    assert blimp.metrics["acc,none"] == pytest.approx((0.65, math.hypot(0.1, 0.2) / 2))
     parts["b"] = Part({"acc,none": (0.8, None)}, 1, 1, 0)
-    assert combine(SETS["mmlu"], parts, **about).metrics["acc,none"][1] is None
+    assert combine(SETS["mmlu"], parts)["score_stderr"] is None
 
 
 def test_flops_are_read_from_the_distillation_that_wrote_the_student(tmp_path):
@@ -517,7 +498,8 @@ def test_flops_are_read_from_the_distillation_that_wrote_the_student(tmp_path):
     found["after"]["large"] = {}
     (tmp_path / "run/distill.json").write_text(json.dumps(found))
     assert known_flops(str(folder)) is None
-    assert parse_flops("4e21") == 4e21
+    options = {"model": "m", "figure": "a.png"}
+    assert Evaluate(**options, flops="4e21").flops == 4e21
 
 
 # --- going on -----------------------------------------------------------------------------------
@@ -533,13 +515,13 @@ def measured(monkeypatch):
         return run_set(one, *more, **options)
 
     monkeypatch.setattr("capgap.evaluate.harness.run_set", note)
-    plain = heldout.evaluate_heldout
+    plain = losses.evaluate_heldout
 
     def lost(*arguments):
         asked.append("heldout")
         return plain(*arguments)
 
-    monkeypatch.setattr(heldout, "evaluate_heldout", lost)
+    monkeypatch.setattr(losses, "evaluate_heldout", lost)
     return asked
 
 
@@ -554,11 +536,11 @@ def without_time(record):
 def test_a_stopped_evaluation_goes_on(
     student, sets, tmp_path, small_corpus, measured, monkeypatch, no_hub
 ):
-    asked = ("heldout", "lambada", "piqa", "blimp")
-    corpora = (small_corpus.directory,)
+    tasks = ("heldout", "lambada", "piqa", "blimp")
+    corpus = [small_corpus.directory]
     whole = tmp_path / "whole"
     whole.mkdir()
-    expected, samples = evaluated(student, sets, whole, *asked, corpora=corpora)
+    expected, samples = evaluated(student, sets, whole, *tasks, corpus=corpus)
 
     out = tmp_path / "record.json"
     plain = CountingModel.loglikelihood
@@ -574,7 +556,7 @@ def test_a_stopped_evaluation_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(CountingModel, "loglikelihood", killed)
         with pytest.raises(KeyboardInterrupt):
-            evaluated(student, sets, tmp_path, *asked, corpora=corpora, out=out)
+            evaluated(student, sets, tmp_path, *tasks, corpus=corpus, out=out)
     assert measured == ["heldout", "lambada", "piqa"]
     stopped = json.loads(out.read_text())
     assert (stopped["finished"], list(stopped["tasks"])) == (False, ["lambada"])
@@ -582,38 +564,48 @@ def test_a_stopped_evaluation_goes_on(
         file.write('{"set": "piqa", "task": "of a set that was not finished"}\n{"set": "la')
     del measured[:]
     told = []
-    request = EvaluateRequest(
-        *(str(student), asked),
-        data=sets,
-        device="cpu",
-        batch_size=3,
-        corpora=corpora,
-        out=out,
-        samples=tmp_path / "samples.jsonl",
-    )
-    record = run_evaluate(request, told.append)
+    lines = tmp_path / "samples.jsonl"
+    request = asked(student, tasks, data=sets, batch_size=3, corpus=corpus, out=out, samples=lines)
+    record = request.run(say=told.append)
     assert measured == ["piqa", "blimp"]
     assert "lambada: was measured before" in told
     assert without_time(record) == without_time(expected)
-    found = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in lines.read_text().splitlines()]
     assert found == samples
     assert list(record["tasks"]) == ["lambada", "piqa", "blimp"]
     # stopped in a set that comes before those that it has, twice
-    dying, asked = {"gsm8k", "mmlu"}, ("mmlu", *asked)
-    again = dataclasses.replace(request, tasks=asked)
+    dying = {"gsm8k", "mmlu"}
+    again = request.but(tasks=("mmlu", *tasks))
     for _ in range(2):
         with monkeypatch.context() as patched:
             patched.setattr(CountingModel, "loglikelihood", killed)
             with pytest.raises(KeyboardInterrupt):
-                run_evaluate(again)
+                again.run()
         kept = json.loads(out.read_text())
         assert set(kept["tasks"]) == {"lambada", "piqa", "blimp"}
         assert kept["heldout"] == record["heldout"]
     # all is there: the model is not even loaded
     del measured[:]
     monkeypatch.setattr("capgap.models.build.load_model", None)
-    assert without_time(run_evaluate(request)) == without_time(expected)
+    assert without_time(request.run()) == without_time(expected)
     assert measured == []
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_it_where_it_is(
+    typed, student, small_corpus, sets, tmp_path, monkeypatch, stop
+):
+    def stopped(self, requests, **options):
+        signal.raise_signal(stop)
+
+    monkeypatch.setattr(CountingModel, "loglikelihood", stopped)
+    out = tmp_path / "record.json"
+    options = ("--corpus", small_corpus.directory, "--data", sets, "--out", out)
+    answer = typed("evaluate", student, "--tasks", "heldout,piqa", *options)
+    assert answer.code == 128 + stop
+    told = f"capgap: stopped; what is done is kept in {out}, the same command continues"
+    assert answer.err.splitlines()[-1] == told
+    assert json.loads(out.read_text())["heldout"]
 
 
 def test_what_would_be_another_measurement_is_made(
@@ -626,8 +618,8 @@ def test_what_would_be_another_measurement_is_made(
 
     def again(model=student, **options):
         del measured[:]
-        request = EvaluateRequest(str(model), ("gsm8k", "lambada"), data=own, device="cpu", out=out)
-        record = run_evaluate(dataclasses.replace(request, **options))
+        request = asked(model, ("gsm8k", "lambada"), data=own, out=out, **options)
+        record = request.run()
         return list(measured), record
 
     assert again()[0] == ["gsm8k"]
@@ -704,6 +696,13 @@ def test_mmlu_as_it_was_first_published(tmp_path):
     assert local["virology"]["test"] == [wanted]
 
 
+def test_characters_that_part_lines_elsewhere_stand_within_texts(tmp_path):
+    line = json.dumps({"text": "one\u2028two\x85three"}, ensure_ascii=False)
+    write_folder(tmp_path / "lambada", {"lambada_test.jsonl": f"{line}\r\n\n{line}\n"})
+    _, local = read_local(tmp_path, "lambada", ("",))
+    assert local[""]["test"] == 2 * [{"text": "one\u2028two\x85three"}]
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "fault"),
     [
@@ -768,9 +767,21 @@ def test_a_damaged_archive_is_one_line(typed, student, sets, tmp_path):
 
 
 def test_tasks_and_shots_are_read():
-    assert parse_tasks(" piqa, mmlu,piqa") == ("piqa", "mmlu")
-    assert parse_shots(["mmlu=0", "gsm8k=4"]) == {"mmlu": 0, "gsm8k": 4}
+    assert asked("m", " piqa, mmlu,piqa").tasks == ("piqa", "mmlu")
+    request = asked("m", "mmlu,gsm8k,piqa", shots=["mmlu=0", "gsm8k=4"])
+    assert [request.shots_of(name) for name in request.tasks] == [0, 4, 0]
+    assert asked("m", "mmlu", shots={"mmlu": 2}).shots_of("mmlu") == 2
     assert set(NAMES) == {*SETS, "heldout"}
+
+
+def test_a_request_is_its_command_line():
+    request = asked("m", ("mmlu", "heldout"), corpus=["a", "b"], shots=["mmlu=0"], allow_code=True)
+    words = ["evaluate", "m", "--tasks", "mmlu,heldout", "--shots", "mmlu=0", "--allow-code"]
+    words += ["--corpus", "a", "--corpus", "b", "--device", "cpu"]
+    assert request.command() == words
+    assert Evaluate(model="m").tasks == SIX
+    assert EvaluateSection().tasks == ("heldout",)
+    assert "batch_size" not in request.identity()
 
 
 @pytest.mark.parametrize(
@@ -779,19 +790,20 @@ def test_tasks_and_shots_are_read():
         (("--tasks", "mlmu"), "unknown task 'mlmu': did you mean mmlu? there are mmlu, ceval"),
         (("--tasks", "GSM8K"), "unknown task 'GSM8K': did you mean gsm8k?"),
         (("--tasks", "xyzzy"), "unknown task 'xyzzy': there are"),
-        (("--tasks", ","), "--tasks ',' names no task"),
-        (("--tasks", "piqa", "--shots", "piqa"), "--shots 'piqa': write it as NAME=NUMBER"),
-        (("--tasks", "piqa", "--shots", "piqa=1"), "--shots piqa=1: piqa takes 0"),
-        (("--tasks", "mmlu", "--shots", "mmlu=6"), "--shots mmlu=6: mmlu takes 0 to 5"),
-        (("--tasks", "mmlu", "--shots", "gsm8k=6"), "--shots gsm8k=6: it is not in --tasks"),
-        (("--tasks", "piqa", "--limit", "0"), "--limit 0 must be above 0"),
-        (("--tasks", "piqa", "--batch-size", "0"), "--batch-size 0 must be above 0"),
-        (("--tasks", "piqa", "--dtype", "fp8"), "--dtype 'fp8': take one of"),
+        (("--tasks", ","), "--tasks ',': names no task"),
+        (("--tasks", "piqa", "--shots", "piqa"), "write 'piqa' as NAME=NUMBER"),
+        (("--tasks", "piqa", "--shots", "piqa=1"), "--shots ['piqa=1']: piqa takes 0"),
+        (("--tasks", "mmlu", "--shots", "mmlu=6"), "--shots ['mmlu=6']: mmlu takes 0 to 5"),
+        (("--tasks", "mmlu", "--shots", "gsm8k=6"), "gsm8k is not among the tasks mmlu"),
+        (("--tasks", "piqa", "--limit", "0"), "--limit '0' is no count: give a positive"),
+        (("--tasks", "piqa", "--batch-size", "0"), "--batch-size '0' is no count"),
+        (("--tasks", "piqa", "--window", "0"), "--window '0' is no count"),
+        (("--tasks", "piqa", "--dtype", "fp8"), "--dtype 'fp8': Input should be 'stored', 'fp32'"),
         (("--tasks", "piqa", "--data", "nowhere"), "--data nowhere is no folder"),
-        (("--tasks", "heldout"), "--tasks heldout and --corpus FOLDER go together"),
-        (("--tasks", "piqa", "--corpus", "."), "--tasks heldout and --corpus FOLDER go together"),
+        (("--tasks", "heldout"), "tasks heldout and corpus FOLDER go together"),
+        (("--tasks", "piqa", "--corpus", "."), "tasks heldout and corpus FOLDER go together"),
         (("--tasks", "heldout", "--corpus", "."), ". holds no prepared corpus"),
-        (("--tasks", "piqa", "--flops", "4e21"), "--flops is of use with --figure alone"),
+        (("--tasks", "piqa", "--flops", "4e21"), "flops is of use with figure alone"),
         (("--tasks", "piqa", "--figure", "a.png"), "--figure needs the FLOPs"),
         (("--tasks", "piqa", "--figure", "a.pdf", "--flops", "1"), "give a name in .png or .svg"),
         (("--tasks", "piqa", "--figure", "a.png", "--flops", "many"), "--flops 'many'"),

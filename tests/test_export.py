@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +15,19 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import capgap
+from capgap.cli import main
 from capgap.export import licence
 from capgap.export.card import Benchmark, Card, Loss, card_text
 from capgap.export.from_sweep import card_of_student
 from capgap.export.licence import Licence, find_licence, front_matter
+from capgap.export.lineage import find_lineage
 from capgap.export.vllm import ARCHITECTURES, check_vllm
 from capgap.models.build import build_model, load_model, save_model, shape_of
 from capgap.models.families import FAMILIES
 from capgap.models.shape import ladder_shape
-from capgap.stages.distill import DistillRequest, run_distill
-from capgap.stages.export import ExportRequest, run_export
-from capgap.stages.prune import PruneRequest, run_prune
+from capgap.stages.distill import Distill
+from capgap.stages.export import Export
+from capgap.stages.prune import Prune
 from capgap.stages.score import Score
 from report_data import write_output
 from test_docs import assert_told, code_blocks, keys
@@ -54,6 +57,17 @@ def logits(folder, **loading):
         return model(torch.arange(24).reshape(2, 12) * 7 % 300).logits
 
 
+def in_this_process(*words):
+    """A command of capgap, outside of a test."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["capgap", *map(str, words), "--quiet"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    signal.signal(signal.SIGTERM, before)
+    assert not ended.value.code
+
+
 @pytest.fixture(scope="module")
 def student(small_corpus, tmp_path_factory):
     """A student that was cut out of a teacher and distilled: OUT/students/cut."""
@@ -62,21 +76,16 @@ def student(small_corpus, tmp_path_factory):
     (teacher / "LICENSE").write_text(APACHE)
     scores, corpus = place / "scores.safetensors", small_corpus.directory
     Score(teacher=str(teacher), out=scores, corpus=corpus, tokens=512, window=16).run()
-    run_prune(PruneRequest(str(teacher), place / "cut", scores, params=9_000))
-    from capgap.config import stage_settings
-
-    settings = stage_settings(["training.batch_tokens=256"])
-    run_distill(
-        DistillRequest(
-            str(teacher),
-            (str(place / "cut"),),
-            corpus,
-            place / "run",
-            tokens=2048,
-            window=16,
-            settings=settings,
-        )
-    )
+    Prune(teacher=str(teacher), out=place / "cut", scores=scores, params=9_000).run()
+    Distill(
+        teacher=str(teacher),
+        students=[str(place / "cut")],
+        corpus=corpus,
+        out=place / "run",
+        tokens=2048,
+        window=16,
+        training={"batch_tokens": 256},
+    ).run()
     evaluated = {
         "schema": 1,
         "tasks": {
@@ -106,12 +115,21 @@ def test_a_student_is_handed_on_with_its_story(typed, student, tmp_path):
     assert (out / "LICENSE").read_text() == APACHE
     assert GenerationConfig.from_pretrained(out).eos_token_id == 0
 
+    results = [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": name, "type": name, "args": {"num_few_shot": 0}},
+            "metrics": [{"type": metric, "value": score}],
+        }
+        for name, metric, score in (("piqa", "acc", 0.53125), ("lambada", "perplexity", 812.5))
+    ]
     fields = front_matter(out / "README.md")
     assert fields == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "license": "apache-2.0",
         "tags": ["distillation", "capgap"],
+        "model-index": [{"name": "Mini 9k", "results": results}],
     }
     text = (out / "README.md").read_text()
     record = json.loads((student.parents[1] / "distill.json").read_text())
@@ -143,7 +161,7 @@ def test_a_student_is_handed_on_with_its_story(typed, student, tmp_path):
 @pytest.mark.parametrize("architecture", list(FAMILIES))
 def test_every_family_comes_back_as_it_was(small_corpus, tmp_path, architecture):
     source = save(tmp_path / "model", small_corpus, architecture)
-    found = run_export(ExportRequest(str(source), tmp_path / "out", dtype="bf16"))
+    found = Export(model=str(source), out=tmp_path / "out", dtype="bf16").run()
     assert found["vllm"]["architecture"] == ARCHITECTURES[architecture]
     # the ladder gives so small models of these heads of 12, and of those a free width
     told = [re.split(" in |:", told)[0] for told in found["vllm"]["problems"]]
@@ -155,7 +173,7 @@ def test_every_family_comes_back_as_it_was(small_corpus, tmp_path, architecture)
     assert config["architectures"] == [ARCHITECTURES[architecture]]
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
 
-    run_export(ExportRequest(str(source), tmp_path / "same"))
+    Export(model=str(source), out=tmp_path / "same").run()
     assert torch.equal(logits(tmp_path / "same"), logits(source))
     first, second = (load_model(tmp_path / name) for name in ("out", "same"))
     assert first.dtype == torch.bfloat16
@@ -172,7 +190,7 @@ def test_older_readers_find_the_rotary_base_under_its_old_names(small_corpus, tm
         model.config.rope_parameters |= rope
         save_model(model, tmp_path / architecture, small_corpus.tokenizer)
         out = tmp_path / f"{architecture}-out"
-        run_export(ExportRequest(str(tmp_path / architecture), out))
+        Export(model=str(tmp_path / architecture), out=out).run()
         again = load_model(out).config.rope_parameters
         assert again == load_model(tmp_path / architecture).config.rope_parameters
         return json.loads((out / "config.json").read_text())
@@ -218,7 +236,7 @@ def test_broken_weights_are_refused_by_name_and_nothing_is_left(typed, small_cor
     name = "model.layers.0.mlp.up_proj.weight"
     for value, dtype, told in (
         (float("nan"), (), "holds NaN or infinite weights"),
-        (1e6, ("--dtype", "fp16"), "too large for fp16: take --dtype bf16"),
+        (1e6, ("--dtype", "fp16"), "too large for fp16: take bf16"),
     ):
         model = build_model(ladder_shape("llama", 12_000, vocabulary=304, positions=32), seed=1)
         with torch.no_grad():
@@ -299,7 +317,7 @@ def test_the_student_of_a_sweep_keeps_its_story(small_corpus, tmp_path):
     card = card_of_student(student)
     assert card is not None
     assert card.name == marker["best"]["cell"]
-    run_export(ExportRequest(str(student), tmp_path / "out"))
+    Export(model=str(student), out=tmp_path / "out").run()
     text = (tmp_path / "out/README.md").read_text()
     assert "the same student by cross-entropy alone" in text
     assert "text: `texts`, " in text
@@ -312,10 +330,10 @@ def test_records_can_be_given_and_those_of_other_models_are_left(typed, small_co
     source = save(tmp_path / "models/mine", small_corpus)
     other = {"tasks": {"piqa": {"score": 0.1}}, "model": "some/other"}
     (tmp_path / "models/evaluate.json").write_text(json.dumps(other))
-    found = run_export(ExportRequest(str(source), tmp_path / "one"))
+    found = Export(model=str(source), out=tmp_path / "one").run()
     assert found["records"] == []
     given = tmp_path / "models/evaluate.json"
-    found = run_export(ExportRequest(str(source), tmp_path / "two", records=(given,)))
+    found = Export(model=str(source), out=tmp_path / "two", record=(given,)).run()
     assert len(found["records"]) == 1
     assert "| piqa |" in (tmp_path / "two/README.md").read_text()
 
@@ -337,7 +355,7 @@ def test_a_tuned_model_tells_the_whole_way(student, tmp_path):
         record = {"asked": {"model": str(before), **told}, "data": counted, **losses}
         (place / f"{name}.json").write_text(json.dumps(record))
         before = place / "model"
-    found = run_export(ExportRequest(str(before), tmp_path / "out"))
+    found = Export(model=str(before), out=tmp_path / "out").run()
     assert [Path(path).name for path in found["records"]] == [
         "prefer.json",
         "instruct.json",
@@ -353,7 +371,7 @@ def test_a_tuned_model_tells_the_whole_way(student, tmp_path):
     assert "cut: out of `teacher`" in text
 
     given = tuple(tmp_path / f"{name}/{name}.json" for name in ("instruct", "prefer"))
-    again = run_export(ExportRequest(str(before), tmp_path / "again", records=given))
+    again = Export(model=str(before), out=tmp_path / "again", record=given).run()
     assert sorted(again["records"]) == sorted(found["records"])
 
 
@@ -369,15 +387,46 @@ def test_records_of_another_model_of_the_same_name_are_left(small_corpus, tmp_pa
     write(tmp_path / "evaluate.json", tasks=tasks, model=str(other))
     write(tmp_path / "instruct.json", asked={"model": "gone"}, folder=str(other))
     write(tmp_path / "pruning.json", teacher="x", teacher_shape={}, shape={})
-    assert run_export(ExportRequest(str(mine), tmp_path / "one"))["records"] == []
+    assert Export(model=str(mine), out=tmp_path / "one").run()["records"] == []
     # a name alone tells nothing either where its folder is gone
     write(tmp_path / "evaluate.json", tasks=tasks, model=str(tmp_path / "gone/model"))
-    assert run_export(ExportRequest(str(mine), tmp_path / "two"))["records"] == []
+    assert Export(model=str(mine), out=tmp_path / "two").run()["records"] == []
     write(tmp_path / "evaluate.json", tasks=tasks, model=str(mine))
-    assert len(run_export(ExportRequest(str(mine), tmp_path / "three"))["records"]) == 1
+    assert len(Export(model=str(mine), out=tmp_path / "three").run()["records"]) == 1
     named = save(tmp_path / "mine/named", small_corpus)
     write(tmp_path / "evaluate.json", tasks=tasks, model=str(tmp_path / "before/named"))
-    assert len(run_export(ExportRequest(str(named), tmp_path / "four"))["records"]) == 1
+    assert len(Export(model=str(named), out=tmp_path / "four").run()["records"]) == 1
+
+
+def test_cut_out_of_one_model_and_taught_by_another(tmp_path):
+    """Both are teachers; a copy of a run is told by its own records."""
+    student = tmp_path / "run/students/small"
+    student.mkdir(parents=True)
+    write(student / "pruning.json", teacher="org/large", teacher_shape={}, shape={})
+    asked = {"teacher": "org/other", "students": ["cut/small"]}
+    write(tmp_path / "run/distill.json", asked=asked, after={"small": {"folder": str(student)}})
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    for folder in (student, tmp_path / "copy/students/small"):
+        found = find_lineage(folder)
+        assert [path.name for path in found.paths] == ["distill.json", "pruning.json"]
+        assert found.teacher == "org/other"
+        assert found.origins == [
+            ("the teacher", "org/other"),
+            ("the teacher", "org/large"),
+            ("the model that it began as", "cut/small"),
+        ]
+
+
+def test_a_model_that_was_tuned_twice_or_made_from_itself(tmp_path):
+    """The nearest record of a kind is told, and every model once."""
+    first, second = tmp_path / "first/model", tmp_path / "second/model"
+    for folder, began in ((first, "org/base"), (second, str(first))):
+        folder.mkdir(parents=True)
+        write(folder.parent / "instruct.json", asked={"model": began}, folder=str(folder))
+    write(tmp_path / "first/adapt.json", asked={"model": str(second)}, folder=str(first))
+    found = find_lineage(second)
+    assert found.values("instruct.json")["asked"] == {"model": str(first)}
+    assert [place for _, place in found.origins] == [str(first), "org/base"]
 
 
 def test_a_given_evaluation_of_an_earlier_model_is_told_as_such(small_corpus, tmp_path):
@@ -393,7 +442,7 @@ def test_a_given_evaluation_of_an_earlier_model_is_told_as_such(small_corpus, tm
             ((early, late), "## Benchmarks\n", "75.0%"),
         )
     ):
-        run_export(ExportRequest(str(tuned), tmp_path / f"out{number}", records=given))
+        Export(model=str(tuned), out=tmp_path / f"out{number}", record=given).run()
         text = (tmp_path / f"out{number}/README.md").read_text()
         assert heading in text
         assert score in text
@@ -432,7 +481,7 @@ def test_licence_and_adaptation_come_through_all_stages(small_corpus, tmp_path):
         (preferred, "the model that the teacher began as", " of the teacher"),
     ):
         out = tmp_path / f"out-{model.parent.parent.name}-{model.parent.name}"
-        found = run_export(ExportRequest(str(model), out))
+        found = Export(model=str(model), out=out).run()
         assert found["licence"] == {"id": "mit", "source": f"the model card of {what} 'first'"}
         assert f"- adaptation{of}: {line}\n" in (out / "README.md").read_text()
 
@@ -444,14 +493,14 @@ def test_the_base_model_is_the_first_of_the_hub(small_corpus, tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(card))
     tuned = save(tmp_path / "instruct/model", small_corpus)
     write(tmp_path / "instruct/instruct.json", asked={"model": "org/big"}, folder=str(tuned))
-    run_export(ExportRequest(str(tuned), tmp_path / "out"))
+    Export(model=str(tuned), out=tmp_path / "out").run()
     fields = front_matter(tmp_path / "out/README.md")
     assert (fields["base_model"], fields["license"]) == ("org/big", "mit")
 
 
 def test_a_chat_template_goes_along(small_corpus, tmp_path):
     source = save(tmp_path / "chat", small_corpus, template=TEMPLATE)
-    found = run_export(ExportRequest(str(source), tmp_path / "out"))
+    found = Export(model=str(source), out=tmp_path / "out").run()
     assert found["chat_template"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     talk = [{"role": "user", "content": "Kaba?"}]
@@ -462,7 +511,7 @@ def test_a_chat_template_goes_along(small_corpus, tmp_path):
 
 def test_a_tokenizer_config_tells_nothing_of_the_machine(small_corpus, tmp_path):
     source = save(tmp_path / "model", small_corpus)
-    run_export(ExportRequest(str(source), tmp_path / "out"))
+    Export(model=str(source), out=tmp_path / "out").run()
     fields = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not {"is_local", "local_files_only", "name_or_path"} & fields.keys()
@@ -482,12 +531,12 @@ def test_mistakes_are_one_line(typed, small_corpus, tmp_path):
     (tmp_path / "unlike/config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
     new = ("--out", tmp_path / "new")
     for arguments, told in (
-        ((source, "--out", taken), "taken exists: choose another --out"),
-        ((source, *new, "--dtype", "int8"), "--dtype 'int8': take one of fp32, fp16, bf16"),
+        ((source, "--out", taken), f"--out {taken} exists: choose another, or delete it"),
+        ((source, *new, "--dtype", "int8"), "--dtype 'int8': Input should be 'stored', 'fp32', "),
         ((source, *new, "--shard-size", "big"), "'big' is no amount of bytes"),
-        ((source, *new, "--record", broken), "broken.json is none of pruning.json"),
-        ((source, *new, "--record", tmp_path / "none.json"), "none.json is none of pruning.json"),
-        ((source, *new, "--gguf", broken), "broken.json exists: choose another --gguf"),
+        ((source, *new, "--record", broken), "broken.json is none of prefer.json"),
+        ((source, *new, "--record", tmp_path / "none.json"), "none.json is none of prefer.json"),
+        ((source, *new, "--gguf", broken), "broken.json exists: choose another, or delete it"),
         ((tmp_path / "none", *new), "is no model folder"),
         ((tmp_path / "unlike", *new), "its config says [8, "),
     ):
@@ -501,7 +550,7 @@ def test_mistakes_are_one_line(typed, small_corpus, tmp_path):
 def test_trl_trains_what_was_exported(student, tmp_path):
     """And saves something that plain transformers loads again."""
     pytest.importorskip("trl")
-    run_export(ExportRequest(str(student), tmp_path / "out"))
+    Export(model=str(student), out=tmp_path / "out").run()
     code = f"""
 import os
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -528,7 +577,7 @@ def test_lm_eval_scores_what_was_exported(student, tmp_path):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    run_export(ExportRequest(str(student), tmp_path / "out"))
+    Export(model=str(student), out=tmp_path / "out").run()
     harness = HFLM(pretrained=str(tmp_path / "out"), device="cpu", batch_size=1)
     asked = Instance("loglikelihood", {}, ("Kaba", " lofi"), 0)
     ((score, _),) = harness.loglikelihood([asked])
@@ -574,8 +623,8 @@ def test_the_page_runs_as_it_is_written(text_file, tmp_path):
 
 def test_what_the_command_tells_is_told(small_corpus, tmp_path):
     source = save(tmp_path / "model", small_corpus)
-    request = ExportRequest(str(source), tmp_path / "out", gguf=tmp_path / "a.gguf")
-    found = run_export(request)
+    request = Export(model=str(source), out=tmp_path / "out", gguf=tmp_path / "a.gguf")
+    found = request.run()
     assert_told(found, keys("cli.md", "`--json` of export"))
 
 

@@ -15,12 +15,12 @@ from pydantic import BaseModel
 from typer.main import get_command
 
 from capgap.cli import app
-from capgap.config.run import RunRecipe
-from capgap.config.sweep import Recipe
 from capgap.law.data import cells_of
 from capgap.law.fit import fit
 from capgap.law.table import read_table
+from capgap.pipeline.recipe import RunRecipe
 from capgap.records import read_records
+from capgap.sweep.recipe import Recipe
 from law_surface import ladder, sweep
 
 FOLDER = Path(__file__).parent / "frozen"

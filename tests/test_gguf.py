@@ -15,7 +15,7 @@ from capgap.export.gguf_tokenizer import SPACE, missing_splits, tokenizer_keys
 from capgap.models.build import build_model, save_model
 from capgap.models.families import FAMILIES
 from capgap.models.shape import Shape
-from capgap.stages.export import ExportRequest, run_export
+from capgap.stages.export import Export
 from conftest import made_up_text
 
 gguf = pytest.importorskip("gguf")
@@ -192,7 +192,7 @@ def test_llama_cpp_computes_the_same_logits(small_corpus, tmp_path, architecture
         changes=changes,
     )
     path = tmp_path / "file/mini.gguf"
-    run_export(ExportRequest(str(source), tmp_path / "out", gguf=path))
+    Export(model=str(source), out=tmp_path / "out", gguf=path).run()
     asked = xllamacpp.CommonParams()
     asked.model.path = str(path)
     asked.n_ctx, asked.n_parallel, asked.cpuparams.n_threads = 256, 1, 1
@@ -228,8 +228,8 @@ def test_gemmas_that_llama_cpp_would_read_otherwise_are_refused(typed, tmp_path)
         return done.err
 
     shifted = {"layer_types": GEMMA_KINDS[1:] + GEMMA_KINDS[:1]}
-    assert "here they are 5, 11 of 13" in refused("shifted", shifted)
-    assert "query_pre_attn_scalar, and here it is 24" in refused(
+    assert "full attention in layers 5, 11 of 13" in refused("shifted", shifted)
+    assert "query_pre_attn_scalar=24, for llama.cpp takes the head size" in refused(
         "scaled", {"query_pre_attn_scalar": 24}
     )
     assert "final_logit_softcapping=30.0" in refused("capped", {"final_logit_softcapping": 30.0})
@@ -244,7 +244,7 @@ def test_the_tokenizer_is_read_back_with_its_template(small_corpus, tmp_path, ki
     source = save(tmp_path / "model", tokenizer, vocabulary=words + 20)
     tokenizer.chat_template = None
     path = tmp_path / "file/mini.gguf"
-    found = run_export(ExportRequest(str(source), tmp_path / "out", gguf=path))
+    found = Export(model=str(source), out=tmp_path / "out", gguf=path).run()
     assert found["gguf"]["tokenizer"] == ("llama" if is_llama else "gpt2")
     assert found["gguf"]["missing_splits"] == 0
     wanted = AutoTokenizer.from_pretrained(source)
@@ -282,8 +282,8 @@ def test_what_is_beyond_a_sliding_window_is_not_promised(small_corpus, tmp_path)
         architecture="mistral",
         changes={"sliding_window": 48},
     )
-    request = ExportRequest(str(source), tmp_path / "out", gguf=tmp_path / "a.gguf", name="mini")
-    assert run_export(request)["gguf"]["context"] == 48
+    request = Export(model=str(source), out=tmp_path / "out", gguf=tmp_path / "a.gguf", name="mini")
+    assert request.run()["gguf"]["context"] == 48
     fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
     assert fields["general.architecture"].contents() == "llama"
     assert fields["general.name"].contents() == "mini"
@@ -356,7 +356,7 @@ def test_what_cannot_be_a_gguf_file_is_one_line(typed, small_corpus, tmp_path, m
     inside = save(tmp_path / "inside", tokenizer)
     done = typed("export", inside, "--out", tmp_path / "out", "--gguf", tmp_path / "out/a.gguf")
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "lies within --out" in done.err
+    assert f"lies within {tmp_path / 'out'}: put it beside" in done.err
     scaled = save(
         tmp_path / "qwen", tokenizer, architecture="qwen3", changes={"rope_parameters": ROPE}
     )
@@ -381,9 +381,9 @@ def test_a_file_that_was_written_wrong_is_not_kept(small_corpus, tmp_path, monke
         return data
 
     monkeypatch.setattr(gguf_file, "_bytes", spoilt)
-    request = ExportRequest(str(source), tmp_path / "out", gguf=tmp_path / "file/a.gguf")
+    request = Export(model=str(source), out=tmp_path / "out", gguf=tmp_path / "file/a.gguf")
     with pytest.raises(OSError, match=r"token_embd\.weight was not read back"):
-        run_export(request)
+        request.run()
     assert list((tmp_path / "file").iterdir()) == []
     assert not (tmp_path / "out").exists()
 
@@ -406,7 +406,7 @@ def test_what_computes_other_logits_is_not_kept(typed, small_corpus, tmp_path, m
     done = typed("export", source, "--out", tmp_path / "out", "--gguf", tmp_path / "a.gguf")
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert "computes other logits than the model" in done.err
-    assert ("leave --gguf out" in done.err) == (spoilt == "file")
+    assert ("a.gguf computes" in done.err) == (spoilt == "file")
     assert [one.name for one in tmp_path.iterdir()] == ["model"]
 
 
@@ -445,6 +445,6 @@ def test_double_precision_is_written_in_single(small_corpus, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(source).double()
     model.save_pretrained(source)
     path = tmp_path / "file" / "a.gguf"
-    run_export(ExportRequest(str(source), tmp_path / "out", gguf=path))
+    Export(model=str(source), out=tmp_path / "out", gguf=path).run()
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert kinds == {"F32"}

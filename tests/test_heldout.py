@@ -9,9 +9,12 @@ from torch.nn import functional
 
 from capgap.corpus.marks import Marks
 from capgap.corpus.tokens import HeldoutDocument
-from capgap.evaluate.heldout import evaluate_heldout, heldout_set
+from capgap.distill.head import IGNORED_LABEL, token_losses
+from capgap.evaluate import losses
+from capgap.evaluate.losses import evaluate_heldout, heldout_set
 from capgap.evaluate.measured import ratio_standard_error
 from capgap.models.build import build_model
+from capgap.models.parallel import Ranks
 from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape
 
@@ -51,6 +54,36 @@ def test_losses_equal_those_computed_document_by_document(model):
     assert found.as_dict()["bits_per_byte_stderr"] == pytest.approx(
         found.loss_stderr / math.log(2) / 3
     )
+
+
+def test_rows_are_read_once_whatever_their_lengths_and_the_batches(model, monkeypatch):
+    """Long rows and short ones, also without a target, one by one and all at once."""
+    found = heldout_set(documents_of([1, 7, 8, 9, 30]), Marks(0, 0, begin_windows=False), WINDOW)
+    found.targets[0] = IGNORED_LABEL
+    several = evaluate_heldout(Parts(model), found)
+    assert several.document_losses[0] == 0
+    for tokens in (1, 13):
+        monkeypatch.setattr(losses, "BATCH_TOKENS", tokens)
+        one_by_one = evaluate_heldout(Parts(model), found)
+        assert one_by_one.document_losses == pytest.approx(several.document_losses, rel=1e-5)
+
+
+def test_ranks_read_all_rows_between_them(model, monkeypatch):
+    """Each as many times, though there are fewer rows than it takes to share them evenly."""
+    monkeypatch.setattr(losses, "BATCH_TOKENS", 2 * WINDOW)
+    found = heldout_set(documents_of([1, 7, 8, 9, 30]), Marks(0, 0, begin_windows=False), WINDOW)
+    calls = []
+    monkeypatch.setattr(
+        losses, "token_losses", lambda *given: calls.append(0) or token_losses(*given)
+    )
+    expected = np.array(evaluate_heldout(Parts(model), found).document_losses)
+    total, counts = 0.0, set()
+    for rank in range(3):
+        del calls[:]
+        total += np.array(evaluate_heldout(Parts(model), found, Ranks(rank, 3)).document_losses)
+        counts.add(len(calls))
+    assert total == pytest.approx(expected, rel=1e-5)
+    assert len(counts) == 1
 
 
 def test_standard_error_agrees_with_a_bootstrap_over_documents():

@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.trainer_pt_utils import safe_globals
 
 from capgap.corpus.tokenizer import load_tokenizer
-from capgap.errors import UserError
+from capgap.errors import Interrupted, UserError
 from capgap.models.build import load_model
 from capgap.stages.instruct import Instruct
-from capgap.train.loop import Interrupted
 from capgap.tune import training
 from capgap.tune.conversations import read_conversations
 from capgap.tune.template import encode, fitted, prompt_ids, set_template
@@ -83,7 +82,7 @@ def test_a_system_prompt_beside_the_turns_or_among_them(tmp_path):
 def test_an_unanswered_question_is_left_out_and_counted(tmp_path):
     reading = read_conversations(write_lines(tmp_path / "a.jsonl", [["hi", "ho", "and?"]]))
     assert reading.usable[0].messages == BASIC
-    assert reading.findings.as_dict()["unanswered"] == {"count": 1, "first_lines": [1]}
+    assert reading.problems()["unanswered"] == {"count": 1, "first_lines": [1]}
 
 
 BAD = {
@@ -362,8 +361,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(request_of):
         (("--window", 4000), "take --window 64 or less"),
         (("--template", "chatml"), "take one of minichat, own"),
         (("--template", "own"), "has no chat template"),
+        (("--system", "a<|endoftext|>"), "a special token of this model: leave it out of the sys"),
         (("--neftune", 0), "--neftune '0': Input should be greater than 0"),
-        (("--epochs", 0), "--epochs '0' is no count"),
+        (("--epochs", 0), "'0' is no count"),
         (("--heldout-fraction", 1), "less than 1"),
         (("--data", "none.jsonl"), "is no file"),
         (("--out", "."), "is no empty folder"),
@@ -424,6 +424,6 @@ def test_a_template_of_a_stranger_has_limits(base, monkeypatch, template, told):
 
 
 def test_a_missing_library_is_told_with_its_extra(request_of, monkeypatch):
-    monkeypatch.setattr("capgap.tune.libraries.find_spec", lambda name: None)
+    monkeypatch.setattr("capgap.stages.tuning.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'capgap\[chat\]'"):
         request_of().run()

@@ -18,12 +18,12 @@ from capgap.distill.cache import CachedTeacher
 from capgap.errors import UserError
 from capgap.evaluate import beginning
 from capgap.evaluate.beginning import better_beginning
-from capgap.evaluate.heldout import HeldoutLoss
+from capgap.evaluate.losses import HeldoutLoss
 from capgap.evaluate.sample import sample_text
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape
-from capgap.stages.evaluate import EvaluateRequest, run_evaluate
+from capgap.stages.evaluate import Evaluate
 from capgap.stages.measure import MeasureRequest, run_measure
 from capgap.sweep.checks import claimed
 
@@ -155,15 +155,19 @@ def test_positions_count_from_the_token_that_begins_a_document():
     assert marks.positions(inputs).tolist() == [[0, 1, 0, 1, 2, 3], [0, 1, 0, 1, 0, 1]]
 
 
+def heldout_of(model, corpus, window):
+    """What `evaluate` tells of one corpus."""
+    asked = {"corpus": [corpus.directory], "window": window, "device": "cpu", "out": None}
+    (found,) = Evaluate(model=str(model), tasks="heldout", **asked).run()["heldout"].values()
+    return found
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_held_out_loss_is_that_of_plain_transformers_and_of_measure(corpora, model, begun):
     """The same documents, a first token before each, an end behind; by three ways."""
     corpus = corpora[begun]
     window = 32
-    request = EvaluateRequest(
-        str(model), ("heldout",), corpora=(corpus.directory,), device="cpu", window=window
-    )
-    (found,) = run_evaluate(request)["heldout"].values()
+    found = heldout_of(model, corpus, window)
     plain = AutoModelForCausalLM.from_pretrained(model).eval()
     tokenizer = load_tokenizer(model)
     codec = TokenCodec(tokenizer)
@@ -188,10 +192,7 @@ def test_measure_reads_what_evaluate_reads(corpora, model, monkeypatch):
 
     monkeypatch.setattr(measure, "WINDOW", 32)
     for corpus in corpora.values():
-        request = EvaluateRequest(
-            str(model), ("heldout",), corpora=(corpus.directory,), device="cpu", window=32
-        )
-        (found,) = run_evaluate(request)["heldout"].values()
+        found = heldout_of(model, corpus, 32)
         asked = MeasureRequest(str(corpus.directory), 10**9, device="cpu")
         measured = run_measure(asked, {"it": str(model)}).models["it"]
         assert measured.tokens == found["tokens"]
@@ -278,6 +279,12 @@ def test_windows_that_should_begin_anew_are_warned_of(monkeypatch, tokenizer):
     )
     assert found is not None
     assert "without `--begin-windows`" in found.fix
+
+
+def test_documents_without_a_middle_are_no_windows(tokenizer):
+    parts = Parts(build_model(ladder_shape("llama", 8000, vocabulary=301, positions=64), seed=0))
+    short = [HeldoutDocument(np.array([tokenizer.bos_token_id, 60]), 1)]
+    assert better_beginning(parts, short, Marks.of(tokenizer), tokenizer) is None
 
 
 def test_caches_and_sweeps_of_the_version_before_are_refused(corpora, tmp_path):

@@ -11,11 +11,12 @@ import torch
 
 from capgap.corpus.excerpt import excerpt
 from capgap.corpus.marks import Marks
+from capgap.corpus.text import Text
 from capgap.corpus.tokenizer import TokenCodec, train_tokenizer
-from capgap.corpus.tokens import Corpus, HeldoutDocument
+from capgap.corpus.tokens import HeldoutDocument
 from capgap.distill.head import HeadInput
 from capgap.errors import UserError
-from capgap.evaluate.measure import measure_model, token_statistics
+from capgap.evaluate.losses import heldout_set, measure_model, token_statistics
 from capgap.evaluate.measured import Measured, Measurement, calibration_error
 from capgap.law.advise import recommend
 from capgap.law.candidates import Candidate, candidates_of
@@ -59,7 +60,7 @@ def test_loss_entropy_and_confidence_are_those_of_transformers_logits(architectu
     in_double(monkeypatch)
     model = model_of(architecture, words=WORDS + 3).double().eval()
     documents = documents_of([1, 7, 8, 9, 30])
-    found = measure_model(Parts(model), documents, BEGUN, window=WINDOW, vocabulary=WORDS)
+    found = measure_model(Parts(model), heldout_set(documents, BEGUN, WINDOW, WORDS))
     sure, hits = [], []
     for place, (tokens, _) in enumerate(documents):
         loss = entropy = 0.0
@@ -93,7 +94,7 @@ def test_chunks_change_nothing():
 
 def test_a_model_that_knows_nothing_has_the_entropy_of_its_words():
     found = measure_model(
-        Parts(uniform(model_of(tied=False))), documents_of([20, 30]), BEGUN, window=16
+        Parts(uniform(model_of(tied=False))), heldout_set(documents_of([20, 30]), BEGUN, 16)
     )
     assert found.entropy == pytest.approx(math.log(WORDS), rel=1e-6)
     assert found.nats_per_token == pytest.approx(math.log(WORDS), rel=1e-6)
@@ -102,7 +103,7 @@ def test_a_model_that_knows_nothing_has_the_entropy_of_its_words():
 
 def test_a_model_in_training_stays_so():
     model = model_of().train()
-    measure_model(Parts(model), documents_of([5]), BEGUN, window=8)
+    measure_model(Parts(model), heldout_set(documents_of([5]), BEGUN, 8))
     assert model.training
 
 
@@ -144,7 +145,7 @@ def test_differences_are_paired_by_document():
 # --- the text -----------------------------------------------------------------------------------
 
 
-def test_a_sample_is_what_a_corpus_of_the_same_text_holds_out(text_file, small_corpus: Corpus):
+def test_a_sample_is_what_a_corpus_of_the_same_text_holds_out(text_file, small_corpus: Text):
     assert excerpt(str(text_file), 5000) == excerpt(str(text_file), 5000)
     texts = [text for text, _ in excerpt(str(text_file), 5000)]
     assert 4000 < sum(map(len, texts)) <= 5000
@@ -154,7 +155,7 @@ def test_a_sample_is_what_a_corpus_of_the_same_text_holds_out(text_file, small_c
         assert text.startswith(held) or held.startswith(text)
     prepared = excerpt(str(small_corpus.directory), 10**9)
     assert [text for text, _ in prepared] == heldout
-    whole = [entry["whole"] for entry in small_corpus.manifest["heldout"]["evaluated"]]
+    whole = [entry["whole"] for entry in small_corpus.sources[0].manifest["heldout"]["evaluated"]]
     assert [one.whole for one in prepared] == whole
 
 
@@ -193,7 +194,7 @@ def bytewise():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, small_corpus: Corpus, bytewise):
+def models(tmp_path_factory, small_corpus: Text, bytewise):
     """Two that know nothing, of different tokenizers, and two that have learned nothing yet."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = small_corpus.tokenizer

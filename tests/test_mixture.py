@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from capgap.corpus.batches import batch_indices
 from capgap.corpus.given import Weighted, parse_mixture
-from capgap.corpus.mixture import PATTERN, mix
 from capgap.corpus.prepare import prepare_corpus
-from capgap.corpus.tokens import load_corpus
+from capgap.corpus.text import PATTERN, Text
 from capgap.errors import UserError
-from capgap.evaluate.heldout import HeldoutLoss, MixedLoss
+from capgap.evaluate.losses import HeldoutLoss, MixedLoss, mixed_loss
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.shape import ladder_shape
-from capgap.stages.inputs import warn_of_epochs
+from capgap.stages.inputs import open_text, warn_of_epochs
 from conftest import made_up_text, wait_for_steps
 
 
@@ -33,7 +33,7 @@ def other(small_corpus, tmp_path_factory):
         for one in documents
     ]
     (place / "numbers.txt").write_text("\n<|endoftext|>\n".join(numbers))
-    return prepare_corpus(
+    corpus = prepare_corpus(
         str(place / "numbers.txt"),
         place / "numbers",
         tokenizer=small_corpus.tokenizer,
@@ -41,6 +41,11 @@ def other(small_corpus, tmp_path_factory):
         heldout_fraction=0.1,
         heldout_tokens=500,
     )
+    return Text.of([corpus])
+
+
+def mix(texts, weights):
+    return Text.of([source for text in texts for source in text.sources], weights)
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +116,11 @@ def test_a_source_that_is_read_too_often_is_told(mixture, other):
 
 def test_weights_as_they_are_typed(tmp_path):
     (tmp_path / "a=2").mkdir()
-    assert parse_mixture([str(tmp_path / "a=2")]) == tmp_path / "a=2"
+    assert parse_mixture([str(tmp_path / "a=2")]) == (Weighted(tmp_path / "a=2"),)
     found = parse_mixture(["x=0.7", f"{tmp_path}/a=2=0.3"])
     assert [one.weight for one in found] == [0.7, 0.3]
     assert found[1].folder == tmp_path / "a=2"
-    assert parse_mixture(["x", "y"])[1] == Weighted(parse_mixture(["y"]))
+    assert parse_mixture(["x", "y"])[1:] == parse_mixture(["y"])
 
 
 @pytest.mark.parametrize(
@@ -141,7 +146,7 @@ def test_corpora_that_do_not_mix_are_told(small_corpus, other, tmp_path, text_fi
         mix([small_corpus, other], [1e9, 1])
     strange = prepare_corpus(str(text_file), tmp_path / "strange", vocabulary=280, window=16)
     with pytest.raises(UserError, match=r"different tokenizers \(token "):
-        mix([small_corpus, strange], [1, 1])
+        Text.of([*small_corpus.sources, strange], [1, 1])
 
 
 def test_the_whole_is_the_mean_of_the_sources_by_their_shares():
@@ -244,7 +249,7 @@ def test_a_new_model_and_an_old_one_learn_without_a_teacher(
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ((), "nothing to train: name a model, or the --size of a new one"),
+        ((), "nothing to train: name a model, or the size of a new one"),
         (("--size", "1k"), "too few for a llama model"),
         (("--size", "8k", "--architecture", "lama"), "unknown architecture 'lama'"),
         (("--size", "8k", "-s", "training.alpha=1"), "training.alpha is about a teacher"),
@@ -329,7 +334,16 @@ def test_two_processes_share_the_batches_of_a_mixture(
         assert losses[1]["sources"][name]["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
-def test_a_mixture_of_one_folder_is_that_corpus(small_corpus):
-    assert parse_mixture([f"{small_corpus.directory}=0.3"]) == small_corpus.directory
-    loaded = load_corpus(small_corpus.directory, window=16)
-    assert (loaded.shares, loaded.sources) == ((1.0,), (loaded,))
+def test_a_single_corpus_is_a_mixture_of_one(small_corpus):
+    text = open_text(parse_mixture([f"{small_corpus.directory}=0.3"]), 16)
+    (source,) = text.sources
+    assert text.shares == (1.0,)
+    assert text.identity == {"corpus_hash": source.corpus_hash, "shares": None}
+    for step in (0, 3, 10**7):
+        numbers = text.batch(seed=5, step=step, batch_windows=8)
+        alone = batch_indices(seed=5, step=step, batch_windows=8, num_windows=source.windows)
+        np.testing.assert_array_equal(numbers, alone)
+    np.testing.assert_array_equal(text.train.windows_at(numbers), source.train.windows_at(numbers))
+    # its losses are those of the corpus, without any by source
+    loss = HeldoutLoss([10.0, 20.0], [5, 8], [20, 30])
+    assert mixed_loss(loss, text.heldout_counts(), text.share_of) is loss

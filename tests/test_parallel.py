@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(corpus, alone, tmp_path
 
 
 def alone_windows(corpus):
-    return trial.load_corpus(Path(corpus), window=trial.WINDOW).windows
+    return trial.Text.open([(corpus, None)], trial.WINDOW).windows
 
 
 @pytest.fixture(scope="module")

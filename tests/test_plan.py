@@ -167,3 +167,9 @@ def test_auto_learning_rate_falls_with_size_and_can_be_set(tiny_recipe):
     assert rates[0] > rates[-1]
     tiny_recipe["teachers"]["learning_rate"] = 0.003
     assert {one.learning_rate for one in plan_of(tiny_recipe).teachers} == {0.003}
+
+
+def test_without_the_soft_term_no_teacher_reads(tiny_recipe):
+    plan = plan_of(tiny_recipe, training=tiny_recipe["training"] | {"alpha": 0})
+    assert plan.flops(plan.baselines)["teacher_forward"] == 0
+    assert [column.work.read for column in plan.columns] == [[]] * 4

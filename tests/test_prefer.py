@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from capgap.corpus.tokenizer import load_tokenizer
+from capgap.errors import Interrupted
 from capgap.models.build import load_model
 from capgap.stages.prefer import Prefer
-from capgap.train.loop import Interrupted
 from capgap.tune import training
 from capgap.tune.conversations import read_pairs
 from capgap.tune.scores import preference
@@ -89,7 +89,7 @@ def test_forms_of_a_pair(tmp_path, line):
 def test_a_bad_pair_is_counted(tmp_path, line, kind):
     reading = read_pairs(write_lines(tmp_path / "a.jsonl", [line]))
     assert reading.usable == []
-    assert reading.findings.as_dict()[kind]["count"] == 1
+    assert reading.problems()[kind]["count"] == 1
 
 
 def test_the_numbers_of_pairs_are_those_of_the_formula():

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from capgap.errors import UserError
+from capgap.errors import Interrupted, UserError
 from capgap.models import stored
 from capgap.models.build import (
     build_model,
@@ -30,9 +31,8 @@ from capgap.prune.importance import UNITS, score
 from capgap.prune.scores import load_importance, save_importance
 from capgap.prune.surgery import cut, score_lost
 from capgap.prune.text import scoring_batches
-from capgap.stages.prune import PruneRequest, parse_sizes, plan_prune, run_prune
+from capgap.stages.prune import Prune
 from capgap.stages.score import Score
-from capgap.train.loop import Interrupted
 from lively import lively
 
 MINIMA = {"hidden": 3072, "heads": 24, "ffn": 8192, "layers": 24}
@@ -197,8 +197,8 @@ def test_a_streamed_cut_is_the_cut_in_memory(
 
 def test_the_result_is_a_folder_that_says_what_it_is(teacher, scores, tmp_path):
     own = shape_of(load_model(teacher).config)
-    request = PruneRequest(str(teacher), tmp_path / "student", scores, keep=0.5, multiple=1)
-    told = run_prune(request)
+    asked = {"teacher": str(teacher), "out": tmp_path / "student", "scores": scores}
+    told = Prune(**asked, keep=0.5, multiple=1).run()
     assert told["written"]
     wanted = 0.5 * own.parameters().non_embedding
     assert told["parameters"]["non_embedding"] == pytest.approx(wanted, rel=0.01)
@@ -222,7 +222,7 @@ def test_the_result_is_a_folder_that_says_what_it_is(teacher, scores, tmp_path):
 
 
 def test_everything_kept_is_the_teacher_bit_for_bit(teacher, scores, tmp_path):
-    run_prune(PruneRequest(str(teacher), tmp_path / "same", scores, keep=1))
+    Prune(teacher=str(teacher), out=tmp_path / "same", scores=scores, keep=1).run()
     first = load_file(teacher / "model.safetensors")
     second = load_file(tmp_path / "same" / "model.safetensors")
     assert first.keys() == second.keys()
@@ -240,10 +240,10 @@ def test_a_checkpoint_of_a_bare_backbone(small_corpus, tmp_path):
     save_file(weights, file, metadata={"format": "pt"})
     importance = score(model, [], method="norm")
     save_importance(tmp_path / "scores", importance)
-    request = PruneRequest(
-        str(tmp_path / "teacher"), tmp_path / "student", tmp_path / "scores", sizes={"layers": 1}
-    )
-    run_prune(request)
+    paths = {name: tmp_path / name for name in ("teacher", "scores")}
+    Prune(
+        **paths | {"teacher": str(paths["teacher"])}, out=tmp_path / "student", shape="layers=1"
+    ).run()
     expected = cut(model, importance, replace(shape, layers=1))
     windows = torch.arange(20).unsqueeze(0)
     found = load_model(tmp_path / "student")
@@ -273,14 +273,13 @@ def test_the_shape_of_minima_3b_without_weights(typed, tmp_path):
 def test_what_is_preferred(teacher, scores, tmp_path):
     own = shape_of(load_model(teacher).config)
     common = {"keep": 0.4, "multiple": 2}
-    axes = plan_prune(PruneRequest(str(teacher), tmp_path / "x", **common))
+    common |= {"teacher": str(teacher), "out": tmp_path / "x", "dry_run": True}
+    axes = Prune(**common).run()
     shape = Shape(**axes["shape"])
     assert shape.layers == own.layers
     assert shape.hidden / own.hidden == pytest.approx(0.4**0.5, rel=0.2)
     assert shape.ffn / own.ffn == pytest.approx(0.4**0.5, rel=0.2)
-    by_score = plan_prune(
-        PruneRequest(str(teacher), tmp_path / "x", scores, prefer="score", **common)
-    )
+    by_score = Prune(**common, scores=scores, prefer="score").run()
     distances = [one["distance"] for one in by_score["candidates"]]
     assert distances == sorted(distances)
     lost = score_lost(load_importance(scores))
@@ -305,7 +304,7 @@ def test_a_stopped_cut_leaves_nothing(teacher, scores, tmp_path, monkeypatch):
 
     monkeypatch.setattr(StoredWeights, "__getitem__", stop)
     with pytest.raises(KeyboardInterrupt):
-        run_prune(PruneRequest(str(teacher), tmp_path / "student", scores, keep=1))
+        Prune(teacher=str(teacher), out=tmp_path / "student", scores=scores, keep=1).run()
     assert not list(tmp_path.iterdir())
 
 
@@ -314,10 +313,10 @@ def test_a_stopped_cut_leaves_nothing(teacher, scores, tmp_path, monkeypatch):
     [
         (["--params", "2M"], "the teacher has"),
         (["--total-params", "300"], "the smallest cut of this teacher has"),
-        (["--keep", "1.5"], "keep 1.5 is no fraction"),
-        (["--keep", "0.5", "--multiple", "0"], "--multiple 0 must be above 0"),
-        (["--keep", "0.5", "--params", "30k"], "not --keep and --params"),
-        ([], "give one of --keep"),
+        (["--keep", "1.5"], "--keep '1.5': Input should be less than or equal to 1"),
+        (["--keep", "0.5", "--multiple", "0"], "--multiple '0' is no count"),
+        (["--keep", "0.5", "--params", "30k"], "not keep and params"),
+        ([], "give one of keep"),
         (["--params", "30k", "--multiple", "128"], "or a smaller multiple"),
         (["--shape", "hidden=32"], "hidden 32 is no multiple"),
         (["--shape", "heads=0"], "heads is 0"),
@@ -326,7 +325,7 @@ def test_a_stopped_cut_leaves_nothing(teacher, scores, tmp_path, monkeypatch):
         (["--shape", "vocabulary=299"], "has 300 tokens"),
         (["--shape", "hidden:3"], "not of the form hidden=3072"),
         (["--params", "three"], "'three' is no count"),
-        (["--keep", "0.5", "--prefer", "luck"], "take one of axes, ladder, score"),
+        (["--keep", "0.5", "--prefer", "luck"], "Input should be 'axes', 'ladder' or 'score'"),
     ],
 )
 def test_sizes_that_cannot_be(typed, teacher, scores, tmp_path, asked, told):
@@ -346,7 +345,8 @@ def test_heads_go_in_whole_groups():
         changed_shape(own, {"heads": 3})
     with pytest.raises(UserError, match="4 heads on 4 kv_heads"):
         changed_shape(own, {"heads": 4, "kv_heads": 4})
-    assert parse_sizes("hidden=24, layers=2") == {"hidden": 24, "layers": 2}
+    asked = Prune(teacher="x", out=Path("y"), shape="hidden=24, layers=2")
+    assert asked.sizes == {"hidden": 24, "layers": 2}
 
 
 def test_teachers_that_cannot_be_cut(typed, teacher, scores, tmp_path, monkeypatch):
@@ -420,10 +420,10 @@ def test_scores_that_do_not_belong(typed, teacher, scores, small_corpus, tmp_pat
         assert (found.code, found.err.count("\n")) == (2, 1)
         assert told in found.err
     found = typed("prune", teacher, "--out", tmp_path / "student", "--keep", 1)
-    assert "needs --scores: make some with `capgap score" in found.err
+    assert "needs scores: make some with `capgap score" in found.err
     (tmp_path / "student").mkdir()
     found = typed("prune", teacher, "--scores", scores, "--out", tmp_path / "student", "--keep", 1)
-    assert f"{tmp_path / 'student'} exists: choose another --out" in found.err
+    assert f"{tmp_path / 'student'} exists: choose another out" in found.err
 
 
 def test_what_cannot_be_scored(typed, teacher, small_corpus, tmp_path):

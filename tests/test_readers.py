@@ -23,8 +23,8 @@ from capgap.models.stored import INDEX, SINGLE, StoredWeights, copy_companions, 
 from capgap.prune.importance import score
 from capgap.prune.shape import LARGE, Target, changed_shape, suited
 from capgap.prune.surgery import check_cut_config, cut
-from capgap.stages.export import ExportRequest, run_export
-from capgap.stages.prune import PruneRequest, run_prune
+from capgap.stages.export import Export
+from capgap.stages.prune import Prune
 from capgap.stages.score import Score
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +82,7 @@ def test_a_model_of_no_family_is_exported(tmp_path, kind):
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), eos_token="w2"
     ).save_pretrained(tmp_path / "model")
-    found = run_export(ExportRequest(str(tmp_path / "model"), tmp_path / "out"))
+    found = Export(model=str(tmp_path / "model"), out=tmp_path / "out").run()
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "model"))
     assert found["logits_not_compared"] is None
     assert found["parameters"] == sum(weight.numel() for weight in model.parameters())
@@ -141,12 +141,12 @@ def test_a_head_of_its_own_beats_a_config_that_ties_it(folder, tmp_path, small_c
     own = logits(folder)
     assert "hold another head" in caplog.text
     assert not read_config(folder).tie_word_embeddings
-    run_export(ExportRequest(str(folder), tmp_path / "exported"))
+    Export(model=str(folder), out=tmp_path / "exported").run()
     assert torch.equal(logits(tmp_path / "exported"), own)
     scores = tmp_path / "scores.safetensors"
     given = {"corpus": small_corpus.directory, "window": 16, "tokens": 64}
     Score(teacher=str(folder), out=scores, **given).run()
-    run_prune(PruneRequest(str(folder), tmp_path / "cut", scores, keep=1.0, multiple=1))
+    Prune(teacher=str(folder), out=tmp_path / "cut", scores=scores, keep=1, multiple=1).run()
     assert torch.equal(logits(tmp_path / "cut"), own)
 
 
@@ -227,7 +227,7 @@ def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path):
     secret.write_text("nobody's business")
     (folder / "LICENSE").symlink_to(secret)
     with pytest.raises(UserError, match="a link out of the model's folder"):
-        run_export(ExportRequest(str(folder), tmp_path / "exported"))
+        Export(model=str(folder), out=tmp_path / "exported").run()
     assert not (tmp_path / "exported").exists()
 
 

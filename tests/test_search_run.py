@@ -136,10 +136,13 @@ def test_killed_and_continued_equals_uninterrupted(searched, tmp_path):
 
 def test_another_recipe_and_other_rungs_are_refused_in_the_same_folder(searched):
     folder, _, _ = searched
-    for change in (("--set", "seeds=[3]"), ("--rungs", "1")):
+    for change, key in (
+        (("--set", "seeds=[0, 1, 3]"), "seeds"),
+        (("--rungs", "1"), "students.tokens"),
+    ):
         refused = run([*command(folder, folder / "out"), *change])
         assert refused.returncode == 2
-        assert "another recipe" in refused.stderr
+        assert f"another recipe (tiny): {key} is [" in refused.stderr
         assert refused.stderr.count("\n") == 1
 
 

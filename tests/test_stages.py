@@ -1,5 +1,6 @@
 """The commands `cache` and `distill` as a user types them, on models of seconds."""
 
+import itertools
 import json
 import os
 import re
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from capgap.distill.teacher import Batch, OnlineTeacher, load_teacher
+from capgap.errors import Interrupted
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.shape import ladder_shape
+from capgap.stages.distill import Train
 from conftest import wait_for_steps
 from test_docs import DOCS, code_blocks
 
@@ -185,7 +188,7 @@ def test_mistakes_are_one_line(typed, small_corpus, folder, tmp_path):
     out = tmp_path / "out"
     wrong = {
         "another teacher": distill(typed, folder, small_corpus, out, "--cache", tmp_path / "other"),
-        "is not a multiple of --window": distill(
+        "is not a multiple of window": distill(
             typed, folder, small_corpus, out, "-s", "training.batch_tokens=250"
         ),
         "did you mean 'alpha'": distill(typed, folder, small_corpus, out, "-s", "training.alpa=1"),
@@ -193,7 +196,9 @@ def test_mistakes_are_one_line(typed, small_corpus, folder, tmp_path):
         "'<|pad|>' is no token": distill(
             typed, folder, small_corpus, out, "-s", 'training.ignored_tokens=["<|pad|>"]'
         ),
-        "--heldout-steps 0": distill(typed, folder, small_corpus, out, "--heldout-steps", 0),
+        "--heldout-steps '0' is no count": distill(
+            typed, folder, small_corpus, out, "--heldout-steps", 0
+        ),
         "two students have one name": distill(
             typed, folder, small_corpus, out, students=("small", "small")
         ),
@@ -257,3 +262,22 @@ def test_the_commands_of_the_page_run(typed, tmp_path, monkeypatch):
         "half",
     ]
     assert any((tmp_path / "run/trackers/tensorboard").iterdir())
+
+
+def test_what_auto_became_holds_on_another_machine(small_corpus, folder, tmp_path, monkeypatch):
+    settings = {"training": {"batch_tokens": 256}, "running": {"checkpoint_seconds": 0}}
+
+    def run(name, stops=()):
+        asked = {"corpus": small_corpus.directory, "tokens": 2048, "window": 16}
+        stage = Train(models=[str(folder / "small")], out=tmp_path / name, **asked, **settings)
+        return stage.run(should_stop=itertools.chain(stops, itertools.repeat(False)).__next__)
+
+    monkeypatch.setenv("CAPGAP_AUTO_PRECISION", "bf16")
+    whole = run("whole")
+    with pytest.raises(Interrupted):
+        run("moved", [False, False, True])
+    monkeypatch.setenv("CAPGAP_AUTO_PRECISION", "fp32")
+    moved = run("moved")
+    assert moved["resolved"] == {"precision": "bf16", "teacher_dtype": "stored"}
+    assert moved["after"]["small"]["heldout"] == whole["after"]["small"]["heldout"]
+    assert run("other")["after"]["small"]["heldout"] != whole["after"]["small"]["heldout"]

@@ -113,7 +113,7 @@ def test_student_loads_in_plain_transformers_and_is_the_recorded_one(finished):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from capgap.corpus.tokens import load_corpus
-    from capgap.evaluate.heldout import evaluate_heldout, heldout_set
+    from capgap.evaluate.losses import evaluate_heldout, heldout_set
     from capgap.models.parts import Parts
 
     out, printed, _ = finished
@@ -144,8 +144,7 @@ def test_another_recipe_is_refused_in_the_same_folder(finished):
     out, _, _ = finished
     refused = run_capgap("sweep", out.parent / "tiny.toml", "--out", out, "--set", "seeds=[3]")
     assert refused.returncode == 2
-    assert "another recipe" in refused.stderr
-    assert "hash" in refused.stderr
+    assert "another recipe (tiny): seeds is [0] there and [3] here" in refused.stderr
     assert refused.stderr.count("\n") == 1
 
 

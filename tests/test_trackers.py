@@ -12,7 +12,7 @@ import pytest
 from capgap.models.build import build_model, save_model
 from capgap.models.shape import ladder_shape
 from capgap.train import trackers
-from capgap.train.trackers import Trackers, check_trackers
+from capgap.train.trackers import Tracker, Trackers, check_trackers
 from talks import save_base, talks, write_lines
 
 LINE = {
@@ -111,8 +111,9 @@ def test_tuning_is_told_too(typed, tmp_path, stage):
     assert "did you mean tensorboard?" in unknown.err
 
 
-def test_a_killed_run_goes_on_without_a_step_twice(tmp_path):
-    """Steps 0 to 5, killed; the next process goes on from the checkpoint at step 3."""
+@pytest.mark.parametrize("again", [3, 0])
+def test_a_killed_run_goes_on_without_a_step_twice(tmp_path, again):
+    """Steps 0 to 5, killed; the next process goes on from a checkpoint, or from the beginning."""
     pytest.importorskip("tensorboard")
 
     def process(steps, first, logged):
@@ -123,31 +124,36 @@ def test_a_killed_run_goes_on_without_a_step_twice(tmp_path):
         one.close()
 
     process(range(6), 0, None)
-    process(range(3, 8), 3, 5)
+    process(range(again, 8), again, 5)
     told = scalars(tmp_path / "tensorboard")["tokens_per_second"]
-    assert told == [*((step, 100.0) for step in range(3)), *((s, 103.0) for s in range(3, 8))]
+    first = [(step, 100.0) for step in range(again)]
+    assert told == [*first, *((step, 100.0 + again) for step in range(again, 8))]
 
 
-def test_steps_that_were_told_are_not_told_again(tmp_path, monkeypatch):
-    told = []
+@pytest.mark.parametrize("first", [3, 0])
+def test_steps_that_were_told_are_not_told_again(tmp_path, monkeypatch, first):
+    """And the run that was told of them goes on, also where it begins again."""
+    found, runs = [], []
 
-    class Kept:
-        def __init__(self, *_):
-            pass
+    def opened(run):
+        runs.append(run)
+        return Tracker(lambda values, step: found.append(step), lambda: found.append("closed"))
 
-        def log(self, values, step):
-            told.append(step)
-
-        def close(self):
-            told.append("closed")
-
-    monkeypatch.setattr(trackers, "_Wandb", Kept)
+    monkeypatch.setitem(trackers.OPENERS, "wandb", opened)
     one = Trackers(("wandb", "wandb"), tmp_path, "run", {}, print)
-    one.begin(3, 5)
-    for step in range(3, 8):
+    one.begin(first, 5)
+    for step in range(first, 8):
         one.log(LINE | {"step": step})
     one.close()
-    assert told == [6, 7, "closed"]
+    assert found == [6, 7, "closed"]
+    assert [run.continues for run in runs] == [True]
+    # killed before it came as far as the process before
+    for steps, logged in ((range(first, 5), 7), (range(first, 9), 4)):
+        one = Trackers(("wandb",), tmp_path, "run", {}, print)
+        one.begin(first, logged)
+        for step in steps:
+            one.log(LINE | {"step": step})
+    assert found == [6, 7, "closed", 8]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -229,18 +235,14 @@ def log_records(data):
 
 
 def test_a_tracker_that_fails_ends_alone(typed, small_corpus, folder, tmp_path, monkeypatch):
-    class Broken:
-        def __init__(self, *_):
-            pass
+    def log(values, step):
+        if step == 3:
+            raise ConnectionError(f"no way to https://me:{SECRET}@tracker.example\nmore")
 
-        def log(self, values, step):
-            if step == 3:
-                raise ConnectionError(f"no way to https://me:{SECRET}@tracker.example\nmore")
+    def close():
+        raise AssertionError("it has failed before")
 
-        def close(self):
-            raise AssertionError("it has failed before")
-
-    monkeypatch.setattr(trackers, "_TensorBoard", Broken)
+    monkeypatch.setitem(trackers.OPENERS, "tensorboard", lambda run: Tracker(log, close))
     out = tmp_path / "run"
     done = typed(*arguments(folder, small_corpus, out, "--track", "tensorboard"))
     assert done.code == 0, done.err

@@ -13,7 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capgap.corpus.batches import batch_indices
+from capgap.corpus.text import Text
 from capgap.distill.teacher import OnlineTeacher
+from capgap.errors import Interrupted
 from capgap.models.build import build_model
 from capgap.models.families import FAMILIES
 from capgap.models.shape import ladder_shape
@@ -28,7 +30,7 @@ from capgap.train.checkpoint import (
 )
 from capgap.train.clock import StageClock
 from capgap.train.learner import Learner
-from capgap.train.loop import Interrupted, LoopSettings, restore_best, train
+from capgap.train.loop import LoopSettings, restore_best, train
 from capgap.train.optimizer import Schedule, parameter_groups
 
 SETTINGS = LoopSettings(batch_windows=8, micro_batch_windows=8, data_seed=5, checkpoint_seconds=1e9)
@@ -379,8 +381,9 @@ def test_a_document_mask_holds_for_teacher_and_student_in_every_micro_batch(smal
     # the commonest token ends a document, so that every window holds several
     tokens = small_corpus.train.windows_at(range(100))
     end = int(np.bincount(tokens.ravel()).argmax())
-    manifest = small_corpus.manifest | {"marks": {"begin": end, "end": end, "begin_windows": False}}
-    corpus = dataclasses.replace(small_corpus, manifest=manifest)
+    source = small_corpus.sources[0]
+    manifest = source.manifest | {"marks": {"begin": end, "end": end, "begin_windows": False}}
+    corpus = Text.of([dataclasses.replace(source, manifest=manifest)])
 
     def trained(**settings):
         one = learner("a", alpha=0.5, steps=4)

@@ -14,6 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from capgap.config import find_recipe, load_recipe
+from capgap.corpus.text import Text
 from capgap.corpus.tokens import Corpus
 from capgap.cost.memory import LoopMemory
 from capgap.distill.cache import CachedTeacher, CacheIdentity, CacheWriter, write_cache
@@ -251,14 +252,15 @@ def share_of_sheet(place: Place, flops: float) -> float | None:
     return next((flops / gpu.flops for kind, gpu in GPUS.items() if kind in name), None)
 
 
-def random_corpus(folder: Path, work: Work, steps: int) -> Corpus:
+def random_corpus(folder: Path, work: Work, steps: int) -> Text:
     assert work.tokens is not None
     write_corpus(folder, work.students[0].vocabulary, steps * work.tokens + 1)
-    return Corpus(folder, json.loads((folder / "manifest.json").read_text()), work.window)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return Text.of([Corpus(folder, manifest, work.window)])
 
 
 def teacher_of(
-    place: Place, work: Work, corpus: Corpus, dtype: torch.dtype, folder: Path
+    place: Place, work: Work, corpus: Text, dtype: torch.dtype, folder: Path
 ) -> TeacherSource | None:
     if work.teacher is None:
         return None

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from capgap.corpus.batches import batch_indices
-from capgap.corpus.tokens import Corpus
+from capgap.corpus.text import Text
 from capgap.distill.cache import CachedTeacher, CacheIdentity, CacheWriter, write_cache
 from capgap.distill.cache_format import CacheFormat
 from capgap.distill.teacher import OnlineTeacher, TeacherSource
@@ -36,7 +36,7 @@ class Setup:
     case: Case
     students: list[PreTrainedModel]
     teacher: PreTrainedModel
-    corpus: Corpus
+    corpus: Text
     steps: int
     watch: Stopwatch
     memory: MemoryMeter

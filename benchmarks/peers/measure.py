@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from capgap.corpus.text import Text
 from capgap.corpus.tokens import Corpus
 from capgap.models.build import initialise, to_config
 from capgap.models.shape import Shape
@@ -72,7 +73,7 @@ def measure_steps(
         for number in range(students or STEP_ENGINES[engine].students)
     ]
     manifest = json.loads((corpus_folder / "manifest.json").read_text())
-    corpus = Corpus(corpus_folder, manifest, case.window)
+    corpus = Text.of([Corpus(corpus_folder, manifest, case.window)])
     watch, memory = Stopwatch(case.device), MemoryMeter(case.device)
     setup = engines.Setup(case, students, teacher, corpus, warmup + steps, watch, memory, compile)
     losses = run(setup)

@@ -1,12 +1,25 @@
 """capgap: the working system of the law of capacity gap in distilling language models."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from capgap.law.advise import Advice
     from capgap.law.law import Law
+    from capgap.stages.adapt import Adapt as Adapt
+    from capgap.stages.cache import Cache as Cache
+    from capgap.stages.corpus import Prepare as Prepare
+    from capgap.stages.distill import Distill as Distill
+    from capgap.stages.distill import Train as Train
+    from capgap.stages.evaluate import Evaluate as Evaluate
+    from capgap.stages.export import Export as Export
+    from capgap.stages.inputs import open_text as open_text
+    from capgap.stages.instruct import Instruct as Instruct
+    from capgap.stages.prefer import Prefer as Prefer
+    from capgap.stages.prune import Prune as Prune
+    from capgap.stages.score import Score as Score
 
 __version__ = "0.1.0"
 
@@ -54,3 +67,84 @@ def recommend(
 
     own = None if law is None else read_law(law)
     return advise(student, tokens, candidates_of(family, teachers), law=own, gpus=gpus)
+
+
+def plan(
+    recipe: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    gpus: str | None = None,
+    utilisation: float | None = None,
+) -> dict[str, Any]:
+    """What a run or a sweep would take (parameters, steps, FLOPs, memory, time, disk), as `capgap
+    plan --json` tells it.
+
+    recipe: a file or a shipped recipe's name; gpus: such as "16xA100", of whose peak the share
+    `utilisation` is reached. UserError for a mistake in these.
+    """
+    from capgap.config import find_recipe, load_any_recipe
+    from capgap.cost.estimate import estimate
+
+    loaded = load_any_recipe(find_recipe(str(recipe)), overrides)
+    return estimate(loaded, gpus=gpus, utilisation=utilisation)
+
+
+def run_sweep(
+    recipe: Path | str, out: Path | str, overrides: Sequence[str] = (), *, quiet: bool = False
+) -> dict[str, Any]:
+    """Run a grid of teachers and students in the folder `out`, or go on with it; returns what
+    `capgap sweep --json` prints. UserError for a mistake in the recipe, or another sweep's folder.
+    """
+    from rich.console import Console
+
+    from capgap.config import find_recipe, load_recipe
+    from capgap.sweep.progress import make_display
+    from capgap.sweep.runner import run_sweep as run
+
+    loaded = load_recipe(find_recipe(str(recipe)), overrides)
+    return run(loaded, Path(out), make_display(Console(stderr=True), quiet=quiet)).as_dict()
+
+
+def run_search(
+    recipe: Path | str,
+    out: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    budget: float = 0.35,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Find every student's best teacher for the share `budget` of what the whole grid would cost;
+    returns what `capgap search --json` prints. UserError as `run_sweep`."""
+    from rich.console import Console
+
+    from capgap.config import find_recipe, load_recipe
+    from capgap.sweep.progress import make_display
+    from capgap.sweep.search import run_search as run
+    from capgap.sweep.search_grid import Settings
+
+    loaded = load_recipe(find_recipe(str(recipe)), overrides)
+    display = make_display(Console(stderr=True), quiet=quiet)
+    return run(loaded, Path(out), display, Settings(budget=budget)).as_dict()
+
+
+# Where the stages are defined; they are loaded when they are asked for
+STAGES = {
+    "Adapt": "adapt",
+    "Cache": "cache",
+    "Distill": "distill",
+    "Evaluate": "evaluate",
+    "Export": "export",
+    "Instruct": "instruct",
+    "Prefer": "prefer",
+    "Prepare": "corpus",
+    "Prune": "prune",
+    "Score": "score",
+    "Train": "distill",
+}
+_ELSEWHERE = STAGES | {"open_text": "inputs"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module 'capgap' has no attribute {name!r}")
+    return getattr(import_module(f"capgap.stages.{_ELSEWHERE[name]}"), name)

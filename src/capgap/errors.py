@@ -19,6 +19,10 @@ class UserError(Exception):
     rank: int | None = None
 
 
+class Interrupted(Exception):
+    """Work was asked to stop; its state is saved, and the same call goes on with it."""
+
+
 @contextmanager
 def border(what: str) -> Iterator[None]:
     """Around a call of another library with what the user gave: whatever that raises becomes one

@@ -1,8 +1,12 @@
-"""What recipes and stages are made of: sections, and the types of their fields. Light."""
+"""What recipes and stages are made of: sections, the types of their fields, and what is wrong with
+a value in one line. Light."""
 
-from typing import Annotated, Any, Literal
+import tomllib
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from capgap.errors import UserError
 from capgap.sizes import parse_count
@@ -16,10 +20,21 @@ def _count(value: Any) -> int:
         raise ValueError(str(error)) from None
 
 
+# Text that is read more often teaches less than new text
+MAX_EPOCHS = 4.0
+
+
+def _words(given: Any) -> Any:
+    """As typed, parted by commas, or as they are."""
+    return [word.strip() for word in given.split(",")] if isinstance(given, str) else given
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LearningRate = Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Dtype = Literal["stored", "fp32", "bf16"]
 Init = Literal["pruned", "fixed", "scratch", "chain"]
 Architecture = Literal[
     "llama",
@@ -43,3 +58,92 @@ class Section(BaseModel):
     """A table of a recipe: unknown keys are errors, values cannot change once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+
+class Problem(NamedTuple):
+    """What is wrong with the value of a key such as `training.alpha`; `given` as a user sees it,
+    None where the value does not matter."""
+
+    key: str
+    given: str | None
+    why: str
+    is_unknown: bool = False
+
+    @classmethod
+    def of(cls, error: ValidationError, root: type[BaseModel]) -> "Problem":
+        """The first one; a misspelt key is also a missing one: the spelling is what to tell."""
+        problems = error.errors()
+        first = min(problems, key=lambda found: found["type"] != "extra_forbidden")
+        key = _key_of(first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _keys_at(first["loc"][:-1], root)
+            near = get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            return cls(key, None, hint, is_unknown=True)
+        if first["type"] == "missing":
+            return cls(key, None, "is missing")
+        # a value that may be one of several kinds has a problem with each of them
+        messages = [found["msg"] for found in problems if _key_of(found["loc"]) == key]
+        why = " or ".join(text.removeprefix("Value error, ") for text in messages)
+        why = why.replace(" or Input should be", " or")
+        if first["type"] == "tuple_type":
+            why = """a list was expected, such as ["50k"]; in a shell put '' around it"""
+        return cls(key, None if isinstance(first["input"], dict) else repr(first["input"]), why)
+
+    def line(self) -> str:
+        if self.is_unknown:
+            return f"unknown key {self.key!r}; {self.why}"
+        if self.why == "is missing":
+            return f"{self.key!r} is missing"
+        given = "" if self.given is None else f" = {self.given}"
+        return f"{self.key}{given}: {self.why}" if self.key else self.why
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets `section.key=value` in plain data; the value as TOML, or else as text."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        value = text
+    *parents, leaf = key.strip().split(".")
+    table = data
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise UserError(f"override {override!r}: {parent!r} is not a table")
+    table[leaf] = value
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section of a field that is one, or may be one, or is a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    inner = (section_in(part) for part in get_args(annotation))
+    return next((found for found in inner if found is not None), None)
+
+
+def _key_of(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location if not _is_branch(part))
+
+
+def _is_branch(part: object) -> bool:
+    """Pydantic adds the tried branch of a union to the location; a user has not written that."""
+    return isinstance(part, str) and (
+        part.startswith(("literal[", "constrained-")) or part in {"float", "int", "str"}
+    )
+
+
+def _keys_at(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
+    section: Any = root
+    for part in location:
+        if isinstance(part, str) and not _is_branch(part):
+            section = section_in(keys_of(section)[part].annotation)
+    return sorted(keys_of(section))
+
+
+def keys_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields by what users call them."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}

@@ -1,25 +1,39 @@
 """The base of stages: one typed model is its command, its part of a recipe, and its checks.
 
-A field is `name: Annotated[type, "help", ...marks] = default`; one without help is no option. What
-a recipe may say stands in a Section that the stage inherits. Heavy imports happen in `run`, so that
-`--help` answers at once.
+A field is `name: Annotated[type, "help", ...marks] = default`; one without help is no option, and
+the keys of a field that is a Section are set by `--set`. What a recipe may say stands in a Section
+that the stage inherits. Heavy imports happen in `run`, so that `--help` answers at once.
 """
 
-from collections.abc import Callable
-from difflib import get_close_matches
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 import typer
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from capgap.errors import UserError
-from capgap.section import Section
+from capgap.section import Problem, Section, apply_override, keys_of, section_in
 
-ARGUMENT = object()  # marks what is given by its place
-SEVERAL = object()  # may be given several times
+
+class Mark(Enum):
+    """What a field is, besides its type."""
+
+    ARGUMENT = "given by its place"
+    SEVERAL = "may be given several times"
+    HOW = "changes nothing of what comes out"
+    MODEL = "a model that is read"
+    SOURCE = "text as `capgap corpus` takes it"
+    FILE = "a file that is read"
+    FOLDER = "a folder that is read"
+
+
+ARGUMENT, SEVERAL, HOW = Mark.ARGUMENT, Mark.SEVERAL, Mark.HOW
 Say = Callable[[str], None]
 ShouldStop = Callable[[], bool]
 
@@ -39,22 +53,42 @@ class FieldError(UserError):
 class Stage(Section):
     """What is asked of a stage, and the work. UserError for values that cannot be."""
 
+    model_config = ConfigDict(populate_by_name=True)
+
+    # Whether the same call goes on with what a stopped one left
+    continues: ClassVar[bool] = True
+    # Whether it saves its state when it is asked to stop; others are stopped where they are
+    saves_when_asked: ClassVar[bool] = True
+    # The command's name, where the class has another
+    command_name: ClassVar[str] = ""
+
     def __init__(self, **given: Any) -> None:
         try:
             super().__init__(**given)
         except ValidationError as error:
-            first = error.errors()[0]
-            kind, why = first["type"], first["msg"].removeprefix("Value error, ")
-            if not first["loc"]:
-                raise UserError(why) from None
-            if kind == "missing":
-                why = "is missing"
-            elif kind == "extra_forbidden":
-                near = get_close_matches(str(first["loc"][0]), type(self).model_fields, n=1)
-                why = "is no field" + (f": did you mean {near[0]}?" if near else "")
-            elif kind != "value_error":
-                why = f"{first['input']!r}: {why}"
-            raise FieldError(str(first["loc"][0]), why) from None
+            problem = Problem.of(error, type(self))
+            if not problem.key:
+                raise UserError(problem.why) from None
+            if "." in problem.key or problem.is_unknown:
+                raise UserError(problem.line()) from None
+            is_told = problem.given is None or problem.given in problem.why
+            value = "" if is_told else f"{problem.given}: "
+            raise FieldError(problem.key, value + problem.why) from None
+
+    @classmethod
+    def title(cls) -> str:
+        """The command's name."""
+        return cls.command_name or cls.__name__.lower()
+
+    @property
+    def record_file(self) -> Path | None:
+        """The file that holds what `run` returns, where there is one."""
+        return None
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """The folders and files that it makes."""
+        return (getattr(self, "out"),)  # noqa: B009
 
     def run(
         self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
@@ -67,19 +101,116 @@ class Stage(Section):
         """What a person reads in the end, of what `run` returned."""
         raise NotImplementedError
 
+    def result(self, found: dict[str, Any]) -> str:
+        """One phrase of it, beside the name of the step in a run; may be empty."""
+        return ""
+
+    def failure(self, found: dict[str, Any]) -> str:
+        """Why the command fails though the stage came to its end; empty where it does not."""
+        return ""
+
     def but(self, **changes: Any) -> Self:
         """The same with other values, checked again; what was set stays set."""
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
+
+    def identity(self) -> dict[str, Any]:
+        """The values that decide what comes out."""
+        how = {name for name, field in type(self).model_fields.items() if HOW in field.metadata}
+        return self.model_dump(mode="json", exclude=how)
+
+    def marked(self, mark: Mark) -> list[str]:
+        """The values of the fields with this mark, as text."""
+        names = [n for n, field in type(self).model_fields.items() if mark in field.metadata]
+        return [text for name in names for text in _texts(getattr(self, name))]
+
+    def command(self) -> list[str]:
+        """The words after `capgap` that ask for the same, without what is as it is by default."""
+        fields = [(name, field) for name, field in type(self).model_fields.items() if _help(field)]
+        words = [self.title()]
+        for name, field in fields:
+            if ARGUMENT in field.metadata:
+                words += _texts(getattr(self, name))
+        for name, field in fields:
+            value = getattr(self, name)
+            if ARGUMENT not in field.metadata and value != field.default:
+                flag = field.annotation is bool
+                texts = [] if flag else _texts(value)
+                if texts and SEVERAL not in field.metadata:
+                    texts = [",".join(texts)]
+                words += [option(name)] if flag else [w for t in texts for w in (option(name), t)]
+        return words + [word for text in self._overrides() for word in ("--set", text)]
+
+    def _overrides(self) -> Iterator[str]:
+        for name, field in type(self).model_fields.items():
+            if _is_settings(field):
+                section = getattr(self, name)
+                for key, value in section.model_dump(mode="json", exclude_unset=True).items():
+                    yield f"{field.alias or name}.{key}={_toml(value)}"
+
+
+def paced(say: Say, seconds: float = 10.0) -> Callable[[Callable[[], str]], None]:
+    """Says what it is asked to, but at most so often, and not at once."""
+    said = time.monotonic()
+
+    def tell(text: Callable[[], str]) -> None:
+        nonlocal said
+        if time.monotonic() - said >= seconds:
+            said = time.monotonic()
+            say(text())
+
+    return tell
+
+
+def text_table(names: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 0) -> str:
+    """Columns of text, the first so many set left, the others right."""
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for place, name in enumerate(names):
+        table.add_column(name, justify="left" if place < left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=StringIO(), width=1000, highlight=False, markup=False)
+    console.print(table)
+    return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
 
 
 def option(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
+def settings(kind: type[Stage], overrides: list[str]) -> dict[str, Any]:
+    """What `--set` says of a stage's sections, by section. UserError names the key."""
+    data: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(data, override)
+    sections = {key for key, field in keys_of(kind).items() if _is_settings(field)}
+    unknown = data.keys() - sections
+    if unknown:
+        known = ", ".join(sorted(sections))
+        raise UserError(f"--set: unknown key {min(unknown)!r}; known keys: {known}")
+    return data
+
+
 def command_line(kind: type[Stage]) -> list[Parameter]:
     """The parameters of a stage's command for typer: texts, which the model reads, and flags."""
-    found = ((name, field, _help(field)) for name, field in kind.model_fields.items())
-    return [_parameter(name, field, told) for name, field, told in found if told]
+    fields = sorted(kind.model_fields.items(), key=lambda one: not one[1].is_required())
+    found = ((name, field, _help(field)) for name, field in fields)
+    parameters = [_parameter(name, field, told) for name, field, told in found if told]
+    if any(_is_settings(field) for field in kind.model_fields.values()):
+        told = "A key of [training] or [run], such as training.clip=0.5; several times."
+        made = typer.Option("--set", "-s", metavar="KEY=VALUE", help=told)
+        annotation = Annotated[list[str] | None, made]
+        place = Parameter.KEYWORD_ONLY
+        parameters.append(Parameter("set_", place, default=None, annotation=annotation))
+    return parameters
+
+
+def _is_settings(field: FieldInfo) -> bool:
+    return not _help(field) and section_in(field.annotation) is not None
 
 
 def _help(field: FieldInfo) -> str:
@@ -87,14 +218,14 @@ def _help(field: FieldInfo) -> str:
     kinds = [kind for kind in _kinds(field.annotation) if get_origin(kind) is Literal]
     words = [word for kind in kinds for word in get_args(kind)]
     told = [part for part in field.metadata if isinstance(part, str)]
-    choice = [f"{', '.join(words[:-1])} or {words[-1]}."] if words and told else []
+    choice = [f"{', '.join(words[:-1])} or {words[-1]}."] if len(words) > 1 and told else []
     return " ".join(told + choice)
 
 
 def _parameter(name: str, field: FieldInfo, told: str) -> Parameter:
     is_flag = field.annotation is bool
     kind: Any = bool if is_flag else list[str] if SEVERAL in field.metadata else str
-    default: Any = field.default if is_flag else str(field.default)
+    default: Any = field.default if is_flag else ",".join(_texts(field.default))
     if field.is_required():
         default = Parameter.empty
     elif field.default in (None, ()):
@@ -110,7 +241,7 @@ def _metavar(field: FieldInfo) -> str | None:
     """A flag has none."""
     names = {bool: "", int: "<int>", float: "<float>", Path: "<path>"}
     if SEVERAL in field.metadata:
-        return "<str>"
+        return None if ARGUMENT in field.metadata else "<str>"
     return next((names[kind] for kind in _kinds(field.annotation) if kind in names), None)
 
 
@@ -118,3 +249,19 @@ def _kinds(annotation: Any) -> list[Any]:
     """A type and those that it is made of."""
     inner = [] if get_origin(annotation) is Literal else get_args(annotation)
     return [annotation, *(kind for part in inner for kind in _kinds(part))]
+
+
+def _texts(value: Any) -> list[str]:
+    """A value as words of a command line: none, one, or several."""
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        return [",".join(f"{name}={number}" for name, number in value.items())]
+    return [str(one) for one in value] if isinstance(value, tuple | list) else [str(value)]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_toml(one) for one in value)}]"
+    # TOML writes texts and truth as JSON does
+    return json.dumps(value) if isinstance(value, str | bool) else repr(value)

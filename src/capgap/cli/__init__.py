@@ -15,14 +15,17 @@ from typing import Annotated, NoReturn
 import typer
 
 from capgap import __version__
-from capgap.cli.app import FAILED, USER_ERROR, app, exit_with
+from capgap.cli.app import FAILED, USER_ERROR, add_stage, app, exit_with
 from capgap.errors import UserError, is_disk_full
 from capgap.machine import forget_leftovers, started
+from capgap.stages.export import Export
 
 # in the order of --help
 # isort: off
-from capgap.cli import sweeps, laws, pipeline, stages, training, evaluation, conversation, export
+from capgap.cli import sweeps, laws, pipeline, stages, conversation
 # isort: on
+
+add_stage(Export)
 
 # What the machine refuses, and only its user can mend
 REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -30,15 +33,12 @@ REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
 __all__ = [
     "app",
     "conversation",
-    "evaluation",
-    "export",
     "laws",
     "leave",
     "main",
     "pipeline",
     "stages",
     "sweeps",
-    "training",
 ]
 
 

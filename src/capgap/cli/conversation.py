@@ -1,4 +1,4 @@
-"""Commands for models that answer: instruct, prefer, chat."""
+"""Commands for models that are there: evaluate, instruct, prefer, chat."""
 
 import contextlib
 import sys
@@ -9,12 +9,14 @@ import typer
 
 from capgap.cli.app import Json, TrustCode, add_stage, app, print_json, quieten_transformers
 from capgap.errors import UserError
+from capgap.stages.evaluate import Evaluate
 from capgap.stages.instruct import Instruct
 from capgap.stages.prefer import Prefer
 
 if TYPE_CHECKING:
     from capgap.tune.chat import Chat
 
+add_stage(Evaluate)
 add_stage(Instruct)
 add_stage(Prefer)
 
@@ -41,7 +43,6 @@ def chat(
     from capgap.tune.chat import Sampling, load_chat
 
     sampling = Sampling(temperature, top_p, tokens, seed)
-    sampling.check()
     talk = load_chat(
         model,
         template=template,
@@ -64,9 +65,11 @@ def _converse(talk: "Chat") -> None:
     """Questions from standard input, one a line, until it ends."""
     on_terminal = sys.stdin.isatty()
     if on_terminal:
-        _edit_lines()
+        # arrow keys and earlier questions, where the system has them
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
         print("/reset forgets what was said, /quit ends", file=sys.stderr)
-    told = False
+    said_dropped = False
     while True:
         try:
             question = input("> " if on_terminal else "").strip()
@@ -83,23 +86,19 @@ def _converse(talk: "Chat") -> None:
                 _print_answer(talk, question)
             except UserError as error:
                 print(error, file=sys.stderr)
-            if talk.num_dropped and not told:
-                told = True
-                print(
-                    "(the oldest turns no longer fit; the model does not see them)",
-                    file=sys.stderr,
-                )
+            if talk.num_dropped and not said_dropped:
+                said_dropped = True
+                dropped = "(the oldest turns no longer fit; the model does not see them)"
+                print(dropped, file=sys.stderr)
     if on_terminal:
         print()
 
 
 def _print_answer(talk: "Chat", question: str) -> None:
     """As it comes; Ctrl-C ends the answer and not the conversation."""
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         for piece in talk.answer(question):
             print(_harmless(piece), end="", flush=True)
-    except KeyboardInterrupt:
-        pass
     print()
     if talk.ended in ("tokens", "context"):
         limit = "as --tokens says" if talk.ended == "tokens" else "the model reads no more"
@@ -109,9 +108,3 @@ def _print_answer(talk: "Chat", question: str) -> None:
 def _harmless(text: str) -> str:
     """Without what would steer a terminal: a model writes anything."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-
-
-def _edit_lines() -> None:
-    """Arrow keys and earlier questions, where the system has them."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401

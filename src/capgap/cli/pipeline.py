@@ -1,13 +1,21 @@
 """The command that runs a whole recipe."""
 
 import shlex
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capgap.cli.app import USER_ERROR, Json, Override, Quiet, app, exit_with, print_json, stopped
+from capgap.cli.app import (
+    Json,
+    Override,
+    Quiet,
+    app,
+    exit_with,
+    print_json,
+    quieten_transformers,
+    stopped,
+)
 from capgap.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,8 +42,10 @@ def run(
     """Run all stages of a recipe, from the teacher to a student that answers."""
     from rich.console import Console
 
-    from capgap.config import RunRecipe, find_recipe, load_any_recipe
+    from capgap.config import find_recipe, load_any_recipe
+    from capgap.pipeline.recipe import RunRecipe
     from capgap.pipeline.runner import StepFailed, plan_pipeline, run_pipeline
+    from capgap.stopping import Stopped
     from capgap.sweep.progress import make_lines
 
     loaded = load_any_recipe(find_recipe(recipe), set_ or [])
@@ -49,16 +59,14 @@ def run(
         else:
             _print_plan(decisions)
         return
+    quieten_transformers()
     say = make_lines(Console(stderr=True), quiet=quiet)
     try:
-        found = run_pipeline(loaded, folder, again_from=from_, until=until, quiet=quiet, say=say)
+        found = run_pipeline(loaded, folder, again_from=from_, until=until, say=say)
+    except Stopped as ended:
+        stopped(folder, ended.number)
     except StepFailed as failed:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if failed.code == 128 + number:
-                stopped(folder, number)
-        line = f"the step {failed.step} did not end well; what is done is kept in {folder}"
-        # a mistake of the user's has been told in one line by the step itself
-        exit_with("" if failed.code == USER_ERROR else line, failed.code)
+        exit_with(f"{failed}; what is done is kept in {folder}", failed.code)
     if json_:
         print_json(found)
     else:
@@ -70,7 +78,7 @@ def _described(decision: "Decision") -> dict[str, Any]:
         "step": decision.step.name,
         "state": decision.state,
         "why": decision.why or None,
-        "command": ["capgap", *decision.step.argv()],
+        "command": ["capgap", *decision.step.stage.command()],
     }
 
 
@@ -79,7 +87,7 @@ def _print_plan(decisions: "list[Decision]") -> None:
         state = {"done": "done", "continue": "would go on", "run": "would run"}[one.state]
         why = f" ({one.why})" if one.why else ""
         print(f"{number}. {one.step.name}: {state}{why}")
-        print(f"   capgap {shlex.join(one.step.argv())}")
+        print(f"   capgap {shlex.join(one.step.stage.command())}")
 
 
 def _print_results(found: dict[str, Any], folder: Path) -> None:

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,13 @@ from capgap.cli.app import (
 from capgap.errors import UserError
 from capgap.machine import started
 
+if TYPE_CHECKING:
+    from capgap.config import Recipe
+    from capgap.sweep.progress import Display
+
+
+RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.")]
+
 
 @app.command()
 def quickstart(
@@ -34,12 +41,12 @@ def quickstart(
     json_: Json = False,
 ) -> None:
     """From which teacher should I distil? An answer from real text in minutes, no download."""
-    _sweep("quickstart", out, set_ or [], dry_run=dry_run, quiet=quiet, as_json=json_)
+    sweep("quickstart", out, dry_run=dry_run, set_=set_, quiet=quiet, json_=json_)
 
 
 @app.command()
 def sweep(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.")],
+    recipe: RecipeName,
     out: Annotated[
         Path | None, typer.Option(help="Output folder; runs/NAME if none is given.")
     ] = None,
@@ -49,12 +56,29 @@ def sweep(
     json_: Json = False,
 ) -> None:
     """Run a grid of teachers and students; the same command continues one that was stopped."""
-    _sweep(recipe, out, set_ or [], dry_run=dry_run, quiet=quiet, as_json=json_)
+    from rich.console import Console
+
+    loaded = _loaded("sweep", recipe, set_)
+    if dry_run:
+        from capgap.sweep.preview import preview, print_preview
+
+        expected = preview(loaded)
+        print_json(expected) if json_ else print_preview(expected, Console())
+        return
+    from capgap.sweep.runner import run_sweep
+    from capgap.sweep.summary import print_summary
+
+    folder = out or Path("runs") / loaded.name
+    with _display(folder, quiet=quiet) as display:
+        result = run_sweep(loaded, folder, display)
+    print_json(result.as_dict()) if json_ else print_summary(result, Console())
+    if result.best is None:
+        exit_with("no cell of the sweep was finished; see the report", FAILED)
 
 
 @app.command()
 def search(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.")],
+    recipe: RecipeName,
     budget: Annotated[
         float, typer.Option(help="Share of the full grid's FLOPs that may be spent.")
     ] = 0.35,
@@ -75,33 +99,20 @@ def search(
     """Find every student's best teacher for a share of what the whole grid would cost."""
     from rich.console import Console
 
-    from capgap.config import find_recipe, load_recipe
     from capgap.sweep.search_grid import Settings
 
-    _refuse_torchrun("search")
     settings = Settings(budget=budget, tolerance=tolerance)
-    loaded = load_recipe(find_recipe(recipe), set_ or [])
-    quieten_transformers()
+    loaded = _loaded("search", recipe, set_)
+    from capgap.sweep.search import Search, print_expected, print_search, run_search
+
     if dry_run:
-        from capgap.sweep.search import Search, print_expected
-
         expected = Search(loaded, settings, rungs=rungs).expected()
-        if json_:
-            print_json(expected)
-        else:
-            print_expected(expected, Console())
+        print_json(expected) if json_ else print_expected(expected, Console())
         return
-    from capgap.sweep.progress import make_display
-    from capgap.sweep.search import print_search, run_search
-
     folder = out or Path("runs") / f"{loaded.name}-search"
-    display = make_display(Console(stderr=True), quiet=quiet)
-    with _told_when_stopped(folder):
+    with _display(folder, quiet=quiet) as display:
         result = run_search(loaded, folder, display, settings, rungs=rungs)
-    if json_:
-        print_json(result.as_dict())
-    else:
-        print_search(result, Console())
+    print_json(result.as_dict()) if json_ else print_search(result, Console())
     if result.sweep.best is None:
         exit_with("no cell of the search was finished; see the report", FAILED)
 
@@ -123,63 +134,29 @@ def report(
         print(f"report: {found['report']}")
 
 
-def _sweep(
-    name: str, out: Path | None, overrides: list[str], *, dry_run: bool, quiet: bool, as_json: bool
-) -> None:
-    from rich.console import Console
-
+def _loaded(command: str, name: str, overrides: list[str] | None) -> "Recipe":
     from capgap.config import find_recipe, load_recipe
 
-    _refuse_torchrun("sweep")
-    recipe = load_recipe(find_recipe(name), overrides)
-    console = Console(stderr=True)
-    if dry_run:
-        _dry_run(recipe, as_json=as_json)
-        return
-    from capgap.sweep.progress import make_display
-    from capgap.sweep.runner import run_sweep
-    from capgap.sweep.summary import print_summary
-
-    quieten_transformers()
-    folder = out or Path("runs") / recipe.name
-    with _told_when_stopped(folder):
-        result = run_sweep(recipe, folder, make_display(console, quiet=quiet))
-    if as_json:
-        print_json(result.as_dict())
-    else:
-        print_summary(result, Console())
-    if result.best is None:
-        exit_with("no cell of the sweep was finished; see the report", FAILED)
-
-
-def _refuse_torchrun(what: str) -> None:
     if started()[1] > 1:
-        raise UserError(f"a {what} starts processes of its own: run it without torchrun")
+        raise UserError(f"a {command} starts processes of its own: run it without torchrun")
+    recipe = load_recipe(find_recipe(name), overrides or [])
+    quieten_transformers()
+    return recipe
 
 
 @contextmanager
-def _told_when_stopped(folder: Path) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a worker that died end the command with one line."""
+def _display(folder: Path, *, quiet: bool) -> "Iterator[Display]":
+    """Where progress goes. Ctrl-C, SIGTERM and a worker that died end the command with one line."""
+    from rich.console import Console
+
+    from capgap.sweep.progress import make_display
     from capgap.sweep.schedule import WorkerDied
 
     try:
-        yield
+        yield make_display(Console(stderr=True), quiet=quiet)
     except KeyboardInterrupt:
         stopped(folder, signal.SIGINT)
     except SystemExit:
         stopped(folder, signal.SIGTERM)
     except WorkerDied as error:
         exit_with(str(error), FAILED)
-
-
-def _dry_run(recipe: Any, *, as_json: bool) -> None:
-    from rich.console import Console
-
-    from capgap.sweep.preview import preview, print_preview
-
-    quieten_transformers()
-    found = preview(recipe)
-    if as_json:
-        print_json(found)
-    else:
-        print_preview(found, Console())

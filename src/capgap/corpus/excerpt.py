@@ -1,20 +1,13 @@
 """A small sample of a text, the same for all who read it. Imports no torch."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from capgap.corpus.sources import open_source
-from capgap.corpus.split import (
-    DIGESTS,
-    HELDOUT_FRACTION,
-    Reading,
-    SmallestDigests,
-    split_for,
-)
+from capgap.corpus.split import HELDOUT_FRACTION, SAMPLE_BYTES, scan, split_for
 from capgap.corpus.tokenizer import TokenCodec
 from capgap.corpus.tokens import MANIFEST, Corpus, load_corpus
-from capgap.corpus.write import SAMPLE_BYTES, cut_text, fair_limit
+from capgap.corpus.write import cut_text, fair_limit, num_enough
 from capgap.errors import UserError
 
 # A source is read so far
@@ -41,9 +34,11 @@ def excerpt(source: str, num_bytes: int) -> list[Passage]:
         Passage(text.decode("utf-8", "ignore").encode(), whole)
         for text, whole in _documents(source, num_bytes)
     ]
-    passages = _enough([one for one in valid if one.text.strip()], num_bytes)
+    passages = [one for one in valid if one.text.strip()]
     if not passages:
         raise UserError(f"{source!r} holds no text to measure on")
+    sizes = (min(len(text), DOCUMENT_BYTES) for text, _ in passages)
+    passages = passages[: num_enough(sizes, num_bytes)]
     limit = fair_limit([len(text) for text, _ in passages], num_bytes)
     return [
         Passage(cut_text(text, limit), whole and len(text) <= limit) for text, whole in passages
@@ -56,22 +51,13 @@ def training_sample(source: str, num_bytes: int) -> list[bytes]:
 
     UserError: nothing there, no text, one document alone.
     """
-    kept = SmallestDigests(max_bytes=num_bytes)
-    digests = set()
-    largest = (-1, b"")
-    for digest, document in Reading().unique(open_source(source), max_bytes=READ_BYTES):
-        digests.add(digest)
-        largest = max(largest, (digest, document))
-        if digest >= int(HELDOUT_FRACTION * DIGESTS):
-            kept.add(digest, document)
-    if len(digests) < 2:
+    found = scan(open_source(source), max_bytes=READ_BYTES, sample_bytes=num_bytes)
+    if len(found.digests) < 2:
         raise UserError(
-            f"{source!r} has {len(digests)} documents: 2 or more are needed, one of them to hold "
-            "out; a line <|endoftext|> parts those of a text file"
+            f"{source!r} has {len(found.digests)} documents: 2 or more are needed, one of them to "
+            "hold out; a line <|endoftext|> parts those of a text file"
         )
-    split = split_for(HELDOUT_FRACTION, digests)
-    sample = [text for digest, text in kept.documents() if not split.is_heldout(digest)]
-    return sample or [largest[1]]
+    return found.training_sample(split_for(HELDOUT_FRACTION, found.digests))
 
 
 def heldout_passages(corpus: Corpus) -> list[Passage]:
@@ -93,17 +79,6 @@ def _documents(source: str, num_bytes: int) -> list[Passage]:
     corpus = prepared(source)
     if corpus is not None:
         return heldout_passages(corpus)
-    kept = SmallestDigests(max_bytes=max(SAMPLE_BYTES, num_bytes))
-    for digest, document in Reading().unique(open_source(source), max_bytes=READ_BYTES):
-        kept.add(digest, document)
-    return [Passage(document, whole=True) for _, document in kept.documents()]
-
-
-def _enough(passages: Sequence[Passage], num_bytes: int) -> Sequence[Passage]:
-    """The first documents whose beginnings hold `num_bytes`, or all."""
-    held = 0
-    for place, (text, _) in enumerate(passages, start=1):
-        held += min(len(text), DOCUMENT_BYTES)
-        if held >= num_bytes:
-            return passages[:place]
-    return passages
+    limit = max(SAMPLE_BYTES, num_bytes)
+    found = scan(open_source(source), max_bytes=READ_BYTES, candidate_bytes=limit, sample_bytes=0)
+    return [Passage(document, whole=True) for _, document in found.candidates]

@@ -8,6 +8,7 @@ ones, so a text's new tokens are its old ones with some neighbours joined.
 import heapq
 import itertools
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from capgap.corpus.tokenizer import GROUP_CHARACTERS, TokenCodec
+from capgap.corpus.tokenizer import GROUP_CHARACTERS, TokenCodec, grouped
 from capgap.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ OLD_SHARE = 0.01
 CHARACTER_COVERAGE = 0.9995
 LEAST_COUNT = 2
 SPACE = "\u2581"  # how sentencepiece writes a space
+BYTE = re.compile("<0x..>")
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 Pair = tuple[int, int]
@@ -80,26 +82,52 @@ def extend_tokenizer(
         raise UserError(f"{pieces} new pieces are none: ask for 1 or more")
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     is_byte_level = TokenCodec(tokenizer).is_byte_level
-    _check_kind(description, is_byte_level=is_byte_level)
-    names = _names(description)
-    first = max(names) + 1
-    origins: dict[int, tuple[int, ...]] = {}
+    _check_kind(description["model"], is_byte_level=is_byte_level)
+    known = _Pieces(description)
     if not is_byte_level:
-        for character in _characters(tokenizer, names, new, pieces):
-            origins[first + len(origins)] = _byte_pieces(character, description)
-            _add(description, names, character)
-    table = _Table(description, names, is_byte_level=is_byte_level)
+        for character in _characters(tokenizer, known, new, pieces):
+            known.add(character, [known.ids[f"<0x{byte:02X}>"] for byte in character.encode()])
+    table = _Table(known, is_byte_level=is_byte_level)
     table.read(new, is_old=False)
     table.read(old, is_old=True)
-    refused = _learn(table, description, names, origins, pieces, old_share)
-    if not origins:
+    refused = _learn(table, known, pieces, old_share)
+    if not known.origins:
         raise UserError("the new text has no use for new pieces: no pair of tokens is frequent")
     extended = _with_backend(tokenizer, Tokenizer.from_str(json.dumps(description)))
-    return Extension(extended, first, tuple(origins.values()), refused)
+    return Extension(extended, known.first, tuple(known.origins), refused)
 
 
-def _check_kind(description: dict[str, Any], *, is_byte_level: bool) -> None:
-    model = description["model"]
+class _Pieces:
+    """A tokenizer's description and its pieces, to which new ones are added.
+
+    Attributes:
+        ids: of the pieces by name; a part of the description.
+        names: the other way round.
+        first: id of the first new piece.
+        origins: of every new piece the old ids that it is made of.
+    """
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        self.description = description
+        self.ids: dict[str, int] = description["model"]["vocab"]
+        # added tokens become entries, so that none is missing
+        for token in description["added_tokens"]:
+            self.ids.setdefault(token["content"], token["id"])
+        self.names = {i: name for name, i in self.ids.items()}
+        self.first = max(self.names) + 1
+        self.origins: list[tuple[int, ...]] = []
+
+    def add(self, name: str, parts: Sequence[int]) -> int:
+        """Add a piece that stands for these, old or new ones; returns its id."""
+        number = self.first + len(self.origins)
+        self.ids[name] = number
+        self.names[number] = name
+        old = ((i,) if i < self.first else self.origins[i - self.first] for i in parts)
+        self.origins.append(tuple(itertools.chain.from_iterable(old)))
+        return number
+
+
+def _check_kind(model: dict[str, Any], *, is_byte_level: bool) -> None:
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if model["type"] != "BPE" or affixes or not (is_byte_level or model.get("byte_fallback")):
         raise UserError(
@@ -108,26 +136,8 @@ def _check_kind(description: dict[str, Any], *, is_byte_level: bool) -> None:
         )
 
 
-def _names(description: dict[str, Any]) -> dict[int, str]:
-    """All pieces by id, in order; added tokens become entries, so that none is missing."""
-    vocabulary = description["model"]["vocab"]
-    for token in description["added_tokens"]:
-        vocabulary.setdefault(token["content"], token["id"])
-    return dict(sorted((i, name) for name, i in vocabulary.items()))
-
-
-def _add(description: dict[str, Any], names: dict[int, str], name: str) -> int:
-    place = next(reversed(names)) + 1
-    description["model"]["vocab"][name] = place
-    names[place] = name
-    return place
-
-
 def _characters(
-    tokenizer: "PreTrainedTokenizerFast",
-    names: dict[int, str],
-    new: Sequence[bytes],
-    most: int,
+    tokenizer: "PreTrainedTokenizerFast", known: _Pieces, new: Sequence[bytes], most: int
 ) -> list[str]:
     """The frequent characters that are no piece yet, by falling count."""
     counts: Counter[str] = Counter()
@@ -135,9 +145,8 @@ def _characters(
     for document in new:
         text = document.decode("utf-8", "ignore")
         counts.update(text if normalizer is None else normalizer.normalize_str(text))
-    known = set(names.values())
     # control characters stay bytes
-    missing = [one for one in counts if one not in known and one.isprintable()]
+    missing = [one for one in counts if one not in known.ids and one.isprintable()]
     left = (1 - CHARACTER_COVERAGE) * sum(counts.values())
     found = sorted(missing, key=lambda one: (-counts[one], one))
     while found and (counts[found[-1]] < LEAST_COUNT or counts[found[-1]] <= left):
@@ -145,50 +154,40 @@ def _characters(
     return found[:most]
 
 
-def _byte_pieces(character: str, description: dict[str, Any]) -> tuple[int, ...]:
-    vocabulary = description["model"]["vocab"]
-    return tuple(vocabulary[f"<0x{byte:02X}>"] for byte in character.encode())
-
-
 class _Table:
     """Runs of tokens that merges may join, with their counts in the new and the old text."""
 
-    def __init__(
-        self, description: dict[str, Any], names: dict[int, str], *, is_byte_level: bool
-    ) -> None:
-        self.backend: Any = Tokenizer.from_str(json.dumps(description))
+    def __init__(self, known: _Pieces, *, is_byte_level: bool) -> None:
+        self.backend: Any = Tokenizer.from_str(json.dumps(known.description))
         self.backend.no_padding()
         self.backend.no_truncation()
         self.backend.encode_special_tokens = True
-        self.names = names
+        self.names = known.names
         self.is_byte_level = is_byte_level
-        added = {token["id"] for token in description["added_tokens"]}
-        self.alone = added | {
-            i for name, i in description["model"]["vocab"].items() if _is_byte(name)
-        }
+        self.alone = {token["id"] for token in known.description["added_tokens"]}
+        self.alone.update(i for name, i in known.ids.items() if BYTE.fullmatch(name))
         self.counts: dict[tuple[int, ...], list[int]] = {}
         self.tokens = [0, 0]
 
     def read(self, documents: Sequence[bytes], *, is_old: bool) -> None:
         """Count the runs of documents; bytes that are not UTF-8 teach nothing."""
-        for texts in _groups(documents):
-            for encoding in self.backend.encode_batch(texts, add_special_tokens=False):
+        texts = (document.decode("utf-8", "ignore") for document in documents)
+        for group in grouped(texts, len, GROUP_CHARACTERS):
+            for encoding in self.backend.encode_batch(group, add_special_tokens=False):
                 self.tokens[is_old] += len(encoding.ids)
                 for run in self._runs(encoding.ids, encoding.word_ids):
                     self.counts.setdefault(run, [0, 0])[is_old] += 1
 
     def _runs(self, ids: list[int], words: list[int | None]) -> Iterator[tuple[int, ...]]:
-        run: list[int] = []
-        last = None
-        for token, word in zip(ids, words, strict=True):
-            if run and (word != last or not self._joins(run[-1], token)):
-                if len(run) > 1:
-                    yield tuple(run)
-                run = []
-            run.append(token)
-            last = word
-        if len(run) > 1:
-            yield tuple(run)
+        """Neighbours of one word that may be joined, two or more."""
+        borders = [
+            place
+            for place in range(1, len(ids))
+            if words[place] != words[place - 1] or not self._joins(ids[place - 1], ids[place])
+        ]
+        for start, end in itertools.pairwise([0, *borders, len(ids)]):
+            if end - start > 1:
+                yield tuple(ids[start:end])
 
     def _joins(self, left: int, right: int) -> bool:
         """Whether two neighbours may become one piece.
@@ -206,10 +205,6 @@ class _Table:
         return end == begin and end != "0"
 
 
-def _is_byte(name: str) -> bool:
-    return len(name) == 6 and name.startswith("<0x") and name.endswith(">")
-
-
 def _kind(character: str) -> str:
     """A space, a digit, a letter (with what combines with one) or another mark."""
     if character == SPACE:
@@ -219,49 +214,23 @@ def _kind(character: str) -> str:
     return "a" if character.isalpha() or unicodedata.category(character)[0] == "M" else "."
 
 
-def _groups(documents: Sequence[bytes]) -> Iterator[list[str]]:
-    """Texts, a bounded number of characters at a time."""
-    group: list[str] = []
-    held = 0
-    for document in documents:
-        group.append(document.decode("utf-8", "ignore"))
-        held += len(group[-1])
-        if held >= GROUP_CHARACTERS:
-            yield group
-            group, held = [], 0
-    if group:
-        yield group
-
-
-def _learn(
-    table: _Table,
-    description: dict[str, Any],
-    names: dict[int, str],
-    origins: dict[int, tuple[int, ...]],
-    pieces: int,
-    old_share: float,
-) -> int:
+def _learn(table: _Table, known: _Pieces, pieces: int, old_share: float) -> int:
     """Adds pieces and merges until there are `pieces` new ones; returns how many were refused."""
     pairs = _Pairs(table)
     new_tokens, old_tokens = (max(1, tokens) for tokens in table.tokens)
-    known = description["model"]["vocab"]
     refused = 0
-    while len(origins) < pieces:
-        pair = pairs.pop()
-        if pair is None:
-            break
-        name = names[pair[0]] + names[pair[1]]
+    while len(known.origins) < pieces and (pair := pairs.pop()) is not None:
+        parts = [known.names[one] for one in pair]
+        name = "".join(parts)
         new_count, old_count = pairs.counts[pair]
         # a piece that other merges already lead to would set those off again
-        if name in known:
+        if name in known.ids:
             continue
         if old_count / old_tokens > old_share * new_count / new_tokens:
             refused += 1
             continue
-        description["model"]["merges"].append([names[one] for one in pair])
-        place = _add(description, names, name)
-        origins[place] = sum((origins.get(one, (one,)) for one in pair), ())
-        pairs.join(pair, place)
+        known.description["model"]["merges"].append(parts)
+        pairs.join(pair, known.add(name, pair))
     return refused
 
 

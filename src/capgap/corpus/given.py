@@ -1,41 +1,40 @@
-"""Which prepared corpora a stage reads, by their folders and weights. Light: no numpy."""
+"""Which prepared corpora a stage reads: folders, each with a weight or none. Light: no numpy."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, PlainSerializer
 
 from capgap.errors import UserError
 
 
-@dataclass(frozen=True)
-class Weighted:
+class Weighted(NamedTuple):
     """A prepared corpus by its folder, and its weight among others; None: all weigh the same."""
 
     folder: Path
     weight: float | None = None
 
+    def __str__(self) -> str:
+        """As it is typed."""
+        return str(self.folder) + ("" if self.weight is None else f"={self.weight:g}")
 
-Given: TypeAlias = Path | tuple[Weighted, ...]
 
-
-def parse_mixture(texts: Sequence[str]) -> Given:
-    """What `--corpus FOLDER=WEIGHT` says, given once or several times; one alone is its folder.
+def parse_mixture(texts: Sequence[str]) -> tuple[Weighted, ...]:
+    """What `--corpus FOLDER=WEIGHT` says, given once or several times.
 
     UserError: a weight that is no number above 0, some with a weight and some without, one twice.
     """
     given = tuple(_parse(text) for text in texts)
-    if len({one.weight is None for one in given}) > 1:
-        without = next(one.folder for one in given if one.weight is None)
-        raise UserError(f"{without} has no weight: give every corpus one, or none")
-    folders = [one.folder for one in given]
+    without = [folder for folder, weight in given if weight is None]
+    if without and len(without) < len(given):
+        raise UserError(f"{without[0]} has no weight: give every corpus one, or none")
+    folders = [folder for folder, _ in given]
     for folder in folders:
         if folders.count(folder) > 1:
             raise UserError(f"{folder} is named twice: give it once, with its whole weight")
-    return given[0].folder if len(given) == 1 else given
+    return given
 
 
 def _parse(text: str) -> Weighted:
@@ -52,20 +51,20 @@ def _parse(text: str) -> Weighted:
     return Weighted(Path(folder), number)
 
 
-def unweighted(folders: Sequence[str]) -> Given:
-    """The same where weights have no part: the signal of a teacher is kept of every window."""
-    return parse_mixture([f"{folder}=1" for folder in folders])
-
-
-def _text(given: Any) -> Any:
-    """As it was typed, texts, or as it is."""
-    if not isinstance(given, (list, tuple)) or not all(isinstance(one, str) for one in given):
+def _parsed(given: Any) -> Any:
+    """One text or folder, or several, as pairs; anything else as it is."""
+    texts = [given] if isinstance(given, str | Path) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(one, str | Path) for one in texts):
         return given
     try:
-        return parse_mixture(given) if given else None
+        return parse_mixture([str(one) for one in texts]) or None
     except UserError as error:
         raise ValueError(str(error)) from None
 
 
-# one prepared corpus, or several by weight
-Text = Annotated[Given, BeforeValidator(_text)]
+# The type of a stage's field: one prepared corpus, or several by weight
+Given = Annotated[
+    tuple[Weighted, ...],
+    BeforeValidator(_parsed),
+    PlainSerializer(lambda given: None if given is None else [str(one) for one in given]),
+]

@@ -4,8 +4,8 @@ Corpora, held-out text, scores, caches, measuring, sampling and benchmarks all a
 that a model reads what it read while its makers trained it.
 """
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,10 +90,6 @@ class Marks:
     def document(self, ids: NDArray[np.int64], *, whole: bool) -> NDArray[np.int64]:
         """A text's ids between its marks; without the end where the text goes on."""
         return np.r_[self.begin, ids, [self.end] * whole].astype(np.int64)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the manifest; `Marks(**found)` reads it."""
-        return asdict(self)
 
 
 def first_token(tokenizer: "PreTrainedTokenizerFast") -> int | None:

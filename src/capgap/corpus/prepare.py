@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from capgap.corpus.sources import DEFAULT_SEPARATOR, open_source
 from capgap.corpus.split import HELDOUT_FRACTION
 from capgap.corpus.tokenizer import check_vocabulary, load_tokenizer, tokenizer_hash
-from capgap.corpus.tokens import MANIFEST, Corpus, damage, load_corpus, read_manifest
+from capgap.corpus.tokens import SCHEMA, Corpus, damage, load_corpus, read_manifest
 from capgap.corpus.write import Options, Progress, write_corpus
 from capgap.errors import UserError, is_disk_full
 from capgap.scrub import scrub
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_VOCABULARY = 2048
+NEW = "it is new"
+SOURCES = ("source", "heldout_source")
 
 
 def prepare_corpus(
@@ -43,6 +45,7 @@ def prepare_corpus(
     max_train_tokens: int | None = None,
     begin_windows: bool = False,
     expected_hash: str | None = None,
+    replace: bool = False,
     progress: Progress | None = None,
 ) -> Corpus:
     """Turn text into tokens for training and evaluation, or reuse what lies there unchanged.
@@ -53,7 +56,8 @@ def prepare_corpus(
 
     Args:
         source: what `open_source` takes.
-        directory: the folder to make; an existing corpus in it is replaced if it does not fit.
+        directory: the folder to make. A corpus in it is made anew, and a warning says so, where
+            its source's files changed, it is damaged, or another version made it.
         vocabulary: tokens of the tokenizer trained on the training part; not used with `tokenizer`.
         tokenizer: one to use instead, such as a teacher's: itself, its folder or its hub name.
         text_column: the column with the text, for JSON lines, parquet and datasets.
@@ -70,13 +74,19 @@ def prepare_corpus(
             before a text; without such a token it changes nothing.
         expected_hash: the `corpus_hash` it must have; text that gives another is refused, and
             the corpus that lies there stays.
+        replace: whether the corpus of another request gives way too.
         progress: called with ("read" | "tokenize", bytes done, bytes in all or None).
 
     Raises:
         UserError: unreadable, empty or too small source; impossible options; no disk space; a
-            folder that holds something else; not the expected text.
+            folder of something else or of another request; not the expected text.
     """
-    _check(heldout_fraction, heldout_tokens, max_bytes, max_train_tokens)
+    _check(
+        heldout_fraction,
+        heldout_tokens=heldout_tokens,
+        max_bytes=max_bytes,
+        max_train_tokens=max_train_tokens,
+    )
     if tokenizer is None:
         check_vocabulary(vocabulary)
     opened = open_source(source, text_column=text_column, separator=separator)
@@ -101,11 +111,15 @@ def prepare_corpus(
     }
     directory = Path(directory).expanduser().absolute()
     with _only_process(directory.parent):
-        reason = _why_prepare(directory, request)
+        # as the manifest holds it: tuples are lists there
+        reason = _why_prepare(directory, json.loads(json.dumps(scrub(request))), replace=replace)
         if reason is not None:
-            logger.info("preparing the corpus in %s: %s", directory, reason)
+            if reason == NEW:
+                logger.info("preparing the corpus in %s: %s", directory, reason)
+            else:
+                logger.warning("making the corpus in %s anew: %s", directory, reason)
             with _replaced(directory) as partial:
-                write_corpus(
+                made = write_corpus(
                     partial,
                     opened,
                     heldout,
@@ -113,83 +127,87 @@ def prepare_corpus(
                     tokenizer=tokenizer,
                     request=request,
                     window=window,
-                    progress=progress or _no_progress,
+                    progress=progress or (lambda stage, done, total: None),
                 )
-                _check_expected(partial, expected_hash, f"{source}: {reason}")
+                if expected_hash not in (None, made):
+                    raise UserError(
+                        f"the corpus is not the one that was used before ({source}: {reason}; its "
+                        f"hash was {expected_hash[:12]}, now {made[:12]}): bring the text back, or "
+                        "choose another output folder"
+                    )
     return load_corpus(directory, window=window)
 
 
-def _check_expected(partial: Path, expected_hash: str | None, what: str) -> None:
-    manifest = read_manifest(partial)
-    assert manifest is not None
-    found = manifest["corpus_hash"]
-    if expected_hash is not None and found != expected_hash:
-        raise UserError(
-            f"the corpus is not the one that was used before ({what}; its hash was "
-            f"{expected_hash[:12]}, now {found[:12]}): bring the text back, or choose another "
-            "output folder"
-        )
-
-
-def _no_progress(stage: str, done: int, total: int | None) -> None:
-    """Tells nobody."""
-
-
-def _check(
-    heldout_fraction: float,
-    heldout_tokens: int,
-    max_bytes: int | None,
-    max_train_tokens: int | None,
-) -> None:
+def _check(heldout_fraction: float, **limits: int | None) -> None:
     if not 0 < heldout_fraction < 1:
         raise UserError(f"heldout_fraction {heldout_fraction} must lie between 0 and 1")
-    limits = {
-        "heldout_tokens": heldout_tokens,
-        "max_bytes": max_bytes,
-        "max_train_tokens": max_train_tokens,
-    }
     for name, limit in limits.items():
         if limit is not None and limit < 1:
             raise UserError(f"{name} {limit} must be 1 or more")
 
 
-def _why_prepare(directory: Path, request: dict[str, Any]) -> str | None:
-    """Why what lies in the folder cannot be used as it is, in words; None if it can."""
+def _why_prepare(directory: Path, asked: dict[str, Any], *, replace: bool) -> str | None:
+    """Why the folder has to be filled (anew), in words; None if what lies there is as asked.
+
+    UserError: it holds something else, or the corpus of another request without `replace`.
+    """
     if not directory.exists():
-        return "it is new"
+        return NEW
     manifest = read_manifest(directory)
     if manifest is None:
-        if not directory.is_dir() or (any(directory.iterdir()) and not _is_corpus(directory)):
+        if not directory.is_dir() or any(directory.iterdir()):
             raise UserError(f"{directory} exists and is no corpus: name another folder for it")
+        return NEW
+    if manifest.get("schema") != SCHEMA:
         return "it was made by another version"
-    # As the manifest holds it: tuples are lists there.
-    asked, had = json.loads(json.dumps(scrub(request))), manifest["request"]
-    for name, value in asked["options"].items():
-        if had["options"].get(name) != value:
-            return f"{name} is {value}, was {had['options'].get(name)}"
-    for role in ("source", "heldout_source"):
-        if asked[role] != had[role]:
-            return _what_changed(role, asked[role], had[role])
-    problem = damage(directory, manifest)
+    had = manifest["request"]
+    difference = _other_request(asked, had)
+    if difference is not None and not replace:
+        raise UserError(
+            f"{directory} holds another corpus ({difference}): choose another output folder, or "
+            "delete this one"
+        )
+    difference = difference or _changed_files(asked, had)
+    if difference is not None:
+        return difference
+    problem = damage(directory, manifest, contents=True)
     return None if problem is None else f"it is damaged: {problem}"
 
 
-def _is_corpus(directory: Path) -> bool:
-    return (directory / MANIFEST).is_file()
+def _other_request(asked: dict[str, Any], had: dict[str, Any]) -> str | None:
+    """The first thing that was asked for otherwise, whatever the text itself holds; or None."""
+    if asked["options"]["tokenizer_hash"] != had["options"]["tokenizer_hash"]:
+        return "its tokenizer is another"
+    for name, value in asked["options"].items():
+        if had["options"].get(name) != value:
+            return f"{name} is {value}, was {had['options'].get(name)}"
+    for role in SOURCES:
+        now, before = _named(asked[role]), _named(had[role])
+        for name in ("name", "text_column", "separator"):
+            if now.get(name) != before.get(name):
+                label = role if name == "name" else f"{role}'s {name}"
+                return (
+                    f"the {label.replace('_', ' ')} is {now.get(name)!r}, was {before.get(name)!r}"
+                )
+    return None
 
 
-def _what_changed(role: str, asked: dict[str, Any] | None, had: dict[str, Any] | None) -> str:
-    label = role.replace("_", " ")
-    if asked is None or had is None or asked["name"] != had["name"]:
-        return f"the {label} is another"
-    for name in ("text_column", "separator"):
-        if asked[name] != had[name]:
-            return f"the {label}'s {name} is {asked[name]!r}, was {had[name]!r}"
-    before = {path: rest for path, *rest in had["files"]}
-    now = {path: rest for path, *rest in asked["files"]}
-    changed = sorted(path for path in before | now if before.get(path) != now.get(path))
-    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    return f"the {label} changed: {changed[0]}{more}" if changed else f"the {label} is another"
+def _named(source: dict[str, Any] | None) -> dict[str, Any]:
+    """How a source was asked for, its path in one spelling; nothing where there is none."""
+    return {} if source is None else source | {"name": os.path.normpath(source["name"])}
+
+
+def _changed_files(asked: dict[str, Any], had: dict[str, Any]) -> str | None:
+    for role in SOURCES:
+        now, before = (
+            {path: rest for path, *rest in request[role]["files"]} if request[role] else {}
+            for request in (asked, had)
+        )
+        changed = sorted(path for path in before | now if before.get(path) != now.get(path))
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            return f"the {role.replace('_', ' ')} changed: {changed[0]}{more}"
+    return None
 
 
 @contextmanager

@@ -10,8 +10,9 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal
 
 from capgap.errors import UserError, first_line
 
@@ -50,15 +51,9 @@ _CLAIMS = {
 _OTHER = {b"%PDF": "PDF", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"PK\5\6": "zip"}
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _UTF_8_MARK = b"\xef\xbb\xbf"
-
-
 _BROKEN = (
-    OSError,
-    EOFError,
-    lzma.LZMAError,
-    zlib.error,
-    tarfile.TarError,
-    zipfile.BadZipFile,
+    *(OSError, EOFError, UnicodeDecodeError),
+    *(lzma.LZMAError, zlib.error, tarfile.TarError, zipfile.BadZipFile),
 )
 
 
@@ -78,18 +73,14 @@ def read_documents(path: Path, *, text_column: str, separator: str) -> Iterator[
         UserError: the file cannot be read, is broken, holds no text, or lacks the column (names
             those it has).
     """
-    with _told(path), path.open("rb") as raw:
+    with named(path), path.open("rb") as raw:
         kind, stream, name = _looked_at(raw, path.name)
-        if kind == "parquet":
-            # the library reads it in pieces, from its end
-            yield from _read_table(str(path), path, kind, text_column)
-        else:
-            yield from _read(str(path), kind, name, stream, text_column, separator)
+        yield from _read(str(path), kind, name, stream, text_column, separator)
 
 
 def kind_of(path: Path) -> Kind:
     """What the bytes of a file are; NoText where they are no text."""
-    with _told(path), path.open("rb") as raw:
+    with named(path), path.open("rb") as raw:
         return _looked_at(raw, path.name)[0]
 
 
@@ -102,21 +93,16 @@ def has_rows(path: Path, text_column: str) -> bool:
     return True
 
 
-class _told:
+@contextmanager
+def named(where: object) -> Iterator[None]:
     """Whatever a reader of bytes raises names the file."""
-
-    def __init__(self, where: object) -> None:
-        self.where = where
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, _BROKEN) or type(error).__module__.startswith("pyarrow"):
-            reason = getattr(error, "strerror", None) or first_line(cast(Exception, error))
-            raise UserError(
-                f"cannot read {self.where}: {reason}; is it whole and readable?"
-            ) from error
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, _BROKEN) and not type(error).__module__.startswith("pyarrow"):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot read {where}: {reason}; is it whole and readable?") from error
 
 
 def _looked_at(raw: IO[bytes], name: str) -> tuple[Kind, io.BufferedReader, str]:
@@ -147,16 +133,13 @@ def _buffered(stream: Any) -> io.BufferedReader:
 
 
 def _decompressed(stream: IO[bytes], how: str) -> io.BufferedReader:
-    if how == "gzip":
-        return _buffered(gzip.open(stream, "rb"))
-    if how == "xz":
-        return _buffered(lzma.open(stream, "rb"))
-    if how == "bzip2":
-        return _buffered(bz2.open(stream, "rb"))
-    import pyarrow
+    if how == "zstandard":
+        import pyarrow
 
-    # Reads all frames and notices a truncated one; the zstandard package does neither unasked.
-    return _buffered(pyarrow.input_stream(stream, compression="zstd"))
+        # Reads all frames and notices a truncated one; the zstandard package does neither unasked.
+        return _buffered(pyarrow.input_stream(stream, compression="zstd"))
+    opened: dict[str, Any] = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open}
+    return _buffered(opened[how](stream))
 
 
 def _kind(name: str, head: bytes) -> Kind:
@@ -194,7 +177,12 @@ def _is_object(head: bytes) -> bool:
 
 
 def _read(
-    where: str, kind: Kind, name: str, stream: IO[bytes], text_column: str, separator: str
+    where: str,
+    kind: Kind,
+    name: str,
+    stream: io.BufferedReader,
+    text_column: str,
+    separator: str,
 ) -> Iterator[bytes]:
     """Documents of a stream of that kind."""
     if kind == "document":
@@ -204,13 +192,13 @@ def _read(
     elif kind == "json":
         yield from _read_json(where, stream, text_column, is_lines=not name.endswith(".json"))
     elif kind in ("parquet", "arrow"):
-        yield from _read_table(where, io.BytesIO(stream.read()), kind, text_column)
+        yield from _read_table(where, kind, stream, text_column)
     else:
         yield from _read_archive(where, kind, stream, text_column, separator)
 
 
 def _read_archive(
-    where: str, kind: Kind, stream: IO[bytes], text_column: str, separator: str
+    where: str, kind: Kind, stream: io.BufferedReader, text_column: str, separator: str
 ) -> Iterator[bytes]:
     """Documents of the files in it, by their names; what is hidden or holds no text is left out."""
     members = _tar_members(stream) if kind == "tar" else _zip_members(stream)
@@ -219,7 +207,7 @@ def _read_archive(
         if any(part.startswith((".", "__MACOSX")) for part in parts):
             continue
         inside = f"{where}, {name}"
-        with _told(inside):
+        with named(inside):
             try:
                 one, opened, lower = _looked_at(content, parts[-1])
             except NoText:
@@ -235,41 +223,43 @@ def _tar_members(stream: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
                 yield member.name, content
 
 
-def _zip_members(stream: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
-    whole = stream if stream.seekable() else io.BytesIO(stream.read())
-    with zipfile.ZipFile(whole) as archive:
+def _zip_members(stream: io.BufferedReader) -> Iterator[tuple[str, IO[bytes]]]:
+    with zipfile.ZipFile(_in_any_order(stream)) as archive:
         for member in sorted(archive.infolist(), key=lambda one: one.filename):
             if not member.is_dir():
                 with archive.open(member) as content:
                     yield member.filename, content
 
 
-def text_of_row(row_text: object, *, where: str, text_column: str) -> bytes | None:
-    """The bytes of one row's text, or None for a null.
+def text_of_row(where: str, row: Any, text_column: str) -> Iterator[bytes]:
+    """The bytes of one row's text, or nothing for a null.
 
     Raises:
-        UserError: the value is no text.
+        UserError: no such column (names those that are there), or the value is no text.
     """
-    if row_text is None:
-        return None
-    if not isinstance(row_text, str):
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is no JSON object but {type(row).__name__}")
+    _check_column(where, text_column, row)
+    text = row[text_column]
+    if text is None:
+        return
+    if not isinstance(text, str):
         raise UserError(
-            f"{where}: column {text_column!r} holds {type(row_text).__name__}, not text; name the "
+            f"{where}: column {text_column!r} holds {type(text).__name__}, not text; name the "
             "column that holds text"
         )
     try:
         # Bytes that were invalid in the file come back as they were.
-        return row_text.encode("utf-8", "surrogateescape")
+        yield text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         # JSON can spell half of a surrogate pair; its bytes are kept and count as invalid.
-        return row_text.encode("utf-8", "surrogatepass")
+        yield text.encode("utf-8", "surrogatepass")
 
 
-def missing_column(where: str, text_column: str, columns: list[str]) -> UserError:
-    """The error for a column that is not there; names those that are."""
-    return UserError(
-        f"{where} has no column {text_column!r}; it has {', '.join(map(repr, columns)) or 'none'}"
-    )
+def _check_column(where: str, text_column: str, columns: Iterable[str]) -> None:
+    if text_column not in columns:
+        names = ", ".join(map(repr, columns)) or "none"
+        raise UserError(f"{where} has no column {text_column!r}; it has {names}")
 
 
 def _without_mark(data: bytes) -> bytes:
@@ -327,92 +317,62 @@ def _read_json(
     if not is_lines:
         following = stream.readline()
         try:
-            row = _json(line)
-            is_lines = isinstance(row, dict) and (bool(following.strip()) or text_column in row)
-        except ValueError:
-            pass
-        if not is_lines:
+            row = _json(where, line)
+        except UserError:
+            row = None
+        if not isinstance(row, dict) or not (following.strip() or text_column in row):
             yield from _read_whole_json(where, line + following + stream.read(), text_column)
             return
         lines = [line, following]
     for number, one in enumerate(itertools.chain(lines, stream), start=1):
         if one.strip():
             place = f"{where}, line {number}"
-            try:
-                row = _json(one)
-            except ValueError as error:
-                raise UserError(f"{place} is not JSON: {_reason(error)}") from error
-            yield from _row(place, row, text_column)
+            yield from text_of_row(place, _json(place, one), text_column)
 
 
 def _read_whole_json(where: str, data: bytes, text_column: str) -> Iterator[bytes]:
-    try:
-        found = _json(data)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {_reason(error)}") from error
+    found = _json(where, data)
     if isinstance(found, dict) and text_column not in found:
         lists = [value for value in found.values() if isinstance(value, list)]
         found = lists[0] if len(lists) == 1 else found
     for number, row in enumerate(found if isinstance(found, list) else [found], start=1):
-        yield from _row(f"{where}, entry {number}", row, text_column)
+        yield from text_of_row(f"{where}, entry {number}", row, text_column)
 
 
-def _json(data: bytes) -> Any:
-    """ValueError too for nesting that Python's reader cannot follow."""
+def _json(where: str, data: bytes) -> Any:
+    """UserError where it is none, or nested so deep that Python's reader cannot follow."""
     try:
         return json.loads(data.decode("utf-8", "surrogateescape"))
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        reason = "it is nested too deep"
+    except ValueError as error:
+        reason = getattr(error, "msg", None) or first_line(error)
+    raise UserError(f"{where} is not JSON: {reason}")
 
 
-def _reason(error: ValueError) -> str:
-    return getattr(error, "msg", None) or first_line(error)
-
-
-def _row(where: str, row: Any, text_column: str) -> Iterator[bytes]:
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is no JSON object but {type(row).__name__}")
-    if text_column not in row:
-        raise missing_column(where, text_column, list(row))
-    text = text_of_row(row[text_column], where=where, text_column=text_column)
-    if text is not None:
-        yield text
+def _in_any_order(stream: io.BufferedReader) -> IO[bytes]:
+    """For libraries that begin at the end: a file as it is, anything else held in memory."""
+    return stream if isinstance(stream.raw, io.FileIO) else io.BytesIO(stream.read())
 
 
 def _read_table(
-    where: str, source: Path | IO[bytes], kind: Kind, text_column: str
+    where: str, kind: Kind, stream: io.BufferedReader, text_column: str
 ) -> Iterator[bytes]:
-    import pyarrow
-
-    try:
-        for batch in _batches(where, source, kind, text_column):
-            for value in batch.column(text_column).to_pylist():
-                text = text_of_row(value, where=where, text_column=text_column)
-                if text is not None:
-                    yield text
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {where} as {kind}: {first_line(error)}") from error
-
-
-def _batches(where: str, source: Path | IO[bytes], kind: Kind, text_column: str) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
-    def check(names: list[str]) -> None:
-        if text_column not in names:
-            raise missing_column(where, text_column, names)
-
     if kind == "parquet":
-        with pyarrow.parquet.ParquetFile(source) as table:
-            check(table.schema_arrow.names)
-            yield from table.iter_batches(batch_size=256, columns=[text_column])
-        return
-    data = source.read_bytes() if isinstance(source, Path) else source.read()
-    if data.startswith(b"ARROW1"):
-        reader = pyarrow.ipc.open_file(data)
-        check(reader.schema.names)
-        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-        return
-    with pyarrow.ipc.open_stream(data) as reader:
-        check(reader.schema.names)
-        yield from reader
+        table = pyarrow.parquet.ParquetFile(_in_any_order(stream))
+        names = table.schema_arrow.names
+        batches = table.iter_batches(batch_size=256, columns=[text_column])
+    elif stream.peek().startswith(b"ARROW1"):
+        table = pyarrow.ipc.open_file(stream.read())
+        names = table.schema.names
+        batches = map(table.get_batch, range(table.num_record_batches))
+    else:
+        batches = pyarrow.ipc.open_stream(stream)
+        names = batches.schema.names
+    _check_column(where, text_column, names)
+    for batch in batches:
+        for value in batch.column(text_column).to_pylist():
+            yield from text_of_row(where, {text_column: value}, text_column)

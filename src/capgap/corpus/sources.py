@@ -18,7 +18,7 @@ from capgap.corpus.readers import (
     NoText,
     has_rows,
     kind_of,
-    missing_column,
+    named,
     read_documents,
     text_of_row,
 )
@@ -155,23 +155,22 @@ def open_source(
 
 def _standard_library_files() -> tuple[Path, tuple[Path, ...]]:
     root = Path(sysconfig.get_path("stdlib"))
-    if not (root / "os.py").is_file():
-        raise UserError(
-            f"corpus 'stdlib': this Python has no standard library as files in {root}; name a text "
-            "file or folder instead"
-        )
+    _check_python(STANDARD_LIBRARY, root / "os.py", f"standard library as files in {root}")
     found = _walk(root, Counter(), skip=("site-packages", "dist-packages"))
     return root, tuple(path for path in found if path.suffix == ".py")
 
 
 def _topics_file() -> Path:
     path = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
+    _check_python(PYTHON_DOCUMENTATION, path, f"documentation in {path}")
+    return path
+
+
+def _check_python(source: str, path: Path, what: str) -> None:
     if not path.is_file():
         raise UserError(
-            f"corpus 'pydoc': this Python has no documentation in {path}; name a text file or "
-            "folder instead"
+            f"corpus {source!r}: this Python has no {what}; name a text file or folder instead"
         )
-    return path
 
 
 def _topics() -> Iterator[bytes]:
@@ -190,16 +189,8 @@ def _topics() -> Iterator[bytes]:
 
 # What stands beside data in a repository of it
 _PAPERS = (
-    "readme",
-    "license",
-    "licence",
-    "notice",
-    "changelog",
-    "contributing",
-    "citation",
-    "code_of_conduct",
-    "security",
-    "authors",
+    *("readme", "license", "licence", "notice", "changelog", "contributing", "citation"),
+    *("code_of_conduct", "security", "authors"),
 )
 # What the library datasets writes beside its tables
 _ABOUT = ("dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json")
@@ -292,18 +283,13 @@ def _walk(root: Path, left_out: "Counter[str]", *, skip: tuple[str, ...] = ()) -
 
 
 def _status(path: Path) -> os.stat_result:
-    try:
+    with named(path):
         return path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with named(path), path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _dataset_parts(source: str) -> tuple[str, str | None, str]:
@@ -331,9 +317,4 @@ def _read_dataset(source: str, text_column: str) -> Iterator[bytes]:
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"dataset {source!r}: {str(error).splitlines()[0]}") from error
     for row in rows:
-        if text_column not in row:
-            raise missing_column(f"dataset {source!r}", text_column, list(row))
-        where = f"dataset {source!r}"
-        text = text_of_row(row[text_column], where=where, text_column=text_column)
-        if text is not None:
-            yield text
+        yield from text_of_row(f"dataset {source!r}", row, text_column)

@@ -2,7 +2,7 @@
 
 import hashlib
 import heapq
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from capgap.corpus.sources import Source
@@ -11,11 +11,8 @@ DIGEST_BYTES = 16
 DIGESTS = 1 << (8 * DIGEST_BYTES)
 MIN_HELDOUT_DOCUMENTS = 8
 HELDOUT_FRACTION = 0.02
-
-
-def digest_of(document: bytes) -> int:
-    """The document's identity, uniform in 0 .. DIGESTS - 1."""
-    return int.from_bytes(hashlib.blake2b(document, digest_size=DIGEST_BYTES).digest())
+# Text that a pass over a source holds in memory
+SAMPLE_BYTES = 64_000_000
 
 
 @dataclass
@@ -28,14 +25,16 @@ class Reading:
     content: "hashlib._Hash" = field(default_factory=hashlib.sha256)
 
     def unique(self, source: Source, *, max_bytes: int | None) -> Iterator[tuple[int, bytes]]:
-        """Yield digest and text of every document that has not come before.
+        """Yield digest and text of every document that has not come before. The digest is the
+        document's identity, uniform in 0 .. DIGESTS - 1.
 
         Stops before the document that would make them more than `max_bytes`, but not before the
         first. Only the digests are held in memory.
         """
         seen: set[int] = set()
         for document in source.documents():
-            digest = digest_of(document)
+            hashed = hashlib.blake2b(document, digest_size=DIGEST_BYTES)
+            digest = int.from_bytes(hashed.digest())
             if digest in seen:
                 self.documents += 1
                 self.duplicates += 1
@@ -101,3 +100,62 @@ def split_for(fraction: float, digests: Collection[int]) -> Split:
     num_least = max(1, min(MIN_HELDOUT_DOCUMENTS, len(digests) // 10))
     least = heapq.nsmallest(num_least, digests)[-1] + 1
     return Split(min(max(int(fraction * DIGESTS), least), max(digests)))
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a first pass over a source leaves behind.
+
+    Attributes:
+        reading: what was met, with the hash of all digests.
+        digests: of all documents.
+        candidates: documents of the smallest digests; those to evaluate on are among them.
+        sample: documents of the smallest digests above the usual threshold.
+        largest: the document of the largest digest.
+    """
+
+    reading: Reading
+    digests: frozenset[int]
+    candidates: list[tuple[int, bytes]]
+    sample: list[tuple[int, bytes]]
+    largest: tuple[int, bytes]
+
+    def training_sample(self, split: Split) -> list[bytes]:
+        """Documents of the sample that belong to the training part; one at least."""
+        sample = [
+            document
+            for digest, document in self.sample
+            if not split.is_heldout(digest) and digest not in split.excluded
+        ]
+        return sample or [self.largest[1]]
+
+
+def scan(
+    source: Source,
+    *,
+    max_bytes: int | None,
+    fraction: float = HELDOUT_FRACTION,
+    candidate_bytes: int = SAMPLE_BYTES,
+    sample_bytes: int = SAMPLE_BYTES,
+    on_document: Callable[[int], None] = lambda num_bytes: None,
+) -> Scan:
+    """Read a source, up to `max_bytes` of it; `on_document` is told the bytes so far.
+
+    Args:
+        fraction: the share that is held out, from which the usual threshold follows.
+        candidate_bytes: how much text of candidates is kept.
+        sample_bytes: how much text of the sample is kept.
+    """
+    candidates = SmallestDigests(max_bytes=candidate_bytes)
+    sample = SmallestDigests(max_bytes=sample_bytes)
+    reading = Reading()
+    digests = set()
+    largest = (-1, b"")
+    for digest, document in reading.unique(source, max_bytes=max_bytes):
+        digests.add(digest)
+        candidates.add(digest, document)
+        if digest >= int(fraction * DIGESTS):
+            sample.add(digest, document)
+        largest = max(largest, (digest, document))
+        on_document(reading.num_bytes)
+    return Scan(reading, frozenset(digests), candidates.documents(), sample.documents(), largest)

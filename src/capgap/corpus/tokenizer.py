@@ -8,9 +8,10 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ from capgap.errors import UserError, border
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Item = TypeVar("Item")
+
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte and the end of a document
 LARGEST_VOCABULARY = 1 << 20
@@ -34,7 +37,6 @@ GROUP_CHARACTERS = 1 << 22
 PIECE_END = re.compile(r"[^\W\d_](?=[ \n])")
 # What bytes that are not UTF-8 become under the error handler "surrogateescape".
 INVALID_BYTES = re.compile("[\udc80-\udcff]+")
-
 
 # What a token for pictures or sound is called
 _OTHER_MEDIA = re.compile("image|audio|video|vision")
@@ -72,28 +74,17 @@ class TokenCodec:
 
     def encode_many(self, documents: Sequence[bytes]) -> list[NDArray[np.int64]]:
         """Token ids of every document, each int64 [num_tokens]; runs on all cores."""
-        # Every document is a list of parts: a number into `texts`, or the ids of invalid bytes.
-        texts: list[str] = []
-        plans: list[list[int | list[int]]] = []
-        for document in documents:
-            plan: list[int | list[int]] = []
-            for part in self._parts(document):
-                if isinstance(part, bytes):
-                    plan.append([self._byte_ids[byte] for byte in part])
-                else:
-                    plan.append(len(texts))
-                    texts.append(part)
-            plans.append(plan)
+        parts = [list(self._parts(document)) for document in documents]
+        texts = [part for own in parts for part in own if isinstance(part, str)]
         encoded = self._encode_texts(texts)
-        return [
-            np.concatenate(
-                [
-                    np.empty(0, dtype=np.int64),
-                    *(encoded[p] if isinstance(p, int) else np.array(p) for p in plan),
-                ]
-            )
-            for plan in plans
-        ]
+
+        def ids(part: str | bytes) -> NDArray[np.int64]:
+            if isinstance(part, str):
+                return next(encoded)
+            return np.array([self._byte_ids[byte] for byte in part], dtype=np.int64)
+
+        none = np.empty(0, dtype=np.int64)
+        return [np.concatenate([none, *map(ids, own)]) for own in parts]
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """The bytes that the token ids stand for; special tokens stand for none."""
@@ -101,17 +92,6 @@ class TokenCodec:
             return b"".join(self._token_bytes[int(i)] for i in ids)
         text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
         return text.encode()
-
-    def byte_lengths(self) -> NDArray[np.int64]:
-        """Bytes that every token stands for, int64 [vocabulary]; 0 for special tokens.
-
-        Raises:
-            UserError: the tokenizer is not byte-level, so its tokens have no fixed bytes.
-        """
-        if not self.is_byte_level:
-            raise UserError("the tokenizer is not byte-level: its tokens have no fixed bytes")
-        size = max(self._token_bytes) + 1
-        return np.array([len(self._token_bytes.get(i, b"")) for i in range(size)], dtype=np.int64)
 
     def _parts(self, document: bytes) -> Iterator[str | bytes]:
         """Pieces of text, and the runs of invalid bytes between them."""
@@ -126,19 +106,11 @@ class TokenCodec:
             start = found.end()
         yield from self._pieces(text[start:])
 
-    def _encode_texts(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        encoded: list[NDArray[np.int64]] = []
-        start = 0
-        while start < len(texts):
-            # The library's own results take some 100 bytes a token, so few are held at a time.
-            end, characters = start, 0
-            while end < len(texts) and (end == start or characters < GROUP_CHARACTERS):
-                characters += len(texts[end])
-                end += 1
-            group = self._backend.encode_batch_fast(texts[start:end], add_special_tokens=False)
-            encoded += [np.array(encoding.ids, dtype=np.int64) for encoding in group]
-            start = end
-        return encoded
+    def _encode_texts(self, texts: Sequence[str]) -> Iterator[NDArray[np.int64]]:
+        # The library's own results take some 100 bytes a token, so few are held at a time.
+        for group in grouped(texts, len, GROUP_CHARACTERS):
+            for encoding in self._backend.encode_batch_fast(group, add_special_tokens=False):
+                yield np.array(encoding.ids, dtype=np.int64)
 
     def _pieces(self, text: str) -> Iterator[str]:
         start = 0
@@ -155,6 +127,20 @@ class TokenCodec:
             return False
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return b"".join(self._token_bytes.get(i, b"") for i in ids) == text.encode()
+
+
+def grouped(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """The items in a row, as few at a time as have `limit` in all."""
+    group: list[Item] = []
+    held = 0
+    for item in items:
+        group.append(item)
+        held += size(item)
+        if held >= limit:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
 
 
 def train_tokenizer(documents: Iterable[bytes], vocabulary: int) -> "PreTrainedTokenizerFast":
@@ -283,30 +269,8 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
     # puts first is among the marks.
     kept = {key: description[key] for key in ("model", "normalizer", "pre_tokenizer")}
     kept["added_tokens"] = [[t["id"], t["content"]] for t in description["added_tokens"]]
-    kept["marks"] = Marks.of(tokenizer).as_dict()
+    kept["marks"] = asdict(Marks.of(tokenizer))
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def encode_bytes(tokenizer: "PreTrainedTokenizerFast", data: bytes) -> list[int]:
-    """Token ids of one byte string; see `TokenCodec`, which is faster for many calls."""
-    return TokenCodec(tokenizer).encode(data).tolist()
-
-
-def encode_many(
-    tokenizer: "PreTrainedTokenizerFast", documents: Sequence[bytes]
-) -> list[NDArray[np.int64]]:
-    """Token ids of every document, each int64 [num_tokens]; see `TokenCodec`."""
-    return TokenCodec(tokenizer).encode_many(documents)
-
-
-def decode_bytes(tokenizer: "PreTrainedTokenizerFast", ids: Iterable[int]) -> bytes:
-    """The bytes that token ids stand for; special tokens stand for none."""
-    return TokenCodec(tokenizer).decode(ids)
-
-
-def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> NDArray[np.int64]:
-    """Bytes of every token of a byte-level tokenizer, int64 [vocabulary]; 0 for special tokens."""
-    return TokenCodec(tokenizer).byte_lengths()
 
 
 def check_text(text: str, what: str) -> None:
@@ -349,14 +313,10 @@ def _quote(token: str | None) -> str:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's printable character for every byte, turned round: character to byte.
+    """Byte for every character that a byte-level tokenizer writes it as."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    Bytes that print in Latin-1 stand for themselves, the others follow from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = {chr(byte): byte for byte in printable}
-    return characters | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def _token_bytes(backend: Any) -> dict[int, bytes]:
@@ -368,7 +328,7 @@ def _token_bytes(backend: Any) -> dict[int, bytes]:
         if i in added:
             # Added tokens are written as plain text, and only those that are not special are text.
             token_bytes[i] = b"" if added[i].special else token.encode()
-        elif all(character in characters for character in token):
+        elif characters.keys() >= set(token):
             token_bytes[i] = bytes(characters[character] for character in token)
     return token_bytes
 

@@ -4,14 +4,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from capgap.corpus.batches import batch_indices
 from capgap.corpus.marks import Marks
 from capgap.errors import UserError
 
@@ -23,6 +22,7 @@ HELDOUT = "heldout.bin"
 TOKENIZER = "tokenizer"
 SCHEMA = 2  # 1: documents began with the token that ends them, whatever the tokenizer
 SHARD_TOKENS = 1 << 26
+NOT_AS_WRITTEN = "does not hold what was written into it (its sha256 is another)"
 
 
 def token_dtype(vocabulary: int) -> np.dtype[Any]:
@@ -34,7 +34,7 @@ class ShardWriter:
     """Appends token ids to `PREFIX-00000.bin` and on, raw, each of SHARD_TOKENS but the last.
 
     Attributes:
-        shards: for every file its name, tokens and sha256, true after `close`.
+        shards: for every file its name, tokens and sha256.
         num_tokens: written so far.
     """
 
@@ -44,36 +44,32 @@ class ShardWriter:
         self._directory = directory
         self._prefix = prefix
         self._dtype = dtype
-        # The file is as good as written when its hash is known, so both go along together.
-        self._hash = hashlib.sha256()
         self._all = hashlib.sha256()
+        self._shard_hash = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of all tokens, however they are cut in files."""
+        return self._all.hexdigest()
 
     def append(self, ids: NDArray[np.int64]) -> None:
         """Write ids, int64 [num_tokens]; goes on in a new file when one is full."""
         while len(ids):
             place = self.num_tokens % SHARD_TOKENS
             if place == 0:
-                self._finish_shard()
-                self.shards.append({"name": f"{self._prefix}-{len(self.shards):05d}.bin"})
+                name = f"{self._prefix}-{len(self.shards):05d}.bin"
+                self.shards.append({"name": name, "tokens": 0})
+                self._shard_hash = hashlib.sha256()
             now, ids = ids[: SHARD_TOKENS - place], ids[SHARD_TOKENS - place :]
-            data = now.astype(self._dtype).tobytes()
-            with open(self._directory / self.shards[-1]["name"], "ab") as stream:
+            shard, data = self.shards[-1], now.astype(self._dtype).tobytes()
+            with open(self._directory / shard["name"], "ab") as stream:
                 stream.write(data)
-            self._hash.update(data)
+            # hashed as it is written, so nothing is read again
             self._all.update(data)
+            self._shard_hash.update(data)
+            shard["sha256"] = self._shard_hash.hexdigest()
+            shard["tokens"] += len(now)
             self.num_tokens += len(now)
-
-    def close(self) -> str:
-        """Finish the last file; returns the sha256 of all tokens, however they are cut in files."""
-        self._finish_shard()
-        return self._all.hexdigest()
-
-    def _finish_shard(self) -> None:
-        if self.shards:
-            done = (len(self.shards) - 1) * SHARD_TOKENS
-            tokens = self.num_tokens - done
-            self.shards[-1] |= {"tokens": tokens, "sha256": self._hash.hexdigest()}
-        self._hash = hashlib.sha256()
 
 
 class TokenWindows:
@@ -92,28 +88,28 @@ class TokenWindows:
     def __len__(self) -> int:
         return max(0, self.num_tokens - 1) // self._window
 
-    def window(self, index: int) -> NDArray[np.int64]:
-        """One window, int64 [window + 1]: input [:-1], target [1:]."""
-        return self.windows_at([index])[0]
-
     def windows_at(self, indices: ArrayLike) -> NDArray[np.int64]:
         """Windows by their number, int64 [num_indices, window + 1], as a model reads them.
 
         Raises:
             IndexError: a number below 0 or not below the number of windows.
         """
-        numbers = np.asarray(indices, dtype=np.int64)
-        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
-            raise IndexError(f"window {numbers.min()} to {numbers.max()} of {len(self)}")
+        numbers = checked_numbers(indices, len(self))
         places = numbers[:, None] * self._window + np.arange(self._window + 1)
-        if len(self._shards) == 1:
-            return self._marks.begun(self._shards[0][places].astype(np.int64))
         shard_of = np.searchsorted(self._starts, places, side="right") - 1
         tokens = np.empty(places.shape, dtype=np.int64)
         for shard in np.unique(shard_of):
             here = shard_of == shard
             tokens[here] = self._shards[shard][places[here] - self._starts[shard]]
         return self._marks.begun(tokens)
+
+
+def checked_numbers(indices: ArrayLike, count: int) -> NDArray[np.int64]:
+    """As int64 [num_indices]; IndexError: a number below 0 or not below `count`."""
+    numbers = np.asarray(indices, dtype=np.int64)
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < count:
+        raise IndexError(f"window {numbers.min()} to {numbers.max()} of {count}")
+    return numbers
 
 
 class HeldoutDocument(NamedTuple):
@@ -130,7 +126,8 @@ class HeldoutDocument(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus in its folder; token data is memory-mapped, not read.
+    """A prepared corpus in its folder. Training tokens are memory-mapped; every file is checked by
+    its hash before it is used first (UserError where it is damaged), once a process.
 
     Attributes:
         directory: where it lies.
@@ -152,7 +149,8 @@ class Corpus:
     @cached_property
     def train(self) -> TokenWindows:
         """The training part."""
-        paths = [self.directory / shard["name"] for shard in self.manifest["train"]["shards"]]
+        shards = self.manifest["train"]["shards"]
+        paths = [self._checked(shard["name"], shard["sha256"]) for shard in shards]
         return TokenWindows(paths, self._dtype, self.window, self.marks)
 
     @property
@@ -189,38 +187,14 @@ class Corpus:
         """Identity of the tokens of both parts, wherever they lie and came from."""
         return str(self.manifest["corpus_hash"])
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """As of a mixture of one source."""
-        return (self.directory.name or str(self.directory),)
-
-    @property
-    def sources(self) -> "tuple[Corpus, ...]":
-        """As of a mixture of one source."""
-        return (self,)
-
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """As of a mixture of one source."""
-        return (1.0,)
-
-    def batch(self, *, seed: int, step: int, batch_windows: int) -> NDArray[np.int64]:
-        """The windows of a step: see `capgap.corpus.batches.batch_indices`."""
-        return batch_indices(
-            seed=seed, step=step, batch_windows=batch_windows, num_windows=self.windows
-        )
-
     def epochs(self, tokens: int) -> float:
         """How often so many training tokens walk through the training part."""
         return tokens / (self.windows * self.window)
 
-    @property
-    def _dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.manifest["dtype"])
-
     def heldout_documents(self) -> list[HeldoutDocument]:
         """The documents for evaluation, never trained on, in a fixed order."""
-        tokens = np.fromfile(self.directory / HELDOUT, dtype=self._dtype).astype(np.int64)
+        path = self._checked(HELDOUT, self.manifest["heldout"]["sha256"])
+        tokens = np.fromfile(path, dtype=self._dtype).astype(np.int64)
         entries = self.manifest["heldout"]["evaluated"]
         # One more than the counted tokens each: the mark that begins it.
         ends = np.cumsum([entry["tokens"] + 1 for entry in entries])
@@ -229,6 +203,16 @@ class Corpus:
             HeldoutDocument(part, entry["bytes"])
             for part, entry in zip(parts, entries, strict=True)
         ]
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.manifest["dtype"])
+
+    def _checked(self, name: str, sha256: str) -> Path:
+        path = self.directory / name
+        if _sha256(path) != sha256:
+            raise _damaged(self.directory, f"{name} {NOT_AS_WRITTEN}")
+        return path
 
 
 def load_corpus(directory: Path | str, *, window: int) -> Corpus:
@@ -244,17 +228,19 @@ def load_corpus(directory: Path | str, *, window: int) -> Corpus:
     directory = Path(directory)
     manifest = read_manifest(directory)
     if manifest is None:
-        made = (directory / MANIFEST).is_file()
+        raise UserError(
+            f"{directory} holds no prepared corpus: make one with `capgap corpus SOURCE --out "
+            f"{directory} --tokenizer TEACHER`"
+        )
+    if manifest.get("schema") != SCHEMA:
         raise UserError(
             f"{directory} was prepared by a version whose documents did not begin as the model's "
             "own texts do: run `capgap corpus` again with this --out, and then whatever was made "
             "of it (caches, scores, sweeps)"
-            if made
-            else f"{directory} holds no prepared corpus (no {MANIFEST})"
         )
     problem = damage(directory, manifest)
     if problem is not None:
-        raise UserError(f"the corpus in {directory} is damaged: {problem}; prepare it again")
+        raise _damaged(directory, problem)
     corpus = Corpus(directory, manifest, window)
     if window < 1 or corpus.windows < 1:
         raise UserError(
@@ -265,30 +251,55 @@ def load_corpus(directory: Path | str, *, window: int) -> Corpus:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest of a folder, or None where there is none of this version."""
+    """The manifest of a corpus of any version, or None where there is none."""
     path = directory / MANIFEST
     if not path.is_file():
         return None
     try:
         manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return dict(manifest)
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {path} ({error}); delete the folder") from error
-    return manifest if manifest.get("schema") == SCHEMA else None
 
 
-def damage(directory: Path, manifest: dict[str, Any]) -> str | None:
-    """What is missing or of another size than the manifest says, or None."""
+def damage(directory: Path, manifest: dict[str, Any], *, contents: bool = False) -> str | None:
+    """The first file that is missing or of another size than the manifest says, in words, or None.
+    With `contents` every file is read, and one whose hash is another counts too."""
     itemsize = np.dtype(manifest["dtype"]).itemsize
-    sizes = {shard["name"]: shard["tokens"] * itemsize for shard in manifest["train"]["shards"]}
-    heldout_tokens = sum(entry["tokens"] + 1 for entry in manifest["heldout"]["evaluated"])
-    sizes[HELDOUT] = heldout_tokens * itemsize
-    for name, size in sizes.items():
-        path = directory / name
+    heldout = manifest["heldout"]
+    heldout_tokens = sum(entry["tokens"] + 1 for entry in heldout["evaluated"])
+    files = [(one["name"], one["tokens"], one["sha256"]) for one in manifest["train"]["shards"]]
+    for name, tokens, sha256 in [*files, (HELDOUT, heldout_tokens, heldout["sha256"])]:
+        path, size = directory / name, tokens * itemsize
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} is not there with its {size} bytes"
+        if contents and _sha256(path) != sha256:
+            return f"{name} {NOT_AS_WRITTEN}"
     if not (directory / TOKENIZER / "tokenizer.json").is_file():
         return "its tokenizer is missing"
     return None
+
+
+def _damaged(directory: Path, problem: str) -> UserError:
+    return UserError(
+        f"the corpus in {directory} is damaged: {problem}; prepare it again as it was made, which "
+        "replaces it, or bring the file back"
+    )
+
+
+def _sha256(path: Path) -> str:
+    try:
+        status = path.stat()
+        return _sha256_of(path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+@cache
+def _sha256_of(path: Path, size: int, changed: int) -> str:
+    """Read once a process, unless the file's size or its time changed since."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_epochs(corpus: Corpus, tokens: int, max_epochs: float) -> None:

@@ -6,7 +6,9 @@ the second writes tokens. Neither holds more than a bounded part of the text.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +18,11 @@ from numpy.typing import NDArray
 
 from capgap.corpus.marks import Marks
 from capgap.corpus.sources import Source
-from capgap.corpus.split import DIGESTS, Reading, SmallestDigests, Split, split_for
+from capgap.corpus.split import SAMPLE_BYTES, Reading, Scan, Split, scan, split_for
 from capgap.corpus.tokenizer import (
     TokenCodec,
     count_invalid_bytes,
+    grouped,
     num_words,
     tokenizer_hash,
     train_tokenizer,
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
 # Called with a stage ("read" or "tokenize"), the bytes of text done, and all of them if known.
 Progress = Callable[[str, int, int | None], None]
 
-SAMPLE_BYTES = 64_000_000
 # Bounds the time that training a tokenizer takes; a larger vocabulary needs more text.
 SAMPLE_BYTES_PER_TOKEN = 8_000
 BATCH_BYTES = 4_000_000
@@ -58,27 +60,15 @@ class Options:
     begin_windows: bool
 
 
-@dataclass
-class Part:
-    """Counts of one part of a corpus."""
+class Part(Counter[str]):
+    """Counts of one part of a corpus, as the manifest names them."""
 
-    documents: int = 0
-    num_bytes: int = 0
-    invalid_bytes: int = 0
+    def __init__(self) -> None:
+        super().__init__(documents=0, bytes=0, invalid_bytes=0)
 
     def add(self, document: bytes) -> None:
         """Count one document."""
-        self.documents += 1
-        self.num_bytes += len(document)
-        self.invalid_bytes += count_invalid_bytes(document)
-
-    def as_dict(self) -> dict[str, int]:
-        """The counts as the manifest names them."""
-        return {
-            "documents": self.documents,
-            "bytes": self.num_bytes,
-            "invalid_bytes": self.invalid_bytes,
-        }
+        self.update(documents=1, bytes=len(document), invalid_bytes=count_invalid_bytes(document))
 
 
 @dataclass
@@ -91,25 +81,6 @@ class Counts:
     in_heldout_source: int = 0
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What the first pass over a source leaves behind.
-
-    Attributes:
-        reading: what was met, with the hash of all digests.
-        digests: of all documents.
-        candidates: documents of the smallest digests; the evaluated ones are among them.
-        sample: documents of the smallest digests above the usual threshold, for the tokenizer.
-        largest: the document of the largest digest.
-    """
-
-    reading: Reading
-    digests: frozenset[int]
-    candidates: list[tuple[int, bytes]]
-    sample: list[tuple[int, bytes]]
-    largest: tuple[int, bytes]
-
-
 def write_corpus(
     directory: Path,
     source: Source,
@@ -120,16 +91,17 @@ def write_corpus(
     request: dict[str, Any],
     window: int,
     progress: Progress,
-) -> None:
-    """Fill an empty folder with a corpus; `request` goes into the manifest for reuse.
+) -> str:
+    """Fill an empty folder with a corpus and return its hash; `request` goes into the manifest.
 
     Raises:
         UserError: a source is empty, broken, or too small to split or to fill a window.
     """
-    scan = _scan(source, options, progress)
-    split, candidates, counts = _choose_split(source, scan, heldout_source, options, progress)
+    found = _scan(source, options, progress)
+    split, candidates, counts = _choose_split(source, found, heldout_source, options, progress)
     if tokenizer is None:
-        tokenizer = _train(scan, split, options)
+        assert options.vocabulary is not None, "without a tokenizer there is a vocabulary"
+        tokenizer = train_tokenizer(found.training_sample(split), options.vocabulary)
     tokenizer.save_pretrained(str(directory / TOKENIZER))
     codec = TokenCodec(tokenizer)
     marks = Marks.of(tokenizer, begin_windows=options.begin_windows)
@@ -137,8 +109,7 @@ def write_corpus(
     dtype = token_dtype(vocabulary)
 
     writer = ShardWriter(directory, "train", dtype)
-    _write_train(writer, codec, source, scan, split, options, counts, progress)
-    train_hash = writer.close()
+    _write_train(writer, codec, source, found, split, options, counts, progress)
     if writer.num_tokens <= window:
         raise UserError(
             f"corpus {source.name!r} is too small: {writer.num_tokens} training tokens do not "
@@ -151,65 +122,59 @@ def write_corpus(
 
     identity = tokenizer_hash(tokenizer)
     heldout_hash = hashlib.sha256(heldout_data).hexdigest()
-    content = f"{identity} {marks} {train_hash} {heldout_hash}"
+    content = f"{identity} {marks} {writer.sha256} {heldout_hash}"
+    corpus_hash = hashlib.sha256(content.encode()).hexdigest()
     manifest = {
         "schema": SCHEMA,
-        "corpus_hash": hashlib.sha256(content.encode()).hexdigest(),
+        "corpus_hash": corpus_hash,
         "tokenizer_hash": identity,
         "vocabulary": vocabulary,
-        "marks": marks.as_dict(),
+        "marks": asdict(marks),
         "dtype": dtype.str,
         "invalid_bytes_kept": codec.is_byte_level,
         "documents": {
-            "read": scan.reading.documents,
-            "duplicates": scan.reading.duplicates,
+            "read": found.reading.documents,
+            "duplicates": found.reading.duplicates,
             "in_heldout_source": counts.in_heldout_source,
         },
         "train": {
-            **counts.train.as_dict(),
+            **counts.train,
             "tokens": writer.num_tokens,
-            "sha256": train_hash,
+            "sha256": writer.sha256,
             "shards": writer.shards,
         },
         "heldout": {
-            **counts.heldout.as_dict(),
+            **counts.heldout,
             "tokens": sum(entry["tokens"] for entry in evaluated),
             "sha256": heldout_hash,
             "evaluated": evaluated,
         },
-        "unused": counts.unused.as_dict(),
+        "unused": counts.unused,
         "options": asdict(options),
         "source": source.describe(),
         "heldout_source": None if heldout_source is None else heldout_source.describe(),
         "request": request,
     }
     (directory / MANIFEST).write_text(json.dumps(scrub(manifest), indent=1) + "\n")
+    return corpus_hash
 
 
 def _scan(source: Source, options: Options, progress: Progress) -> Scan:
-    usual = int(options.heldout_fraction * DIGESTS)
-    candidates = SmallestDigests(max_bytes=SAMPLE_BYTES)
-    sample = SmallestDigests(
-        max_bytes=min(SAMPLE_BYTES, (options.vocabulary or 0) * SAMPLE_BYTES_PER_TOKEN)
+    found = scan(
+        source,
+        max_bytes=options.max_bytes,
+        fraction=options.heldout_fraction,
+        sample_bytes=min(SAMPLE_BYTES, (options.vocabulary or 0) * SAMPLE_BYTES_PER_TOKEN),
+        on_document=lambda num_bytes: progress("read", num_bytes, None),
     )
-    reading = Reading()
-    digests = set()
-    largest = (-1, b"")
-    for digest, document in reading.unique(source, max_bytes=options.max_bytes):
-        digests.add(digest)
-        candidates.add(digest, document)
-        if digest >= usual:
-            sample.add(digest, document)
-        largest = max(largest, (digest, document))
-        progress("read", reading.num_bytes, None)
-    if not digests:
+    if not found.digests:
         raise UserError(f"corpus {source.name!r} is empty: it holds no text")
-    return Scan(reading, frozenset(digests), candidates.documents(), sample.documents(), largest)
+    return found
 
 
 def _choose_split(
     source: Source,
-    scan: Scan,
+    found: Scan,
     heldout_source: Source | None,
     options: Options,
     progress: Progress,
@@ -217,19 +182,19 @@ def _choose_split(
     """The split, the documents to evaluate on, and counts with a held-out source's in them."""
     counts = Counts()
     if heldout_source is None:
-        if len(scan.digests) == 1:
+        if len(found.digests) == 1:
             raise UserError(
                 f"corpus {source.name!r} is one document, and a document is never split between "
                 f"training and held-out: part it by lines {source.separator!r} (or name your own "
                 "separator), add documents, or give held-out text of its own"
             )
-        split = split_for(options.heldout_fraction, scan.digests)
-        heldout = [entry for entry in scan.candidates if split.is_heldout(entry[0])]
+        split = split_for(options.heldout_fraction, found.digests)
+        heldout = [entry for entry in found.candidates if split.is_heldout(entry[0])]
         return split, heldout, counts
 
     heldout_scan = _scan(heldout_source, options, progress)
     split = Split(threshold=0, excluded=heldout_scan.digests)
-    if scan.digests <= split.excluded:
+    if found.digests <= split.excluded:
         raise UserError(
             f"corpus {source.name!r} holds nothing but documents of the held-out source "
             f"{heldout_source.name!r}: give other text to train on"
@@ -239,21 +204,11 @@ def _choose_split(
     return split, heldout_scan.candidates, counts
 
 
-def _train(scan: Scan, split: Split, options: Options) -> "PreTrainedTokenizerFast":
-    assert options.vocabulary is not None, "without a tokenizer there is a vocabulary"
-    sample = [
-        document
-        for digest, document in scan.sample
-        if not split.is_heldout(digest) and digest not in split.excluded
-    ]
-    return train_tokenizer(sample or [scan.largest[1]], options.vocabulary)
-
-
 def _write_train(
     writer: ShardWriter,
     codec: TokenCodec,
     source: Source,
-    scan: Scan,
+    found: Scan,
     split: Split,
     options: Options,
     counts: Counts,
@@ -265,7 +220,8 @@ def _write_train(
     writer.append(between[-1:])
     limit = options.max_train_tokens
     reading = Reading()
-    for batch in _batches(reading.unique(source, max_bytes=options.max_bytes)):
+    documents = reading.unique(source, max_bytes=options.max_bytes)
+    for batch in grouped(documents, lambda entry: len(entry[1]), BATCH_BYTES):
         texts = []
         for digest, document in batch:
             if split.is_heldout(digest):
@@ -289,22 +245,9 @@ def _write_train(
                 writer.append(ids)
             # A cut before a long word may leave room that no later document should fill.
             limit = writer.num_tokens
-        progress("tokenize", reading.num_bytes, scan.reading.num_bytes)
-    if reading.content.digest() != scan.reading.content.digest():
+        progress("tokenize", reading.num_bytes, found.reading.num_bytes)
+    if reading.content.digest() != found.reading.content.digest():
         raise UserError(f"corpus {source.name!r} changed while it was read; prepare it again")
-
-
-def _batches(documents: Iterator[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
-    batch: list[tuple[int, bytes]] = []
-    num_bytes = 0
-    for digest, document in documents:
-        batch.append((digest, document))
-        num_bytes += len(document)
-        if num_bytes >= BATCH_BYTES:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch
 
 
 def _evaluated(
@@ -315,7 +258,13 @@ def _evaluated(
     Every document gets the same limit, the largest that keeps to `heldout_tokens` in all. A whole
     document ends with the mark of its end; one that is cut does not.
     """
-    candidates = _enough(codec, candidates, heldout_tokens)
+
+    def beginning(document: bytes) -> int:
+        text = cut_text(document, HELDOUT_DOCUMENT_TOKENS * BYTES_PER_TOKEN)
+        return min(len(codec.encode(text)), HELDOUT_DOCUMENT_TOKENS)
+
+    sizes = (beginning(document) for _, document in candidates)
+    candidates = candidates[: num_enough(sizes, heldout_tokens)]
     # A first cut by bytes saves encoding what a second cut by tokens would drop.
     byte_limit = fair_limit(
         [len(document) for _, document in candidates], heldout_tokens * BYTES_PER_TOKEN
@@ -341,29 +290,20 @@ def _evaluated(
     return entries, np.concatenate(parts)
 
 
-def _enough(
-    codec: TokenCodec, candidates: Sequence[tuple[int, bytes]], heldout_tokens: int
-) -> Sequence[tuple[int, bytes]]:
-    """The first documents whose beginnings hold `heldout_tokens`, or all."""
-    num_tokens = 0
-    for place, (_, document) in enumerate(candidates, start=1):
-        beginning = cut_text(document, HELDOUT_DOCUMENT_TOKENS * BYTES_PER_TOKEN)
-        num_tokens += min(len(codec.encode(beginning)), HELDOUT_DOCUMENT_TOKENS)
-        if num_tokens >= heldout_tokens:
-            return candidates[:place]
-    return candidates
+def num_enough(sizes: Iterable[int], total: int) -> int:
+    """How many of the first sizes add up to `total`, or all; reads no more of them."""
+    held = count = 0
+    for count, size in enumerate(sizes, start=1):
+        held += size
+        if held >= total:
+            return count
+    return count
 
 
 def fair_limit(sizes: Sequence[int], total: int) -> int:
     """The largest limit such that sizes cut to it add up to `total` or less."""
-    low, high = 0, max(sizes)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if sum(min(size, middle) for size in sizes) <= total:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    limits = range(1, max(sizes) + 1)
+    return bisect_right(limits, total, key=lambda limit: sum(min(size, limit) for size in sizes))
 
 
 def fit_tokens(codec: TokenCodec, text: bytes, limit: int) -> tuple[bytes, NDArray[np.int64]]:

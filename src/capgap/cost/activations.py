@@ -17,29 +17,35 @@ the tests compare every figure with what autograd really saves. Widths of a toke
     one        one number (a norm's mean or scale)
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from capgap.models.shape import Shape
+from capgap.models.shape import Shape, axis_sizes
 
 FLOAT = 4
 HALF = 2
 
-Widths = Mapping[str, int]
+Widths = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Kept:
-    """How many tensors of each width a layer keeps.
+    """How many tensors of each width a layer keeps; two are added up.
 
     plain: in fp32, without autocast. wide, low: under bf16 autocast those in fp32, and in bf16.
-    places: numbers in fp32 a position, which all rows share unless documents are masked.
+    positions: numbers in fp32 a position, which all rows share unless documents are masked.
     """
 
     plain: Widths
     wide: Widths
     low: Widths
-    places: int = 0
+    positions: int = 0
+
+    def __add__(self, other: "Kept") -> "Kept":
+        def both(one: Widths, more: Widths) -> Widths:
+            return {name: one.get(name, 0) + more.get(name, 0) for name in one | more}
+
+        low, positions = both(self.low, other.low), self.positions + other.positions
+        return Kept(both(self.plain, other.plain), both(self.wide, other.wide), low, positions)
 
 
 _LLAMA = Kept(
@@ -48,77 +54,43 @@ _LLAMA = Kept(
     # every linear layer keeps its own copy of its input in bf16
     low={"hidden": 5, "query": 2, "attended": 2, "neurons": 4},
 )
-
-_OLMO = Kept(
-    plain={
-        "hidden": 6,
-        "query": 4,
-        "key": 2,
-        "attended": 2,
-        "neurons": 4,
-        "heads": 1,
-        "one": 4,
-    },
-    wide={"hidden": 4, "query": 2, "key": 2, "heads": 1, "one": 4},
-    low={"hidden": 5, "query": 2, "attended": 2, "neurons": 4},
+# queries are scaled by their position
+_SCALED_QUERIES = Kept({}, {}, {}, positions=1)
+# queries and keys have norms, over all heads
+_WHOLE_NORMS = Kept({"query": 2, "key": 2, "one": 2}, {"query": 2, "key": 2, "one": 2}, {})
+# or over each
+_HEAD_NORMS = Kept(
+    plain={"query": 2, "key": 2, "heads": 1, "kv_heads": 1},
+    wide={"query": 1, "key": 1, "heads": 1, "kv_heads": 1},
+    low={"query": 1, "key": 1},
 )
+# norms behind attention and FFN as well
+_FOUR_NORMS = Kept({"hidden": 4, "one": 2}, {"hidden": 4, "one": 2}, {})
+# one product for queries, keys and values, and one for gate and neurons: fewer copies of inputs
+_JOINED = Kept(
+    plain={"query": 1, "attended": -1, "values": 1},
+    wide={},
+    low={"hidden": -3, "query": 1, "attended": -1, "values": 1},
+)
+_QWEN3 = _LLAMA + _HEAD_NORMS
 
 KEPT: dict[str, Kept] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    # queries are scaled by their position
-    "ministral3": replace(_LLAMA, places=1),
+    "ministral3": _LLAMA + _SCALED_QUERIES,
     "smollm3": _LLAMA,
     "granite": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen3": Kept(
-        plain={
-            "hidden": 6,
-            "query": 4,
-            "key": 2,
-            "attended": 2,
-            "neurons": 4,
-            "heads": 2,
-            "kv_heads": 1,
-            "one": 2,
-        },
-        wide={"hidden": 4, "query": 1, "key": 1, "heads": 2, "kv_heads": 1, "one": 2},
-        low={"hidden": 5, "query": 3, "key": 1, "attended": 2, "neurons": 4},
-    ),
+    "qwen3": _QWEN3,
     "gemma2": Kept(
         plain={"hidden": 10, "query": 4, "scores": 2, "neurons": 4, "one": 4},
         wide={"hidden": 8, "scores": 1, "one": 4},
         low={"hidden": 5, "query": 4, "scores": 2, "neurons": 4},
     ),
-    "gemma3_text": Kept(
-        plain={
-            "hidden": 10,
-            "query": 4,
-            "key": 2,
-            "attended": 2,
-            "neurons": 4,
-            "heads": 2,
-            "kv_heads": 1,
-            "one": 4,
-        },
-        wide={"hidden": 8, "query": 1, "key": 1, "heads": 2, "kv_heads": 1, "one": 4},
-        low={"hidden": 5, "query": 4, "key": 2, "attended": 2, "neurons": 4},
-    ),
-    "olmo2": _OLMO,
-    "olmo3": _OLMO,
-    "phi3": Kept(
-        plain={
-            "hidden": 6,
-            "query": 3,
-            "attended": 1,
-            "values": 1,
-            "neurons": 4,
-            "heads": 1,
-            "one": 2,
-        },
-        wide={"hidden": 4, "heads": 1, "one": 2},
-        low={"hidden": 2, "query": 3, "attended": 1, "values": 1, "neurons": 4},
-    ),
+    "gemma3_text": _QWEN3 + _FOUR_NORMS + Kept({}, {}, {"query": 1, "key": 1}),
+    "olmo2": _LLAMA + _WHOLE_NORMS,
+    "olmo3": _LLAMA + _WHOLE_NORMS,
+    "phi3": _LLAMA + _JOINED,
     "gpt_neox": Kept(
         plain={"hidden": 3, "query": 4, "values": 1, "neurons": 2, "heads": 1, "one": 4},
         wide={"hidden": 1, "heads": 1, "one": 4},
@@ -162,7 +134,7 @@ def layer_bytes(
     if shape.family.norm_offset:
         of_heads = sum(axes == ("head",) for axes in shape.family.attention.values())
         sums = len(shape.family.layer_norms) * shape.hidden + of_heads * shape.head_size
-    sums += kept.places * (tokens if document_mask else window)
+    sums += kept.positions * (tokens if document_mask else window)
     if not autocast:
         return FLOAT * (tokens * (_total(kept.plain, widths) + mask) + sums)
     low = tokens * (_total(kept.low, widths) + mask)
@@ -173,17 +145,7 @@ def layer_bytes(
 def cast_bytes(shape: Shape) -> int:
     """Bytes of the bf16 copies of a layer's matrices, which autocast makes."""
     counts = shape.parameters()
-    query, key = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    sizes = {
-        "hidden": shape.hidden,
-        "neurons": shape.ffn,
-        "gate_up": 2 * shape.ffn,
-        "query": query,
-        "key": key,
-        "qkv": query + 2 * key,
-        "head_qkv": query + 2 * key,
-        "head": shape.head_size,
-    }
+    sizes = axis_sizes(shape.hidden, shape.heads, shape.kv_heads, shape.head_size, shape.ffn)
     tensors = [*shape.family.attention.values(), *shape.family.ffn.values()]
     vectors = sum(sizes[axes[0]] for axes in tensors if len(axes) == 1)
     return HALF * ((counts.attention + counts.ffn) // shape.layers - vectors)
@@ -220,7 +182,7 @@ def _outside_bytes(shape: Shape, tokens: int, window: int, document_mask: bool) 
     return tokens * (8 + norm) + positions * place + weight
 
 
-def _widths(shape: Shape, window: int, document_mask: bool) -> dict[str, int]:
+def _widths(shape: Shape, window: int, document_mask: bool) -> Widths:
     query = shape.heads * shape.head_size
     key = shape.kv_heads * shape.head_size
     repeated = document_mask and shape.heads != shape.kv_heads
@@ -238,5 +200,5 @@ def _widths(shape: Shape, window: int, document_mask: bool) -> dict[str, int]:
     }
 
 
-def _total(kept: Widths, widths: Mapping[str, int]) -> int:
+def _total(kept: Widths, widths: Widths) -> int:
     return sum(number * widths[name] for name, number in kept.items())

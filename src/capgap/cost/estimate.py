@@ -5,12 +5,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from capgap.config import Recipe, RunRecipe
 from capgap.cost.memory import PARTS
 from capgap.cost.run import plan_run
 from capgap.cost.sweep import plan_sweep
 from capgap.hardware import check_utilisation
+from capgap.pipeline.recipe import RunRecipe
 from capgap.sizes import clock_time, format_bytes, format_count
+from capgap.sweep.recipe import Recipe
 
 COUNTS = ("embedding", "attention", "ffn", "norms", "head", "non_embedding", "total")
 

@@ -14,7 +14,6 @@ beside them differs from phase to phase, and the largest phase is the peak:
 
 from dataclasses import dataclass
 
-from capgap.config import RunSection, TrainingSection
 from capgap.cost.activations import (
     FLOAT,
     HALF,
@@ -27,6 +26,7 @@ from capgap.distill.chunking import block_rows, chunk_rows, padded_rows
 from capgap.hardware import GPUS
 from capgap.models.shape import Shape
 from capgap.train.checkpoint_size import FILE_BYTES
+from capgap.train.recipe import RunSection, TrainingSection
 
 PARTS = (
     "weights",
@@ -80,67 +80,62 @@ class LoopMemory:
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Bytes by part (`PARTS`) of every phase."""
+        first, last = self.students[0], self.students[-1]
         # before the first micro-batch of a step there are no gradients
         held = 0 if self.micro_batches == 1 else self._weights
+        # of the first student's token table they come last
+        late = 0 if held else FLOAT * first.parameters().embedding // self.ranks
         states = self._hidden_bytes(self.teacher, self.teacher_bytes) if self.teacher else 0
-        teacher = self._teacher_weights + states
-        kept = [self._kept(one) for one in self.students]
+        kept = sum(
+            kept_bytes(one, *self._tokens, **self._how, checkpointed=self.activation_checkpointing)
+            for one in self.students
+        )
+        hidden = sum(self._hidden_bytes(one, FLOAT) for one in self.students)
+        heads = sum(self._head_gradients(one) for one in self.students)
+        # beside the sum of a tied table's two gradients those themselves; of several ranks every
+        # one has them whole
+        tables = 2 if first.tied or self.ranks > 1 else 0
         found = {
             "loss": self._parts(
                 gradients=held,
-                activations=sum(kept)
-                + sum(self._hidden_bytes(one, FLOAT) for one in self.students),
-                loss_chunks=self._chunks + sum(self._head_gradients(one) for one in self.students),
-                teacher=teacher,
+                activations=kept + hidden,
+                loss_chunks=self._chunks + heads,
+                teacher=self._teacher_weights + states,
             ),
             "backward": self._parts(
-                gradients=held,
-                activations=sum(kept) + self._at_work(self.students[-1]),
-                loss_chunks=sum(self._head_gradients(one) for one in self.students),
-                teacher=self._teacher_weights,
+                gradients=held, activations=kept + self._at_work(last), loss_chunks=heads
             ),
             "first_layer": self._parts(
-                gradients=self._weights - (held == 0) * self._late,
-                activations=self._at_work(self.students[0]),
-                loss_chunks=self._head_gradients(self.students[0]),
-                teacher=self._teacher_weights,
+                gradients=self._weights - late,
+                activations=self._at_work(first),
+                loss_chunks=self._head_gradients(first),
             ),
             "tables": self._parts(
                 gradients=self._weights,
-                # beside the sum of a tied table's two gradients those themselves; of several
-                # ranks every one has them whole
-                loss_chunks=(2 if self.students[0].tied or self.ranks > 1 else 0)
-                * _table(self.students[0]),
-                teacher=self._teacher_weights,
+                loss_chunks=tables * FLOAT * first.vocabulary * first.hidden,
             ),
         }
         if self.teacher is not None:
-            work = self.micro_batch_tokens * forward_transient(
-                self.teacher, self.window, self.teacher_bytes
+            work = forward_transient(self.teacher, self.window, self.teacher_bytes)
+            found["teacher_forward"] = self._parts(
+                gradients=held,
+                teacher=self._teacher_weights + states + self.micro_batch_tokens * work,
             )
-            found["teacher_forward"] = self._parts(gradients=held, teacher=teacher + work)
         return found
 
     def peak(self) -> tuple[str, dict[str, int]]:
         """The largest phase, and its bytes by part."""
-        found = self.phases()
-        name = max(found, key=lambda phase: sum(found[phase].values()))
-        return name, found[name]
+        return max(self.phases().items(), key=lambda phase: sum(phase[1].values()))
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.peak()[1].values())
 
     def at_most(self) -> dict[str, int]:
         """Bytes of every part in the phase where it is largest."""
         found = self.phases().values()
         return {part: max(phase[part] for phase in found) for part in PARTS}
-
-    def _parts(self, **parts: int) -> dict[str, int]:
-        """Those that are always there, and these."""
-        held = {
-            "weights": self._weights,
-            "optimizer": 2 * self._weights,
-            "gathered": self._gathered,
-            "checkpoint": self._checkpoint if self.device == "cpu" else 0,
-        }
-        return dict.fromkeys(PARTS, 0) | held | parts
 
     def in_host(self) -> int:
         """Bytes that a process with a GPU has in the host's memory."""
@@ -148,6 +143,17 @@ class LoopMemory:
         if self.teacher is not None and self.teacher_place == "host":
             offloaded = self.teacher_bytes * _layer(self.teacher) * self.teacher.layers
         return offloaded + self._checkpoint
+
+    def _parts(self, **parts: int) -> dict[str, int]:
+        """Those that are always there, and these."""
+        held = {
+            "weights": self._weights,
+            "optimizer": 2 * self._weights,
+            "teacher": self._teacher_weights,
+            "gathered": self._gathered,
+            "checkpoint": self._checkpoint if self.device == "cpu" else 0,
+        }
+        return dict.fromkeys(PARTS, 0) | held | parts
 
     @property
     def _checkpoint(self) -> int:
@@ -161,20 +167,13 @@ class LoopMemory:
         return FLOAT * total // self.ranks
 
     @property
-    def _late(self) -> int:
-        """Gradients that come last: of the first student's token table."""
-        return FLOAT * self.students[0].parameters().embedding // self.ranks
-
-    @property
     def _teacher_weights(self) -> int:
         if self.teacher is None or self.teacher_place == "elsewhere":
             return 0
-        counts = self.teacher.parameters()
         if self.teacher_place == "host":
             # tables stay, and one layer is there at a time
-            layers = counts.embedding + counts.head + _layer(self.teacher)
-            return self.teacher_bytes * layers
-        return self.teacher_bytes * counts.total // self.ranks
+            return self.teacher_bytes * (_tables(self.teacher) + _layer(self.teacher))
+        return self.teacher_bytes * self.teacher.parameters().total // self.ranks
 
     @property
     def _gathered(self) -> int:
@@ -187,44 +186,35 @@ class LoopMemory:
         tables = sum(value * _tables(one) for one, value in models)
         return tables + GATHERED_LAYERS * max(value * _layer(one) for one, value in models)
 
-    def _kept(self, shape: Shape) -> int:
-        return kept_bytes(
-            shape,
-            self.micro_batch_tokens,
-            self.window,
-            autocast=self.autocast,
-            document_mask=self.document_mask,
-            checkpointed=self.activation_checkpointing,
-        )
+    @property
+    def _tokens(self) -> tuple[int, int]:
+        return self.micro_batch_tokens, self.window
+
+    @property
+    def _how(self) -> dict[str, bool]:
+        return {"autocast": self.autocast, "document_mask": self.document_mask}
 
     def _at_work(self, shape: Shape) -> int:
         """What the backward pass of a layer needs beside what is kept."""
-        own = 0
+        again = 0
         if self.activation_checkpointing:
-            own = layer_bytes(
-                shape,
-                self.micro_batch_tokens,
-                self.window,
-                autocast=self.autocast,
-                document_mask=self.document_mask,
-            )
             # its input stayed
-            own -= self._hidden_bytes(shape, FLOAT)
+            again = layer_bytes(shape, *self._tokens, **self._how)
+            again -= self._hidden_bytes(shape, FLOAT)
         transient = backward_transient(shape, autocast=self.autocast)
-        return own + self.micro_batch_tokens * transient
+        return again + self.micro_batch_tokens * transient
 
     def _hidden_bytes(self, shape: Shape, value: int) -> int:
         return value * self.micro_batch_tokens * shape.hidden
 
     def _head_gradients(self, shape: Shape) -> int:
         """Of a student's hidden states, in the dtype of the head's product, and of its head."""
-        value = HALF if self._takes_half else FLOAT
-        return self._hidden_bytes(shape, value) + FLOAT * _head(shape)
+        return self._hidden_bytes(shape, self._product_bytes) + FLOAT * _head(shape)
 
     @property
-    def _takes_half(self) -> bool:
-        """Whether the students' heads multiply in bf16: a CPU does so in fp32."""
-        return self.autocast and self.device != "cpu"
+    def _product_bytes(self) -> int:
+        """Of a number in the product of a student's head, which a CPU does in fp32."""
+        return HALF if self.autocast and self.device != "cpu" else FLOAT
 
     @property
     def _chunks(self) -> int:
@@ -234,8 +224,7 @@ class LoopMemory:
         block = block_rows(self.device, padded, rows)
         # logits of a chunk, probabilities of a block
         total = FLOAT * padded * (rows + block)
-        value = HALF if self._takes_half else FLOAT
-        total += sum(self._ready(one, FLOAT, value) for one in self.students)
+        total += sum(self._ready(one, FLOAT, self._product_bytes) for one in self.students)
         if self.teacher is not None:
             # probabilities, and for other divergences than the forward KL their logarithms
             total += (1 if self.divergence == "forward_kl" else 2) * FLOAT * padded * rows
@@ -302,11 +291,6 @@ def loop_memory(
 def _head(shape: Shape) -> int:
     """Numbers of a head that is filled up for its product."""
     return padded_rows(shape.vocabulary) * shape.hidden
-
-
-def _table(shape: Shape) -> int:
-    """Bytes of a head, or of a table as large, in fp32."""
-    return FLOAT * shape.vocabulary * shape.hidden
 
 
 def _tables(shape: Shape) -> int:

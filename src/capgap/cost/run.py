@@ -1,12 +1,10 @@
 """What the run of a recipe would take: `capgap plan` of a teacher, a cut and a distillation."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from capgap.config import PruneSection, RunRecipe
 from capgap.cost.activations import FLOAT, HALF
 from capgap.cost.memory import LoopMemory, loop_memory
 from capgap.distill.cache_size import CHECKSUM_BYTES, TokenRecord
@@ -14,6 +12,7 @@ from capgap.errors import UserError
 from capgap.hardware import GPUS, hours, parse_gpus
 from capgap.law.families import find_model, published_families
 from capgap.models.shape import Shape, ladder_shape
+from capgap.pipeline.recipe import RunRecipe
 from capgap.prune.shape import (
     Target,
     changed_shape,
@@ -23,6 +22,7 @@ from capgap.prune.shape import (
     suited,
 )
 from capgap.sizes import format_count, forward_flops, training_flops
+from capgap.stages.prune import PruneSection
 from capgap.train.learning_rate import auto_learning_rate
 
 # Of a parameter: its weight and AdamW's two moments, as a checkpoint has them
@@ -202,12 +202,12 @@ def _place(
         "gpus": loop.ranks,
         "micro_batch_tokens": loop.micro_batch_tokens,
         "micro_batches": loop.micro_batches,
-        "memory_gb": round(sum(parts.values()) / 1e9, 3),
+        "memory_gb": round(loop.total / 1e9, 3),
         "memory": parts,
         "memory_at_most": loop.at_most(),
         "host_gb": None if place is None else round(loop.in_host() / 1e9, 3),
         "peak_phase": phase,
-        "fits": None if place is None else sum(parts.values()) <= GPUS[place[1]].memory,
+        "fits": None if place is None else loop.total <= GPUS[place[1]].memory,
         "hours": None,
     }
 
@@ -218,9 +218,10 @@ def _advice(
     """What would make it fit, one change at a time and all of them; none where it fits."""
     if place is None:
         return []
-    room = GPUS[place[1]].memory
+    number, kind = place
+    memory = GPUS[kind].memory
     loop = run_memory(recipe, student, teacher, place)
-    if _total(loop) <= room:
+    if loop.total <= memory:
         return []
     changes: dict[str, dict[str, Any]] = {}
     window = recipe.distill.window
@@ -236,32 +237,21 @@ def _advice(
         if loop.teacher_place == "device":
             changes["run.teacher_offload=true"] = {"teacher_place": "host"}
         changes["a cached teacher (capgap cache)"] = {"teacher": None}
-    found = [_change(name, replace(loop, **fields), room) for name, fields in changes.items()]
-    together = {key: value for fields in changes.values() for key, value in fields.items()}
     if len(changes) > 1:
-        found.append(_change("all of these", replace(loop, **together), room))
-    for number in _more_gpus(recipe, place[0]):
-        more = run_memory(recipe, student, teacher, (number, place[1]))
-        if _total(more) <= room:
-            found.append(_change(f"--gpus {number}x{place[1]}", more, room))
-            break
-    return found
-
-
-def _more_gpus(recipe: RunRecipe, number: int) -> Iterator[int]:
-    """Twice as many and so on, as long as they can share a batch."""
-    windows = recipe.training.batch_tokens // recipe.distill.window
+        together = [item for fields in changes.values() for item in fields.items()]
+        changes["all of these"] = dict(together)
+    loops = {name: replace(loop, **fields) for name, fields in changes.items()}
+    # twice as many and so on, as long as they can share a batch
+    windows = recipe.training.batch_tokens // window
     while (number := 2 * number) <= MOST_GPUS and windows % number == 0:
-        yield number
-
-
-def _change(name: str, loop: LoopMemory, room: int) -> dict[str, Any]:
-    total = _total(loop)
-    return {"change": name, "memory_gb": round(total / 1e9, 3), "fits": total <= room}
-
-
-def _total(loop: LoopMemory) -> int:
-    return sum(loop.peak()[1].values())
+        more = run_memory(recipe, student, teacher, (number, kind))
+        if more.total <= memory:
+            loops[f"--gpus {number}x{kind}"] = more
+            break
+    return [
+        {"change": name, "memory_gb": round(one.total / 1e9, 3), "fits": one.total <= memory}
+        for name, one in loops.items()
+    ]
 
 
 def _disk(recipe: RunRecipe, student: Shape, teacher: GivenTeacher) -> dict[str, int]:

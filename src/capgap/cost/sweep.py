@@ -3,15 +3,14 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from capgap.config import Recipe
 from capgap.cost.activations import FLOAT
 from capgap.cost.memory import LoopMemory, loop_memory
 from capgap.cost.run import CHECKPOINT_BYTES
 from capgap.hardware import GPUS, UTILISATION, hours, parse_gpus
 from capgap.models.shape import Shape
-from capgap.sizes import forward_flops, training_flops
 from capgap.sweep.context import resolve_workers
 from capgap.sweep.plan import Column, Plan, Teacher, expected_baselines, make_plan
+from capgap.sweep.recipe import Recipe
 
 # About: a teacher's on the standard library has 12 kB, a cell's tells more; most are the curve and
 # the losses of held-out documents
@@ -35,10 +34,11 @@ def plan_sweep(
     share = UTILISATION if utilisation is None else utilisation
     flops = plan.flops(baselines)
     total = sum(flops.values())
-    tokens = sum(_run_tokens(plan, baselines))
-    task, loop = max(_loops(plan, hardware), key=lambda one: _total(one[1]))
-    phase, parts = loop.peak()
     columns = (*plan.columns, *baselines)
+    tasks = plan.tasks(baselines)
+    tokens = sum(tokens for task in tasks for _, tokens in task.work.trained)
+    name, loop = max(_loops(plan, hardware), key=lambda named: named[1].total)
+    phase, parts = loop.peak()
     return {
         "kind": "sweep",
         "name": recipe.name,
@@ -56,14 +56,14 @@ def plan_sweep(
         "gpus": gpus,
         "utilisation": None if hardware is None else share,
         "workers": _workers(plan, hardware),
-        "memory_task": task,
+        "memory_task": name,
         "memory": parts,
         "memory_at_most": loop.at_most(),
         "peak_phase": phase,
-        "memory_gb": round(sum(parts.values()) / 1e9, 3),
-        "fits": None if hardware is None else sum(parts.values()) <= GPUS[hardware[1]].memory,
+        "memory_gb": round(loop.total / 1e9, 3),
+        "fits": None if hardware is None else loop.total <= GPUS[hardware[1]].memory,
         "hours": None if hardware is None else _hours(plan, columns, total, hardware, share),
-        "disk": _disk(plan, baselines),
+        "disk": _disk(plan, len(plan.teachers) + sum(len(column.cells) for column in columns)),
     }
 
 
@@ -74,96 +74,61 @@ def _workers(plan: Plan, hardware: tuple[int, str] | None) -> int:
     return resolve_workers(plan.recipe.run.workers, device, most=plan.width)[0]
 
 
-def _run_tokens(plan: Plan, baselines: Sequence[Column]) -> Iterator[int]:
-    """Of everything that is trained."""
-    yield from (teacher.tokens for teacher in plan.teachers)
-    for column in (*plan.columns, *baselines):
-        yield from (cell.tokens for cell in column.cells)
-        if column.assistant is not None:
-            yield column.assistant.tokens
-
-
 def _loops(plan: Plan, hardware: tuple[int, str] | None) -> Iterator[tuple[str, LoopMemory]]:
     """What a worker has in memory, for every task that trains; by the task's id."""
+    recipe = plan.recipe
+
+    def loop(students: tuple[Shape, ...], teacher: Shape | None) -> LoopMemory:
+        return loop_memory(
+            recipe.training,
+            recipe.run,
+            students=students,
+            teacher=teacher if recipe.training.alpha > 0 else None,
+            # a ladder's; at most those of a given teacher
+            stored_bytes=FLOAT,
+            window=recipe.corpus.window,
+            gpu=None if hardware is None else hardware[1],
+        )
+
     for teacher in plan.teachers:
         if teacher.source is None:
-            yield teacher.id, _loop(plan, (teacher.shape,), None, hardware)
+            yield teacher.id, loop((teacher.shape,), None)
     for column in (*plan.columns, *plan.baselines):
         above = None if column.teacher is None else column.teacher.shape
-        students = tuple(cell.shape for cell in column.cells)
         if column.assistant is not None:
-            yield column.id, _loop(plan, (column.assistant.shape,), above, hardware)
+            yield column.id, loop((column.assistant.shape,), above)
             above = column.assistant.shape
-        yield column.id, _loop(plan, students, above, hardware)
-
-
-def _loop(
-    plan: Plan,
-    students: tuple[Shape, ...],
-    teacher: Shape | None,
-    hardware: tuple[int, str] | None,
-) -> LoopMemory:
-    recipe = plan.recipe
-    return loop_memory(
-        recipe.training,
-        recipe.run,
-        students=students,
-        teacher=teacher if recipe.training.alpha > 0 else None,
-        # a ladder's; at most those of a given teacher
-        stored_bytes=FLOAT,
-        window=recipe.corpus.window,
-        gpu=None if hardware is None else hardware[1],
-    )
+        yield column.id, loop(tuple(cell.shape for cell in column.cells), above)
 
 
 def _hours(
-    plan: Plan,
-    columns: Sequence[Column],
-    total: int,
-    hardware: tuple[int, str],
-    share: float,
+    plan: Plan, columns: Sequence[Column], total: int, hardware: tuple[int, str], share: float
 ) -> float:
     """All work shared out evenly, but no less than the longest task with the teachers it needs."""
     heldout = plan.recipe.corpus.heldout_tokens
     alone = {one.id: sum(one.flops(heldout).values()) for one in plan.teachers}
     longest = max(
-        max((alone[name] for name in column.teachers), default=0) + _column_flops(column)
+        max((alone[name] for name in column.teachers), default=0)
+        + column.work.training_flops
+        + column.work.forward_flops
         for column in columns
     )
     trained = share * (1 - plan.recipe.run.checkpoint_share)
     return max(hours(total, hardware, trained), hours(longest, (1, hardware[1]), trained))
 
 
-def _column_flops(column: Column) -> int:
-    """Of its training and its teacher's passes."""
-    found = sum(training_flops(cell.shape.parameters().total, cell.tokens) for cell in column.cells)
-    if column.assistant is not None:
-        between = column.assistant.shape.parameters().total
-        found += training_flops(between, column.assistant.tokens)
-    if column.teacher is not None:
-        found += forward_flops(column.teacher.shape.parameters().total, column.tokens)
-    return found
-
-
-def _disk(plan: Plan, baselines: Sequence[Column]) -> dict[str, int]:
-    """Bytes of what stays; `checkpoints` are those of the largest tasks, one a worker, at most."""
+def _disk(plan: Plan, runs: int) -> dict[str, int]:
+    """Bytes of what stays of so many runs; `checkpoints` are those of the largest task, at most."""
     ladder = [one.shape.parameters().total for one in plan.teachers if one.source is None]
-    cells = plan.cells
-    students = sum(cell.shape.parameters().total for cell in cells)
-    assistants = [cell.assistant.shape for cell in cells if cell.assistant is not None]
-    students += sum(shape.parameters().total for shape in assistants)
-    runs = len(plan.teachers) + len(cells) + sum(len(column.cells) for column in baselines)
-    tasks = ladder + [
+    columns = [
         sum(cell.shape.parameters().total for cell in column.cells) for column in plan.columns
     ]
-    kept = plan.recipe.run.checkpoints + 1
+    assistants = [cell.assistant.shape for cell in plan.cells if cell.assistant is not None]
+    students = sum(columns) + sum(shape.parameters().total for shape in assistants)
+    checkpoints = plan.recipe.run.checkpoints + 1
     return {
         "records": runs * RECORD_BYTES,
         "teachers": FLOAT * sum(ladder),
         "students": FLOAT * students,
-        "checkpoints": kept * CHECKPOINT_BYTES * max(tasks),
+        "checkpoints": checkpoints * CHECKPOINT_BYTES * max(ladder + columns),
     }
-
-
-def _total(loop: LoopMemory) -> int:
-    return sum(loop.peak()[1].values())

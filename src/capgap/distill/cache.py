@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capgap.corpus.mixture import TrainingText
+from capgap.corpus.text import Text
 from capgap.distill.cache_format import CacheFormat
 from capgap.distill.cache_size import CHECKSUM_BYTES
 from capgap.distill.sparse import SparseSignal
@@ -56,7 +56,7 @@ class CacheIdentity:
         teacher: str,
         teacher_hash: str,
         dtype: str,
-        corpus: TrainingText,
+        corpus: Text,
         *,
         document_mask: bool,
     ) -> "CacheIdentity":
@@ -156,7 +156,7 @@ class CacheProgress:
 def write_cache(
     writer: CacheWriter,
     teacher: OnlineTeacher,
-    corpus: TrainingText,
+    corpus: Text,
     *,
     device: torch.device,
     part: tuple[int, int] = (0, 1),
@@ -206,7 +206,7 @@ class CachedTeacher:
     def __init__(
         self,
         folder: Path,
-        corpus: TrainingText,
+        corpus: Text,
         *,
         document_mask: bool = False,
         teacher_hash: str | None = None,

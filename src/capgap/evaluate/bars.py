@@ -1,15 +1,20 @@
 """Lines of ours in place of the progress bars of lm-evaluation-harness."""
 
+import itertools
 import logging
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import datasets
 
+from capgap.stage import paced
+
 SAID_EVERY = 10.0  # seconds
+# Where the harness draws them
+DRAWN_IN = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface")
 
 
 @contextmanager
@@ -19,15 +24,13 @@ def quiet_harness(say: Callable[[str], None] = lambda text: None) -> Iterator[No
     logger = logging.getLogger("lm_eval")
     level = logger.level
     had_bars = datasets.are_progress_bars_disabled()
-    told = _Told(say)
+    bar = partial(_Bar, paced(say, SAID_EVERY), itertools.count(1))
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        with (
-            mock.patch("lm_eval.api.task.tqdm", told),
-            mock.patch("lm_eval.api.model.tqdm", told),
-            mock.patch("lm_eval.models.huggingface.tqdm", told),
-        ):
+        with ExitStack() as patches:
+            for module in DRAWN_IN:
+                patches.enter_context(mock.patch(f"{module}.tqdm", bar))
             yield
     finally:
         logger.setLevel(level)
@@ -35,46 +38,35 @@ def quiet_harness(say: Callable[[str], None] = lambda text: None) -> Iterator[No
             datasets.enable_progress_bars()
 
 
-class _Told:
-    """Stands where the harness draws its bars, and tells in lines how far it is."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.said = time.monotonic()
-        self.prompts = 0
-
-    def __call__(
-        self, items: Any = None, total: int | None = None, desc: str = "", **_: Any
-    ) -> Any:
-        return _Bar(self, items, total, desc)
-
-    def tell(self, what: str, done: int, total: int | None) -> None:
-        # prompts are made part by part, and how many parts there are no bar knows
-        if not what:
-            self.prompts += 1
-        if time.monotonic() - self.said <= SAID_EVERY:
-            return
-        self.said = time.monotonic()
-        if what:
-            kind = "answers" if what.startswith("Running") else "requests cut into tokens"
-            self.say(f"{done:,} of {total:,} {kind}")
-        else:
-            self.say(f"{self.prompts:,} prompts made")
-
-
 class _Bar:
-    def __init__(self, told: _Told, items: Any, total: int | None, what: str) -> None:
-        self.told, self.items, self.what, self.done = told, items, what, 0
+    """Stands where the harness draws a bar; `prompts` counts those of all bars."""
+
+    def __init__(
+        self,
+        tell: Callable[[Callable[[], str]], None],
+        prompts: Iterator[int],
+        items: Any = None,
+        total: int | None = None,
+        desc: str = "",
+        **_: Any,
+    ) -> None:
+        self.tell, self.prompts, self.items, self.what, self.done = tell, prompts, items, desc, 0
         self.total = len(items) if total is None and items is not None else total
 
     def __iter__(self) -> Iterator[Any]:
         for item in self.items:
             yield item
-            self.update(1)
+            self.update()
 
     def update(self, count: int = 1) -> None:
         self.done += count
-        self.told.tell(self.what, self.done, self.total)
+        if self.what:
+            kind = "answers" if self.what.startswith("Running") else "requests cut into tokens"
+            self.tell(lambda: f"{self.done:,} of {self.total:,} {kind}")
+        else:
+            # prompts are made part by part, and how many parts there are no bar knows
+            made = next(self.prompts)
+            self.tell(lambda: f"{made:,} prompts made")
 
     def close(self) -> None:
         pass

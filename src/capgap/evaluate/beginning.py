@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from capgap.corpus.marks import Marks
 from capgap.corpus.tokens import HeldoutDocument
-from capgap.evaluate.heldout import HeldoutLoss, evaluate_heldout, heldout_set
+from capgap.evaluate.losses import HeldoutLoss, evaluate_heldout, heldout_set
 from capgap.evaluate.measured import ratio_standard_error
 from capgap.models.parallel import ALONE, Ranks
 from capgap.models.parts import Parts
@@ -57,44 +57,32 @@ def better_beginning(
         cut = replace(marks, begin_windows=False)
         return evaluate_heldout(parts, heldout_set(rows, cut, TOKENS, vocabulary), ranks)
 
+    def name(token: int) -> str:
+        return str(tokenizer.convert_ids_to_tokens(token))
+
     found = []
     starts = [HeldoutDocument(tokens[: TOKENS + 1], size) for tokens, size in some]
     others = {tokenizer.bos_token_id, tokenizer.eos_token_id, marks.end} - {None, marks.begin}
     if others:
         now = loss(starts)
         for token in sorted(others):
-            name = tokenizer.convert_ids_to_tokens(token)
-            one = loss([_behind(token, document) for document in starts])
-            found.append(
-                _compare(
-                    now,
-                    one,
-                    f"documents begin with {name}",
-                    "is the tokenizer beside it its own? The corpus must be prepared with a "
-                    f"tokenizer that puts {name} first (add_bos_token in tokenizer_config.json)",
-                )
+            fix = (
+                "is the tokenizer beside it its own? The corpus must be prepared with a tokenizer "
+                f"that puts {name(token)} first (add_bos_token in tokenizer_config.json)"
             )
-    if marks.begin != marks.end:
-        middles = [
-            HeldoutDocument(tokens[len(tokens) // 2 :][: TOKENS + 1], size)
-            for tokens, size in some
-            if len(tokens) > 3
-        ]
-        plain, begun = (
-            loss(rows)
-            for rows in (middles, [_behind(marks.begin, document) for document in middles])
-        )
+            other = loss([_behind(token, document) for document in starts])
+            found.append(_compare(now, other, f"documents begin with {name(token)}", fix))
+    middles = [
+        HeldoutDocument(tokens[len(tokens) // 2 :][: TOKENS + 1], size)
+        for tokens, size in some
+        if len(tokens) > 3
+    ]
+    if middles and marks.begin != marks.end:
+        plain, begun = loss(middles), loss([_behind(marks.begin, one) for one in middles])
         now, other = (begun, plain) if marks.begin_windows else (plain, begun)
-        name = tokenizer.convert_ids_to_tokens(marks.begin)
         have, how = ("no ", "without") if marks.begin_windows else ("", "with")
-        found.append(
-            _compare(
-                now,
-                other,
-                f"windows that begin within a document have {have}{name} first",
-                f"prepare the corpus {how} `--begin-windows`",
-            )
-        )
+        what = f"windows that begin within a document have {have}{name(marks.begin)} first"
+        found.append(_compare(now, other, what, f"prepare the corpus {how} `--begin-windows`"))
     better = [one for one in found if one is not None]
     return min(better, key=lambda one: one.loss - one.instead_of) if better else None
 

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import datasets
@@ -21,19 +22,16 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from capgap.corpus.marks import Marks
+from capgap.errors import first_line
 from capgap.evaluate.bars import quiet_harness
 from capgap.evaluate.code_runner import SANDBOX, CodeLimits, run_program, sandbox_problem
-from capgap.evaluate.local_data import LocalSet
-from capgap.evaluate.scores import Part, SetScores, combine
-from capgap.evaluate.sets import CODE, BenchmarkSet
+from capgap.evaluate.scores import Metrics, Part, combine
+from capgap.evaluate.sets import CODE, BenchmarkSet, NotMeasured
+from capgap.evaluate.sources import LocalSet
 
 # Decides which examples stand before a question, where they are drawn; the harness' own
 SHOT_SEED = 1234
 TASKS = Path(lm_eval.tasks.__file__).parent
-
-
-class NotMeasured(Exception):
-    """Why a set cannot be measured on this model; the others can."""
 
 
 class CountingModel(HFLM):
@@ -124,18 +122,15 @@ def load_tasks(
 ) -> dict[str, Any]:
     """The harness' tasks of a set by their names there, with the records of a local copy or, where
     it is None, of the Hub. How HumanEval's programs end is counted in `outcomes`."""
+    own = _humaneval(one, outcomes) if one.name == CODE else _changes(one, local)
     specs = []
     for part in part_names(one):
-        spec: dict[str, Any] = {"task": one.task + part}
-        if local is not None:
-            spec["custom_dataset"] = _records(local[part])
-        specs.append(spec | _changes(one, local))
+        records = {} if local is None else {"custom_dataset": _records(local[part])}
+        specs.append({"task": one.task + part} | own | records)
     with quiet_harness():
-        if one.name == CODE:
-            (spec,) = specs
-            tasks = _manager(one).load([_humaneval(one, outcomes) | spec])["tasks"]
-        else:
-            tasks = _manager(one).load([{"group": "capgap", "task": specs}])["tasks"]
+        # a whole task stands alone: in a group it would be looked up among the harness' own
+        whole = specs if one.name == CODE else [{"group": "capgap", "task": specs}]
+        tasks = _manager(one).load(whole)["tasks"]
     for task in tasks.values():
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(SHOT_SEED)
@@ -150,15 +145,16 @@ def run_set(
     shots: int,
     limit: int | None = None,
     say: Callable[[str], None] = lambda text: None,
-    on_sample: Callable[[dict[str, Any]], None] = lambda sample: None,
-) -> SetScores:
-    """A model's scores on a set, on the first `limit` questions of every part.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the record has of a model on a set, on the first `limit` questions of every part; and
+    every question with its prompt and what the model answered.
 
-    `on_sample` is told every question with its prompt and what the model answered. NotMeasured for
-    a set that this model cannot be measured on.
+    NotMeasured for a set that this model cannot be measured on.
     """
     began = time.monotonic()
-    sandbox = _sandbox() if one.name == CODE else None
+    problem = sandbox_problem() if one.name == CODE else None
+    if problem is not None:
+        raise NotMeasured(problem)
     outcomes: Counter[str] = Counter()
     tasks = _load(one, local, shots, outcomes)
     lowered = _fit_answers(tasks, model)
@@ -177,37 +173,29 @@ def run_set(
             bootstrap_iters=1,
             confirm_run_unsafe_code=one.name == CODE,
         )
-    parts = {}
-    for name in tasks:
-        samples = found["samples"][name]
-        counts = found["n-samples"][name]
-        parts[name.removeprefix(one.task) if one.has_parts else ""] = Part(
-            _metrics(found["results"][name], samples),
-            counts["effective"],
-            counts["original"],
+    parts = {
+        name.removeprefix(one.task): Part(
+            _metrics(found["results"][name], found["samples"][name]),
+            found["n-samples"][name]["effective"],
+            found["n-samples"][name]["original"],
             sum(task == name for task, _ in model.cut),
         )
-        for sample in samples:
-            on_sample({"set": one.name, "task": name} | _sample(sample))
-    versions = sorted({str(found["versions"][name]) for name in tasks})
-    return combine(
-        one,
-        parts,
-        shots=shots,
-        task_version=", ".join(versions),
-        max_gen_toks=lowered,
-        programs=dict(outcomes) if one.name == CODE else None,
-        sandbox=sandbox,
-        seconds=time.monotonic() - began,
-    )
-
-
-def _sandbox() -> str:
-    """What holds programs back; NotMeasured where there is nothing."""
-    problem = sandbox_problem()
-    if problem is not None:
-        raise NotMeasured(problem)
-    return SANDBOX
+        for name in tasks
+    }
+    scores = combine(one, parts) | {
+        "shots": shots,
+        "task_version": ", ".join(sorted({str(found["versions"][name]) for name in tasks})),
+        "max_gen_toks": lowered,
+        "programs": dict(outcomes) if one.name == CODE else None,
+        "sandbox": SANDBOX if one.name == CODE else None,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    samples = [
+        {"set": one.name, "task": name} | _sample(sample)
+        for name in tasks
+        for sample in found["samples"][name]
+    ]
+    return scores, samples
 
 
 def _load(
@@ -219,8 +207,9 @@ def _load(
     except Exception as error:
         if local is not None:
             raise
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise NotMeasured(f"{one.hub} cannot be loaded from the Hub: {cause}") from error
+        raise NotMeasured(
+            f"{one.hub} cannot be loaded from the Hub: {first_line(error)}"
+        ) from error
 
 
 def _manager(one: BenchmarkSet) -> Any:
@@ -262,7 +251,7 @@ def _changes(one: BenchmarkSet, local: LocalSet | None) -> dict[str, Any]:
 
 def _perplexity(log_likelihoods: Sequence[float]) -> float:
     """Of whole words, as the harness has it; infinite for what no float holds."""
-    mean = -math.fsum(log_likelihoods) / len(log_likelihoods)
+    mean = -fmean(log_likelihoods)
     return math.exp(mean) if mean < 700 else math.inf
 
 
@@ -321,9 +310,7 @@ def _fit_answers(tasks: Mapping[str, Any], model: CountingModel) -> dict[str, in
     return lowered
 
 
-def _metrics(
-    results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
-) -> dict[str, tuple[float | None, float | None]]:
+def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Metrics:
     """The harness' numbers by its names for them, each with its standard error."""
     found = {}
     for name, value in results.items():
@@ -333,11 +320,9 @@ def _metrics(
         error = results.get(f"{metric}_stderr,{kind}")
         found[name] = (_finite(value), _finite(error))
         if metric == "perplexity" and len(samples) > 1:
-            logs = [sample["perplexity"] for sample in samples]
-            mean = math.fsum(logs) / len(logs)
-            spread = math.fsum((log - mean) ** 2 for log in logs) / (len(logs) - 1)
+            error = stdev(sample["perplexity"] for sample in samples) / math.sqrt(len(samples))
             # to first order, from the standard error of the mean
-            found[name] = (_finite(value), _finite(value * math.sqrt(spread / len(logs))))
+            found[name] = (_finite(value), _finite(value * error))
     return found
 
 
@@ -349,8 +334,8 @@ def _finite(value: Any) -> float | None:
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     """What a person wants to see of a question."""
-    prompt = sample["arguments"][0][0]
-    is_choice = isinstance(sample["arguments"][0][1], str)
+    prompt, answer = sample["arguments"][0]
+    is_choice = isinstance(answer, str)
     answers = [arguments[1] for arguments in sample["arguments"]] if is_choice else None
     return {
         "question": sample["doc_id"],

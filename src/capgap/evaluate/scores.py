@@ -1,4 +1,4 @@
-"""Scores of evaluation sets: parts put together, the mean of the six, beside published models.
+"""Scores of evaluation sets: parts put together, and the mean of the six.
 
 Imports no torch and no harness.
 """
@@ -13,7 +13,6 @@ from typing import Any
 
 from capgap.errors import UserError
 from capgap.evaluate.sets import SETS, SIX, BenchmarkSet
-from capgap.law.benchmarks import published_results
 
 Metrics = dict[str, tuple[float | None, float | None]]
 
@@ -28,77 +27,42 @@ class Part:
     cut_prompts: int
 
 
-@dataclass(frozen=True)
-class SetScores:
-    """A model on a set. Shares are 0 to 1; `parts` as the set has them, none where it has one."""
-
-    metric: str
-    metrics: Metrics
-    questions: int
-    of_questions: int
-    cut_prompts: int
-    parts: dict[str, Part]
-    shots: int
-    task_version: str
-    max_gen_toks: dict[str, int] | None
-    programs: dict[str, int] | None
-    sandbox: str | None
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """What the record has of it; docs/evaluation.md tells the keys."""
-        score, error = self.metrics[self.metric]
-        return {
-            "missing": None,
-            "metric": self.metric,
-            "score": score,
-            "score_stderr": error,
-            "metrics": {
-                name: {"value": value, "stderr": error}
-                for name, (value, error) in self.metrics.items()
-            },
-            "questions": self.questions,
-            "of_questions": self.of_questions,
-            "cut_prompts": self.cut_prompts,
-            "shots": self.shots,
-            "task_version": self.task_version,
-            "max_gen_toks": self.max_gen_toks,
-            "programs": self.programs,
-            "sandbox": self.sandbox,
-            "seconds": round(self.seconds, 1),
-            "parts": {
-                name: {
-                    "score": part.metrics[self.metric][0],
-                    "score_stderr": part.metrics[self.metric][1],
-                    "questions": part.questions,
-                    "cut_prompts": part.cut_prompts,
-                }
-                for name, part in self.parts.items()
-            },
-        }
-
-
 def missing_set(reason: str) -> dict[str, Any]:
     """What the record has of a set that was not measured."""
     return {"missing": reason, "score": None, "score_stderr": None}
 
 
-def combine(one: BenchmarkSet, parts: Mapping[str, Part], **about: Any) -> SetScores:
-    """The parts of a set as one score: over all questions, or as the mean of the parts."""
-    names = next(iter(parts.values())).metrics
+def combine(one: BenchmarkSet, parts: Mapping[str, Part]) -> dict[str, Any]:
+    """What the record has of a set, out of its parts: one score over all questions, or the mean of
+    the parts. Shares are 0 to 1; docs/evaluation.md tells the keys."""
     weights = [part.questions if one.by_question else 1 for part in parts.values()]
     metrics = {
-        name: _weighted([part.metrics[name] for part in parts.values()], weights) for name in names
+        name: _weighted([part.metrics[name] for part in parts.values()], weights)
+        for name in next(iter(parts.values())).metrics
     }
-    return SetScores(
-        one.metric,
-        metrics,
-        sum(part.questions for part in parts.values()),
-        sum(part.of_questions for part in parts.values()),
-        sum(part.cut_prompts for part in parts.values()),
-        dict(parts) if one.has_parts else {},
-        **about,
-    )
+    score, error = metrics[one.metric]
+    each = {
+        name: {
+            "score": part.metrics[one.metric][0],
+            "score_stderr": part.metrics[one.metric][1],
+            "questions": part.questions,
+            "cut_prompts": part.cut_prompts,
+        }
+        for name, part in parts.items()
+    }
+    return {
+        "missing": None,
+        "metric": one.metric,
+        "score": score,
+        "score_stderr": error,
+        "metrics": {
+            name: {"value": value, "stderr": error} for name, (value, error) in metrics.items()
+        },
+        "questions": sum(part.questions for part in parts.values()),
+        "of_questions": sum(part.of_questions for part in parts.values()),
+        "cut_prompts": sum(part.cut_prompts for part in parts.values()),
+        "parts": each if one.has_parts else {},
+    }
 
 
 def _weighted(
@@ -141,29 +105,16 @@ def six_mean(
     return 100 * fmean(float(sets[name]["score"]) for name in SIX), None
 
 
-def beside_published(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Those of the six that were measured whole, with their published number of shots, in percent,
-    over the published figures; None without any.
-
-    {"columns": titles, "rows": [(name, scores in that order)], "errors": this model's standard
-    errors, or None}; the first row is this model's.
-    """
-    titles = {SETS[name].title: name for name in SIX}
-    known = [title for title, name in titles.items() if name in sets and _whole(name, sets[name])]
-    if not known:
-        return None
-    rows = [("this model", [100 * float(sets[titles[title]]["score"]) for title in known])]
-    rows += [(m.name, [m.scores[title] for title in known]) for m in published_results()]
-    errors = [sets[titles[title]]["score_stderr"] for title in known]
-    percent = [None if error is None else 100 * float(error) for error in errors]
-    return {"columns": known, "rows": rows, "errors": percent}
-
-
-def _whole(name: str, one: Mapping[str, Any]) -> bool:
-    """A part of a set, or other shots, stand for nothing that is published."""
-    if one["missing"] or one["score"] is None:
-        return False
-    return one["questions"] == one["of_questions"] and one["shots"] == SETS[name].shots
+def comparable(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Those of the six that stand beside published scores: measured whole, with their own shots."""
+    return [
+        name
+        for name in SIX
+        if name in sets
+        and sets[name]["score"] is not None
+        and sets[name]["questions"] == sets[name]["of_questions"]
+        and sets[name]["shots"] == SETS[name].shots
+    ]
 
 
 def known_flops(model: str) -> float | None:
@@ -181,15 +132,4 @@ def known_flops(model: str) -> float | None:
         is_alone = len(found.get("after", {})) < 2
         return float(found["flops"]) if found.get("finished") and is_alone else None
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"cannot read {record} ({error}): give --flops") from None
-
-
-def parse_flops(text: str) -> float:
-    """`4e21` as a number; UserError for what is none above 0."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
-    if not (found > 0 and math.isfinite(found)):
-        raise UserError(f"--flops {text!r}: give a number above 0, such as 4e21")
-    return found
+        raise UserError(f"cannot read {record} ({error}): give flops") from None

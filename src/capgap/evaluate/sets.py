@@ -4,25 +4,27 @@ Imports no torch and no harness.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from capgap.errors import UserError
 
 # Its loss is measured here, not by the harness
 HELDOUT = "heldout"
 CODE = "humaneval"
 
 
+class NotMeasured(Exception):
+    """Why a set cannot be measured; the others can."""
+
+
 @dataclass(frozen=True)
 class BenchmarkSet:
     """An evaluation set.
 
-    `title` as people write it; `hub` its dataset on the Hub; `metric` the score that counts, as the
-    harness calls it. `folder` under the harness' tasks, and `task` its only task there or, with
-    `has_parts`, the beginning of every part's. `shots` by default, `most_shots` that there are
-    (None: as many as fit). `by_question`: the score is the mean over all questions, not over
-    the parts.
+    `title` as people write it; `hub` its dataset on the Hub. `folder` under the harness' tasks, and
+    `task` its only task there or, ending in _, the beginning of every part's. `shots` by default
+    and at most, where they are not drawn from a training part. `metric`: the score that counts, as
+    the harness calls it. `by_question`: the score is the mean over all questions, not over the
+    parts.
     """
 
     name: str
@@ -30,11 +32,14 @@ class BenchmarkSet:
     hub: str
     folder: str
     task: str
-    metric: str
     shots: int = 0
-    most_shots: int | None = 0
-    has_parts: bool = False
+    metric: str = "acc,none"
+    shots_are_drawn: bool = False
     by_question: bool = True
+
+    @property
+    def has_parts(self) -> bool:
+        return self.task.endswith("_")
 
 
 # The first six are those of arXiv 2311.07052, with its shots. Its numbers of shots and of answers
@@ -43,118 +48,67 @@ class BenchmarkSet:
 SETS = {
     one.name: one
     for one in (
+        BenchmarkSet("mmlu", "MMLU", "cais/mmlu", "mmlu/default", "mmlu_", 5),
         BenchmarkSet(
-            "mmlu", "MMLU", "cais/mmlu", "mmlu/default", "mmlu_", "acc,none", 5, 5, has_parts=True
+            "ceval", "C-Eval", "ceval/ceval-exam", "ceval", "ceval-valid_", 5, by_question=False
         ),
         BenchmarkSet(
-            "ceval",
-            "C-Eval",
-            "ceval/ceval-exam",
-            "ceval",
-            "ceval-valid_",
-            "acc,none",
-            5,
-            5,
-            has_parts=True,
-            by_question=False,
-        ),
-        BenchmarkSet("drop", "DROP", "EleutherAI/drop", "drop", "drop", "em,none", 3, None),
-        BenchmarkSet(
-            CODE, "HumanEval", "openai/openai_humaneval", "humaneval", CODE, "pass@1,create_test"
+            "drop", "DROP", "EleutherAI/drop", "drop", "drop", 3, "em,none", shots_are_drawn=True
         ),
         BenchmarkSet(
-            "bbh",
-            "BBH",
-            "SaylorTwift/bbh",
-            "bbh/fewshot",
-            "bbh_fewshot_",
-            "exact_match,strip",
-            3,
-            3,
-            has_parts=True,
+            CODE, "HumanEval", "openai/openai_humaneval", "humaneval", CODE, 0, "pass@1,create_test"
         ),
         BenchmarkSet(
-            "gsm8k",
-            "GSM8K",
-            "openai/gsm8k",
-            "gsm8k",
-            "gsm8k",
-            "exact_match,strict-match",
-            8,
-            None,
+            "bbh", "BBH", "SaylorTwift/bbh", "bbh/fewshot", "bbh_fewshot_", 3, "exact_match,strip"
         ),
         BenchmarkSet(
-            "bbh_cot",
-            "BBH, reasoned",
-            "SaylorTwift/bbh",
-            "bbh/cot_fewshot",
-            "bbh_cot_fewshot_",
-            "exact_match,get-answer",
-            3,
-            3,
-            has_parts=True,
+            *("gsm8k", "GSM8K", "openai/gsm8k", "gsm8k", "gsm8k", 8, "exact_match,strict-match"),
+            shots_are_drawn=True,
         ),
         BenchmarkSet(
-            "blimp",
-            "BLiMP",
-            "nyu-mll/blimp",
-            "blimp",
-            "blimp_",
-            "acc,none",
-            has_parts=True,
-            by_question=False,
+            *("bbh_cot", "BBH, reasoned", "SaylorTwift/bbh", "bbh/cot_fewshot", "bbh_cot_fewshot_"),
+            shots=3,
+            metric="exact_match,get-answer",
         ),
+        BenchmarkSet("blimp", "BLiMP", "nyu-mll/blimp", "blimp", "blimp_", by_question=False),
         BenchmarkSet(
-            "lambada",
-            "LAMBADA",
-            "EleutherAI/lambada_openai",
-            "lambada",
-            "lambada_openai",
-            "acc,none",
+            "lambada", "LAMBADA", "EleutherAI/lambada_openai", "lambada", "lambada_openai"
         ),
-        BenchmarkSet("piqa", "PIQA", "baber/piqa", "piqa", "piqa", "acc,none"),
+        BenchmarkSet("piqa", "PIQA", "baber/piqa", "piqa", "piqa"),
     )
 }
 SIX = ("mmlu", "ceval", "drop", "humaneval", "bbh", "gsm8k")
 NAMES = (*SETS, HELDOUT)
 
 
-def parse_tasks(text: str) -> tuple[str, ...]:
-    """Names parted by commas, each once; UserError names the nearest of an unknown one."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise UserError(f"--tasks {text!r} names no task: take some of {', '.join(NAMES)}")
-    for name in names:
-        check_task(name)
-    return tuple(dict.fromkeys(names))
-
-
-def check_task(name: str) -> None:
-    """UserError for a name that is no set's."""
-    if name in NAMES:
-        return
+def check_tasks(names: Sequence[str]) -> tuple[str, ...]:
+    """Each name once; ValueError for none, and for one that is no set's, with the nearest."""
     known = {one.casefold(): one for one in NAMES}
-    near = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=0.4)
-    guess = f"did you mean {known[near[0]]}? " if near else ""
-    raise UserError(f"unknown task {name!r}: {guess}there are {', '.join(NAMES)}")
+    for name in filter(None, names):
+        if name not in NAMES:
+            near = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=0.4)
+            guess = f"did you mean {known[near[0]]}? " if near else ""
+            raise ValueError(f"unknown task {name!r}: {guess}there are {', '.join(NAMES)}")
+    if not any(names):
+        raise ValueError(f"names no task: take some of {', '.join(NAMES)}")
+    return tuple(dict.fromkeys(filter(None, names)))
 
 
-def parse_shots(texts: list[str]) -> dict[str, int]:
-    """`["mmlu=0"]` as a dict; UserError where one is not NAME=NUMBER."""
+def parse_shots(texts: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:
+    """`["mmlu=0"]` as a dict.
+
+    ValueError where one is not NAME=NUMBER, for a set that is not among `tasks`, and for more
+    examples than it has.
+    """
     found = {}
     for text in texts:
-        name, equals, number = text.partition("=")
-        if not equals or not number.strip().isdecimal():
-            raise UserError(f"--shots {text!r}: write it as NAME=NUMBER, such as mmlu=0")
-        found[name.strip()] = int(number)
+        name, equals, digits = (part.strip() for part in text.partition("="))
+        if not equals or not digits.isdecimal():
+            raise ValueError(f"write {text!r} as NAME=NUMBER, such as mmlu=0")
+        if name not in tasks:
+            raise ValueError(f"{name} is not among the tasks {', '.join(tasks)}")
+        most = SETS[name].shots if name in SETS else 0
+        if int(digits) > most and not (name in SETS and SETS[name].shots_are_drawn):
+            raise ValueError(f"{name} takes {f'0 to {most}' if most else 0}")
+        found[name] = int(digits)
     return found
-
-
-def check_shots(shots: Mapping[str, int]) -> None:
-    """UserError for an unknown set, and for more examples than a set has."""
-    for name, number in shots.items():
-        check_task(name)
-        most = SETS[name].most_shots if name in SETS else 0
-        if number < 0 or (most is not None and number > most):
-            allowed = "0" if most == 0 else f"0 to {most}" if most else "0 or more"
-            raise UserError(f"--shots {name}={number}: {name} takes {allowed}")

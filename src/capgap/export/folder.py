@@ -1,8 +1,6 @@
 """A model folder for others: sharded safetensors, tokenizer, generation config, config, licence."""
 
 import json
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,27 +8,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import UserError
 from capgap.machine import free_memory
-from capgap.models.build import load_model
+from capgap.models.build import load_model, shape_of
 from capgap.models.families import FAMILIES
 from capgap.models.parts import equal_logits, trial_logits
+from capgap.models.shape import Shape
 from capgap.models.stored import (
     LICENCES,
     StoredWeights,
     copy_companions,
     empty_model,
+    local_folder,
     read_config,
     write_weights,
 )
 from capgap.sizes import format_bytes
+from capgap.stage import FieldError, Say, paced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-SAID_EVERY = 10.0  # seconds
+DTYPES = {"stored": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Whose rotary settings by kind of layer older readers know by two names
 _TWO_ROPES = ("gemma3_text", "olmo3")
 # What a tokenizer's config may tell of the machine it was saved on
@@ -39,55 +39,52 @@ _LOCAL = ("auto_map", "is_local", "local_files_only", "name_or_path")
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: a folder, its config, its tokenizer, its weights by name."""
+    """What is exported: a folder with its config, tokenizer and weights; `shape` None for a model
+    of no family. `skeleton` has the tensors as they will be stored, by name, on the meta device."""
 
     folder: Path
     config: "PreTrainedConfig"
     tokenizer: "PreTrainedTokenizerFast"
+    shape: Shape | None
     weights: StoredWeights
     skeleton: dict[str, Tensor]
 
 
-def open_source(
-    folder: Path,
-    config: "PreTrainedConfig",
-    tokenizer: "PreTrainedTokenizerFast",
-    dtype: torch.dtype | None,
-) -> Source:
-    """The tensors of a model folder as they will be stored; `dtype` None keeps theirs.
+def open_source(model: str, dtype: torch.dtype | None) -> Source:
+    """A folder or a name on the Hub; `dtype` None keeps the stored ones.
 
-    They have the model's names where the files hold all of these, and else the files' own, which
+    Tensors have the model's names where the files hold all of these, and else the files' own, which
     transformers knows how to read. UserError where weights of a family are missing.
     """
+    config = read_config(model)
+    shape = shape_of(config) if config.model_type in FAMILIES else None
+    folder = local_folder(model)
+    tokenizer = load_tokenizer(folder)
     weights = StoredWeights(folder)
-    model = empty_model(config)
-    config.architectures = [type(model).__name__]
-    stored = model.state_dict()
-    skeleton = dict(model.named_parameters())
-    skeleton |= {name: one for name, one in model.named_buffers() if name in stored}
-    if config.model_type not in FAMILIES and not all(map(weights.has, skeleton)):
+    empty = empty_model(config)
+    config.architectures = [type(empty).__name__]
+    stored = empty.state_dict()
+    skeleton = dict(empty.named_parameters())
+    skeleton |= {name: one for name, one in empty.named_buffers() if name in stored}
+    if shape is None and not all(map(weights.has, skeleton)):
         skeleton = {name: torch.empty(weights.shape(name), device="meta") for name in weights.names}
     skeleton = {name: one.to(dtype or weights.dtype(name)) for name, one in skeleton.items()}
     # most tensors have that of the first table; norms may have been kept in fp32
     config.dtype = next(iter(skeleton.values())).dtype
-    return Source(folder, config, tokenizer, weights, skeleton)
+    return Source(folder, config, tokenizer, shape, weights, skeleton)
 
 
-def write_folder(
-    source: Source, folder: Path, *, shard_bytes: int, say: Callable[[str], None]
-) -> None:
+def write_folder(source: Source, folder: Path, *, shard_bytes: int, say: Say) -> None:
     """Writes config, weights, tokenizer, generation config and licence into an empty folder.
 
     UserError with the tensor's name for weights of another shape, or that are not finite.
     """
-    done, said = 0, time.monotonic()
+    done, tell = 0, paced(say)
 
     def make(name: str) -> Tensor:
-        nonlocal done, said
+        nonlocal done
         done += 1
-        if time.monotonic() - said > SAID_EVERY:
-            said = time.monotonic()
-            say(f"export: {done} of {len(source.skeleton)} tensors")
+        tell(lambda: f"export: {done} of {len(source.skeleton)} tensors")
         return _checked(name, source)
 
     _write_config(source.config, folder)
@@ -108,8 +105,11 @@ def check_logits(source: Source, folder: Path, gguf: Path | None) -> str | None:
     untried = _no_room("the folder", count * dtype.itemsize)
     if not untried:
         wanted = trial_logits(load_model(source.folder, dtype))
-        made = trial_logits(load_model(folder, dtype))
-        _check_equal(made, wanted, f"{source.folder}: its weights and its config do not fit")
+        if not _are_equal(trial_logits(load_model(folder, dtype)), wanted):
+            raise UserError(
+                "what was written computes other logits than the model: the weights and the config "
+                f"of {source.folder} do not fit each other"
+            )
     if gguf is not None:
         from capgap.export.gguf_file import read_gguf
 
@@ -117,8 +117,10 @@ def check_logits(source: Source, folder: Path, gguf: Path | None) -> str | None:
         no_room = _no_room("the GGUF file", count * 8)
         if not no_room:
             wanted = trial_logits(load_model(folder, torch.float32))
-            made = trial_logits(read_gguf(gguf, read_config(folder)))
-            _check_equal(made, wanted, f"{gguf} says something else: leave --gguf out")
+            if not _are_equal(trial_logits(read_gguf(gguf, read_config(folder))), wanted):
+                raise FieldError(
+                    "gguf", f"{gguf} computes other logits than the model: leave it out"
+                )
         untried += no_room
     return "; ".join(untried) or None
 
@@ -129,9 +131,8 @@ def _no_room(what: str, size: int) -> list[str]:
     return [told] if needed > free else []
 
 
-def _check_equal(made: Tensor, wanted: Tensor, why: str) -> None:
-    if made.shape != wanted.shape or not equal_logits(made, wanted):
-        raise UserError(f"what was written computes other logits than the model, {why}")
+def _are_equal(made: Tensor, wanted: Tensor) -> bool:
+    return made.shape == wanted.shape and equal_logits(made, wanted)
 
 
 def copy_licence(teacher: Path, folder: Path) -> None:
@@ -153,7 +154,7 @@ def _checked(name: str, source: Source) -> Tensor:
         raise UserError(f"{where} holds NaN or infinite weights: this model is broken, train again")
     tensor = stored.to(wanted.dtype)
     if not torch.isfinite(tensor).all():
-        raise UserError(f"{where} has weights too large for fp16: take --dtype bf16")
+        raise UserError(f"{where} has weights too large for fp16: take bf16")
     return tensor
 
 

@@ -5,13 +5,12 @@ Keys and names of tensors follow the GGUF specification and llama.cpp's own conv
 
 import functools
 import io
-import itertools
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,51 +19,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capgap.errors import UserError, border
-from capgap.export.gguf_tokenizer import missing_splits, tokenizer_keys
+from capgap.corpus.tokenizer import load_tokenizer
+from capgap.errors import border
+from capgap.export.gguf_tokenizer import missing_splits, refusal, tokenizer_keys
 from capgap.export.licence import Licence
 from capgap.models.stored import StoredWeights, empty_model, read_config
+from capgap.stage import FieldError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-_TABLES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_PARTS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_GEMMA_PARTS = _PARTS | {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
 # Settings that GGUF has no key for, with the only values that llama.cpp means
-_SETTINGS = {
+_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
 }
-_GEMMA_SETTINGS = {
+_GEMMA_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh",),
     "attention_bias": (False,),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "use_bidirectional_attention": (False, None),
 }
+# By what the rotary frequencies of Llama 3.1 are divided, one number a pair
+ROPE_FACTORS = "rope_freqs.weight"
+# GGUF's number for a file whose matrices are of a dtype
+_FILE_TYPES = {torch.float64: 0, torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
+# What makes each tensor as it is written, by its name in the file
+_Tensors = dict[str, Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -73,56 +57,42 @@ class _Layout:
     turns; `norms` is added to the weights of norms; every `period`th layer sees all of the text."""
 
     architecture: str
-    parts: Mapping[str, str] = field(default_factory=lambda: _PARTS)
-    settings: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: _SETTINGS)
+    settings: Mapping[str, tuple[Any, ...]]
     turned: bool = False
     norms: float = 0.0
     period: int | None = None
 
 
 LAYOUTS = {
-    "llama": _Layout("llama", turned=True),
-    "mistral": _Layout("llama", turned=True),
-    "qwen2": _Layout("qwen2"),
-    "qwen3": _Layout("qwen3"),
-    "gemma3_text": _Layout("gemma3", _GEMMA_PARTS, _GEMMA_SETTINGS, norms=1.0, period=6),
+    "llama": _Layout("llama", _SETTINGS, turned=True),
+    "mistral": _Layout("llama", _SETTINGS, turned=True),
+    "qwen2": _Layout("qwen2", _SETTINGS),
+    "qwen3": _Layout("qwen3", _SETTINGS),
+    "gemma3_text": _Layout("gemma3", _GEMMA_SETTINGS, norms=1.0, period=6),
 }
-# By what the rotary frequencies of Llama 3.1 are divided, one number a pair
-ROPE_FACTORS = "rope_freqs.weight"
-# GGUF's number for a file whose matrices are of a dtype
-_FILE_TYPES = {torch.float64: 0, torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor of the file: its name, `make()` as it is written."""
-
-    name: str
-    make: Callable[[], Tensor]
 
 
 def check_gguf(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerFast") -> None:
-    """UserError for a model that cannot be a GGUF file, before any work."""
+    """FieldError for a model that cannot be a GGUF file, before any work."""
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise UserError("--gguf needs the gguf library: `pip install 'capgap[gguf]'`") from None
-    kind = config.model_type
-    if kind not in LAYOUTS:
-        raise UserError(
-            f"--gguf writes {', '.join(LAYOUTS)} models, and this is a {kind}: leave --gguf out"
+        why = "needs the gguf library: `pip install 'capgap[gguf]'`"
+        raise FieldError("gguf", why) from None
+    layout = LAYOUTS.get(config.model_type)
+    if layout is None:
+        known = ", ".join(LAYOUTS)
+        raise FieldError(
+            "gguf", f"writes {known} models, and this is a {config.model_type}: leave it out"
         )
-    layout = LAYOUTS[kind]
     for name, allowed in layout.settings.items():
         value = getattr(config, name, None)
         if name in config.to_dict() and value not in allowed:
-            raise UserError(f"--gguf: {name}={value} has no key in a GGUF file of this family")
-    kinds = ("default", "llama3") if layout.turned else ("default",)
+            raise refusal(f"{name}={value}, for which a file of this family has no key")
     for rope in _ropes(config):
-        if rope.get("rope_type", "default") not in kinds:
-            raise UserError(
-                f"--gguf: rotary positions of type {rope['rope_type']!r} are not supported"
-            )
+        kind = rope.get("rope_type", "default")
+        if kind != "default" and not (kind == "llama3" and layout.turned):
+            raise refusal(f"rotary positions of type {kind!r}")
     if layout.period is not None:
         _check_gemma(config, layout.period)
     tokenizer_keys(tokenizer, config.vocab_size)
@@ -130,50 +100,44 @@ def check_gguf(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerFast")
 
 def _check_gemma(config: Any, period: int) -> None:
     """llama.cpp knows the order of Gemma's layers and the scale of its scores by itself."""
-    kinds = [kind == "full_attention" for kind in config.layer_types]
-    if kinds != [(layer + 1) % period == 0 for layer in range(len(kinds))]:
-        raise UserError(
-            f"--gguf: llama.cpp takes every {period}th layer of a {config.model_type} for one of "
-            f"full attention, and here they are {_numbers(kinds)} of {len(kinds)}: cut without "
-            "removing layers, or leave --gguf out"
+    kinds, head = config.layer_types, config.head_dim
+    layers = [number for number, kind in enumerate(kinds, 1) if kind == "full_attention"]
+    if layers != list(range(period, len(kinds) + 1, period)):
+        raise refusal(
+            f"full attention in layers {', '.join(map(str, layers)) or 'none'} of {len(kinds)}, "
+            f"for llama.cpp takes every {period}th (cut without removing layers)"
         )
-    if config.query_pre_attn_scalar != config.head_dim:
-        raise UserError(
-            f"--gguf: llama.cpp takes the head size, {config.head_dim}, for query_pre_attn_scalar, "
-            f"and here it is {config.query_pre_attn_scalar}: leave --gguf out"
+    if config.query_pre_attn_scalar != head:
+        raise refusal(
+            f"query_pre_attn_scalar={config.query_pre_attn_scalar}, for llama.cpp takes the head "
+            f"size, {head}"
         )
-
-
-def _numbers(kinds: list[bool]) -> str:
-    return ", ".join(str(layer + 1) for layer, found in enumerate(kinds) if found) or "none"
 
 
 def write_gguf(folder: Path, path: Path, *, name: str, licence: Licence) -> dict[str, Any]:
     """Writes the model in `folder` to `path` and compares what is read back with it.
 
     Matrices keep their dtype, vectors are fp32, as llama.cpp wants them. Returns what the command
-    tells. UserError as `check_gguf`, and OSError where what was read back differs.
+    tells. FieldError as `check_gguf`, and OSError where what was read back differs.
     """
     from gguf import GGUFWriter
-
-    from capgap.corpus.tokenizer import load_tokenizer
 
     config: Any = read_config(folder)
     tokenizer = load_tokenizer(folder)
     check_gguf(config, tokenizer)
+    architecture = LAYOUTS[config.model_type].architecture
     weights = StoredWeights(folder)
-    entries = list(_entries(config, weights))
+    tensors = _tensors(config, weights)
     keys = _keys(config, weights.dtype("model.embed_tokens.weight"), name, licence)
     keys |= tokenizer_keys(tokenizer, config.vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        architecture = LAYOUTS[config.model_type].architecture
         writer: Any = GGUFWriter(aside, architecture)
         for key, value in keys.items():
             _add(writer, key, value)
-        _write_tensors(writer, entries)
-        compared = _compare(aside, keys, entries)
+        _write_tensors(writer, tensors)
+        _compare(aside, keys, tensors)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -184,7 +148,8 @@ def write_gguf(folder: Path, path: Path, *, name: str, licence: Licence) -> dict
         "tokenizer": keys["tokenizer.ggml.model"],
         "context": keys[f"{architecture}.context_length"],
         "missing_splits": missing_splits(tokenizer),
-        **compared,
+        "compared_tensors": len(tensors),
+        "compared_keys": len(keys),
     }
 
 
@@ -193,10 +158,9 @@ def read_gguf(path: Path, config: "PreTrainedConfig") -> "PreTrainedModel":
     those of `config`, of which the reader leaves some out."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = config.to_dict()
     if config.model_type == "mistral":
         kind = LAYOUTS[config.model_type].architecture
-        config = AutoConfig.for_model(**fields | {"model_type": kind})
+        config = AutoConfig.for_model(**config.to_dict() | {"model_type": kind})
     # its bar knows no switch
     # alone in a folder: what lies beside it would be read too
     with (
@@ -217,7 +181,6 @@ def _keys(config: Any, dtype: torch.dtype, name: str, licence: Licence) -> dict[
     from gguf import GGML_QUANT_VERSION
 
     layout = LAYOUTS[config.model_type]
-    arch = layout.architecture
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     context = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
@@ -225,31 +188,33 @@ def _keys(config: Any, dtype: torch.dtype, name: str, licence: Licence) -> dict[
         # what is further away would be seen by llama.cpp, which knows no window here
         context = min(window, context)
     full, *local = _ropes(config)
+    own: dict[str, Any] = {
+        "context_length": context,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.freq_base": float(full["rope_theta"]),
+        "rope.dimension_count": head,
+        "vocab_size": config.vocab_size,
+    }
+    if local:
+        own["rope.freq_base_swa"] = float(local[0]["rope_theta"])
+        own["attention.sliding_window"] = window
     keys: dict[str, Any] = {
         "general.name": name,
         "general.file_type": _FILE_TYPES[dtype],
         "general.quantization_version": int(GGML_QUANT_VERSION),
-        f"{arch}.context_length": context,
-        f"{arch}.embedding_length": config.hidden_size,
-        f"{arch}.block_count": config.num_hidden_layers,
-        f"{arch}.feed_forward_length": config.intermediate_size,
-        f"{arch}.attention.head_count": config.num_attention_heads,
-        f"{arch}.attention.head_count_kv": config.num_key_value_heads,
-        f"{arch}.attention.key_length": head,
-        f"{arch}.attention.value_length": head,
-        f"{arch}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        f"{arch}.rope.freq_base": float(full["rope_theta"]),
-        f"{arch}.rope.dimension_count": head,
-        f"{arch}.vocab_size": config.vocab_size,
     }
-    if local:
-        keys[f"{arch}.rope.freq_base_swa"] = float(local[0]["rope_theta"])
-        keys[f"{arch}.attention.sliding_window"] = window
     if licence.id is not None:
         keys["general.license"] = licence.id
         if licence.name:
             keys["general.license.name"] = licence.name
-    return keys
+    return keys | {f"{layout.architecture}.{key}": value for key, value in own.items()}
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
@@ -260,28 +225,22 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
     return [found]
 
 
-def _entries(config: Any, weights: StoredWeights) -> Iterator[_Entry]:
-    """All tensors in the order of the file."""
+def _tensors(config: Any, weights: StoredWeights) -> _Tensors:
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
     layout = LAYOUTS[config.model_type]
-    heads = {
-        "self_attn.q_proj": config.num_attention_heads,
-        "self_attn.k_proj": config.num_key_value_heads,
-    }
-    names = dict(_TABLES)
-    turned: dict[str, int] = {}
-    for layer in range(config.num_hidden_layers):
-        for part, kind in itertools.product(layout.parts, ("weight", "bias")):
-            stored = f"model.layers.{layer}.{part}.{kind}"
-            names[stored] = f"blk.{layer}.{layout.parts[part]}.{kind}"
-            if layout.turned and part in heads:
-                turned[stored] = heads[part]
-    wanted = [name for name, _ in empty_model(config).named_parameters()]
-    for stored in sorted(wanted, key=list(names).index):
+    (kind,) = (one for one, name in MODEL_ARCH_NAMES.items() if name == layout.architecture)
+    names: Any = get_tensor_name_map(kind, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    tensors: _Tensors = {}
+    for stored, _ in empty_model(config).named_parameters():
+        turned = heads.get(stored.split(".")[-2]) if layout.turned else None
         norms = layout.norms if stored.endswith("norm.weight") else 0.0
-        make = functools.partial(_made, weights, stored, turned.get(stored), norms)
-        yield _Entry(names[stored], make)
+        name = names.get_name(stored, (".weight", ".bias"))
+        tensors[name] = functools.partial(_made, weights, stored, turned, norms)
     if _ropes(config)[0].get("rope_type") == "llama3":
-        yield _Entry(ROPE_FACTORS, functools.partial(_rope_factors, config))
+        tensors[ROPE_FACTORS] = functools.partial(_rope_factors, config)
+    return tensors
 
 
 def _made(weights: StoredWeights, stored: str, heads: int | None, norms: float) -> Tensor:
@@ -314,7 +273,7 @@ def _turned(tensor: Tensor, heads: int) -> Tensor:
 def _add(writer: Any, key: str, value: Any) -> None:
     most = {int: 2**32, float: math.inf}.get(type(value))
     if most is not None and not 0 <= value < most:
-        raise UserError(f"--gguf: {key} of {value} cannot be written: give the model's own config")
+        raise refusal(f"{key} of {value} (give the model's own config)")
     add = {
         str: writer.add_string,
         bool: writer.add_bool,
@@ -325,7 +284,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
     add(key, value)
 
 
-def _write_tensors(writer: Any, entries: list[_Entry]) -> None:
+def _write_tensors(writer: Any, tensors: _Tensors) -> None:
     """All names and shapes first, then one tensor after the other."""
     from gguf import GGMLQuantizationType
 
@@ -334,20 +293,15 @@ def _write_tensors(writer: Any, entries: list[_Entry]) -> None:
         torch.float16: GGMLQuantizationType.F16,
         torch.bfloat16: GGMLQuantizationType.BF16,
     }
-    for entry in entries:
-        tensor = entry.make()
-        writer.add_tensor_info(
-            entry.name,
-            tuple(tensor.shape),
-            np.dtype(np.float32),
-            tensor.nbytes,
-            raw_dtype=kinds[tensor.dtype],
-        )
+    for name, make in tensors.items():
+        tensor = make()
+        data, kind = _bytes(tensor), kinds[tensor.dtype]
+        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for entry in entries:
-        writer.write_tensor_data(_bytes(entry.make()))
+    for make in tensors.values():
+        writer.write_tensor_data(_bytes(make()))
     writer.close()
 
 
@@ -356,20 +310,17 @@ def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
     return tensor.view(torch.uint8).numpy()
 
 
-def _compare(path: Path, keys: dict[str, Any], entries: list[_Entry]) -> dict[str, Any]:
+def _compare(path: Path, keys: dict[str, Any], tensors: _Tensors) -> None:
     """Reads the file with the library's own reader; OSError where anything differs."""
     from gguf import GGUFReader
 
     reader: Any = GGUFReader(path)
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    for entry in entries:
-        wanted = entry.make()
-        raw = torch.from_numpy(np.array(found[entry.name].data)).contiguous()
-        if not torch.equal(raw.view(torch.uint8).flatten(), wanted.view(torch.uint8).flatten()):
-            raise OSError(f"{path}: {entry.name} was not read back as it was written")
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    for name, make in tensors.items():
+        wanted = make().view(torch.uint8).numpy()
+        if not np.array_equal(found[name].view(np.uint8).ravel(), wanted.ravel()):
+            raise OSError(f"{path}: {name} was not read back as it was written")
     for key, value in keys.items():
         told = reader.get_field(key).contents()
-        same = np.float32(value) == np.float32(told) if isinstance(value, float) else told == value
-        if not same:
+        if told != (np.float32(value) if isinstance(value, float) else value):
             raise OSError(f"{path}: {key} was not read back as it was written")
-    return {"compared_tensors": len(entries), "compared_keys": len(keys)}

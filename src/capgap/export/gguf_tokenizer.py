@@ -4,7 +4,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from capgap.errors import UserError
+from capgap.stage import FieldError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -13,6 +13,8 @@ SPACE = "\u2581"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Token types of GGUF
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+# What GGUF calls special tokens, and transformers
+_SPECIAL = {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}
 # How llama.cpp names a way of cutting text into words before BPE: the regular expressions, and
 # whether every digit is cut off, to that name. GPT-2's own is written into ByteLevel.
 _LLAMA3 = (
@@ -23,32 +25,25 @@ _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _SPLITS = {(): "gpt-2", (_LLAMA3,): "llama-bpe", (_QWEN2,): "qwen2", ("digits",): "smollm"}
 
 
+def refusal(what: str) -> FieldError:
+    """For what llama.cpp would read otherwise."""
+    return FieldError("gguf", f"cannot hold {what}; leave it out")
+
+
 def tokenizer_keys(tokenizer: "PreTrainedTokenizerFast", rows: int) -> dict[str, Any]:
-    """`tokenizer.*` keys for a table of so many rows; UserError for any other kind of tokenizer."""
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    """`tokenizer.*` keys for a table of so many rows; FieldError for other kinds of tokenizers."""
+    description = _description(tokenizer)
     model = description["model"]
     if model["type"] != "BPE":
-        raise UserError(
-            f"--gguf: the tokenizer is a {model['type']} model; byte-level BPE and Llama's "
-            "sentencepiece-style BPE are supported"
+        raise refusal(
+            f"a tokenizer that is a {model['type']} model, neither byte-level BPE nor Llama's "
+            "sentencepiece-style BPE"
         )
-    normalizer = description["normalizer"]
-    # NFC, which Qwen has, leaves nearly all text as it is, and llama.cpp reads Qwen without
-    if not model.get("byte_fallback") and normalizer not in (None, {"type": "NFC"}):
-        kind = normalizer.get("type")
-        raise UserError(
-            f"--gguf: the tokenizer changes text before it cuts it (a normalizer, {kind}), which a "
-            "GGUF file of byte-level BPE cannot say: llama.cpp would read other tokens"
-        )
-    keys = _llama_keys(description) if model.get("byte_fallback") else _gpt2_keys(description)
     pieces, types = _pieces(tokenizer, description, rows)
+    keys = _llama_keys(description, pieces) if _is_llama(model) else _gpt2_keys(description)
     keys["tokenizer.ggml.tokens"] = pieces
     keys["tokenizer.ggml.token_type"] = types
-    if keys["tokenizer.ggml.model"] == "llama":
-        scores = _scores(model)
-        keys["tokenizer.ggml.scores"] = [scores.get(piece, 0.0) for piece in pieces]
-    for name in ("bos", "eos", "padding", "unknown"):
-        short = {"padding": "pad", "unknown": "unk"}.get(name, name)
+    for name, short in _SPECIAL.items():
         number = getattr(tokenizer, f"{short}_token_id")
         if number is not None:
             keys[f"tokenizer.ggml.{name}_token_id"] = int(number)
@@ -67,56 +62,74 @@ def missing_splits(tokenizer: "PreTrainedTokenizerFast") -> int:
     the same, but merges that were learnt one by one may lack some. Above 0 the two may cut a word
     differently. 0 for a byte-level tokenizer, whose merges are written out.
     """
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    if not model.get("byte_fallback"):
+    model = _description(tokenizer)["model"]
+    if not _is_llama(model):
         return 0
-    words = model["vocab"].keys()
-    merges = {_pair(merge) for merge in model["merges"]}
+    words, merges = model["vocab"].keys(), set(_merges(model))
     return sum(
-        (piece[:place], piece[place:]) not in merges
+        (piece[:cut], piece[cut:]) not in merges
         for piece in {left + right for left, right in merges}
-        for place in range(1, len(piece))
-        if piece[:place] in words and piece[place:] in words
+        for cut in range(1, len(piece))
+        if piece[:cut] in words and piece[cut:] in words
     )
 
 
+def _description(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+    """What tokenizer.json holds."""
+    found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return found
+
+
+def _is_llama(model: dict[str, Any]) -> bool:
+    return bool(model.get("byte_fallback"))
+
+
+def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
+    """Pairs, or an older file's words with a space."""
+    merges = (one.split(" ") if isinstance(one, str) else one for one in model["merges"])
+    return [(left, right) for left, right in merges]
+
+
 def _gpt2_keys(description: dict[str, Any]) -> dict[str, Any]:
+    normalizer = description["normalizer"]
+    # NFC, which Qwen has, leaves nearly all text as it is, and llama.cpp reads Qwen without
+    if normalizer not in (None, {"type": "NFC"}):
+        raise refusal(
+            "a tokenizer that changes text before it cuts it (a normalizer, "
+            f"{normalizer.get('type')})"
+        )
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": _cutting(description),
-        "tokenizer.ggml.merges": [" ".join(_pair(one)) for one in description["model"]["merges"]],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(description["model"])],
     }
 
 
 def _cutting(description: dict[str, Any]) -> str:
     """llama.cpp's name for how text is cut into words."""
-    found = description["pre_tokenizer"] or {}
-    steps = found["pretokenizers"] if found.get("type") == "Sequence" else [found]
+    cutting = description["pre_tokenizer"] or {}
+    *steps, last = cutting["pretokenizers"] if cutting.get("type") == "Sequence" else [cutting]
     kinds = []
-    for step in steps[:-1]:
+    for step in steps:
         if step["type"] == "Split":
             kinds.append(step["pattern"].get("Regex", ""))
         elif step["type"] == "Digits" and step["individual_digits"]:
             kinds.append("digits")
         else:
             kinds.append(step["type"])
-    last = steps[-1]
+    name = _SPLITS.get(tuple(kinds))
     # ByteLevel cuts by GPT-2's expression itself where nothing before it has cut text by another
-    by_itself = tuple(kinds) in ((), ("digits",))
-    if (
-        last.get("type") == "ByteLevel"
-        and not last.get("add_prefix_space")
-        and last.get("use_regex", True) == by_itself
-        and tuple(kinds) in _SPLITS
-    ):
-        return _SPLITS[tuple(kinds)]
-    raise UserError(
-        "--gguf: the tokenizer cuts text into words in a way that has no name in llama.cpp; that "
-        "of GPT-2, Llama 3, Qwen2 and SmolLM is supported"
-    )
+    by_itself = name in ("gpt-2", "smollm")
+    is_bytes = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
+    if name is None or not is_bytes or last.get("use_regex", True) != by_itself:
+        raise refusal(
+            "a tokenizer whose way of cutting text into words has no name in llama.cpp; it must be "
+            "that of GPT-2, Llama 3, Qwen2 or SmolLM"
+        )
+    return name
 
 
-def _llama_keys(description: dict[str, Any]) -> dict[str, Any]:
+def _llama_keys(description: dict[str, Any], pieces: list[str]) -> dict[str, Any]:
     normalizer, cutting = description["normalizer"] or {}, description["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer])
     replaced = any(step.get("type") == "Replace" and step.get("content") == SPACE for step in steps)
@@ -129,14 +142,19 @@ def _llama_keys(description: dict[str, Any]) -> dict[str, Any]:
     )
     others = {step.get("type") for step in steps} - {"Replace", "Prepend", None}
     if not replaced or others or not is_whole:
-        raise UserError(
-            "--gguf: the tokenizer has byte fallback but is not written as Llama's: spaces become "
-            f"{SPACE}, nothing else is changed or cut"
+        raise refusal(
+            "a tokenizer that has byte fallback but is not written as Llama's, where spaces become "
+            f"{SPACE} and nothing else is changed or cut"
         )
+    # what was merged first is the likeliest: minus the place of the first merge that gives it
+    scores: dict[str, float] = {}
+    for place, pair in enumerate(_merges(description["model"]), 1):
+        scores.setdefault("".join(pair), -float(place))
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.add_space_prefix": prefixed,
+        "tokenizer.ggml.scores": [scores.get(piece, 0.0) for piece in pieces],
     }
 
 
@@ -145,7 +163,7 @@ def _pieces(
 ) -> tuple[list[str], list[int]]:
     """Every row's text and type; rows behind the last token pad the table."""
     pieces, types = [f"[PAD{row}]" for row in range(rows)], [UNUSED] * rows
-    is_llama = bool(description["model"].get("byte_fallback"))
+    is_llama = _is_llama(description["model"])
     for piece, row in tokenizer.get_vocab().items():
         if row < rows:  # a token for pictures may have none
             pieces[row] = piece
@@ -156,17 +174,3 @@ def _pieces(
     if is_llama and tokenizer.unk_token_id is not None:
         types[tokenizer.unk_token_id] = UNKNOWN
     return pieces, types
-
-
-def _scores(model: dict[str, Any]) -> dict[str, float]:
-    """What was merged first is the likeliest: minus the place of the first merge that gives it."""
-    scores: dict[str, float] = {}
-    for place, merge in enumerate(model["merges"]):
-        scores.setdefault("".join(_pair(merge)), -float(place + 1))
-    return scores
-
-
-def _pair(merge: Any) -> tuple[str, str]:
-    """A merge as tokenizer.json has it: a pair, or an older file's words with a space."""
-    left, right = merge if isinstance(merge, list | tuple) else merge.split(" ")
-    return left, right

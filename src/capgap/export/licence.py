@@ -35,12 +35,6 @@ class Licence:
     name: str | None = None
     link: str | None = None
 
-    @property
-    def label(self) -> str:
-        """For a line of text."""
-        named = f" ({self.name})" if self.name else ""
-        return "unknown" if self.id is None else f"{self.id}{named}"
-
 
 def find_licence(places: Iterable[tuple[str, str]]) -> Licence:
     """The first licence among (what it is, folder or name on the Hub), such as ("the teacher",
@@ -112,15 +106,12 @@ def _from_card(fields: dict[str, Any], source: str) -> Licence | None:
 def front_matter(card: Path) -> dict[str, Any]:
     """The YAML at the head of a model card; {} where there is none or it cannot be read."""
     import yaml
+    from huggingface_hub import metadata_load
 
-    found = re.match(r"\s*---\r?\n(.*?)\r?\n---", card.read_text(errors="replace"), re.DOTALL)
-    if found is None:
-        return {}
     try:
-        fields = yaml.safe_load(found[1])
-    except yaml.YAMLError:
+        return metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError):
         return {}
-    return fields if isinstance(fields, dict) else {}
 
 
 def _title(text: str) -> str:

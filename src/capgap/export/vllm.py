@@ -53,7 +53,7 @@ def check_vllm(shape: Shape | None, dtype: torch.dtype, config: dict[str, Any]) 
         "fp16 is allowed for the family": not (
             shape.architecture in NO_FP16 and dtype == torch.float16
         )
-        or f"vLLM refuses fp16 for {shape.architecture}: take --dtype bf16",
+        or f"vLLM refuses fp16 for {shape.architecture}: take bf16",
         "an attention kernel takes the head size": by_flash
         or head >= TRITON_LEAST
         or f"heads of size {head} in {str(dtype).removeprefix('torch.')}: its kernels take "

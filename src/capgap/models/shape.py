@@ -84,12 +84,9 @@ def _problem(shape: Shape) -> str | None:
     return None
 
 
-def layer_parameters(
-    architecture: str, hidden: int, heads: int, kv_heads: int, head_size: int, ffn: int
-) -> tuple[int, int, int, int]:
-    """Parameters of one layer: attention, FFN, norms; and of the norm behind all layers."""
-    family = FAMILIES[architecture]
-    sizes = {
+def axis_sizes(hidden: int, heads: int, kv_heads: int, head_size: int, ffn: int) -> dict[str, int]:
+    """Of the axes of a layer's tensors, as `capgap.models.families` names them."""
+    return {
         "hidden": hidden,
         "neurons": ffn,
         "gate_up": 2 * ffn,
@@ -99,6 +96,14 @@ def layer_parameters(
         "qkv": (heads + 2 * kv_heads) * head_size,
         "head": head_size,
     }
+
+
+def layer_parameters(
+    architecture: str, hidden: int, heads: int, kv_heads: int, head_size: int, ffn: int
+) -> tuple[int, int, int, int]:
+    """Parameters of one layer: attention, FFN, norms; and of the norm behind all layers."""
+    family = FAMILIES[architecture]
+    sizes = axis_sizes(hidden, heads, kv_heads, head_size, ffn)
     norm = (2 if family.norm_bias else 1) * hidden
     return (
         _count(family.attention, sizes),

@@ -1,35 +1,35 @@
-"""Runs the steps of a recipe, each as a process of its own, and keeps what became of them."""
+"""Runs the steps of a recipe one after the other, and keeps what became of them."""
 
+import gc
+import json
 import os
 import secrets
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from capgap.config import RunRecipe
 from capgap.errors import UserError
 from capgap.locking import LOCK, locked_folder
-from capgap.pipeline.results import result_of
+from capgap.pipeline.recipe import RunRecipe
 from capgap.pipeline.state import RECORD, Decision, RunState, check_step, decide
-from capgap.pipeline.steps import SHARED, Step, plan_steps
+from capgap.pipeline.steps import plan_steps
 from capgap.sizes import clock_time
-
-Say = Callable[[str], None]
+from capgap.stage import Say
+from capgap.stages.training import TrainingStage
+from capgap.stopping import Signals, Stopped
 
 
 class StepFailed(Exception):
-    """A step ended with this exit code; its own output has said why."""
+    """A step came to no good end; `code` is what the command exits with. A process of its own has
+    said why, where `why` is empty."""
 
-    def __init__(self, step: str, code: int) -> None:
-        super().__init__(f"the step {step} ended with exit code {code}")
-        self.step = step
+    def __init__(self, step: str, why: str, code: int) -> None:
+        super().__init__(f"the step {step} failed: {why}" if why else f"the step {step} failed")
         self.code = code
 
 
@@ -47,18 +47,17 @@ def run_pipeline(
     *,
     again_from: str | None = None,
     until: str | None = None,
-    quiet: bool = False,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Runs what is not done or has changed, up to the step `until`; returns run.json.
 
-    Every step's process has our standard error; what it prints goes there too, so that standard
-    output stays the caller's. UserError: the user's mistakes, an output folder in use; StepFailed
-    where a step's command failed or was stopped, which the same call continues.
+    A training that several processes share (`hardware.processes`) is one of torchrun's kind, which
+    writes to our standard error. UserError: the user's mistakes, an output folder in use; Stopped
+    and StepFailed where a step did not end well: the same call goes on.
     """
     # the same folder, wherever the next call is made from
     out = out.absolute()
-    with _claimed(out) as lock, _Signals() as signals:
+    with _claimed(out) as lock, Signals() as signals:
         state = RunState(out, recipe.name)
         decisions = _selected(recipe, state, out, again_from, until)
         state.forget_others(plan_steps(recipe, out))
@@ -69,19 +68,8 @@ def run_pipeline(
                 say(f"{head}: done before")
                 continue
             say(f"{head}: {_announced(decision)}")
-            code = _run(
-                decision,
-                state,
-                signals,
-                processes=recipe.hardware.processes,
-                quiet=quiet,
-                lock=lock,
-            )
-            # whatever the step made of it: one that was about to end does so well
-            if signals.sent:
-                code = 128 + signals.sent[0]
-            if code != 0:
-                raise StepFailed(decision.step.name, code)
+            work = _Work(decision, state, signals, recipe.hardware.processes, lock, say)
+            work.run()
             kept = state.begun(decision.step) or {}
             told = f", {kept['result']}" if kept["result"] else ""
             say(f"{head}: {clock_time(kept['seconds'])}{told}")
@@ -110,77 +98,87 @@ def _announced(decision: Decision) -> str:
     return f"{verb}: {decision.why}"
 
 
-class _Signals:
-    """What we are sent goes on to the process of the step, which saves its state before it ends. A
-    context manager; `sent` are the signals so far, a terminal that closes as a SIGTERM."""
+class _Work:
+    """One step at work: its stage here, or shared by several processes."""
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    def __init__(
+        self,
+        decision: Decision,
+        state: RunState,
+        signals: Signals,
+        processes: int,
+        lock: int,
+        say: Say,
+    ) -> None:
+        self.decision = decision
+        self.step = decision.step
+        self.state = state
+        self.signals = signals
+        self.processes = processes
+        self.lock = lock
+        self.say = say
 
-    def __init__(self) -> None:
-        self.sent: list[int] = []
-        self._process: subprocess.Popen[bytes] | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        self._before = {one: signal.signal(one, self._note) for one in self.NUMBERS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def wait_for(self, process: "subprocess.Popen[bytes]") -> int:
-        """Its exit code; also what came before it was there is passed on to it."""
-        self._process = process
-        for number in self.sent:
-            process.send_signal(number)
-        code = process.wait()
-        self._process = None
-        return code
-
-    def _note(self, number: int, frame: object) -> None:
-        number = signal.SIGTERM if number == signal.SIGHUP else number
-        self.sent.append(number)
-        if self._process is not None:
-            self._process.send_signal(number)
-
-
-def _run(
-    decision: Decision,
-    state: RunState,
-    signals: _Signals,
-    *,
-    processes: int,
-    quiet: bool,
-    lock: int,
-) -> int:
-    """The exit code of the step's process, which is kept with what it made."""
-    step = decision.step
-    if decision.state == "run":
-        for path in step.writes:
+    def run(self) -> None:
+        """Keeps how it ended; raises what ended it."""
+        anew = self.decision.state == "run"
+        for path in self.step.stage.writes if anew else ():
             _remove(path)
-    began = datetime.now(UTC).isoformat(timespec="seconds")
-    argv = step.argv()
-    begun = state.begun(step) or {}
-    state.keep(
-        step,
-        status="running",
-        # what comes after knows by it whether it rests on this start or on one before
-        id=secrets.token_hex(4) if decision.state == "run" else begun["id"],
-        inputs=decision.inputs | {"after": state.made_by(step.after)},
-        command=["capgap", *argv],
-        started=began,
-        result=None,
-    )
-    start = time.monotonic()
-    code = _process(step, argv, signals, processes=processes, quiet=quiet, lock=lock)
-    seconds = time.monotonic() - start
-    if code == 0:
-        state.keep(step, status="done", seconds=seconds, result=result_of(step))
-    else:
-        stopped = bool(signals.sent) or code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
-        state.keep(step, status="stopped" if stopped else "failed", seconds=seconds)
-    return code
+        begun = self.state.begun(self.step) or {}
+        self.state.keep(
+            self.step,
+            status="running",
+            # what comes after knows by it whether it rests on this start or on one before
+            id=secrets.token_hex(4) if anew else begun["id"],
+            inputs=self.decision.inputs | {"after": self.state.made_by(self.step.after)},
+            command=["capgap", *self.step.stage.command()],
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            result=None,
+        )
+        start = time.monotonic()
+        status = "failed"
+        result = None
+        try:
+            result = self._result()
+            status = "done"
+        except Stopped:
+            status = "stopped"
+            raise
+        finally:
+            seconds = time.monotonic() - start
+            self.state.keep(self.step, status=status, seconds=seconds, result=result)
+
+    def _result(self) -> str:
+        stage = self.step.stage
+        if self.processes > 1 and isinstance(stage, TrainingStage):
+            return self._share(stage)
+        found = self.signals.run(stage, self.say)
+        self.say(stage.told(found))
+        if stage.failure(found):
+            raise StepFailed(self.step.name, stage.failure(found), 1)
+        _free_memory()
+        return stage.result(found)
+
+    def _share(self, stage: TrainingStage) -> str:
+        words = [sys.executable, "-m", "capgap.pipeline.processes", str(self.processes)]
+        code = self.signals.run_process(
+            [*words, *stage.command()],
+            stdout=sys.stderr.fileno(),
+            # a random.py in the working folder is not Python's
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
+            # should we be killed, nobody else starts beside it
+            pass_fds=(self.lock,),
+        )
+        if code:
+            raise StepFailed(self.step.name, "", code)
+        return stage.result(json.loads(stage.record_file.read_text(encoding="utf-8")))
+
+
+def _free_memory() -> None:
+    """What a stage held is for the next one."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _remove(path: Path) -> None:
@@ -190,42 +188,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _process(
-    step: Step,
-    argv: Sequence[str],
-    signals: _Signals,
-    *,
-    processes: int,
-    quiet: bool,
-    lock: int,
-) -> int:
-    """The exit code, 128 and the number for a signal that killed it.
-
-    It has the folder's lock too: should we be killed, nobody else starts beside it.
-    """
-    start = ["capgap"]
-    if processes > 1 and step.command in SHARED:
-        start = ["capgap.pipeline.processes", str(processes)]
-    command = [sys.executable, "-m", *start, *argv, *(["--quiet"] if quiet else [])]
-    # a group of its own: a Ctrl-C in the terminal would else reach it twice, and the second one
-    # does not wait for its state to be saved
-    with subprocess.Popen(
-        command,
-        stdout=sys.stderr.fileno(),
-        # a random.py in the working folder is not Python's
-        env=os.environ | {"PYTHONSAFEPATH": "1"},
-        start_new_session=True,
-        pass_fds=(lock,),
-    ) as process:
-        code = signals.wait_for(process)
-    return 128 - code if code < 0 else code
-
-
 @contextmanager
 def _claimed(out: Path) -> Iterator[int]:
     """The folder belongs to a run and, while inside, to this process alone: its lock."""
     foreign = out.exists() and not (out / RECORD).exists()
     if foreign and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
-        raise UserError(f"{out} is no empty folder and no run: choose another --out")
+        raise UserError(f"{out} is no empty folder and no run: choose another out")
     with locked_folder(out) as lock:
         yield lock

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +12,10 @@ from capgap.errors import UserError
 from capgap.pipeline.steps import Step
 from capgap.records import write_json_atomically
 from capgap.scrub import scrub
+from capgap.stage import Mark, Stage
 
 RECORD = "run.json"
-# How a step is carried out, not what it makes
-HOW = {"--out", "--device", "--batch-size", "--track"}
+SCHEMA = 2
 MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt")
 State = Literal["done", "continue", "run"]
 
@@ -37,10 +37,10 @@ class RunState:
     def __init__(self, out: Path, name: str) -> None:
         self.path = out / RECORD
         found = _read(self.path)
-        self.record: dict[str, Any] = found or {"schema": 1, "name": name, "steps": {}}
+        self.record: dict[str, Any] = found or {"schema": SCHEMA, "name": name, "steps": {}}
         if self.record["name"] != name:
             raise UserError(
-                f"{out} holds the run {self.record['name']!r}, not {name!r}: choose another --out"
+                f"{out} holds the run {self.record['name']!r}, not {name!r}: choose another out"
             )
 
     def begun(self, step: Step) -> dict[str, Any] | None:
@@ -70,8 +70,14 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no record of a run ({error}): choose another --out") from None
+        schema = found["schema"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is no record of a run ({error}): choose another out") from None
+    if schema != SCHEMA:
+        raise UserError(
+            f"{path} was written by another version of capgap: choose another out; what its stages "
+            "made can be taken from there by hand"
+        )
     return found
 
 
@@ -82,9 +88,8 @@ def decide(
 
     UserError: no such step, or one before it that is not done.
     """
-    names = [step.name for step in steps]
     if again_from is not None:
-        check_step(again_from, names)
+        check_step(again_from, [step.name for step in steps])
     decisions: dict[str, Decision] = {}
     forced = False
     for step in steps:
@@ -106,9 +111,9 @@ def check_step(name: str, names: Sequence[str]) -> None:
 
 
 def _decide(step: Step, state: RunState, before: Mapping[str, Decision], forced: bool) -> Decision:
-    out = state.path.parent
+    out, stage = state.path.parent, step.stage
     # as the record holds it, or a step with a secret in an option would start again each time
-    inputs: dict[str, Any] = scrub({"options": _options(step, out), "read": _identities(step)})
+    inputs: dict[str, Any] = scrub({"values": _values(stage, out), "read": _identities(stage, out)})
     inputs["after"] = state.made_by(step.after)
     begun = state.begun(step)
     if begun is None:
@@ -123,57 +128,49 @@ def _decide(step: Step, state: RunState, before: Mapping[str, Decision], forced:
     if change is not None:
         return Decision(step, "run", change, inputs)
     if begun["status"] == "done":
-        gone = next((path for path in step.writes if _must_exist(step, path)), None)
+        gone = next((path for path in stage.writes if not path.exists()), None)
         if gone is not None:
             return Decision(step, "run", f"{gone} is gone", inputs)
         return Decision(step, "done", "", inputs)
     why = "it failed" if begun["status"] == "failed" else "it was stopped"
-    goes_on = step.is_continued and not (begun["status"] == "failed" and _is_finished(step))
+    goes_on = stage.continues and not (begun["status"] == "failed" and _is_finished(stage))
     return Decision(step, "continue" if goes_on else "run", why, inputs)
 
 
-def _must_exist(step: Step, path: Path) -> bool:
-    """Whether a step that is done lacks this; the GGUF of an export may not have been asked for."""
-    asked = {str(value) for value in step.options.values()}
-    return str(path) in asked and not path.exists()
-
-
-def _is_finished(step: Step) -> bool:
-    """Whether a failed step came to its end: a training that diverged can only begin again."""
-    if step.record is None or not step.record.exists():
+def _is_finished(stage: Stage) -> bool:
+    """Whether a failed stage came to its end: a training that diverged can only begin again."""
+    if stage.record_file is None or not stage.record_file.exists():
         return False
     try:
-        return bool(json.loads(step.record.read_text(encoding="utf-8")).get("finished"))
+        return bool(json.loads(stage.record_file.read_text(encoding="utf-8")).get("finished"))
     except ValueError:
         return False
 
 
-def _options(step: Step, out: Path) -> dict[str, Any]:
-    """What decides the result, by option. The output folder may be written otherwise or have been
-    moved, and what a file is called does not matter: its content is among what is read."""
+def _values(stage: Stage, out: Path) -> dict[str, str]:
+    """What decides the result, by the names of fields. The output folder may be written otherwise,
+    or have been moved."""
+    found = dict(_flat(stage.identity()))
+    return {name: value.replace(str(out), "OUT") for name, value in found.items()}
 
-    def told(value: Any) -> str:
-        return str(value).replace(str(out), "OUT")
 
-    found: dict[str, Any] = {"arguments": [told(one) for one in step.arguments]}
-    for name, value in step.options.items():
-        if value is None or value is False or name in HOW or str(value) in step.files:
-            continue
-        if not isinstance(value, tuple):
-            found[name] = told(value)
-            continue
-        kept = [told(one) for one in value if not (name == "--set" and one.startswith("run."))]
-        if kept:
-            found[name] = kept
-    return found
+def _flat(values: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{within}{name}.")
+        elif isinstance(value, list):
+            yield within + name, " ".join(map(str, value))
+        elif value is not None:
+            yield within + name, str(value)
 
 
 def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first difference in words. What can no longer be read counts as it was."""
-    old, new = before["options"], now["options"]
+    old, new = before["values"], now["values"]
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
-            return f"{name} is {_shown(new.get(name))}, before it was {_shown(old.get(name))}"
+            told = (new.get(name, "not given"), old.get(name, "not given"))
+            return f"{name} is {told[0]}, before it was {told[1]}"
     for name, identity in sorted(now["read"].items()):
         if identity is not None and before["read"].get(name) != identity:
             return f"{name} has changed"
@@ -183,36 +180,36 @@ def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _shown(value: Any) -> str:
-    if value is None:
-        return "not given"
-    return " ".join(value) if isinstance(value, list) else str(value)
-
-
-def _identities(step: Step) -> dict[str, str | None]:
-    """Of everything that a step reads from outside of the run; None for what is not there, of
-    which its command tells if it has to run."""
+def _identities(stage: Stage, out: Path) -> dict[str, str | None]:
+    """Of everything that a stage reads from outside of the run; None for what is not there, of
+    which the stage itself tells if it has to run."""
     found: dict[str, str | None] = {}
-    for text in step.texts:
+    for text in stage.marked(Mark.SOURCE):
         try:
             found[text] = _digest(open_source(text).fingerprint())
         except UserError:
             found[text] = None
-    for name in step.files:
+    for name in stage.marked(Mark.FILE):
+        if Path(name).is_relative_to(out):
+            continue
         try:
             with Path(name).open("rb") as stream:
                 found["data"] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
         except OSError:
             found["data"] = None
-    for name in step.models:
-        found[name] = _folder_identity(Path(name), MODEL_FILES) if Path(name).is_dir() else name
-    for name in step.folders:
-        found[name] = _folder_identity(Path(name), None) if Path(name).is_dir() else None
+    for name in stage.marked(Mark.MODEL):
+        if not Path(name).is_relative_to(out):
+            found[name] = _folder_identity(Path(name), MODEL_FILES) or name
+    for name in stage.marked(Mark.FOLDER):
+        found[name] = _folder_identity(Path(name), None)
     return found
 
 
-def _folder_identity(folder: Path, suffixes: tuple[str, ...] | None) -> str:
-    """Names, sizes and times of the files in a folder, of all or of some suffixes."""
+def _folder_identity(folder: Path, suffixes: tuple[str, ...] | None) -> str | None:
+    """Names, sizes and times of the files in a folder, of all or of some suffixes; None where there
+    is no such folder."""
+    if not folder.is_dir():
+        return None
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     kept = (path for path in files if suffixes is None or path.suffix in suffixes)
     return _digest([(str(path.relative_to(folder)), *_size_and_time(path)) for path in kept])

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from capgap.corpus.mixture import TrainingText
+from capgap.corpus.text import Text
 
 _ORDER_SEED = 3_000_017
 
 
 def scoring_batches(
-    corpus: TrainingText, tokens: int, *, batch_windows: int = 8, seed: int = 0
+    corpus: Text, tokens: int, *, batch_windows: int = 8, seed: int = 0
 ) -> list[Tensor]:
     """Batches [batch_windows, window + 1] of about `tokens` in all, or of the whole corpus where it
     has fewer; the last one may be smaller.

@@ -21,7 +21,8 @@
     const tooltip = { theme: isDark ? "dark" : "light" };
     // expressions are interpreted: the page allows no code that is made from text
     // in an element of its own, whose role and label Vega may change
-    return vegaEmbed(chart.firstElementChild, spec, { actions: false, ast: true, renderer: "svg", tooltip });
+    const options = { actions: false, ast: true, renderer: "svg", tooltip };
+    return vegaEmbed(chart.firstElementChild, spec, options);
   };
   const redraw = () => seen.forEach(draw);
 

@@ -11,23 +11,26 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from capgap.config import StageSettings
-from capgap.corpus.given import Given, Weighted
+from pydantic import BeforeValidator, Field, model_validator
+
+from capgap.corpus.given import Weighted
 from capgap.errors import UserError
 from capgap.machine import started
 from capgap.records import write_json_atomically
+from capgap.section import Count, LearningRate, Section
+from capgap.sizes import parse_count
+from capgap.stage import ARGUMENT, Mark, Say, ShouldStop
+from capgap.stages.distill import Train
 from capgap.stages.run_folder import begin
+from capgap.stages.training import TrainingStage
+from capgap.train.recipe import ABOUT_A_TEACHER
 
 if TYPE_CHECKING:
     from capgap.evaluate.measured import Measured
-    from capgap.stages.distill import DistillRequest
 
-RECORD = "adapt.json"
 # Text to learn pieces on: so much a piece, within limits that bound the time
 SAMPLE_BYTES_PER_PIECE = 8_000
 SAMPLE_BYTES = (4_000_000, 64_000_000)
@@ -36,45 +39,37 @@ MEASURED_BYTES = 256_000
 NEW_SHARE = 0.5
 WAIT = 0.5  # seconds
 
-Say = Callable[[str], None]
+
+def _tokens(given: Any) -> Any:
+    return 0 if str(given).strip() == "0" else parse_count(given)
 
 
-@dataclass(frozen=True)
-class AdaptRequest:
-    """Which model learns which text; sources are what `capgap corpus` takes.
+class _Extension(Section):
+    """What the model is to learn with how many new tokens, beside which old text.
 
     `old` is text of the kind that the model knows: pieces that would change its tokens are not
     taken, and it is trained on along with the new, whose share of the tokens is `new_share` (half
-    if None; all without `old`). `tokens` 0 extends and measures, and trains nothing.
+    if None; all without `old`).
     """
 
-    model: str
-    new: str
-    out: Path
-    pieces: int
-    tokens: int
-    old: str | None = None
-    new_share: float | None = None
-    window: int = 512
-    learning_rate: float | None = None
-    seed: int = 0
-    settings: StageSettings = field(default_factory=StageSettings)
-    track: tuple[str, ...] = ()
+    pieces: Annotated[Count, "New tokens, such as 16k."]
+    old: Annotated[
+        str | None,
+        Mark.SOURCE,
+        "Text like what the model knows: its tokens stay, and it is trained on too.",
+    ] = None
+    new_share: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None,
+        "The new text's share of the tokens; half beside old text, all without.",
+    ] = None
 
-    def asked(self) -> dict[str, Any]:
-        """What a run in the same folder must agree on to be continued."""
-        return {
-            "model": self.model,
-            "new": self.new,
-            "old": self.old,
-            "pieces": self.pieces,
-            "tokens": self.tokens,
-            "new_share": self.share,
-            "window": self.window,
-            "learning_rate": self.learning_rate,
-            "seed": self.seed,
-            "training": self.training().asked()["training"],
-        }
+    @model_validator(mode="after")
+    def _beside_old(self) -> Self:
+        if self.new_share is not None and self.old is None:
+            raise ValueError(
+                f"new_share {self.new_share:g} is of the new text beside old: give one"
+            )
+        return self
 
     @property
     def share(self) -> float:
@@ -83,23 +78,45 @@ class AdaptRequest:
             return 1.0
         return NEW_SHARE if self.new_share is None else self.new_share
 
-    def training(self) -> "DistillRequest":
-        """The continued pre-training, by the stage that `capgap train` is."""
-        from capgap.stages.distill import DistillRequest
 
-        new, old = Weighted(self.text("new"), self.share), self.text("old")
-        corpus: Given = (new, Weighted(old, 1 - self.share))
-        return DistillRequest(
-            None,
-            (str(self.out / "extended"),),
-            new.folder if self.old is None else corpus,
-            self.out / "training",
-            self.tokens,
-            window=self.window,
-            learning_rate=self.learning_rate,
-            seed=self.seed,
-            settings=self.settings,
-            track=self.track,
+class AdaptSection(_Extension):
+    """The teacher learns the text `source` with `pieces` new tokens, beside `old` text."""
+
+    source: str
+    tokens: Count
+    learning_rate: LearningRate = "auto"
+
+
+class Adapt(_Extension, TrainingStage):
+    """Teach a model another language or a code base, with new tokens for it."""
+
+    model: Annotated[str, ARGUMENT, Mark.MODEL, "A Hugging Face folder or name."]
+    new: Annotated[str, Mark.SOURCE, "Text to learn: as for `capgap corpus`."]
+    tokens: Annotated[
+        int, BeforeValidator(_tokens), "Training tokens, such as 10M; 0 only extends."
+    ]
+
+    @model_validator(mode="after")
+    def _can_train(self) -> Self:
+        if self.tokens:
+            self.continued()
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        found = super().identity() | {"new_share": self.share}
+        for name in ABOUT_A_TEACHER:
+            del found["training"][name]
+        return found
+
+    def continued(self) -> Train:
+        """The continued pre-training."""
+        shares = {"new": self.share, "old": 1 - self.share}
+        shared = ("tokens", "window", "learning_rate", "seed", "training", "running", "track")
+        return Train(
+            models=(str(self.out / "extended"),),
+            corpus=tuple(Weighted(self.text(part), shares[part]) for part in self.sources),
+            out=self.out / "training",
+            **{name: getattr(self, name) for name in shared},
         )
 
     def text(self, part: str) -> Path:
@@ -111,29 +128,50 @@ class AdaptRequest:
         """The texts by their part."""
         return {"new": self.new} | ({} if self.old is None else {"old": self.old})
 
+    def run(
+        self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
+    ) -> dict[str, Any]:
+        """Extends tokenizer and model, trains on, and writes OUT/model; returns adapt.json.
 
-def run_adapt(
-    request: AdaptRequest,
-    *,
-    say: Say = lambda text: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """Extends tokenizer and model, trains on, and writes OUT/model; returns adapt.json.
+        Started by torchrun, its processes share the training, and the first one does the rest.
+        """
+        return _run(self, say, should_stop)
 
-    Stopped or killed, the same call goes on where it was; finished, it returns the record. Started
-    by torchrun, its processes share the training, and the first one does the rest.
-    UserError for the user's mistakes, before any work where they can be known; Interrupted when
-    `should_stop` said so.
-    """
-    from transformers.utils import logging as transformers_logging
+    def told(self, found: dict[str, Any]) -> str:
+        tokenizer = found["tokenizer"]
+        lines = [
+            f"{tokenizer['pieces']:,} new tokens, {tokenizer['words']:,} in all, "
+            f"{tokenizer['rows']:,} rows; {found['folder']}"
+        ]
+        for name, told in found["fertility"].items():
+            before, after = (told[when]["tokens_per_byte"] for when in ("before", "after"))
+            lines.append(
+                f"{name} text: {before:.3f} -> {after:.3f} tokens per byte, "
+                f"{told['joined_share']:.1%} of the tokens joined"
+            )
+        for name, losses in found["heldout"].items():
+            bits = " -> ".join(
+                f"{one['bits_per_byte']:.4f} ({when})" for when, one in losses.items() if one
+            )
+            lines.append(f"{name} text, bits per byte: {bits}")
+        return "\n".join(lines)
 
-    from capgap.train.loop import Interrupted
+    def result(self, found: dict[str, Any]) -> str:
+        told = []
+        for name, losses in found["heldout"].items():
+            bits = [one["bits_per_byte"] for one in losses.values() if one]
+            if bits:
+                told.append(f"{name} text {bits[0]:.3f} -> {bits[-1]:.3f} bits per byte")
+        return "; ".join(told)
 
-    transformers_logging.disable_progress_bar()
+
+def _run(request: Adapt, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
+    from capgap.errors import Interrupted
+
     _check(request)
     if started()[0]:
         return _follow(request, say, should_stop)
-    record = begin(request.out / RECORD, request.asked())
+    record = begin(request.record_file, request.identity())
     if record["finished"]:
         return record
     run = _Run(request, record, say)
@@ -153,47 +191,38 @@ def run_adapt(
     return record
 
 
-def _follow(request: AdaptRequest, say: Say, should_stop: Callable[[], bool]) -> dict[str, Any]:
+def _follow(request: Adapt, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     """What the other processes do: they wait for the extended model and train with the first."""
-    from capgap.train.loop import Interrupted
+    from capgap.errors import Interrupted
 
-    path = request.out / RECORD
+    path = request.record_file
     while request.tokens:
         if should_stop():
             raise Interrupted
         record = json.loads(path.read_text()) if path.exists() else {}
         measured = record.get("heldout", {})
-        if record.get("asked") == request.asked() and _is_measured(request, measured, "extended"):
+        if record.get("asked") == request.identity() and _is_measured(
+            request, measured, "extended"
+        ):
             _Run(request, record, say).train(should_stop)
             return record
         time.sleep(WAIT)
     return {}
 
 
-def _is_measured(request: AdaptRequest, heldout: dict[str, Any], when: str) -> bool:
+def _is_measured(request: Adapt, heldout: dict[str, Any], when: str) -> bool:
     return all(when in heldout.get(name, {}) for name in request.sources)
 
 
-def _check(request: AdaptRequest) -> None:
+def _check(request: Adapt) -> None:
     from capgap.corpus.sources import open_source
     from capgap.corpus.tokenizer import load_tokenizer
     from capgap.models.build import shape_of
     from capgap.models.stored import read_config
-    from capgap.stages.distill import check_request
     from capgap.stages.inputs import check_words
     from capgap.train.trackers import check_trackers
 
-    if request.new_share is not None and request.old is None:
-        raise UserError(
-            f"--new-share {request.new_share:g} is of the new text beside --old: give one"
-        )
-    if not 0 < request.share < 1 and request.old is not None:
-        raise UserError(f"--new-share {request.share:g} must be between 0 and 1")
-    if request.pieces < 1:
-        raise UserError(f"--pieces {request.pieces} must be 1 or more")
-    if request.tokens:
-        check_request(request.training())
-        check_trackers(request.track)
+    check_trackers(request.track)
     tokenizer = load_tokenizer(request.model)
     config: Any = read_config(request.model)
     shape = shape_of(config)
@@ -201,7 +230,7 @@ def _check(request: AdaptRequest) -> None:
     if shape.positions < request.window:
         raise UserError(
             f"{request.model} reads at most {shape.positions} tokens, the window has "
-            f"{request.window}: take --window {shape.positions} or less"
+            f"{request.window}: take window {shape.positions} or less"
         )
     for source in request.sources.values():
         open_source(source)
@@ -210,7 +239,7 @@ def _check(request: AdaptRequest) -> None:
 class _Run:
     """One call; every part finds out whether it is done already."""
 
-    def __init__(self, request: AdaptRequest, record: dict[str, Any], say: Say) -> None:
+    def __init__(self, request: Adapt, record: dict[str, Any], say: Say) -> None:
         self.request = request
         self.record = record
         self.say = say
@@ -293,7 +322,7 @@ class _Run:
             asked = MeasureRequest(
                 str(self.request.text(name)),
                 MEASURED_BYTES,
-                device=self.request.settings.run.device,
+                device=self.request.running.device,
             )
             measured = run_measure(asked, {when: model}).models[when]
             heldout[name][when] = _bits(measured)
@@ -303,21 +332,19 @@ class _Run:
             )
         self._record(heldout=heldout)
 
-    def train(self, should_stop: Callable[[], bool]) -> None:
+    def train(self, should_stop: ShouldStop) -> None:
         """The extended model learns from the mixture."""
-        from capgap.stages.distill import run_distill
-
-        asked = self.request.training()
+        asked = self.request.continued()
         if self.model.exists():
             return
-        found = run_distill(asked, say=self.say, should_stop=should_stop)
+        found = asked.run(say=self.say, should_stop=should_stop)
         if started()[0]:
             return
         (one,) = found["after"].values()
         if one["failure"]:
             raise UserError(
-                f"the training failed ({one['failure']['message']}): take another --out and a "
-                "smaller --learning-rate"
+                f"the training failed ({one['failure']['message']}): take another out and a "
+                "smaller learning_rate"
             )
         self._record(
             training={key: found[key] for key in ("steps", "flops", "sources")}
@@ -328,7 +355,7 @@ class _Run:
         trained.rename(self.model)
         trained.parent.rmdir()
         one["folder"] = str(self.model)
-        write_json_atomically(asked.record, found)
+        write_json_atomically(asked.record_file, found)
 
     def finish(self) -> None:
         """The model in its place, the record, and no model twice."""
@@ -344,12 +371,12 @@ class _Run:
             folder=str(self.model),
             training=self.record.get("training"),
             versions=versions(),
-            machine=machine(resolve_device(self.request.settings.run.device), None),
+            machine=machine(resolve_device(self.request.running.device), None),
         )
 
     def _record(self, **values: Any) -> None:
         self.record |= values
-        write_json_atomically(self.request.out / RECORD, self.record)
+        write_json_atomically(self.request.record_file, self.record)
 
 
 def _bits(measured: "Measured") -> dict[str, Any]:

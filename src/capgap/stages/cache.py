@@ -2,122 +2,143 @@
 
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
 
 from capgap.corpus.given import Given
 from capgap.errors import UserError
-from capgap.stages.inputs import check_model, open_text, warn_of_beginning
+from capgap.section import Count, Dtype
+from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage, paced
 
 
-@dataclass(frozen=True)
-class CacheRequest:
-    """Whose signal is kept, for which tokens, and how.
-
-    Part (i, n) writes every n-th shard; without one, every process of torchrun writes its own.
-    """
-
-    teacher: str
-    corpus: Given
-    out: Path
-    window: int = 512
-    top_k: int = 12
-    samples: int = 16
-    temperature: float = 1.0
-    document_mask: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
-    offload: bool = False
-    batch_windows: int = 8
-    part: tuple[int, int] | None = None
-
-
-def parse_part(text: str) -> tuple[int, int]:
-    """ "2/4" to (1, 4); UserError for anything else."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
+def _part(given: Any) -> Any:
+    """ "2/4" to (1, 4)."""
+    if not isinstance(given, str):
+        return given
+    found = re.fullmatch(r"(\d+)/(\d+)", given)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise UserError(f"--part {text!r} is not of the form 2/4: the second of four")
+        raise ValueError("is not of the form 2/4: the second of four")
     return int(found[1]) - 1, int(found[2])
 
 
-def run_cache(
-    request: CacheRequest, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
-    """Writes what the cache in the folder still lacks; `say` is told now and then how far it is.
+class Cache(Stage):
+    """Keep a teacher's signal on disk; the same command goes on with what is missing."""
 
-    Returns what `capgap cache --json` prints. UserError for the user's mistakes, before any work.
-    """
-    import torch
+    saves_when_asked: ClassVar[bool] = False
 
-    from capgap.distill.cache import CacheIdentity, CacheProgress, CacheWriter, write_cache
-    from capgap.distill.cache_format import CacheFormat
-    from capgap.distill.teacher import load_teacher
-    from capgap.machine import resolve_device, started
-    from capgap.models.build import DTYPES
-    from capgap.models.identity import model_hash
-    from capgap.train.precision import teacher_dtype
+    teacher: Annotated[str, ARGUMENT, Mark.MODEL, "A Hugging Face folder or name."]
+    corpus: Annotated[
+        Given, ARGUMENT, SEVERAL, "What `capgap corpus` prepared; several for a mixture."
+    ]
+    out: Annotated[
+        Path, HOW, "Folder for the cache: new, empty, or with the same cache unfinished."
+    ]
+    window: Annotated[int, Field(ge=8), "Tokens of a training window; a cache serves one."] = 512
+    top_k: Annotated[Count, "Likeliest words kept with their probability."] = 12
+    samples: Annotated[
+        int,
+        Field(ge=0),
+        "Words drawn from the rest; 0 keeps the rest as one bucket, which all divergences take.",
+    ] = 16
+    temperature: Annotated[
+        float, Field(gt=0, allow_inf_nan=False), "Of the probabilities kept."
+    ] = 1.0
+    document_mask: Annotated[
+        bool, "No attention over document borders, as training.document_mask."
+    ] = False
+    dtype: Annotated[
+        Literal["auto"] | Dtype,
+        "What the teacher computes in (auto: bf16 on a GPU that has it, else as stored):",
+    ] = "auto"
+    device: Annotated[str, HOW, "auto (a GPU where there is one), cpu, cuda or cuda:1."] = "auto"
+    offload: Annotated[bool, HOW, "Layers lie in host memory (needs accelerate)."] = False
+    batch_windows: Annotated[Count, HOW, "Windows the teacher reads at once."] = 8
+    part: Annotated[
+        Annotated[tuple[int, int], BeforeValidator(_part)] | None,
+        HOW,
+        "2/4: the second of four processes that share the work; torchrun's do so by themselves.",
+    ] = None
 
-    if request.dtype not in ("auto", *DTYPES):
-        raise UserError(f"--dtype {request.dtype!r}: take one of auto, {', '.join(DTYPES)}")
-    if request.batch_windows < 1:
-        raise UserError(f"--batch-windows {request.batch_windows} must be above 0")
-    device = resolve_device(request.device)
-    corpus = open_text(request.corpus, request.window)
-    check_model(request.teacher, corpus)
-    try:
-        kept = CacheFormat(corpus.vocabulary, request.top_k, request.samples, request.temperature)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    dtype = teacher_dtype(request.dtype, "auto", device)
-    teacher = load_teacher(request.teacher, device, dtype=dtype, offload=request.offload)
-    identity = CacheIdentity.of(
-        request.teacher,
-        model_hash(request.teacher),
-        teacher.dtype,
-        corpus,
-        document_mask=request.document_mask,
-    )
-    if request.document_mask:
-        teacher.parts.check_documents()
-    writer = CacheWriter(request.out, identity, kept)
-    warn_of_beginning(teacher.parts, corpus, request.teacher, say)
-    began = said = time.monotonic()
+    def run(
+        self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
+    ) -> dict[str, Any]:
+        """Writes what the cache in the folder still lacks; returns what `--json` prints.
 
-    def on_batch(progress: CacheProgress) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said < 10.0:
-            return
-        said = now
-        rate = progress.windows * corpus.window / (now - began)
-        left = (progress.of_windows - progress.windows) * corpus.window / rate
-        say(
-            f"cache: {progress.windows:,} of {progress.of_windows:,} windows, {rate:,.0f} tokens/s,"
-            f" about {left / 60:.0f} min to go"
+        Part (i, n) writes every n-th shard; without one, every process of torchrun its own.
+        """
+        import torch
+
+        from capgap.distill.cache import CacheIdentity, CacheProgress, CacheWriter, write_cache
+        from capgap.distill.cache_format import CacheFormat
+        from capgap.distill.teacher import load_teacher
+        from capgap.machine import resolve_device, started
+        from capgap.models.identity import model_hash
+        from capgap.stages.inputs import check_model, open_text, warn_of_beginning
+        from capgap.train.precision import teacher_dtype
+
+        device = resolve_device(self.device)
+        corpus = open_text(self.corpus, self.window)
+        check_model(self.teacher, corpus)
+        try:
+            kept = CacheFormat(corpus.vocabulary, self.top_k, self.samples, self.temperature)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        dtype = teacher_dtype(self.dtype, "auto", device)
+        teacher = load_teacher(self.teacher, device, dtype=dtype, offload=self.offload)
+        identity = CacheIdentity.of(
+            self.teacher,
+            model_hash(self.teacher),
+            teacher.dtype,
+            corpus,
+            document_mask=self.document_mask,
         )
+        if self.document_mask:
+            teacher.parts.check_documents()
+        writer = CacheWriter(self.out, identity, kept)
+        warn_of_beginning(teacher.parts, corpus, self.teacher, say)
+        began = time.monotonic()
+        tell = paced(say)
 
-    missing = write_cache(
-        writer,
-        teacher,
-        corpus,
-        device=torch.device(device),
-        part=request.part or started(),
-        batch_windows=request.batch_windows,
-        on_batch=on_batch,
-    )
-    return {
-        "folder": str(request.out),
-        "complete": missing == 0,
-        "shards": writer.num_shards,
-        "missing_shards": missing,
-        "windows": corpus.windows,
-        "tokens": corpus.windows * corpus.window,
-        "token_bytes": kept.token_bytes,
-        "bytes": corpus.windows * writer.window_bytes,
-        "teacher_hash": identity.teacher_hash,
-        "dtype": identity.dtype,
-        "corpus_hash": identity.corpus_hash,
-        "seconds": time.monotonic() - began,
-    }
+        def on_batch(progress: CacheProgress) -> None:
+            rate = progress.windows * corpus.window / (time.monotonic() - began)
+            left = (progress.of_windows - progress.windows) * corpus.window / rate
+            tell(
+                lambda: (
+                    f"cache: {progress.windows:,} of {progress.of_windows:,} windows, "
+                    f"{rate:,.0f} tokens/s, about {left / 60:.0f} min to go"
+                )
+            )
+
+        missing = write_cache(
+            writer,
+            teacher,
+            corpus,
+            device=torch.device(device),
+            part=self.part or started(),
+            batch_windows=self.batch_windows,
+            on_batch=on_batch,
+        )
+        return {
+            "folder": str(self.out),
+            "complete": missing == 0,
+            "shards": writer.num_shards,
+            "missing_shards": missing,
+            "windows": corpus.windows,
+            "tokens": corpus.windows * corpus.window,
+            "token_bytes": kept.token_bytes,
+            "bytes": corpus.windows * writer.window_bytes,
+            "teacher_hash": identity.teacher_hash,
+            "dtype": identity.dtype,
+            "corpus_hash": identity.corpus_hash,
+            "seconds": time.monotonic() - began,
+        }
+
+    def told(self, found: dict[str, Any]) -> str:
+        if not found["complete"]:
+            missing, shards = found["missing_shards"], found["shards"]
+            others = f"other parts lack {missing} of {shards} shards in {self.out}"
+            return f"this part is written; {others}"
+        size = f"{found['token_bytes']} bytes each, {found['bytes'] / 1e6:,.1f} MB"
+        return f"{found['tokens']:,} tokens at {size}, in {self.out}"

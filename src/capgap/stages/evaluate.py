@@ -1,167 +1,274 @@
 """The stage `evaluate`: a model on benchmarks, and its loss on held-out text."""
 
 import importlib.metadata
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from capgap.errors import UserError
-from capgap.evaluate.scores import missing_set, six_mean
-from capgap.evaluate.sets import CODE, HELDOUT, SETS, SIX, check_shots, check_task
+from capgap.evaluate.sets import (
+    CODE,
+    HELDOUT,
+    SETS,
+    SIX,
+    NotMeasured,
+    check_tasks,
+    parse_shots,
+)
+from capgap.section import Count, Dtype, Section, Words
+from capgap.stage import ARGUMENT, HOW, SEVERAL, FieldError, Mark, Say, ShouldStop, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from capgap.corpus.tokens import Corpus
-    from capgap.evaluate.local_data import LocalSet
+    from capgap.evaluate.record import Record
+    from capgap.evaluate.sources import SetSource
     from capgap.stages.measure import Reader
 
-# Tokens of a row of held-out text, where the model can read so many
-WINDOW = 512
 # Whose task files and functions are used
 HARNESS = (0, 4, 13)
 HARNESS_BELOW = (0, 5)
 
 
-@dataclass(frozen=True)
-class EvaluateRequest:
-    """What is evaluated, and how.
-
-    `tasks` of `capgap.evaluate.sets.NAMES`; `data` a folder of local copies; `corpora` prepared
-    ones, for `heldout`; `shots` by set, where not its own number; `limit` questions of every part
-    of a set; `allow_code` lets programs that the model wrote run, for `humaneval`;
-    `trust_remote_code` the code that a checkpoint of an unknown architecture brings; `out` gets
-    the record as JSON, `samples` every question and answer as a line of JSON.
-    """
-
-    model: str
-    tasks: tuple[str, ...] = SIX
-    data: Path | None = None
-    corpora: tuple[Path, ...] = ()
-    shots: Mapping[str, int] = field(default_factory=dict)
-    limit: int | None = None
-    window: int = WINDOW
-    batch_size: int = 8
-    dtype: str = "stored"
-    device: str = "auto"
-    allow_code: bool = False
-    trust_remote_code: bool = False
-    out: Path | None = None
-    samples: Path | None = None
+def _shots(given: Any) -> Any:
+    """From Python also {"mmlu": 0}."""
+    is_mapping = isinstance(given, Mapping)
+    return [f"{name}={number}" for name, number in given.items()] if is_mapping else given
 
 
-def run_evaluate(
-    request: EvaluateRequest, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
-    """The record, which docs/evaluation.md describes; written anew after every set.
+Tasks = Annotated[
+    Words,
+    AfterValidator(check_tasks),
+    "Sets parted by commas; also bbh_cot, blimp, lambada, piqa, heldout.",
+]
+Shots = Annotated[tuple[str, ...], BeforeValidator(_shots)]
+Flops = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-    What the record at `out` has already of the same model, measured alike, is kept as it is. A set
-    that cannot be had is left missing with its reason. UserError, before the model is loaded, for a
-    wrong request, a model that cannot be read, a local copy that is broken, a corpus that is none,
-    and benchmarks without the harness.
-    """
+
+class EvaluateSection(Section):
+    """What the student, and the model that answers in the end, are measured by."""
+
+    tasks: Tasks = (HELDOUT,)
+    data: Annotated[
+        Path | None,
+        Mark.FOLDER,
+        "Folder with local copies of sets, as archives or folders; others are of the Hub.",
+    ] = None
+    shots: Annotated[
+        Shots, SEVERAL, "mmlu=0: other examples in the prompt than the set's own number."
+    ] = ()
+    limit: Annotated[Count | None, "Only so many questions of every part of a set."] = None
+    batch_size: Annotated[Count, HOW, "Prompts that the model reads at once."] = 8
+    allow_code: Annotated[bool, "Run programs the model writes, for humaneval."] = False
+
+    @field_validator("shots")
+    @classmethod
+    def _of_tasks(cls, shots: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if "tasks" in info.data:
+            parse_shots(shots, info.data["tasks"])
+        return shots
+
+    def shots_of(self, name: str) -> int:
+        """Examples before every question of a set."""
+        return parse_shots(self.shots, self.tasks).get(name, SETS[name].shots)
+
+
+class Evaluate(EvaluateSection, Stage):
+    """Evaluate a model: benchmarks with their published shots, and held-out loss; the same command
+    goes on with what is missing."""
+
+    # every set that is measured is in the record
+    saves_when_asked: ClassVar[bool] = False
+
+    model: Annotated[str, ARGUMENT, Mark.MODEL, "A Hugging Face folder or name."]
+    tasks: Tasks = SIX
+    corpus: Annotated[tuple[Path, ...], SEVERAL, "For heldout: what `capgap corpus` prepared."] = ()
+    window: Annotated[Count, "For heldout: tokens of a row, or what the model can read."] = 512
+    dtype: Annotated[Dtype, "The model's:"] = "stored"
+    device: Annotated[str, HOW, "auto, cpu, cuda or cuda:1."] = "auto"
+    trust_remote_code: Annotated[bool, "Run the model's own code, for other architectures."] = False
+    out: Annotated[
+        Path | None,
+        HOW,
+        "The record; what it has of the same model and request is not measured again.",
+    ] = Path("evaluate.json")
+    samples: Annotated[Path | None, HOW, "Every prompt and answer, as lines of JSON."] = None
+    figure: Annotated[Path | None, HOW, "Draw the model beside published ones: .png or .svg."] = (
+        None
+    )
+    flops: Annotated[
+        Flops | None,
+        HOW,
+        "For --figure: what the model took, such as 4e21; if none, of its distillation.",
+    ] = None
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if (HELDOUT in self.tasks) != bool(self.corpus):
+            raise ValueError("tasks heldout and corpus FOLDER go together: give both or neither")
+        if self.flops is not None and self.figure is None:
+            raise ValueError("flops is of use with figure alone")
+        return self
+
+    def run(
+        self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
+    ) -> dict[str, Any]:
+        """The record, which docs/evaluation.md describes; written anew after every set.
+
+        What the record at `out` has already of the same model, measured alike, is kept as it is. A
+        set that cannot be had is left missing with its reason. UserError, before the model is
+        loaded, for a model that cannot be read, a local copy that is broken, a corpus that is none,
+        and benchmarks without the harness.
+        """
+        flops = _check(self)
+        found = _run(self, say)
+        if self.figure is not None and flops is not None and found["mean_percent"] is not None:
+            from capgap.report.draw import write_picture
+            from capgap.report.published_charts import OwnResult, benchmark_chart
+
+            own = OwnResult(Path(self.model).name, flops, found["mean_percent"])
+            write_picture(benchmark_chart([own]), self.figure)
+        return found
+
+    @property
+    def record_file(self) -> Path | None:
+        return self.out
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        return () if self.out is None else (self.out,)
+
+    def result(self, found: dict[str, Any]) -> str:
+        told = [
+            f"held-out loss on {Path(name).name} "
+            + ("missing" if one["loss"] is None else f"{one['loss']:.3f}")
+            for name, one in (found["heldout"] or {}).items()
+        ]
+        told += [
+            f"{name} missing" if one["score"] is None else f"{name} {one['score']:.3f}"
+            for name, one in found["tasks"].items()
+        ]
+        return ", ".join(told)
+
+    def told(self, found: dict[str, Any]) -> str:
+        from capgap.evaluate.tables import record_text
+
+        drawn = self.figure is not None and found["mean_percent"] is not None
+        where = f"record: {self.out}" + (f", picture: {self.figure}" if drawn else "")
+        return "\n".join(filter(None, (record_text(found), where)))
+
+    def failure(self, found: dict[str, Any]) -> str:
+        if self.figure is not None and found["mean_percent"] is None:
+            why = found["mean_missing"] or "none of the six benchmarks was asked for"
+            return f"no picture: {why}"
+        results = (*found["tasks"].values(), *(found["heldout"] or {}).values())
+        return "nothing was measured" if all(one["missing"] for one in results) else ""
+
+
+def _check(request: Evaluate) -> float | None:
+    """The FLOPs that the model took, where a picture is asked for."""
+    if request.data is not None and not request.data.is_dir():
+        raise FieldError("data", f"{request.data} is no folder: give one with local copies of sets")
+    for field, path in (("out", request.out), ("samples", request.samples)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise FieldError(field, f"{path}: give the name of a file in a folder that is there")
+    if request.figure is None:
+        return None
+    from capgap.evaluate.scores import known_flops
+    from capgap.report.draw import check_picture
+
+    check_picture(request.figure)
+    flops = request.flops or known_flops(request.model)
+    if flops is None:
+        raise FieldError("figure", "needs the FLOPs that the model took: give flops, such as 4e21")
+    return flops
+
+
+def _run(request: Evaluate, say: Say) -> dict[str, Any]:
     from capgap.corpus.tokenizer import tokenizer_hash
-    from capgap.evaluate.earlier import Earlier
+    from capgap.corpus.tokens import load_corpus
+    from capgap.evaluate.record import Record
+    from capgap.evaluate.scores import missing_set
     from capgap.machine import machine, resolve_device, versions
     from capgap.models.identity import model_hash
-    from capgap.stages.inputs import open_corpus
     from capgap.stages.measure import Reader
 
-    _check(request)
     device = resolve_device(request.device)
     reader = Reader.of(request.model, trust_remote_code=request.trust_remote_code)
-    corpora = [open_corpus(folder, 1) for folder in request.corpora]
+    corpora = {str(folder): load_corpus(folder, window=1) for folder in request.corpus}
     names = [name for name in request.tasks if name in SETS]
-    versions_now = versions() | (_harness_versions() if names else {})
-    found: dict[str, tuple[dict[str, Any], LocalSet | None] | str] = {
-        name: _source(request, name) for name in names
-    }
-    record: dict[str, Any] = {
+    harness = _harness_versions() if names else {}
+    sources, missing = _sources(request, names)
+    about = {
         "schema": 1,
-        "finished": False,
         "model": request.model,
         "model_hash": model_hash(request.model),
         "tokenizer_hash": tokenizer_hash(reader.tokenizer),
-        "parameters": None,
-        "context": None,
-        "dtype": None,
         "dtype_asked": request.dtype,
         "batch_size": request.batch_size,
         "limit": request.limit,
-        "tasks": {},
-        "heldout": None,
-        "mean_percent": None,
-        "mean_missing": None,
-        "versions": versions_now,
+        "versions": versions() | harness,
         "machine": machine(device, None),
     }
-    earlier = Earlier(request.out, request.samples, record)
-    record |= {key: earlier.record.get(key) for key in ("parameters", "context", "dtype")}
+    record = Record(about, folders=corpora, tasks=names, out=request.out, samples=request.samples)
     window = min(request.window, reader.positions or request.window)
-    losses = {
-        str(one.directory): earlier.heldout(str(one.directory), one.corpus_hash, window)
-        for one in corpora
-    }
-    scores = {
-        name: None if isinstance(one, str) else earlier.task(name, _shots(request, name), one[0])
-        for name, one in found.items()
-    }
-    kept = {name: one for name, one in scores.items() if one is not None}
-    # in the record from its first writing on, or a second interruption would lose them
-    record["tasks"] = dict(kept)
-    for name in (*(folder for folder, one in losses.items() if one is not None), *kept):
+    kept = [
+        folder
+        for folder, corpus in corpora.items()
+        if record.keep_heldout(folder, corpus_hash=corpus.corpus_hash, window=window)
+    ]
+    kept += [
+        name
+        for name, source in sources.items()
+        if record.keep_task(name, shots=request.shots_of(name), source=source.about)
+    ]
+    for name in kept:
         say(f"{name}: was measured before")
-    model = None
-    wanted = [name for name, one in found.items() if not isinstance(one, str)]
-    if None in losses.values() or any(name not in kept for name in wanted):
+    record.drop_samples()
+    for name, why in missing.items():
+        say(f"{name}: missing, {why}")
+        record.tasks[name] = missing_set(why)
+    corpora = {folder: one for folder, one in corpora.items() if folder not in kept}
+    sources = {name: one for name, one in sources.items() if name not in kept}
+    if corpora or sources:
         model = _load(request, device, record)
-    for one in corpora:
-        folder = str(one.directory)
-        if losses[folder] is None:
-            assert model is not None
-            losses[folder] = _heldout(model, reader, one, window, say)
-        record["heldout"] = {name: loss for name, loss in losses.items() if loss is not None}
-        _write(request, record)
-    _run_sets(request, model, reader, found, record, say)
-    # in the order that was asked for
-    record["tasks"] = {name: record["tasks"][name] for name in names}
-    if any(name in SIX for name in names):
-        mean, why = six_mean(record["tasks"], limit=request.limit)
-        record |= {"mean_percent": mean, "mean_missing": why}
-    record["finished"] = True
-    _write(request, record)
-    return record
+        for folder, corpus in corpora.items():
+            record.heldout[folder] = _heldout(model, reader, corpus, window, say)
+            record.write()
+        if sources:
+            _run_sets(request, model, reader, sources, record, say)
+    return record.write(finished=True)
 
 
-def _check(request: EvaluateRequest) -> None:
-    from capgap.models.build import DTYPES
+def _sources(request: Evaluate, names: list[str]) -> "tuple[dict[str, SetSource], dict[str, str]]":
+    """Where each set comes from, or why it is missing."""
+    if not names:
+        # held-out loss needs no harness
+        return {}, {}
+    from capgap.evaluate.harness import part_names
+    from capgap.evaluate.sources import find_source
 
-    for name in request.tasks:
-        check_task(name)
-    check_shots(request.shots)
-    unused = [name for name in request.shots if name not in request.tasks]
-    if unused:
-        raise UserError(f"--shots {unused[0]}={request.shots[unused[0]]}: it is not in --tasks")
-    for option, value in (
-        ("--limit", request.limit),
-        ("--batch-size", request.batch_size),
-        ("--window", request.window),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"{option} {value} must be above 0")
-    if request.dtype not in DTYPES:
-        raise UserError(f"--dtype {request.dtype!r}: take one of {', '.join(DTYPES)}")
-    if (HELDOUT in request.tasks) != bool(request.corpora):
-        raise UserError("--tasks heldout and --corpus FOLDER go together: give both or neither")
-    if request.data is not None and not request.data.is_dir():
-        raise UserError(f"--data {request.data} is no folder: give one with local copies of sets")
-    for option, path in (("--out", request.out), ("--samples", request.samples)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise UserError(f"{option} {path}: give the name of a file in a folder that is there")
+    sources, missing = {}, {}
+    for name in names:
+        if name == CODE and not request.allow_code:
+            missing[name] = "runs programs that the model wrote, which --allow-code allows"
+            continue
+        try:
+            sources[name] = find_source(SETS[name], request.data, part_names(SETS[name]))
+        except NotMeasured as reason:
+            missing[name] = str(reason)
+    return sources, missing
 
 
 def _harness_versions() -> dict[str, str]:
@@ -184,77 +291,26 @@ def _harness_versions() -> dict[str, str]:
     return {"lm_eval": found, "datasets": importlib.metadata.version("datasets")}
 
 
-def _source(request: EvaluateRequest, name: str) -> "tuple[dict[str, Any], LocalSet | None] | str":
-    """Where a set comes from, with its records if from a local copy; or why it is missing."""
-    from capgap.evaluate.harness import part_names
-    from capgap.evaluate.local_data import read_local
-
-    if name == CODE and not request.allow_code:
-        return "runs programs that the model wrote, which --allow-code allows"
-    if request.data is not None:
-        local = read_local(request.data, name, part_names(SETS[name]))
-        if local is not None:
-            path, records = local
-            return {"kind": "local", "path": str(path), "sha256": _sha256(path)}, records
-    return _on_hub(SETS[name].hub, "" if request.data is None else f" in {request.data}")
-
-
-def _sha256(path: Path) -> str:
-    """Of an archive, or of all files of a folder with their names."""
-    import hashlib
-
-    if path.is_file():
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    whole = hashlib.sha256()
-    for one in sorted(path.rglob("*")):
-        if one.is_file():
-            whole.update(f"{one.relative_to(path)}\0{_sha256(one)}\n".encode())
-    return whole.hexdigest()
-
-
-def _on_hub(dataset: str, where: str) -> tuple[dict[str, Any], None] | str:
-    """One request, because the harness' loader would try again for most of a minute."""
-    import datasets
-
-    from capgap.corpus.hub import hub_revision
-
-    source = {"kind": "hub", "dataset": dataset, "revision": None}
-    try:
-        source["revision"] = hub_revision(dataset, kind="dataset")
-    except UserError as error:
-        kept = Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___").lower()
-        if not kept.is_dir():
-            cause = str(error).partition(": there is no file")[0]
-            return f"no local copy{where}, and {cause}"
-    return source, None
-
-
-def _load(request: EvaluateRequest, device: str, record: dict[str, Any]) -> "PreTrainedModel":
+def _load(request: Evaluate, device: str, record: "Record") -> "PreTrainedModel":
     from capgap.models.build import DTYPES, load_model
 
     model = load_model(
         request.model, DTYPES[request.dtype], trust_remote_code=request.trust_remote_code
     )
-    model = model.to(device).eval()
-    record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    record["dtype"] = str(model.dtype).removeprefix("torch.")
-    return model
+    record.loaded["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    record.loaded["dtype"] = str(model.dtype).removeprefix("torch.")
+    return model.to(device).eval()
 
 
 def _heldout(
-    model: "PreTrainedModel",
-    reader: "Reader",
-    corpus: "Corpus",
-    window: int,
-    say: Callable[[str], None],
+    model: "PreTrainedModel", reader: "Reader", corpus: "Corpus", window: int, say: Say
 ) -> dict[str, Any]:
     """A corpus's held-out loss, in rows of `window` tokens; the text is cut anew for a model with
     other tokens."""
     from capgap.corpus.excerpt import heldout_passages
     from capgap.corpus.tokenizer import tokenizer_hash
     from capgap.evaluate.beginning import better_beginning
-    from capgap.evaluate.heldout import evaluate_heldout, heldout_set
+    from capgap.evaluate.losses import evaluate_heldout, heldout_set
     from capgap.models.parts import Parts
 
     documents, marks = corpus.heldout_documents(), corpus.marks
@@ -272,10 +328,14 @@ def _heldout(
     if better is not None:
         say(better.warning(reader.source))
     found = evaluate_heldout(parts, heldout_set(documents, marks, window, reader.words)).as_dict()
-    kept = {key: value for key, value in found.items() if not key.startswith("document_")}
+    numbers = {
+        key: value if value is not None and math.isfinite(value) else None
+        for key, value in found.items()
+        if not key.startswith("document_")
+    }
     return {
-        **{key: value if _is_finite(value) else None for key, value in kept.items()},
-        "missing": None if _is_finite(found["loss"]) else "the loss is not finite",
+        **numbers,
+        "missing": "the loss is not finite" if numbers["loss"] is None else None,
         "documents": len(documents),
         "window": window,
         "same_tokenizer": is_same,
@@ -283,98 +343,33 @@ def _heldout(
     }
 
 
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
 def _run_sets(
-    request: EvaluateRequest,
-    model: "PreTrainedModel | None",
+    request: Evaluate,
+    model: "PreTrainedModel",
     reader: "Reader",
-    found: "Mapping[str, tuple[dict[str, Any], LocalSet | None] | str]",
-    record: dict[str, Any],
-    say: Callable[[str], None],
+    sources: "Mapping[str, SetSource]",
+    record: "Record",
+    say: Say,
 ) -> None:
-    """The scores of the sets that the record does not have yet."""
-    counting = None
-    kept = tuple(record["tasks"])
-    with _samples(request.samples, kept) as on_sample:
-        for name, source in found.items():
-            if name in kept:
-                continue
-            if isinstance(source, str):
-                record["tasks"][name] = missing_set(source)
-            else:
-                from capgap.evaluate.harness import counting_model
+    from capgap.evaluate.harness import counting_model, run_set
+    from capgap.evaluate.scores import missing_set
 
-                if counting is None:
-                    assert model is not None
-                    counting = counting_model(model, reader.tokenizer, request.batch_size)
-                    record["context"] = counting.max_length
-                record["tasks"][name] = _run_one(request, name, source, counting, on_sample, say)
-            why = record["tasks"][name]["missing"]
-            if why:
-                say(f"{name}: missing, {why}")
-            _write(request, record)
-
-
-def _run_one(
-    request: EvaluateRequest,
-    name: str,
-    source: "tuple[dict[str, Any], LocalSet | None]",
-    model: Any,
-    on_sample: Callable[[dict[str, Any]], None],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    from capgap.evaluate.harness import NotMeasured, run_set
-
-    where, local = source
-    shots = _shots(request, name)
-    say(f"{name}: {shots} shots, from {where.get('path') or 'the Hub, ' + where['dataset']}")
-    try:
-        scores = run_set(
-            SETS[name],
-            model,
-            local,
-            shots=shots,
-            limit=request.limit,
-            say=say,
-            on_sample=on_sample,
-        )
-    except NotMeasured as reason:
-        return missing_set(str(reason))
-    found = scores.as_dict() | {"source": where}
-    if scores.cut_prompts:
-        say(
-            f"{name}: {scores.cut_prompts:,} of {scores.questions:,} prompts were cut to the "
-            f"{model.max_length} tokens that the model reads"
-        )
-    return found
-
-
-def _shots(request: EvaluateRequest, name: str) -> int:
-    return request.shots.get(name, SETS[name].shots)
-
-
-@contextmanager
-def _samples(path: Path | None, kept: Sequence[str]) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What takes a sample: a line in the file, behind those of the sets that are kept."""
-    from capgap.evaluate.earlier import keep_samples
-
-    if path is None:
-        yield lambda sample: None
-        return
-    keep_samples(path, kept)
-    with path.open("a") as file:
-
-        def write(sample: dict[str, Any]) -> None:
-            file.write(json.dumps(sample, ensure_ascii=False, default=str) + "\n")
-
-        yield write
-
-
-def _write(request: EvaluateRequest, record: dict[str, Any]) -> None:
-    from capgap.records import write_json_atomically
-
-    if request.out is not None:
-        write_json_atomically(request.out, record)
+    counting = counting_model(model, reader.tokenizer, request.batch_size)
+    record.loaded["context"] = counting.max_length
+    for name, source in sources.items():
+        shots, about = request.shots_of(name), source.about
+        say(f"{name}: {shots} shots, from {about.get('path') or 'the Hub, ' + about['dataset']}")
+        try:
+            scores, samples = run_set(
+                SETS[name], counting, source.local, shots=shots, limit=request.limit, say=say
+            )
+        except NotMeasured as reason:
+            say(f"{name}: missing, {reason}")
+            record.add_task(name, missing_set(str(reason)), ())
+            continue
+        if scores["cut_prompts"]:
+            say(
+                f"{name}: {scores['cut_prompts']:,} of {scores['questions']:,} prompts were cut to "
+                f"the {counting.max_length} tokens that the model reads"
+            )
+        record.add_task(name, scores | {"source": about}, samples)

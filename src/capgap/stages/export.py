@@ -1,214 +1,178 @@
 """The stage `export`: a model as others load it, with a card that says where it comes from."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from capgap.errors import UserError
+from capgap.section import Section
+from capgap.sizes import format_bytes, format_count, parse_bytes
+from capgap.stage import ARGUMENT, HOW, SEVERAL, FieldError, Mark, Say, ShouldStop, Stage
 
 if TYPE_CHECKING:
-    from capgap.export.card import Card
     from capgap.export.folder import Source
-    from capgap.export.found import Records
-    from capgap.export.licence import Licence
-    from capgap.models.shape import Shape
+    from capgap.export.lineage import Lineage
 
-DTYPES = ("fp32", "fp16", "bf16")
-SHARD_BYTES = 5 * 10**9
+ExportDtype = Literal["stored", "fp32", "bf16", "fp16"]
 
 
-@dataclass(frozen=True)
-class ExportRequest:
-    """What is exported where. `dtype` None keeps the stored one; `records` come before those that
-    lie beside and above the model; `gguf` is a file to write as well; `name` stands in the card."""
+class ExportSection(Section):
+    """The folder to hand on; `gguf` writes that file beside it."""
 
-    model: str
-    out: Path
-    shard_bytes: int = SHARD_BYTES
-    dtype: str | None = None
-    records: tuple[Path, ...] = ()
-    gguf: Path | None = None
-    name: str | None = None
+    gguf: bool = False
+    dtype: ExportDtype = "stored"
 
 
-def run_export(
-    request: ExportRequest, *, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
-    """Writes a Hugging Face folder, and the GGUF file; returns what `capgap export --json` prints.
+class Export(Stage):
+    """Write a model for others: sharded weights, tokenizer, model card, GGUF."""
 
-    Tensors are read, checked and written one file at a time; then logits are compared, for which
-    the whole model is read where memory suffices. UserError for the user's mistakes,
-    NaN among the weights too; nothing is written then.
-    """
-    from capgap.export.card import card_text
-    from capgap.export.folder import check_logits, copy_licence, write_folder
-    from capgap.export.found import find_records
-    from capgap.export.licence import CARD
-    from capgap.export.vllm import check_vllm
-    from capgap.models.stored import local_folder, written_beside
-    from capgap.records import write_text_atomically
+    continues: ClassVar[bool] = False
+    saves_when_asked: ClassVar[bool] = False
 
-    _check(request)
-    source, shape = _open(request)
-    records = find_records(source.folder, request.records)
-    card = _card(request, source, shape, records)
-    with _kept_when_whole(request.gguf), written_beside(request.out) as folder:
-        write_folder(source, folder, shard_bytes=request.shard_bytes, say=say)
-        for _, place in records.origins:
-            if Path(place).is_dir():
-                copy_licence(local_folder(place), folder)
-        write_text_atomically(folder / CARD, card_text(card))
+    model: Annotated[str, ARGUMENT, Mark.MODEL, "A Hugging Face folder or name."]
+    out: Annotated[Path, HOW, "Folder to write; it must not exist."]
+    shard_size: Annotated[
+        str, "Bytes of a weight file at most, such as 500MB; so much is held in memory."
+    ] = "5GB"
+    dtype: Annotated[ExportDtype, "What the weights are written in:"] = "stored"
+    record: Annotated[
+        tuple[Path, ...],
+        SEVERAL,
+        Mark.FILE,
+        "A record for the model card, beside those that lie beside and above MODEL.",
+    ] = ()
+    gguf: Annotated[Path | None, "Also write this file for llama.cpp."] = None
+    name: Annotated[str | None, "The model's name in its card; if none, its folder's."] = None
+
+    def run(
+        self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
+    ) -> dict[str, Any]:
+        """Writes a Hugging Face folder, and the GGUF file; returns what `--json` prints.
+
+        Tensors are read, checked and written one file at a time; then logits are compared, for
+        which the whole model is read where memory suffices. UserError for the user's mistakes, NaN
+        among the weights too; nothing is written then.
+        """
+        from capgap.export.folder import write_folder
+        from capgap.export.lineage import find_lineage
+        from capgap.models.stored import written_beside
+
+        self._check_free()
+        shard_bytes = parse_bytes(self.shard_size)
+        source = self._open()
+        lineage = find_lineage(source.folder, self.record)
+        with ExitStack() as undo:
+            if self.gguf is not None:
+                undo.callback(self.gguf.unlink, missing_ok=True)
+            with written_beside(self.out) as folder:
+                write_folder(source, folder, shard_bytes=shard_bytes, say=say)
+                found = self._finish(source, lineage, folder)
+            undo.pop_all()
+        return found
+
+    def told(self, found: dict[str, Any]) -> str:
+        weights = sum(file.endswith(".safetensors") for file in found["files"])
+        records = ", ".join(found["records"]) or "the weights alone, no record found"
+        lines = [
+            f"{found['name']}: {format_count(found['parameters'])} parameters in {found['dtype']}, "
+            f"{format_bytes(found['bytes'])} with {weights} weight file{'s'[: weights != 1]}, in "
+            f"{found['folder']}",
+            f"licence: {_licence_told(found['licence'])}",
+            f"model card from: {records}",
+            f"logits: {_logits_told(found['logits_not_compared'])}",
+            f"vLLM: {_vllm_told(found['vllm'], found['architecture'])}",
+        ]
+        gguf = found["gguf"]
+        if gguf is not None:
+            lines.append(
+                f"{gguf['file']}: {format_bytes(gguf['bytes'])}, read back: "
+                f"{gguf['compared_tensors']} tensors and {gguf['compared_keys']} keys are equal"
+            )
+        if gguf is not None and gguf["missing_splits"]:
+            lines.append(
+                f"warning: llama.cpp may cut some words into other tokens, since it knows "
+                f"{gguf['missing_splits']} joins of pieces that this tokenizer does not make"
+            )
+        return "\n".join(lines)
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        return (self.out,) if self.gguf is None else (self.out, self.gguf)
+
+    def _check_free(self) -> None:
+        for field, path in (("out", self.out), ("gguf", self.gguf)):
+            if path is not None and path.exists():
+                raise FieldError(field, f"{path} exists: choose another, or delete it")
+        if self.gguf is not None and self.out.resolve() in self.gguf.resolve().parents:
+            raise FieldError("gguf", f"{self.gguf} lies within {self.out}: put it beside")
+
+    def _open(self) -> "Source":
+        from capgap.corpus.tokenizer import num_words
+        from capgap.export.folder import DTYPES, open_source
+        from capgap.stages.inputs import check_words
+
+        source = open_source(self.model, DTYPES[self.dtype])
+        check_words(self.model, source.config, num_words(source.tokenizer))
+        if self.gguf is not None:
+            from capgap.export.gguf_file import check_gguf
+
+            check_gguf(source.config, source.tokenizer)
+        return source
+
+    def _finish(self, source: "Source", lineage: "Lineage", folder: Path) -> dict[str, Any]:
+        """Licence, card and GGUF file beside the weights, and what `run` returns."""
+        from capgap.export.card import card_text
+        from capgap.export.facts import model_card
+        from capgap.export.folder import check_logits, copy_licence
+        from capgap.export.licence import CARD
+        from capgap.export.vllm import check_vllm
+
+        card = model_card(self.model, source, lineage, self.name)
+        for _, origin in lineage.origins:
+            copy_licence(Path(origin), folder)
+        (folder / CARD).write_text(card_text(card), encoding="utf-8")
+        files = sorted(folder.iterdir())
         config = json.loads((folder / "config.json").read_text())
-        found = _told(request, folder, source, card) | {
-            "records": [str(path) for path in records.paths],
-            "vllm": check_vllm(shape, source.config.dtype, config),
+        found = {
+            "schema": 1,
+            "model": self.model,
+            "folder": str(self.out),
+            "name": card.name,
+            "architecture": card.architecture,
+            "non_embedding": card.non_embedding,
+            "parameters": card.total,
+            "dtype": str(source.config.dtype).removeprefix("torch."),
+            "bytes": sum(path.stat().st_size for path in files),
+            "files": [path.name for path in files],
+            "teacher": card.teacher,
+            "licence": {"id": card.licence.id, "source": card.licence.source},
+            "chat_template": card.has_chat_template,
+            "records": [str(path) for path in lineage.paths],
+            "vllm": check_vllm(source.shape, source.config.dtype, config),
+            "gguf": None,
         }
-        found["gguf"] = _gguf(request, folder, card.name, card.licence)
-        found["logits_not_compared"] = check_logits(source, folder, request.gguf)
-    return found
+        if self.gguf is not None:
+            from capgap.export.gguf_file import write_gguf
+
+            found["gguf"] = write_gguf(folder, self.gguf, name=card.name, licence=card.licence)
+        return found | {"logits_not_compared": check_logits(source, folder, self.gguf)}
 
 
-@contextmanager
-def _kept_when_whole(path: Path | None) -> Iterator[None]:
-    """Takes the file away again where something fails."""
-    try:
-        yield
-    except BaseException:
-        if path is not None:
-            path.unlink(missing_ok=True)
-        raise
+def _licence_told(licence: dict[str, Any]) -> str:
+    if licence["id"] is None:
+        return f"unknown ({licence['source']}): find it out before you pass the model on"
+    return f"{licence['id']}, from {licence['source']}"
 
 
-def _check(request: ExportRequest) -> None:
-    if request.out.exists():
-        raise UserError(f"{request.out} exists: choose another --out, or delete it")
-    if request.gguf is not None and request.gguf.exists():
-        raise UserError(f"{request.gguf} exists: choose another --gguf, or delete it")
-    if request.gguf is not None and request.out.resolve() in request.gguf.resolve().parents:
-        raise UserError(
-            f"--gguf {request.gguf} lies within --out, a folder of its own: put it beside"
-        )
-    if request.dtype not in (None, *DTYPES):
-        raise UserError(f"--dtype {request.dtype!r}: take one of {', '.join(DTYPES)}")
+def _logits_told(not_compared: str | None) -> str:
+    if not_compared is not None:
+        return f"not compared with the model's ({not_compared})"
+    return "those of the model, tried with a few tokens"
 
 
-def _open(request: ExportRequest) -> "tuple[Source, Shape | None]":
-    from capgap.corpus.tokenizer import load_tokenizer, num_words
-    from capgap.export.folder import DTYPES as TORCH_DTYPES
-    from capgap.export.folder import open_source
-    from capgap.models.build import shape_of
-    from capgap.models.families import FAMILIES
-    from capgap.models.stored import local_folder, read_config
-    from capgap.stages.inputs import check_words
-
-    config = read_config(request.model)
-    shape = shape_of(config) if config.model_type in FAMILIES else None
-    folder = local_folder(request.model)
-    tokenizer = load_tokenizer(folder)
-    check_words(request.model, config, num_words(tokenizer))
-    if request.gguf is not None:
-        from capgap.export.gguf_file import check_gguf
-
-        check_gguf(config, tokenizer)
-    dtype = None if request.dtype is None else TORCH_DTYPES[request.dtype]
-    return open_source(folder, config, tokenizer, dtype), shape
-
-
-def _card(
-    request: ExportRequest, source: "Source", shape: "Shape | None", records: "Records"
-) -> "Card":
-    from capgap.export.card import Card
-    from capgap.export.facts import (
-        base_model,
-        benchmarks_of,
-        how_made,
-        hub_name,
-        losses_of,
-        six_benchmark_mean,
-        teacher_of,
-    )
-    from capgap.export.from_sweep import card_of_student
-    from capgap.export.licence import find_licence
-
-    teacher = teacher_of(records)
-    is_here = Path(request.model).is_dir()
-    licence = find_licence([*records.origins, ("the model", request.model)])
-    card = card_of_student(source.folder) if is_here else None
-    if card is None:
-        non_embedding, total = _sizes(source, shape)
-        tokens, losses = losses_of(records, source.folder)
-        card = Card(
-            name=Path(request.model).resolve().name if is_here else request.model,
-            architecture=source.config.model_type,
-            non_embedding=non_embedding,
-            total=total,
-            licence=licence,
-            teacher=None if teacher is None else hub_name(teacher) or Path(teacher).name,
-            teacher_non_embedding=_teacher_size(records),
-            base_model=base_model(records),
-            made=how_made(records),
-            heldout_tokens=tokens,
-            losses=losses,
-        )
-    return replace(
-        card,
-        name=request.name or card.name,
-        licence=card.licence if licence.id is None else licence,
-        benchmarks=benchmarks_of(records),
-        six_benchmark_mean=six_benchmark_mean(records),
-        benchmarks_before=records.evaluated_before,
-        has_chat_template=source.tokenizer.chat_template is not None,
-    )
-
-
-def _sizes(source: "Source", shape: "Shape | None") -> tuple[int, int]:
-    """Parameters without embeddings and head, and all."""
-    from capgap.models.stored import empty_model
-
-    if shape is not None:
-        counts = shape.parameters()
-        return counts.non_embedding, counts.total
-    model = empty_model(source.config)
-    total = sum(one.numel() for one in model.parameters())
-    tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    return total - sum(one.numel() for one in tables), total
-
-
-def _teacher_size(records: "Records") -> int | None:
-    """Non-embedding parameters, where the cut tells them."""
-    from capgap.models.shape import Shape
-
-    if records.cut is None:
-        return None
-    return Shape(**records.cut["teacher_shape"]).parameters().non_embedding
-
-
-def _gguf(
-    request: ExportRequest, folder: Path, name: str, licence: "Licence"
-) -> dict[str, Any] | None:
-    if request.gguf is None:
-        return None
-    from capgap.export.gguf_file import write_gguf
-
-    return write_gguf(folder, request.gguf, name=name, licence=licence)
-
-
-def _told(request: ExportRequest, folder: Path, source: "Source", card: "Card") -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "model": request.model,
-        "folder": str(request.out),
-        "name": card.name,
-        "architecture": card.architecture,
-        "non_embedding": card.non_embedding,
-        "parameters": card.total,
-        "dtype": str(source.config.dtype).removeprefix("torch."),
-        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-        "files": sorted(path.name for path in folder.iterdir()),
-        "teacher": card.teacher,
-        "licence": {"id": card.licence.id, "source": card.licence.source},
-        "chat_template": card.has_chat_template,
-    }
+def _vllm_told(vllm: dict[str, Any], architecture: str) -> str:
+    checks = len(vllm["checked"])
+    if not checks:
+        return f"what it asks of {architecture} models is not known here"
+    fits = f"the config fits {vllm['architecture']} ({checks} checks; vLLM itself was not run)"
+    return "; ".join(vllm["problems"]) or fits

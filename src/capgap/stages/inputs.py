@@ -1,14 +1,12 @@
 """What a stage is given by name: checked before any work."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capgap.config import CorpusSection
 from capgap.corpus.given import Given
-from capgap.corpus.mixture import Mixture, TrainingText, mix, source_epochs
-from capgap.corpus.tokens import Corpus, load_corpus
+from capgap.corpus.text import Text
 from capgap.errors import UserError
+from capgap.section import MAX_EPOCHS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -17,63 +15,24 @@ if TYPE_CHECKING:
     from capgap.models.parts import Parts
 
 
-def open_corpus(folder: Path, window: int) -> Corpus:
-    """A prepared corpus; UserError tells how to make one."""
-    if not (folder / "manifest.json").is_file():
-        raise UserError(
-            f"{folder} holds no prepared corpus: make one with `capgap corpus SOURCE --out "
-            f"{folder} --tokenizer TEACHER`"
-        )
-    return load_corpus(folder, window=window)
+def open_text(given: Given, window: int) -> Text:
+    """What `--corpus` names; UserError as `Text.open`."""
+    return Text.open(given, window)
 
 
-def open_text(given: Given, window: int) -> TrainingText:
-    """One prepared corpus, or several as a mixture; UserError as `open_corpus` and `mix`."""
-    if isinstance(given, Path):
-        return open_corpus(given, window)
-    sources = [open_corpus(one.folder, window) for one in given]
-    if len(sources) == 1:
-        return sources[0]
-    # all weigh the same where none has a weight
-    return mix(sources, [one.weight or 1.0 for one in given])
-
-
-def text_identity(text: TrainingText) -> dict[str, Any]:
-    """Which text it is: what a run that continues must agree on."""
-    shares = list(text.shares) if isinstance(text, Mixture) else None
-    return {"corpus_hash": text.corpus_hash, "shares": shares}
-
-
-def sources_read(text: TrainingText, tokens: int) -> list[dict[str, Any]]:
-    """What so many training tokens read of every source, for a record."""
-    epochs = source_epochs(text, tokens)
-    return [
-        {
-            "name": name,
-            "folder": str(source.directory),
-            "corpus_hash": source.corpus_hash,
-            "share": share,
-            "train_tokens": source.train_tokens,
-            "epochs": epochs[name],
-        }
-        for name, source, share in zip(text.names, text.sources, text.shares, strict=True)
-    ]
-
-
-def warn_of_epochs(text: TrainingText, tokens: int, say: Callable[[str], None]) -> None:
+def warn_of_epochs(text: Text, tokens: int, say: Callable[[str], None]) -> None:
     """Tells which sources are read more often than a sweep would let them be."""
-    most = CorpusSection().max_epochs
-    for name, epochs in source_epochs(text, tokens).items():
-        if epochs > most:
+    for source in text.read_of_sources(tokens):
+        if source["epochs"] > MAX_EPOCHS:
             say(
-                f"warning: {name} is read {epochs:.1f} times, more than {most:g}: more text or "
-                "fewer tokens would serve better"
+                f"warning: {source['name']} is read {source['epochs']:.1f} times, more than "
+                f"{MAX_EPOCHS:g}: more text or fewer tokens would serve better"
             )
 
 
 def warn_of_beginning(
     parts: "Parts",
-    corpus: TrainingText,
+    corpus: Text,
     name: str,
     say: Callable[[str], None],
     ranks: "Ranks | None" = None,
@@ -94,7 +53,7 @@ def warn_of_beginning(
         say(found.warning(name))
 
 
-def check_model(path_or_name: str, corpus: TrainingText) -> "PreTrainedConfig":
+def check_model(path_or_name: str, corpus: Text) -> "PreTrainedConfig":
     """The config of a model that can read the corpus.
 
     UserError: no such model, another tokenizer (the first token that differs), a table with fewer

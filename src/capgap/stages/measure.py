@@ -1,6 +1,5 @@
 """The stage `measure`: models that stand for choice read the same text."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from capgap.errors import UserError
 from capgap.evaluate.measured import Measured, Measurement
+from capgap.stage import paced
 from capgap.stages.inputs import check_words
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # Tokens of a row, where all models can read so many
 WINDOW = 1024
-SAID_EVERY = 10.0  # seconds
 # What a teacher writes for a student to read
 WRITTEN, WRITTEN_TOKENS, PROMPT_TOKENS = 16, 128, 32
 
@@ -68,10 +67,9 @@ def run_measure(
     found = {}
     for name, reader in readers.items():
         marks = Marks.of if corpus is None else corpus.marks_for
-        found[name] = _measure(
+        found[name] = measured = _measure(
             name, reader, texts, marks(reader.tokenizer), window, request.dtype, device, say
         )
-        measured = found[name]
         say(f"measure: {name}: {measured.nats_per_byte:.4f} nats a byte, {measured.seconds:.0f} s")
     ratios = {}
     if student is not None:
@@ -87,7 +85,7 @@ def _rank_surprisal(
     """The student on what the teacher writes after the beginnings of some documents."""
     from capgap.corpus.excerpt import Passage
     from capgap.corpus.marks import Marks
-    from capgap.evaluate.measure import measure_model
+    from capgap.evaluate.losses import heldout_set, measure_model
     from capgap.evaluate.sample import sample_text
     from capgap.models.build import DTYPES, load_model
     from capgap.models.parts import Parts
@@ -108,14 +106,15 @@ def _rank_surprisal(
             seed=seed,
         )
         if one.strip():
-            written.append(Passage(one.encode(), False))
+            written.append(Passage(one.encode(), whole=False))
     if not written:
         raise UserError(f"{teacher.source} writes nothing: leave --student-model away")
     documents, _ = student.documents(written)
     reader = Parts(load_model(student.source, dtype=DTYPES[dtype]).to(device))
     marks = Marks.of(student.tokenizer)
-    found = measure_model(reader, documents, marks, window=positions, vocabulary=student.words)
-    return found.rank_surprisal
+    return measure_model(
+        reader, heldout_set(documents, marks, positions, student.words)
+    ).rank_surprisal
 
 
 @dataclass(frozen=True)
@@ -170,33 +169,22 @@ def _measure(
     say: Callable[[str], None],
 ) -> Measured:
     from capgap.evaluate.beginning import better_beginning
-    from capgap.evaluate.measure import measure_model
+    from capgap.evaluate.losses import heldout_set, measure_model
     from capgap.models.build import DTYPES, load_model
     from capgap.models.parts import Parts
 
     documents, changed = reader.documents(texts)
-    model = load_model(reader.source, dtype=DTYPES[dtype]).to(device)
-    said = time.monotonic()
-
-    def on_batch(done: int, rows: int) -> None:
-        nonlocal said
-        if time.monotonic() - said > SAID_EVERY:
-            said = time.monotonic()
-            say(f"measure: {name}: {done} of {rows} rows")
-
-    parts = Parts(model)
+    parts = Parts(load_model(reader.source, dtype=DTYPES[dtype]).to(device))
     better = better_beginning(parts, documents, marks, reader.tokenizer, vocabulary=reader.words)
     if better is not None:
         say(better.warning(name))
+    tell = paced(say)
     try:
         return measure_model(
             parts,
-            documents,
-            marks,
-            window=window,
-            vocabulary=reader.words,
+            heldout_set(documents, marks, window, reader.words),
             changed_documents=changed,
-            on_batch=on_batch,
+            on_batch=lambda done, rows: tell(lambda: f"measure: {name}: {done} of {rows} rows"),
         )
     except FloatingPointError as error:
         raise UserError(

@@ -2,10 +2,11 @@
 
 import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
 
 from capgap.errors import UserError
 from capgap.models.shape import Shape
@@ -18,9 +19,11 @@ from capgap.prune.shape import (
     keep_target,
     suited,
 )
+from capgap.section import Count, Section
+from capgap.sizes import clock_time, format_bytes, format_count
+from capgap.stage import ARGUMENT, HOW, Mark, Say, ShouldStop, Stage, paced, text_table
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import PreTrainedConfig
 
     from capgap.prune.importance import Importance
@@ -29,34 +32,129 @@ if TYPE_CHECKING:
 PROVENANCE = "pruning.json"
 TOLD_CANDIDATES = 8
 TRIED_CONFIGS = 200
-SAID_EVERY = 10.0  # seconds
 # A cut of at most so much is opened when it is written, whole; a larger one where it is used
 TRIED_BYTES = 10**9
 # What a plain disk reads or writes, bytes a second: the time of a cut is that of reading twice
 # (once for the hash) and writing once
 DISK_SPEED = 500e6
 Prefer = Literal["axes", "ladder", "score"]
-PREFER = ("axes", "ladder", "score")
 
 
-@dataclass(frozen=True)
-class PruneRequest:
-    """What is cut out of whom. One of keep, params, total_params and sizes says the size.
+def _sizes(given: Any) -> Any:
+    """ "hidden=3072,layers=24" as numbers."""
+    if not isinstance(given, str):
+        return given
+    sizes = {}
+    for part in given.split(","):
+        name, _, number = part.partition("=")
+        if not number.strip().isdigit():
+            raise ValueError(
+                f"{part!r} is not of the form hidden=3072 (sizes are parted by commas)"
+            )
+        sizes[name.strip()] = int(number)
+    return sizes
 
-    keep: share of the non-embedding parameters; params: of these a number, total_params of all;
-    sizes: a shape, such as {"hidden": 3072, "layers": 24}, the rest as the teacher has it. `prefer`
-    orders shapes of one size: by default `axes` for keep, `ladder` for a number.
-    """
 
-    teacher: str
-    out: Path
-    scores: Path | None = None
-    keep: float | None = None
-    params: int | None = None
-    total_params: int | None = None
-    sizes: dict[str, int] = field(default_factory=dict)
-    multiple: int | None = None
-    prefer: Prefer | None = None
+class Cut(Section):
+    """How large the student is to be; with a shape, one of the ways to say it."""
+
+    keep: Annotated[
+        Annotated[float, Field(gt=0, le=1)] | None,
+        "Share of the non-embedding parameters, such as 0.4.",
+    ] = None
+    params: Annotated[Count | None, "Non-embedding parameters, such as 3B."] = None
+    total_params: Annotated[Count | None, "All parameters, such as 3B."] = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of a shape, those that are named."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        ways = {"keep": self.keep, "params": self.params, "total_params": self.total_params}
+        given = [name for name, value in ways.items() if value is not None]
+        given += ["shape"] if self.sizes else []
+        if len(given) != 1:
+            told = " and ".join(given) or "none"
+            raise ValueError(
+                "give one of keep, params, total_params and shape (some of hidden, heads, kv_heads,"
+                f" ffn and layers) for the student's size, not {told}"
+            )
+        return self
+
+
+class PruneSection(Cut):
+    """What is cut out of the teacher; sizes that are not named stay as the teacher has them."""
+
+    hidden: Count | None = None
+    heads: Count | None = None
+    kv_heads: Count | None = None
+    ffn: Count | None = None
+    layers: Count | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        names = ("hidden", "heads", "kv_heads", "ffn", "layers")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+class Prune(Cut, Stage):
+    """Cut a student of an exact size out of a teacher."""
+
+    continues: ClassVar[bool] = False
+    saves_when_asked: ClassVar[bool] = False
+
+    teacher: Annotated[str, ARGUMENT, Mark.MODEL, "A Hugging Face folder or name."]
+    out: Annotated[Path, HOW, "Folder for the student; it must not exist."]
+    scores: Annotated[
+        Path | None, "What `capgap score` measured of the teacher; only --dry-run goes without."
+    ] = None
+    shape: Annotated[
+        Annotated[dict[str, int], BeforeValidator(_sizes)] | None,
+        "hidden=3072,heads=24,ffn=8192,layers=24, also kv_heads and vocabulary: the rest stays.",
+    ] = None
+    multiple: Annotated[
+        Count | None,
+        "Hidden and FFN width are multiples of it; if none, of 128 from 500M on and else of 8.",
+    ] = None
+    prefer: Annotated[
+        Prefer | None, "Of shapes of one size, axes for --keep, else ladder, if not given:"
+    ] = None
+    dry_run: Annotated[
+        bool, HOW, "Tell shape, parameters, memory and time; read no weights, write nothing."
+    ] = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return self.shape or {}
+
+    @model_validator(mode="after")
+    def _scored(self) -> Self:
+        if self.prefer == "score" and self.scores is None:
+            raise ValueError("prefer score needs scores")
+        return self
+
+    def run(
+        self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
+    ) -> dict[str, Any]:
+        """Writes the student as a Hugging Face folder with pruning.json beside it.
+
+        One tensor of the teacher and one file of the student are in memory at a time. UserError for
+        the user's mistakes; nothing is written then, and no half folder stays when it is stopped.
+        """
+        return _told(self, _plan(self)) if self.dry_run else _run(self, say)
+
+    def told(self, found: dict[str, Any]) -> str:
+        """The candidates, the chosen one, and what it takes."""
+        return _table(found) + _summary(found)
+
+    def result(self, found: dict[str, Any]) -> str:
+        return f"{format_count(found['parameters']['non_embedding'])} non-embedding parameters"
+
+    @property
+    def record_file(self) -> Path:
+        return self.out / PROVENANCE
 
 
 @dataclass(frozen=True)
@@ -73,33 +171,7 @@ class _Plan:
     importance: "Importance | None"
 
 
-def parse_sizes(text: str) -> dict[str, int]:
-    """ "hidden=3072,layers=24" as numbers; UserError for anything else."""
-    sizes = {}
-    for part in text.split(","):
-        name, _, number = part.partition("=")
-        if not number.strip().isdigit():
-            raise UserError(
-                f"--shape {text!r}: {part!r} is not of the form hidden=3072 (sizes are parted by "
-                "commas)"
-            )
-        sizes[name.strip()] = int(number)
-    return sizes
-
-
-def plan_prune(request: PruneRequest) -> dict[str, Any]:
-    """Shape, parameters, memory and time of a cut, without reading weights or writing anything."""
-    return _told(request, _plan(request))
-
-
-def run_prune(
-    request: PruneRequest, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
-    """Writes the student as a Hugging Face folder with pruning.json beside it.
-
-    One tensor of the teacher and one file of the student are in memory at a time. UserError for the
-    user's mistakes; nothing is written then, and no half folder stays when it is stopped.
-    """
+def _run(request: Prune, say: Say) -> dict[str, Any]:
     from capgap.models.build import load_model
     from capgap.models.identity import model_hash
     from capgap.models.stored import (
@@ -114,13 +186,14 @@ def run_prune(
     from capgap.records import write_json_atomically
 
     if request.out.exists():
-        raise UserError(f"{request.out} exists: choose another --out, or delete it")
+        raise UserError(f"{request.out} exists: choose another out, or delete it")
     if request.scores is None:
         raise UserError(
-            f"a cut needs --scores: make some with `capgap score {request.teacher} --corpus FOLDER "
+            f"a cut needs scores: make some with `capgap score {request.teacher} --corpus FOLDER "
             "--out scores.safetensors`"
         )
-    began = said = time.monotonic()
+    began = time.monotonic()
+    tell = paced(say)
     plan = _plan(request)
     assert plan.importance is not None
     check_cut(plan.own, plan.importance, plan.shape)
@@ -143,11 +216,9 @@ def run_prune(
     done = 0
 
     def make(name: str) -> Any:
-        nonlocal done, said
+        nonlocal done
         done += 1
-        if time.monotonic() - said > SAID_EVERY:
-            said = time.monotonic()
-            say(f"prune: {done} of {len(skeleton)} tensors")
+        tell(lambda: f"prune: {done} of {len(skeleton)} tensors")
         return surgery.tensor(name, weights)
 
     with written_beside(request.out) as folder:
@@ -160,9 +231,7 @@ def run_prune(
     return _told(request, plan) | {"written": True, "seconds": time.monotonic() - began}
 
 
-def _provenance(
-    request: PruneRequest, plan: _Plan, kept: "Kept", teacher_hash: str
-) -> dict[str, Any]:
+def _provenance(request: Prune, plan: _Plan, kept: "Kept", teacher_hash: str) -> dict[str, Any]:
     """What was cut out of what, and why these units."""
     assert request.scores is not None
     assert plan.importance is not None
@@ -185,13 +254,12 @@ def _provenance(
     }
 
 
-def _plan(request: PruneRequest) -> _Plan:
+def _plan(request: Prune) -> _Plan:
     from capgap.models.build import shape_of
     from capgap.models.stored import read_config
     from capgap.prune.scores import load_importance
     from capgap.prune.surgery import check_cut_config
 
-    _check_options(request)
     config = read_config(request.teacher)
     own = shape_of(config)
     importance = None if request.scores is None else load_importance(request.scores)
@@ -229,26 +297,7 @@ def _taken(config: "PreTrainedConfig", shapes: list[Shape]) -> list[Shape]:
     raise problem
 
 
-def _check_options(request: PruneRequest) -> None:
-    asked = {
-        "--keep": request.keep is not None,
-        "--params": request.params is not None,
-        "--total-params": request.total_params is not None,
-        "--shape": bool(request.sizes),
-    }
-    given = [name for name, is_given in asked.items() if is_given]
-    if len(given) != 1:
-        told = " and ".join(given) if given else "none"
-        raise UserError(f"give one of {', '.join(asked)} for the student's size, not {told}")
-    if request.multiple is not None and request.multiple < 1:
-        raise UserError(f"--multiple {request.multiple} must be above 0")
-    if request.prefer not in (None, *PREFER):
-        raise UserError(f"--prefer {request.prefer!r}: take one of {', '.join(PREFER)}")
-    if request.prefer == "score" and request.scores is None:
-        raise UserError("--prefer score needs --scores")
-
-
-def _target(request: PruneRequest, own: Shape) -> tuple[Target, Prefer]:
+def _target(request: Prune, own: Shape) -> tuple[Target, Prefer]:
     if request.keep is not None:
         target = keep_target(own, request.keep)
         return target, request.prefer or "axes"
@@ -281,7 +330,7 @@ def _check_words(source: Path, plan: _Plan) -> None:
         )
 
 
-def _check_scores(request: PruneRequest, importance: "Importance", teacher_hash: str) -> None:
+def _check_scores(request: Prune, importance: "Importance", teacher_hash: str) -> None:
     measured = importance.provenance.get("teacher_hash")
     if measured not in (None, teacher_hash):
         raise UserError(
@@ -290,7 +339,7 @@ def _check_scores(request: PruneRequest, importance: "Importance", teacher_hash:
         )
 
 
-def _told(request: PruneRequest, plan: _Plan) -> dict[str, Any]:
+def _told(request: Prune, plan: _Plan) -> dict[str, Any]:
     """What `capgap prune --json` prints."""
     from capgap.models.stored import SHARD_BYTES, empty_model
 
@@ -330,46 +379,41 @@ def _told(request: PruneRequest, plan: _Plan) -> dict[str, Any]:
     }
 
 
-def print_cut(found: dict[str, Any], console: "Console") -> None:
-    """The same for a person: the candidates, the chosen one, and what it takes."""
-    from rich.table import Table
+def _table(found: dict[str, Any]) -> str:
+    """Of several candidates; nothing of one."""
+    if len(found["candidates"]) < 2:
+        return ""
+    counted = found["target"]["counted"].replace("_", "-")
+    names = ("layers", "hidden", "heads", "kv_heads", "ffn")
+    rows = [
+        [
+            *(str(one["shape"][name]) for name in names),
+            f"{one['parameters']:,}",
+            f"{one['error']:+.2%}",
+            f"{one['distance']:.4f}",
+        ]
+        for one in found["candidates"]
+    ]
+    asked = f"{found['target']['parameters']:,} {counted} parameters"
+    head = f"{found['num_candidates']:,} shapes come within 1% of {asked}; "
+    table = text_table([*names, counted, "off target", "distance"], rows)
+    return f"{head}preferred: {found['rule']}\n{table}\n\n"
 
-    from capgap.sizes import clock_time, format_bytes, format_count
 
-    counted = found["target"]["counted"]
-    if len(found["candidates"]) > 1:
-        table = Table(box=None, title_justify="left", pad_edge=False)
-        names = ("layers", "hidden", "heads", "kv_heads", "ffn")
-        for name in (*names, counted.replace("_", "-"), "off target", "distance"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for one in found["candidates"]:
-            table.add_row(
-                *(str(one["shape"][name]) for name in names),
-                f"{one['parameters']:,}",
-                f"{one['error']:+.2%}",
-                f"{one['distance']:.4f}",
-            )
-        console.print(
-            f"{found['num_candidates']:,} shapes come within 1% of "
-            f"{found['target']['parameters']:,} {counted.replace('_', '-')} parameters; "
-            f"preferred: {found['rule']}"
-        )
-        console.print(table)
-        console.print()
+def _summary(found: dict[str, Any]) -> str:
     shape, parameters = found["shape"], found["parameters"]
     of = parameters["non_embedding"] / found["teacher_parameters"]["non_embedding"]
-    console.print(
+    told = (
         f"{found['architecture']} of {shape['layers']} layers, hidden {shape['hidden']}, "
         f"{shape['heads']} heads of {shape['head_size']}, ffn {shape['ffn']}, vocabulary "
         f"{shape['vocabulary']}: {format_count(parameters['non_embedding'])} non-embedding "
-        f"parameters ({of:.1%} of the teacher's), {format_count(parameters['total'])} in all"
+        f"parameters ({of:.1%} of the teacher's), {format_count(parameters['total'])} in all\n"
     )
     size = format_bytes(found["student_bytes"])
     if found["written"]:
-        console.print(f"{size} in {found['folder']}")
-    else:
-        console.print(
-            f"{size} in {found['dtype']}; the cut takes at most {format_bytes(found['peak_bytes'])}"
-            f" of memory beside Python's, and about {clock_time(found['expected_seconds'])} "
-            f"with a disk of {DISK_SPEED / 1e6:.0f} MB/s"
-        )
+        return f"{told}{size} in {found['folder']}"
+    return (
+        f"{told}{size} in {found['dtype']}; the cut takes at most "
+        f"{format_bytes(found['peak_bytes'])} of memory beside Python's, and about "
+        f"{clock_time(found['expected_seconds'])} with a disk of {DISK_SPEED / 1e6:.0f} MB/s"
+    )

@@ -2,26 +2,22 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from capgap.corpus.given import Text
+from capgap.corpus.given import Given
 from capgap.errors import UserError
 from capgap.prune.methods import Depth, Method, reading_methods
 from capgap.scrub import scrub
-from capgap.section import Count, Section
-from capgap.stage import ARGUMENT, SEVERAL, Say, ShouldStop, Stage
+from capgap.section import Count, Dtype, Section
+from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage, paced
 
 if TYPE_CHECKING:
-    from capgap.corpus.mixture import TrainingText
+    from capgap.corpus.text import Text
     from capgap.prune.importance import ScoringState
 
 SAVED_EVERY = 30.0  # seconds
-SAID_EVERY = 10.0
-
-
-Dtype = Literal["stored", "fp32", "bf16"]
 
 
 class ScoreSection(Section):
@@ -29,23 +25,27 @@ class ScoreSection(Section):
 
     method: Annotated[Method, "How units are scored:"] = "activation"
     depth: Annotated[Depth | None, "How layers are, if not by the method:"] = None
-    tokens: Annotated[Count, "Tokens to score on."] = 32_768
+    tokens: Annotated[Count, "Tokens to score on; all of a corpus that has fewer."] = 32_768
     window: Annotated[int, Field(ge=8), "Tokens of a window."] = 512
 
 
 class Score(ScoreSection, Stage):
     """Measure how much every unit of a model matters, once for many cuts."""
 
-    teacher: Annotated[str, ARGUMENT, "A Hugging Face folder or name."]
-    out: Annotated[Path, "File for the scores (safetensors)."]
+    teacher: Annotated[str, ARGUMENT, Mark.MODEL, "A Hugging Face folder or name."]
+    out: Annotated[Path, HOW, "File for the scores (safetensors)."]
     corpus: Annotated[
-        Text | None, SEVERAL, "FOLDER[=WEIGHT] that `capgap corpus` prepared; several are mixed."
+        Given | None,
+        SEVERAL,
+        "FOLDER[=WEIGHT] that `capgap corpus` prepared; several are mixed; not for norm, random.",
     ] = None
-    batch_windows: Annotated[Count, "Windows read at once."] = 8
+    batch_windows: Annotated[Count, "Windows read at once; scores are means over such batches."] = 8
     seed: Annotated[int, "Decides the windows, and random scores."] = 0
-    dtype: Annotated[Dtype, "What the teacher reads in:"] = "stored"
-    device: Annotated[str, "auto, cpu, cuda or cuda:1."] = "auto"
-    activation_checkpointing: Annotated[bool, "Less memory, more time."] = False
+    dtype: Annotated[Dtype, "What the teacher reads in (sums are in fp32):"] = "stored"
+    device: Annotated[str, HOW, "auto, cpu, cuda or cuda:1."] = "auto"
+    activation_checkpointing: Annotated[
+        bool, HOW, "Layers are computed again in the backward pass: less memory, more time."
+    ] = False
 
     def run(
         self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
@@ -60,13 +60,13 @@ class Score(ScoreSection, Stage):
 def _run(request: Score, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     import torch
 
+    from capgap.errors import Interrupted
     from capgap.machine import resolve_device
     from capgap.models.build import DTYPES, checkpoint_activations, load_model
     from capgap.models.parts import Parts
     from capgap.prune.importance import score
     from capgap.prune.scores import load_state, save_importance, save_state
     from capgap.stages.inputs import warn_of_beginning
-    from capgap.train.loop import Interrupted
 
     device = torch.device(resolve_device(request.device))
     corpus = _corpus(request)
@@ -85,21 +85,20 @@ def _run(request: Score, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     partial = request.out.with_name(f".{request.out.name}.partial")
     state = load_state(partial, provenance, device)
     done = 0 if state is None else state.batches
-    began = saved = said = time.monotonic()
+    began = saved = time.monotonic()
+    tell = paced(say)
 
     def on_batch(now_state: "ScoringState") -> None:
-        nonlocal saved, said
+        nonlocal saved
         now, stopping = time.monotonic(), should_stop()
         if stopping or now - saved > SAVED_EVERY:
             saved = now
             save_state(partial, now_state, provenance)
         if stopping:
             raise Interrupted
-        if now - said > SAID_EVERY:
-            said = now
-            batch_seconds = (now - began) / (now_state.batches - done)
-            left = (len(batches) - now_state.batches) * batch_seconds
-            say(f"score: {now_state.batches} of {len(batches)} batches, {left / 60:.1f} min to go")
+        batch_seconds = (now - began) / (now_state.batches - done)
+        left = (len(batches) - now_state.batches) * batch_seconds / 60
+        tell(lambda: f"score: {now_state.batches} of {len(batches)} batches, {left:.1f} min to go")
 
     importance = score(
         model,
@@ -116,7 +115,7 @@ def _run(request: Score, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     return _told(request, importance, time.monotonic() - began)
 
 
-def _corpus(request: Score) -> "TrainingText | None":
+def _corpus(request: Score) -> "Text | None":
     from capgap.stages.inputs import check_model, open_text
 
     if not reading_methods(request.method, request.depth):
@@ -131,7 +130,7 @@ def _corpus(request: Score) -> "TrainingText | None":
     return corpus
 
 
-def _batches(request: Score, corpus: "TrainingText | None") -> list[Any]:
+def _batches(request: Score, corpus: "Text | None") -> list[Any]:
     from capgap.prune.text import scoring_batches
 
     if corpus is None:
@@ -141,15 +140,14 @@ def _batches(request: Score, corpus: "TrainingText | None") -> list[Any]:
     )
 
 
-def _provenance(request: Score, corpus: "TrainingText | None") -> dict[str, Any]:
+def _provenance(request: Score, corpus: "Text | None") -> dict[str, Any]:
     """What decides the scores."""
     from capgap.models.identity import model_hash
-    from capgap.stages.inputs import text_identity
 
     text = {}
     if corpus is not None:
         text = {
-            **text_identity(corpus),
+            **corpus.identity,
             "tokens_asked": request.tokens,
             "window": request.window,
             "batch_windows": request.batch_windows,

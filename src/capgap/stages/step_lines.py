@@ -1,24 +1,21 @@
 """metrics.jsonl: one JSON line a step, told to trackers too, and now and then a line for people."""
 
 import json
-import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capgap.machine import versions
+from capgap.records import write_text_atomically
+from capgap.stage import Say, paced
 from capgap.train.trackers import Trackers
 
 if TYPE_CHECKING:
     from capgap.train.loop import Progress
     from capgap.train.metrics import StepReports
 
-Say = Callable[[str], None]
-
 METRICS = "metrics.jsonl"
 TRACKERS = "trackers"
-SAID_EVERY = 10.0  # seconds
 
 
 class MetricsFile:
@@ -63,8 +60,7 @@ class StepLines:
         self.tokens = tokens
         self.flops = flops
         self.peak = peak
-        self.say = say
-        self.said = time.monotonic()
+        self.tell = paced(say)
 
     def add(self, progress: "Progress") -> None:
         for number, step in enumerate(progress.reports):
@@ -90,18 +86,19 @@ class StepLines:
             "students": reports,
         }
         self.metrics.add(line)
-        if time.monotonic() - self.said < SAID_EVERY:
-            return
-        self.said = time.monotonic()
+        self.tell(lambda: self._sentence(line))
+
+    def _sentence(self, line: dict[str, Any]) -> str:
+        rate = line["tokens_per_second"]
         losses = ", ".join(
             f"{name}: CE {report['ce']:.3f}"
             + ("" if report["kl"] is None else f" KL {report['kl']:.3f}")
-            for name, report in reports.items()
+            for name, report in line["students"].items()
         )
         speed = (
             "" if rate is None else f", {rate:,.0f} tokens/s ({line['utilisation']:.0%} of peak)"
         )
-        self.say(f"{line['tokens'] / self.tokens:.0%}{speed}; {losses}")
+        return f"{line['tokens'] / self.tokens:.0%}{speed}; {losses}"
 
 
 def _keep_before(path: Path, step: int) -> int | None:
@@ -119,7 +116,5 @@ def _keep_before(path: Path, step: int) -> int | None:
         last = line["step"]
         if last < step:
             kept.append(text + "\n")
-    aside = path.with_name(f".{path.name}")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    write_text_atomically(path, "".join(kept))
     return last

@@ -7,14 +7,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from capgap.config import Recipe
 from capgap.corpus.sources import open_source
 from capgap.errors import UserError
 from capgap.locking import LOCK, locked_folder
-from capgap.records import RunRecord, read_record, read_records
-from capgap.sweep.context import Context
-from capgap.sweep.plan import Cell, Column, Plan, Teacher
+from capgap.records import RECORD_FILE, RunRecord, read_record, read_records
+from capgap.scrub import scrub
+from capgap.sweep.context import SEARCH_FILE, Context
+from capgap.sweep.plan import Assistant, Cell, Column, Plan, Teacher, make_plan
+from capgap.sweep.recipe import Recipe, identity
 
+# Keys that say which runs there are, and not what a run is: they may change in one folder as long
+# as what is there stays as it is
+GROWING = (
+    "seeds",
+    "architectures",
+    "teachers.sizes",
+    "teachers.models",
+    "students.sizes",
+    "students.tokens",
+    "students.inits",
+    "students.control_tokens",
+    "baselines",
+    "equal_flops",
+    "corpus.max_epochs",
+)
 # Weights, two moments and a copy on the way to disk
 BYTES_PER_PARAMETER = 16
 
@@ -22,17 +38,16 @@ BYTES_PER_PARAMETER = 16
 def check_sources(recipe: Recipe, out: Path | None = None) -> None:
     """UserError if there is no such text, or if the sweep would write its files among the text."""
     asked = recipe.corpus
+    folder = None if out is None else out.expanduser().resolve()
     for name in (asked.source, asked.heldout_source):
         if name is None:
             continue
         source = open_source(name, text_column=asked.text_column, separator=asked.separator)
-        if out is None:
-            continue
-        folder = out.expanduser().resolve()
-        roots = [source.root] if source.root is not None else []
-        for text in (*roots, *source.files):
-            place = text.resolve()
-            if place in (folder, *folder.parents) or folder in place.parents:
+        for text in (source.root, *source.files):
+            if folder is None or text is None:
+                continue
+            path = text.resolve()
+            if path in (folder, *folder.parents) or folder in path.parents:
                 raise UserError(
                     f"the output folder {out} and the corpus {name} lie in one another, so the "
                     "sweep's own files would become text: choose another --out"
@@ -40,17 +55,18 @@ def check_sources(recipe: Recipe, out: Path | None = None) -> None:
 
 
 @contextmanager
-def claimed(out: Path, recipe: Recipe) -> Iterator[None]:
+def claimed(out: Path, recipe: Recipe, *, grown: Plan | None = None) -> Iterator[list[str]]:
     """The folder belongs to this recipe and, while inside, to this process alone.
 
-    A sweep of another recipe that has done nothing yet gives way: its first try failed, and the
-    mistake is mended now. UserError: the folder is something else's, in use, or not writable.
+    Gives the hashes of the recipes that this one has grown out of in this folder: where a `grown`
+    plan of it is given, every run of the sweep that is there must be part of it as it is. A sweep
+    of another recipe that has done nothing yet gives way: its first try failed, and the mistake is
+    mended now. UserError: the folder is something else's, in use, or not writable.
     """
     if _is_foreign(out):
         raise UserError(f"{out} is no empty folder and no sweep: choose another --out")
     with locked_folder(out):
-        _refuse_other_recipe(out, recipe)
-        yield
+        yield _earlier_recipes(out, recipe, grown)
 
 
 def _is_foreign(out: Path) -> bool:
@@ -60,49 +76,120 @@ def _is_foreign(out: Path) -> bool:
     return not out.is_dir() or any(out.iterdir())
 
 
-def _refuse_other_recipe(out: Path, recipe: Recipe) -> None:
+def _earlier_recipes(out: Path, recipe: Recipe, grown: Plan | None) -> list[str]:
     marker = out / "sweep.json"
     if not marker.exists():
-        return
+        return []
     found = _read_marker(marker)
+    earlier: list[str] = found.get("grown_from", [])
     if found["recipe_hash"] == recipe.hash():
-        return
+        return earlier
     if "begin_windows" not in found["recipe"].get("corpus", {}):
         raise UserError(
             f"{out} holds a sweep of a version whose texts did not begin as the teachers' own do: "
             "choose another --out and run it again"
         )
-    if any(out.glob("records/*/record.json")) or any(out.glob("work/checkpoints/*")):
-        raise UserError(
-            f"{out} holds the sweep of another recipe ({found['recipe']['name']}, hash "
-            f"{found['recipe_hash']}; this one is {recipe.hash()}): choose another --out"
-        )
-    marker.unlink()
+    if not any(out.glob("records/*/record.json")) and not any(out.glob("work/checkpoints/*")):
+        marker.unlink()
+        return []
+    if (out / SEARCH_FILE).exists():
+        grown = None  # its rounds would have been others
+    _refuse_other_recipe(out, found["recipe"], recipe, grown)
+    return [*earlier, found["recipe_hash"]]
 
 
 def _read_marker(marker: Path) -> dict[str, Any]:
     try:
         found = json.loads(marker.read_text())
-        known = isinstance(found["recipe_hash"], str) and isinstance(found["recipe"]["name"], str)
-    except (ValueError, KeyError, TypeError):
+        recipe = found["recipe"]
+        texts = (found["recipe_hash"], recipe["name"], *found.get("grown_from", []))
+        known = all(isinstance(text, str) for text in texts) and isinstance(
+            recipe.get("students", {}), dict
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
         known = False
     if not known:
         raise UserError(f"{marker} was not written by a sweep: mend it, or choose another --out")
     return found
 
 
-def check_records(context: Context, plan: Plan) -> list[RunRecord]:
-    """The records that are there; UserError if one is broken or is not what would be run now."""
+def _refuse_other_recipe(
+    out: Path, before: dict[str, Any], recipe: Recipe, grown: Plan | None
+) -> None:
+    """UserError unless the recipe is the one `before` with other seeds, teachers, students, budgets
+    or baselines, every recorded run is part of it, and no run is another than it was."""
+    there = _by_key(identity({"students": {}} | before))
+    here = _by_key(identity(scrub(recipe.model_dump(mode="json"))))
+    changed = [key for key in here | there if here.get(key) != there.get(key)]
+    if not changed:
+        return
+    refused = [key for key in changed if grown is None or key not in GROWING]
+    if not set(there.get("teachers.models") or ()) <= set(recipe.teachers.models):
+        refused.append("teachers.models")
+
+    def refusal(keys: Sequence[str], why: str = "") -> UserError:
+        values = (
+            f"{key} is {json.dumps(there.get(key))} there and {json.dumps(here.get(key))} here"
+            for key in keys
+        )
+        return UserError(
+            f"{out} holds the sweep of another recipe ({before['name']}): {', '.join(values)}"
+            f"{why and f', so that {why}'}: choose another --out"
+        )
+
+    if refused or grown is None:
+        raise refusal(refused[:1])
+
+    def is_recorded(run: Teacher | Cell) -> bool:
+        return (out / "records" / run.id / RECORD_FILE).exists()
+
+    old_recipe = Recipe.model_validate(identity(before) | {"name": before["name"]})
+    models = old_recipe.teachers.models
+    old_plan = make_plan(old_recipe, [one for one in grown.teachers if one.source in models])
+    after = grown.runs
+    for name, run in old_plan.runs.items():
+        if run != after.get(name, run) or (name not in after and is_recorded(run)):
+            raise refusal(changed, f"{name} {_what_becomes(run, after.get(name))}")
+    if recipe.baselines == "all" or not any(map(is_recorded, old_plan.baseline_cells)):
+        return
+    moving = ["seeds", "teachers.sizes", "teachers.models"]
+    if old_recipe.baselines != "best":
+        moving.append("baselines")
+    if set(moving) & set(changed):
+        raise refusal(changed, "others may get the baselines (all do with baselines=all)")
+
+
+def _what_becomes(before: Teacher | Cell, after: Teacher | Cell | None) -> str:
+    if after is None:
+        return "would be no part of it"
+    if isinstance(before, Cell) and isinstance(after, Cell):
+        old, new = before.cut_from, after.cut_from
+        if old is not None and new is not None and old.id != new.id:
+            return f"would be cut out of {new.id}, and no more out of {old.id}"
+    return "would be another run"
+
+
+def _by_key(content: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Values by whole keys such as `students.tokens`."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        key = f"{above}{name}"
+        found |= _by_key(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return found
+
+
+def check_records(context: Context, plan: Plan, earlier: Sequence[str]) -> list[RunRecord]:
+    """The records that are there; UserError if one is broken or is not what would be run now.
+    `earlier`: hashes of the recipes that this one has grown out of."""
     if not (context.out / "records").is_dir():
         return []
-    cells = [cell for column in (*plan.columns, *plan.baselines) for cell in column.cells]
-    runs: list[Teacher | Cell] = [*plan.teachers, *cells]
-    planned = {run.id: run for run in runs}
+    planned = plan.runs
+    hashes = {context.recipe.hash(), *earlier}
     records = read_records(context.out)
     for record in records:
         run = planned.get(record.id)
         what = None
-        if run is None or record.recipe_hash != context.recipe.hash():
+        if run is None or record.recipe_hash not in hashes:
             what = "another recipe"
         elif (record.shape, record.learning_rate) != (vars(run.shape), run.learning_rate):
             # the rules behind `auto` and the ladder may change from version to version
@@ -117,18 +204,15 @@ def check_records(context: Context, plan: Plan) -> list[RunRecord]:
 
 def check_disk(context: Context, plan: Plan) -> None:
     """UserError if what is not recorded yet would not fit."""
-    stored: list[Teacher | Cell] = [one for one in plan.teachers if one.source is None]
-    missing = [
-        run.shape.parameters().total
-        for run in (*stored, *plan.cells)
-        if not context.is_recorded(run.id)
+    models: list[Teacher | Cell | Assistant] = [
+        teacher
+        for teacher in plan.teachers
+        if teacher.source is None and not context.is_recorded(teacher.id)
     ]
-    missing += [
-        cell.assistant.shape.parameters().total
-        for cell in plan.cells
-        if cell.assistant is not None and not context.is_recorded(cell.id)
-    ]
-    needed = sum(missing) * BYTES_PER_PARAMETER
+    cells = [cell for cell in plan.cells if not context.is_recorded(cell.id)]
+    models += cells
+    models += [cell.assistant for cell in cells if cell.assistant is not None]
+    needed = BYTES_PER_PARAMETER * sum(model.shape.parameters().total for model in models)
     free = shutil.disk_usage(context.out).free
     if free < needed:
         raise UserError(

@@ -3,18 +3,23 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from capgap.config import Recipe
 from capgap.machine import usable_cores
+from capgap.sweep.recipe import Recipe
+from capgap.train.recipe import TrainingSection
+
+SEARCH_FILE = "search.json"
 
 
 @dataclass(frozen=True)
 class Context:
-    """Paths are functions of ids, so that a restart finds what is there."""
+    """Paths are functions of ids, so that a restart finds what is there. `training`: the recipe's,
+    with the precision that the sweep began with."""
 
     recipe: Recipe
     out: Path
     device: str
     threads: int | None
+    training: TrainingSection
 
     @property
     def corpus_folder(self) -> Path:

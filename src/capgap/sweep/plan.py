@@ -4,20 +4,37 @@ Pure: nothing is read, trained or timed here, and torch is not imported.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from capgap.config import Recipe
 from capgap.errors import UserError
 from capgap.models.shape import Shape, ladder_shape
 from capgap.prune.methods import scoring_flops
 from capgap.prune.shape import pruned_shape
 from capgap.sizes import format_count, forward_flops, training_flops
+from capgap.sweep.recipe import Recipe
 from capgap.train.learning_rate import auto_learning_rate
 
 MOST_CELLS = 10_000
 FLOP_PARTS = ("teacher_training", "teacher_forward", "pruning", "student", "evaluation")
+
+
+class Work(NamedTuple):
+    """Models with the tokens that each takes: those that are trained, and teachers that read."""
+
+    trained: list[tuple[Shape, int]]
+    read: list[tuple[Shape, int]]
+
+    @property
+    def training_flops(self) -> int:
+        return sum(
+            training_flops(shape.parameters().total, tokens) for shape, tokens in self.trained
+        )
+
+    @property
+    def forward_flops(self) -> int:
+        return sum(forward_flops(shape.parameters().total, tokens) for shape, tokens in self.read)
 
 
 @dataclass(frozen=True)
@@ -37,11 +54,19 @@ class Teacher:
     tokens: int
     learning_rate: float | None
 
+    @property
+    def label(self) -> str:
+        """What names of cells call it."""
+        return _label(self.size) if self.source is None else self.id
+
+    @property
+    def work(self) -> Work:
+        return Work([(self.shape, self.tokens)], [])
+
     def flops(self, heldout_tokens: int) -> dict[str, int]:
-        total = self.shape.parameters().total
-        return _flops(
-            teacher_training=training_flops(total, self.tokens),
-            evaluation=forward_flops(total, heldout_tokens),
+        return _parts(
+            teacher_training=self.work.training_flops,
+            evaluation=forward_flops(self.shape.parameters().total, heldout_tokens),
         )
 
 
@@ -54,6 +79,7 @@ class Assistant:
     shape: Shape
     tokens: int
     learning_rate: float
+    alpha: float
 
     @property
     def column_id(self) -> str:
@@ -65,16 +91,16 @@ class Assistant:
 class Cell:
     """One student's run. A baseline has alpha 0 and, for the inits that are the same for every
     teacher, no teacher. `cut_from` is the teacher whose weights the student starts from, by way of
-    the `assistant` where there is one. `budget` are the tokens asked for; a chain has the FLOPs of
-    a direct cell with as many, and its student sees `tokens`. `equal_flops_to`: the cell whose
-    FLOPs a baseline has in place of its tokens."""
+    the `assistant` where there is one. `asked_tokens` are the recipe's, `budget` the same in whole
+    batches; a chain has the FLOPs of a direct cell with as many, and its student sees `tokens`.
+    `equal_flops_to`: id of the cell whose FLOPs a baseline has in place of its tokens."""
 
-    id: str
     kind: Literal["cell", "baseline"]
     architecture: str
     student_size: int
     shape: Shape
     init: str
+    asked_tokens: int
     budget: int
     tokens: int
     seed: int
@@ -85,31 +111,44 @@ class Cell:
     assistant: Assistant | None = None
     equal_flops_to: str | None = None
 
+    @property
+    def id(self) -> str:
+        if self.equal_flops_to is not None:
+            return f"baseline-flops-{self.equal_flops_to}"
+        teacher = "" if self.teacher is None else f"-t{self.teacher.label}"
+        name = f"{self.architecture}-s{_label(self.student_size)}{teacher}-{self.init}"
+        name += f"-{_label(self.asked_tokens)}-seed{self.seed}"
+        return name if self.kind == "cell" else f"baseline-{name}"
+
+    @property
+    def curve(self) -> tuple[str, str, int, int]:
+        """What the cells of one curve have in common."""
+        return self.architecture, self.init, self.budget, self.student_size
+
+    @property
+    def work(self) -> Work:
+        """Of this cell alone; a chain's assistant is trained too."""
+        work = Work([(self.shape, self.tokens)], [])
+        above = None if self.teacher is None else self.teacher.shape
+        if self.assistant is not None:
+            work.trained.append((self.assistant.shape, self.assistant.tokens))
+            if above is not None and self.assistant.alpha > 0:
+                work.read.append((above, self.assistant.tokens))
+            above = self.assistant.shape
+        if above is not None and self.alpha > 0:
+            work.read.append((above, self.tokens))
+        return work
+
     def flops(self, recipe: Recipe, heldout_tokens: int) -> dict[str, int]:
         """What this cell would cost alone; the columns of a sweep share teacher passes.
 
         A chain's assistant counts among the students."""
-        total = self.shape.parameters().total
-        above = None if self.teacher is None else self.teacher.shape
-        student, forward, pruning = training_flops(total, self.tokens), 0, 0
-        if self.cut_from is not None:
-            pruning = _scoring_flops(recipe, self.cut_from.shape)
-        if self.assistant is not None and self.cut_from is not None:
-            between = self.assistant.shape
-            student += training_flops(between.parameters().total, self.assistant.tokens)
-            pruning += _scoring_flops(recipe, between)
-            if recipe.training.alpha > 0:
-                forward = forward_flops(
-                    self.cut_from.shape.parameters().total, self.assistant.tokens
-                )
-            above = between
-        if above is not None and self.alpha > 0:
-            forward += forward_flops(above.parameters().total, self.tokens)
-        return _flops(
-            teacher_forward=forward,
-            pruning=pruning,
-            student=student,
-            evaluation=forward_flops(total, heldout_tokens),
+        scored = [model.shape for model in (self.cut_from, self.assistant) if model is not None]
+        return _parts(
+            teacher_forward=self.work.forward_flops,
+            pruning=sum(_scoring_flops(recipe, shape) for shape in scored),
+            student=self.work.training_flops,
+            evaluation=forward_flops(self.shape.parameters().total, heldout_tokens),
         )
 
 
@@ -125,8 +164,8 @@ class Column:
     @property
     def teachers(self) -> set[str]:
         """Ids of the teachers that the column takes."""
-        found = {cell.cut_from.id for cell in self.cells if cell.cut_from is not None}
-        return found | ({self.teacher.id} if self.teacher is not None else set())
+        models = [self.teacher, *(cell.cut_from for cell in self.cells)]
+        return {teacher.id for teacher in models if teacher is not None}
 
     @property
     def needs(self) -> set[str]:
@@ -145,6 +184,28 @@ class Column:
         """Tokens of the longest cell, after those of the assistant: what the column reads."""
         longest = max(cell.tokens for cell in self.cells)
         return longest + (0 if self.assistant is None else self.assistant.tokens)
+
+    @property
+    def work(self) -> Work:
+        """The teacher reads once for all cells; of a chain nothing is shared."""
+        if self.assistant is not None:
+            return self.cells[0].work
+        work = Work([(cell.shape, cell.tokens) for cell in self.cells], [])
+        if self.teacher is not None and any(cell.alpha > 0 for cell in self.cells):
+            work.read.append((self.teacher.shape, self.tokens))
+        return work
+
+    def flops(self, recipe: Recipe) -> dict[str, int]:
+        """Work that its cells share counted once, without the scores of its teachers."""
+        heldout = recipe.corpus.heldout_tokens
+        totals = [cell.shape.parameters().total for cell in self.cells]
+        scored = 0 if self.assistant is None else _scoring_flops(recipe, self.assistant.shape)
+        return _parts(
+            teacher_forward=self.work.forward_flops,
+            pruning=scored,
+            student=self.work.training_flops,
+            evaluation=sum(forward_flops(total, heldout) for total in totals),
+        )
 
 
 @dataclass(frozen=True)
@@ -165,30 +226,86 @@ class Plan:
     def cells(self) -> list[Cell]:
         return [cell for column in self.columns for cell in column.cells]
 
+    @property
+    def baseline_cells(self) -> list[Cell]:
+        return [cell for column in self.baselines for cell in column.cells]
+
+    @property
+    def runs(self) -> dict[str, Teacher | Cell]:
+        """Everything that could be recorded, by id."""
+        runs: list[Teacher | Cell] = [*self.teachers, *self.cells, *self.baseline_cells]
+        return {run.id: run for run in runs}
+
+    def tasks(self, baselines: Sequence[Column]) -> list[Teacher | Column]:
+        """What workers are given, with these of the baselines."""
+        return [*self.teachers, *self.columns, *baselines]
+
     def flops(self, baselines: Sequence[Column]) -> dict[str, int]:
         """Of the whole sweep by part, shared work counted once."""
         recipe = self.recipe
-        heldout = recipe.corpus.heldout_tokens
-        total = _flops()
+        counted = [column.flops(recipe) for column in (*self.columns, *baselines)]
         for teacher in self.teachers:
-            _add(total, teacher.flops(heldout))
-            total["pruning"] += _scoring_flops(recipe, teacher.shape)
-        for column in (*self.columns, *baselines):
-            if column.assistant is not None:
-                # nothing is shared but the scores of the teacher, which are counted above
-                (cell,) = column.cells
-                assert cell.cut_from is not None
-                _add(total, cell.flops(recipe, heldout))
-                total["pruning"] -= _scoring_flops(recipe, cell.cut_from.shape)
-                continue
-            if column.teacher is not None:
-                parameters = column.teacher.shape.parameters().total
-                total["teacher_forward"] += forward_flops(parameters, column.tokens)
-            for cell in column.cells:
-                parameters = cell.shape.parameters().total
-                total["student"] += training_flops(parameters, cell.tokens)
-                total["evaluation"] += forward_flops(parameters, heldout)
-        return total
+            counted.append(teacher.flops(recipe.corpus.heldout_tokens))
+            counted.append(_parts(pruning=_scoring_flops(recipe, teacher.shape)))
+        return {part: sum(parts[part] for parts in counted) for part in FLOP_PARTS}
+
+
+def make_plan(recipe: Recipe, given: Sequence[Teacher] = ()) -> Plan:
+    """`given` are the recipe's `teachers.models`, looked at by the caller; else a ladder is built.
+
+    UserError: a student larger than a teacher it is to be cut from, sizes that cannot be built,
+    the same size twice, more cells than anybody trains.
+    """
+    _check_number(recipe)
+    teachers = tuple(given) if recipe.teachers.models else tuple(_ladder(recipe))
+    _refuse_twins([teacher.id for teacher in teachers], "teachers")
+    columns: list[Column] = []
+    baselines: dict[str, Column] = {}
+    for teacher in teachers:
+        is_given = teacher.source is not None
+        for seed in recipe.seeds if is_given else (teacher.seed,):
+            name = f"{teacher.id}-seed{seed}" if is_given else teacher.id
+            cells = _cells(recipe, teachers, teacher, seed)
+            _refuse_twins([cell.id for cell in cells], "students")
+            columns += _cell_columns(name, teacher, seed, cells)
+            own = _baseline_columns(recipe, name, seed, cells)
+            baselines.update((column.id, column) for column in own)
+    plan = Plan(recipe, teachers, tuple(columns), tuple(baselines.values()))
+    _refuse_same_cells(plan)
+    return plan
+
+
+def select_baselines(plan: Plan, best: Iterable[Cell]) -> list[Column]:
+    """The baselines matched to the `best` cells and, where the recipe says so, to each curve's
+    largest teacher."""
+    wanted = list(best)
+    if plan.recipe.baselines == "best_and_largest":
+        largest: dict[tuple[object, ...], Cell] = {}
+        for cell in sorted(plan.cells, key=lambda cell: cell.teacher.size if cell.teacher else 0):
+            largest[*cell.curve, cell.seed] = cell
+        wanted += largest.values()
+    ids = {_baseline(cell).id for cell in wanted}
+    of_cells = {cell.id for cell in wanted}
+    columns = []
+    for column in plan.baselines:
+        own = [cell for cell in column.cells if cell.id in ids or cell.equal_flops_to in of_cells]
+        if own:
+            columns.append(replace(column, cells=tuple(own)))
+    return columns
+
+
+def expected_baselines(plan: Plan) -> Sequence[Column]:
+    """The baselines that will be run, as far as can be known before the cells are.
+
+    Where the best teachers get some, the second largest stands for the best: whichever it turns
+    out to be, its baselines cost about the same.
+    """
+    if plan.recipe.baselines == "all":
+        return plan.baselines
+    sizes = sorted({teacher.size for teacher in plan.teachers})
+    stand_in = sizes[-2] if len(sizes) > 1 else sizes[0]
+    best = [cell for cell in plan.cells if cell.teacher and cell.teacher.size == stand_in]
+    return select_baselines(plan, best)
 
 
 def _check_number(recipe: Recipe) -> None:
@@ -211,97 +328,12 @@ def _check_number(recipe: Recipe) -> None:
         )
 
 
-def make_plan(recipe: Recipe, given: Sequence[Teacher] = ()) -> Plan:
-    """`given` are the recipe's `teachers.models`, looked at by the caller; else a ladder is built.
-
-    UserError: a student larger than a teacher it is to be cut from, sizes that cannot be built,
-    the same size twice.
-    """
-    _check_number(recipe)
-    teachers = tuple(given) if recipe.teachers.models else tuple(_ladder(recipe))
-    _refuse_twins([teacher.id for teacher in teachers], "teachers")
-    columns: list[Column] = []
-    baselines: list[Column] = []
-    for teacher in teachers:
-        seeds = recipe.seeds if teacher.source is not None else (teacher.seed,)
-        for seed in seeds:
-            cells = _cells(recipe, teachers, teacher, seed)
-            _refuse_twins([cell.id for cell in cells], "students")
-            suffix = f"-seed{seed}" if teacher.source is not None else ""
-            direct = tuple(cell for cell in cells if cell.assistant is None)
-            if direct:
-                columns.append(Column(f"column-{teacher.id}{suffix}", teacher, seed, direct))
-            columns += [
-                Column(cell.assistant.column_id, teacher, seed, (cell,))
-                for cell in cells
-                if cell.assistant is not None
-            ]
-            name = f"{teacher.id}{suffix}"
-            baselines += _baseline_columns(name, seed, [_baseline(cell) for cell in cells])
-            if recipe.equal_flops and direct:
-                # of a chain there is none: it has the FLOPs of its direct cell
-                longer = tuple(_equal_flops(recipe, cell) for cell in direct)
-                baselines.append(Column(f"baselines-flops-{name}", None, seed, longer))
-    plan = Plan(recipe, teachers, tuple(columns), _without_repeats(baselines))
-    _refuse_same_places(plan)
-    return plan
-
-
-def select_baselines(plan: Plan, best: Iterable[Cell]) -> list[Column]:
-    """The baselines matched to the `best` cells and, where the recipe says so, to each curve's
-    largest teacher."""
-    curves: dict[tuple[object, ...], list[Cell]] = {}
-    for cell in plan.cells:
-        curves.setdefault((*curve_key(cell), cell.seed), []).append(cell)
-    wanted = list(best)
-    if plan.recipe.baselines == "best_and_largest":
-        wanted += [_largest(cells) for cells in curves.values()]
-    ids = {_baseline(cell).id for cell in wanted} | {_equal_flops_id(cell) for cell in wanted}
-    columns = []
-    for column in plan.baselines:
-        cells = tuple(cell for cell in column.cells if cell.id in ids)
-        if cells:
-            columns.append(Column(column.id, None, column.seed, cells))
-    return columns
-
-
-def expected_baselines(plan: Plan) -> Sequence[Column]:
-    """The baselines that will be run, as far as can be known before the cells are.
-
-    Where the best teachers get some, the second largest stands for the best: whichever it turns
-    out to be, its baselines cost about the same.
-    """
-    if plan.recipe.baselines == "all":
-        return plan.baselines
-    sizes = sorted({teacher.size for teacher in plan.teachers})
-    stand_in = sizes[-2] if len(sizes) > 1 else sizes[0]
-    return select_baselines(
-        plan,
-        [cell for cell in plan.cells if cell.teacher is not None and cell.teacher.size == stand_in],
-    )
-
-
-def curve_key(cell: Cell) -> tuple[str, str, int, int]:
-    """What the cells of one curve have in common."""
-    return cell.architecture, cell.init, cell.budget, cell.student_size
-
-
-def _largest(cells: Sequence[Cell]) -> Cell:
-    return max(cells, key=lambda cell: cell.teacher.size if cell.teacher is not None else 0)
-
-
-def _ladder(recipe: Recipe) -> Iterable[Teacher]:
+def _ladder(recipe: Recipe) -> Iterator[Teacher]:
     assert recipe.teachers.tokens is not None
     for architecture in recipe.architectures:
         for seed in recipe.seeds:
             for size in sorted(recipe.teachers.sizes):
-                shape = ladder_shape(
-                    architecture,
-                    size,
-                    vocabulary=recipe.corpus.vocabulary,
-                    positions=recipe.corpus.window,
-                    layers=recipe.layers,
-                )
+                shape = _ladder_shape(recipe, architecture, size, recipe.corpus.vocabulary)
                 yield Teacher(
                     id=f"{architecture}-t{_label(size)}-seed{seed}",
                     architecture=architecture,
@@ -328,21 +360,20 @@ def _cells(recipe: Recipe, teachers: Sequence[Teacher], teacher: Teacher, seed: 
         cut_from = {"pruned": teacher, "chain": teacher, "fixed": smallest, "scratch": None}[init]
         for size in sorted(recipe.students.sizes):
             shape = _student_shape(recipe, teacher, cut_from, size)
-            for tokens in recipe.students.budgets(init):
-                name = f"{teacher.architecture}-s{_label(size)}-t{_teacher_label(teacher)}"
+            rate = _rate(recipe.students.learning_rate, shape, is_cut=cut_from is not None)
+            for asked_tokens in recipe.students.budgets(init):
+                tokens = _whole_batches(recipe, asked_tokens)
                 cell = Cell(
-                    id=f"{name}-{init}-{_label(tokens)}-seed{seed}",
                     kind="cell",
                     architecture=teacher.architecture,
                     student_size=size,
                     shape=shape,
                     init=init,
-                    budget=_whole_batches(recipe, tokens),
-                    tokens=_whole_batches(recipe, tokens),
+                    asked_tokens=asked_tokens,
+                    budget=tokens,
+                    tokens=tokens,
                     seed=seed,
-                    learning_rate=_rate(
-                        recipe.students.learning_rate, shape, is_cut=cut_from is not None
-                    ),
+                    learning_rate=rate,
                     alpha=recipe.training.alpha,
                     teacher=teacher,
                     cut_from=cut_from,
@@ -356,7 +387,7 @@ def _chained(recipe: Recipe, direct: Cell) -> Cell:
     teacher's and student's size, trained with `students.assistant_share` of the FLOPs."""
     assert direct.teacher is not None
     teacher, student = direct.teacher.shape, direct.shape
-    sizes = [one.parameters().non_embedding for one in (teacher, student)]
+    sizes = [shape.parameters().non_embedding for shape in (teacher, student)]
     between = pruned_shape(
         teacher,
         round(math.sqrt(sizes[0] * sizes[1])),
@@ -364,21 +395,17 @@ def _chained(recipe: Recipe, direct: Cell) -> Cell:
         layers=recipe.layers,
     )
     shape = pruned_shape(between, sizes[1], layers=recipe.layers)
-    reads = 2 if direct.alpha > 0 else 0
-
-    def token_flops(above: Shape, below: Shape) -> int:
-        return 6 * below.parameters().total + reads * above.parameters().total
-
-    budget = direct.budget * token_flops(teacher, student)
-    first = token_flops(teacher, between)
+    budget = direct.budget * _token_flops(student, teacher, direct.alpha)
+    first = _token_flops(between, teacher, direct.alpha)
     assistant = Assistant(
         id=f"{direct.id}-assistant",
         shape=between,
         tokens=_whole_batches(recipe, recipe.students.assistant_share * budget / first),
         learning_rate=_rate(recipe.students.learning_rate, between, is_cut=True),
+        alpha=direct.alpha,
     )
     left = budget - assistant.tokens * first - _scoring_flops(recipe, between)
-    tokens = left / token_flops(between, shape)
+    tokens = left / _token_flops(shape, between, direct.alpha)
     if tokens < recipe.training.batch_tokens:
         raise UserError(
             f"students.tokens {direct.budget} are too few for the chain {direct.id}: its assistant "
@@ -388,16 +415,16 @@ def _chained(recipe: Recipe, direct: Cell) -> Cell:
     return replace(direct, shape=shape, tokens=_whole_batches(recipe, tokens), assistant=assistant)
 
 
+def _token_flops(student: Shape, teacher: Shape, alpha: float) -> int:
+    """Of training a student on one token, which its teacher reads if alpha is above 0."""
+    read = forward_flops(teacher.parameters().total, 1) if alpha > 0 else 0
+    return training_flops(student.parameters().total, 1) + read
+
+
 def _student_shape(recipe: Recipe, teacher: Teacher, cut_from: Teacher | None, size: int) -> Shape:
     # no rows that pad the table: training would leave their logits wherever they happen to be
     if cut_from is None:
-        return ladder_shape(
-            teacher.architecture,
-            size,
-            vocabulary=teacher.vocabulary,
-            positions=recipe.corpus.window,
-            layers=recipe.layers,
-        )
+        return _ladder_shape(recipe, teacher.architecture, size, teacher.vocabulary)
     largest = cut_from.shape.parameters().non_embedding
     if size > largest:
         raise UserError(
@@ -408,52 +435,57 @@ def _student_shape(recipe: Recipe, teacher: Teacher, cut_from: Teacher | None, s
     return pruned_shape(cut_from.shape, size, vocabulary=cut_from.vocabulary, layers=recipe.layers)
 
 
-def _baseline(cell: Cell) -> Cell:
-    """Same init, same tokens, cross-entropy only."""
-    teacher = cell.teacher if cell.init in ("pruned", "chain") else None
-    label = f"-t{_teacher_label(teacher)}" if teacher is not None else ""
-    name = f"{cell.architecture}-s{_label(cell.student_size)}{label}"
-    tokens = cell.id.split("-")[-2]
-    return replace(
-        cell,
-        id=f"baseline-{name}-{cell.init}-{tokens}-seed{cell.seed}",
-        kind="baseline",
-        alpha=0.0,
-        teacher=teacher,
+def _ladder_shape(recipe: Recipe, architecture: str, size: int, vocabulary: int) -> Shape:
+    return ladder_shape(
+        architecture,
+        size,
+        vocabulary=vocabulary,
+        positions=recipe.corpus.window,
+        layers=recipe.layers,
     )
 
 
-def _equal_flops_id(cell: Cell) -> str:
-    return f"baseline-flops-{cell.id}"
+def _cell_columns(
+    name: str, teacher: Teacher, seed: int, cells: Sequence[Cell]
+) -> Iterator[Column]:
+    """All direct cells of a teacher together, and every chain alone."""
+    direct = tuple(cell for cell in cells if cell.assistant is None)
+    if direct:
+        yield Column(f"column-{name}", teacher, seed, direct)
+    for cell in cells:
+        if cell.assistant is not None:
+            yield Column(cell.assistant.column_id, teacher, seed, (cell,))
+
+
+def _baseline_columns(
+    recipe: Recipe, name: str, seed: int, cells: Sequence[Cell]
+) -> Iterator[Column]:
+    """Baselines that belong to one teacher, and those that are the same for all teachers."""
+    matched = [_baseline(cell) for cell in cells]
+    own = tuple(cell for cell in matched if cell.teacher is not None)
+    shared = tuple(cell for cell in matched if cell.teacher is None)
+    if own:
+        yield Column(f"baselines-{name}", None, seed, own)
+    if shared:
+        yield Column(f"baselines-{shared[0].architecture}-seed{seed}", None, seed, shared)
+    # of a chain there is none: it has the FLOPs of its direct cell
+    longer = tuple(_equal_flops(recipe, cell) for cell in cells if cell.assistant is None)
+    if recipe.equal_flops and longer:
+        yield Column(f"baselines-flops-{name}", None, seed, longer)
+
+
+def _baseline(cell: Cell) -> Cell:
+    """Same init, same tokens, cross-entropy only."""
+    teacher = cell.teacher if cell.init in ("pruned", "chain") else None
+    return replace(cell, kind="baseline", alpha=0.0, teacher=teacher)
 
 
 def _equal_flops(recipe: Recipe, cell: Cell) -> Cell:
     """Same init, cross-entropy only, on the tokens that the teacher's forward passes would pay."""
     assert cell.teacher is not None
-    student = training_flops(cell.shape.parameters().total, 1)
-    above = forward_flops(cell.teacher.shape.parameters().total, 1) if cell.alpha > 0 else 0
-    tokens = _whole_batches(recipe, cell.budget * (student + above) / student)
-    return replace(
-        _baseline(cell),
-        id=_equal_flops_id(cell),
-        budget=tokens,
-        tokens=tokens,
-        equal_flops_to=cell.id,
-    )
-
-
-def _baseline_columns(name: str, seed: int, cells: Sequence[Cell]) -> list[Column]:
-    """Baselines that belong to one teacher, and those that are the same for all teachers."""
-    own = tuple(cell for cell in cells if cell.teacher is not None)
-    shared = tuple(cell for cell in cells if cell.teacher is None)
-    columns = [Column(f"baselines-{name}", None, seed, own)] if own else []
-    if shared:
-        columns.append(Column(f"baselines-{shared[0].architecture}-seed{seed}", None, seed, shared))
-    return columns
-
-
-def _without_repeats(columns: Sequence[Column]) -> tuple[Column, ...]:
-    return tuple({column.id: column for column in columns}.values())
+    flops = cell.budget * _token_flops(cell.shape, cell.teacher.shape, cell.alpha)
+    tokens = _whole_batches(recipe, flops / training_flops(cell.shape.parameters().total, 1))
+    return replace(_baseline(cell), budget=tokens, tokens=tokens, equal_flops_to=cell.id)
 
 
 def _whole_batches(recipe: Recipe, tokens: float) -> int:
@@ -468,7 +500,7 @@ def _rate(asked: float | Literal["auto"], shape: Shape, *, is_cut: bool = False)
 
 
 def _scoring_flops(recipe: Recipe, shape: Shape) -> int:
-    """Of the units of one teacher."""
+    """Of the units of one model."""
     return scoring_flops(
         recipe.scoring_method,
         recipe.scoring_depth,
@@ -481,24 +513,19 @@ def _label(count: int) -> str:
     return format_count(count).replace(".", "p")
 
 
-def _teacher_label(teacher: Teacher) -> str:
-    return _label(teacher.size) if teacher.source is None else teacher.id
-
-
 def _refuse_twins(ids: Sequence[str], what: str) -> None:
     twins = sorted({name for name in ids if ids.count(name) > 1})
     if twins:
         raise UserError(f"{what}: {twins[0]!r} is asked for twice")
 
 
-def _refuse_same_places(plan: Plan) -> None:
-    """Two names may mean one place of the grid: token budgets that are the same in whole batches,
+def _refuse_same_cells(plan: Plan) -> None:
+    """Two names may mean one cell of the grid: token budgets that are the same in whole batches,
     teachers of the same size."""
-    places: dict[tuple[object, ...], Cell] = {}
+    cells: dict[tuple[object, ...], Cell] = {}
     for cell in plan.cells:
         assert cell.teacher is not None
-        place = (*curve_key(cell), cell.teacher.size, cell.seed)
-        other = places.setdefault(place, cell)
+        other = cells.setdefault((*cell.curve, cell.teacher.size, cell.seed), cell)
         if other is not cell:
             raise UserError(
                 f"{other.id} and {cell.id} have the same size of teacher and student and the same "
@@ -506,10 +533,5 @@ def _refuse_same_places(plan: Plan) -> None:
             )
 
 
-def _flops(**parts: int) -> dict[str, int]:
+def _parts(**parts: int) -> dict[str, int]:
     return dict.fromkeys(FLOP_PARTS, 0) | parts
-
-
-def _add(total: dict[str, int], parts: dict[str, int]) -> None:
-    for name, value in parts.items():
-        total[name] += value

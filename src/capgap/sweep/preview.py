@@ -4,17 +4,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from capgap.config import Recipe
 from capgap.machine import resolve_device
-from capgap.models.shape import Shape
-from capgap.sizes import clock_time, format_count, training_flops
+from capgap.sizes import clock_time, format_count
 from capgap.sweep.checks import check_sources
 from capgap.sweep.context import resolve_workers
 from capgap.sweep.given import plan_of
-from capgap.sweep.plan import FLOP_PARTS, Cell, Column, Plan, Teacher, expected_baselines
-from capgap.sweep.speed import LARGEST_PROBE, Speed, measure_speed
+from capgap.sweep.plan import FLOP_PARTS, Cell, Plan, Teacher, Work, expected_baselines
+from capgap.sweep.progress import table
+from capgap.sweep.recipe import Recipe
+from capgap.sweep.schedule import Speed
+from capgap.sweep.speed import LARGEST_PROBE, measure_speed
 from capgap.train.precision import autocast_dtype, teacher_dtype
 
 SHORT_PARTS = {
@@ -38,35 +38,35 @@ def preview(recipe: Recipe) -> dict[str, Any]:
     torch.set_num_threads(threads or before)
     speed = _speed(plan, device)
     torch.set_num_threads(before)
-    columns = (*plan.columns, *baselines)
-    runs = [_teacher_row(teacher, plan, speed) for teacher in plan.teachers]
-    runs += [_cell_row(cell, plan, speed) for column in columns for cell in column.cells]
-    work = sum(_teacher_seconds(teacher, speed) for teacher in plan.teachers)
-    work += sum(_column_seconds(column, speed) for column in columns)
+    cells = [cell for column in (*plan.columns, *baselines) for cell in column.cells]
+    heldout = recipe.corpus.heldout_tokens
+    runs = [_row(one, "teacher", one.flops(heldout), speed) for one in plan.teachers]
+    runs += [_row(cell, cell.kind, cell.flops(recipe, heldout), speed) for cell in cells]
+    seconds = sum(speed.seconds(task.work) for task in plan.tasks(baselines))
     return {
         "name": recipe.name,
         "recipe_hash": recipe.hash(),
         "teachers": len(plan.teachers),
         "cells": len(plan.cells),
-        "baselines": sum(len(column.cells) for column in baselines),
+        "baselines": len(cells) - len(plan.cells),
         "runs": runs,
         "flops": plan.flops(baselines),
         "workers": workers,
         "device": device,
         "teacher_dtype": teacher_dtype(training.teacher_dtype, training.precision, device),
-        "expected_seconds": round(work / workers, 1),
+        "expected_seconds": round(seconds / workers, 1),
     }
 
 
 def _speed(plan: Plan, device: str) -> Speed:
-    shapes: list[Shape] = [teacher.shape for teacher in plan.teachers]
-    shapes += [cell.shape for cell in plan.cells]
+    """Measured on the smallest and the largest model that may be built for it."""
+    shapes = [teacher.shape for teacher in plan.teachers] + [cell.shape for cell in plan.cells]
     shapes.sort(key=lambda shape: shape.parameters().total)
-    small = [shape for shape in shapes if shape.parameters().total <= LARGEST_PROBE]
-    probes = (small[0], small[-1]) if small else (shapes[0], shapes[0])
+    small = [shape for shape in shapes if shape.parameters().total <= LARGEST_PROBE] or shapes[:1]
     training = plan.recipe.training
     return measure_speed(
-        *probes,
+        small[0],
+        small[-1],
         batch_tokens=training.micro_batch_tokens or training.batch_tokens,
         window=plan.recipe.corpus.window,
         device=device,
@@ -74,70 +74,29 @@ def _speed(plan: Plan, device: str) -> Speed:
     )
 
 
-def _teacher_seconds(teacher: Teacher, speed: Speed) -> float:
-    return speed.seconds(teacher.tokens, sum(teacher.flops(0).values()))
-
-
-def _column_seconds(column: Column, speed: Speed) -> float:
-    """A forward pass has a third of the overhead of a training step, and is done once."""
-    seconds = sum(
-        speed.seconds(cell.tokens, training_flops(cell.shape.parameters().total, cell.tokens))
-        for cell in column.cells
-    )
-    if column.assistant is not None and column.teacher is not None:
-        between, (cell,) = column.assistant, column.cells
-        own = between.shape.parameters().total
-        above = column.teacher.shape.parameters().total
-        flops = (6 * own + 2 * above) * between.tokens + 2 * own * cell.tokens
-        seconds += speed.seconds(between.tokens, flops)
-    elif column.teacher is not None:
-        total = column.teacher.shape.parameters().total
-        seconds += speed.seconds(column.tokens, 2 * total * column.tokens)
-        seconds -= column.tokens * speed.overhead * 2 / 3
-    return seconds
-
-
-def _teacher_row(teacher: Teacher, plan: Plan, speed: Speed) -> dict[str, Any]:
+def _row(run: Teacher | Cell, kind: str, flops: dict[str, int], speed: Speed) -> dict[str, Any]:
+    """One run; the seconds are those of its training."""
     return {
-        "id": teacher.id,
-        "kind": "teacher",
-        "parameters": teacher.shape.parameters().as_dict(),
-        "shape": vars(teacher.shape),
-        "tokens": teacher.tokens,
-        "learning_rate": teacher.learning_rate,
-        "flops": teacher.flops(plan.recipe.corpus.heldout_tokens),
-        "expected_seconds": round(_teacher_seconds(teacher, speed), 1),
-    }
-
-
-def _cell_row(cell: Cell, plan: Plan, speed: Speed) -> dict[str, Any]:
-    recipe = plan.recipe
-    flops = cell.flops(recipe, recipe.corpus.heldout_tokens)
-    return {
-        "id": cell.id,
-        "kind": cell.kind,
-        "parameters": cell.shape.parameters().as_dict(),
-        "shape": vars(cell.shape),
-        "tokens": cell.tokens,
-        "learning_rate": cell.learning_rate,
+        "id": run.id,
+        "kind": kind,
+        "parameters": run.shape.parameters().as_dict(),
+        "shape": vars(run.shape),
+        "tokens": run.tokens,
+        "learning_rate": run.learning_rate,
         "flops": flops,
-        "expected_seconds": round(speed.seconds(cell.tokens, flops["student"]), 1),
+        "expected_seconds": round(speed.seconds(Work(run.work.trained, [])), 1),
     }
 
 
 def print_preview(found: dict[str, Any], console: Console) -> None:
     """The same for a person."""
-    table = Table(title=f"{found['name']}: what would be run", title_justify="left", box=None)
-    table.add_column("run")
-    for name in ("layers", "hidden", "heads", "ffn", "size", "vocab", "tokens", "rate"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for part in FLOP_PARTS:
-        table.add_column(SHORT_PARTS[part], justify="right", no_wrap=True)
-    table.add_column("time", justify="right", no_wrap=True)
+    sizes = ("layers", "hidden", "heads", "ffn", "size", "vocab", "tokens", "rate")
+    parts = [SHORT_PARTS[part] for part in FLOP_PARTS]
+    shown = table(f"{found['name']}: what would be run", "run", *sizes, *parts, "time")
     for run in found["runs"]:
         shape, parameters = run["shape"], run["parameters"]
         rate = run["learning_rate"]
-        table.add_row(
+        shown.add_row(
             run["id"],
             *(str(shape[name]) for name in ("layers", "hidden", "heads", "ffn")),
             format_count(parameters["non_embedding"]),
@@ -149,15 +108,15 @@ def print_preview(found: dict[str, Any], console: Console) -> None:
         )
     # a narrower terminal breaks lines, which beats a table with every word cut short
     console.width = max(console.width, 120 + max(len(run["id"]) for run in found["runs"]))
-    console.print(table)
+    console.print(shown)
     console.print("size: non-embedding parameters; vocab: embedding and head; FLOPs by part\n")
     flops, precision = found["flops"], found["teacher_dtype"]
     if precision == "stored":
         precision = "the precision of their weights"
-    parts = ", ".join(f"{part.replace('_', ' ')} {flops[part]:.2g}" for part in FLOP_PARTS)
+    told = ", ".join(f"{part.replace('_', ' ')} {flops[part]:.2g}" for part in FLOP_PARTS)
     console.print(
         f"{found['teachers']} teachers, {found['cells']} cells, {found['baselines']} baselines; "
-        f"{sum(flops.values()):.3g} FLOPs with shared work counted once ({parts})\n"
+        f"{sum(flops.values()):.3g} FLOPs with shared work counted once ({told})\n"
         f"expected {clock_time(found['expected_seconds'])} on {found['device']} with "
         f"{found['workers']} worker{'s' if found['workers'] > 1 else ''}, at the speed of two "
         f"models measured just now; teachers compute in {precision}",

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from capgap.sizes import clock_time, format_count
+from capgap.stage import paced
 from capgap.sweep.plan import Column, Teacher
 from capgap.sweep.schedule import relative_cost
 from capgap.sweep.worker import EndMessage, StepMessage
@@ -21,8 +22,8 @@ LINE_EVERY = 10.0  # seconds between two lines of a running task where there is 
 @dataclass
 class _Running:
     task: Teacher | Column
+    tell: Callable[[Callable[[], str]], None]
     message: StepMessage | None = None
-    said_at: float = 0.0
 
     @property
     def share(self) -> float:
@@ -36,10 +37,8 @@ class Ledger:
         self.start = time.monotonic()
         self.work_began: float | None = None
         self.running: dict[int, _Running] = {}
-        self.known = 0.0
-        self.later = 0.0
-        self.before = 0.0
-        self.finished = 0.0
+        self.known = self.later = 0.0
+        self.before = self.finished = 0.0
         self.tasks = self.ended = 0
 
     def expect(
@@ -49,17 +48,13 @@ class Ledger:
         later: Sequence[Column] = (),
     ) -> None:
         """`later` are tasks that will come but are not settled yet; the next call replaces them."""
+        costs_before = [relative_cost(task) for task in tasks if task.id in done]
         self.tasks += len(tasks)
+        self.ended += len(costs_before)
         self.known += sum(relative_cost(task) for task in tasks)
         self.later = sum(relative_cost(task) for task in later)
-        self.before += sum(relative_cost(task) for task in tasks if task.id in done)
-        self.finished += sum(relative_cost(task) for task in tasks if task.id in done)
-        self.ended += sum(task.id in done for task in tasks)
-
-    def begin(self, worker: int, task: Teacher | Column) -> None:
-        now = time.monotonic()
-        self.work_began = self.work_began or now
-        self.running[worker] = _Running(task, said_at=now)
+        self.before += sum(costs_before)
+        self.finished += sum(costs_before)
 
     def end(self, worker: int) -> None:
         self.finished += relative_cost(self.running.pop(worker).task)
@@ -71,9 +66,8 @@ class Ledger:
 
     @property
     def done(self) -> float:
-        return self.finished + sum(
-            one.share * relative_cost(one.task) for one in self.running.values()
-        )
+        running = self.running.values()
+        return self.finished + sum(one.share * relative_cost(one.task) for one in running)
 
     def eta(self) -> float | None:
         """Seconds to go at the speed so far; None before anything can be said."""
@@ -87,23 +81,6 @@ class Ledger:
         return elapsed * (self.total - self.done) / now
 
 
-class CorpusProgress:
-    """Says now and then how far the preparation of a corpus is."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.said_at = time.monotonic()
-
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
-        """`stage` is read or tokenize; `done` and `total` count bytes of text."""
-        now = time.monotonic()
-        if now - self.said_at < LINE_EVERY:
-            return
-        self.said_at = now
-        of_all = "" if total is None else f" of {total / 1e6:,.0f}"
-        self.say(f"corpus, {stage}: {done / 1e6:,.0f}{of_all} MB of text")
-
-
 def describe(task: Teacher | Column) -> str:
     if isinstance(task, Teacher):
         return f"teacher {task.id}"
@@ -113,20 +90,28 @@ def describe(task: Teacher | Column) -> str:
 
 
 class Display:
-    """Where a sweep tells what it does. This one keeps account and says nothing."""
+    """Where a sweep tells what it does: in lines, or `live` in a table that is drawn anew, with one
+    row a worker and the whole sweep below. A console that is quiet shows neither."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, live: bool = False) -> None:
         self.console = console
         self.ledger = Ledger()
+        self.live = None
+        if live:
+            self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> "Display":
+        if self.live is not None:
+            self.live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Nothing is left open."""
+        if self.live is not None:
+            self.live.stop()
 
     def say(self, text: str) -> None:
         """Tell a line."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=self.live is None)
 
     def expect(
         self,
@@ -137,10 +122,16 @@ class Display:
         self.ledger.expect(tasks, done, later)
 
     def started(self, worker: int, task: Teacher | Column) -> None:
-        self.ledger.begin(worker, task)
+        self.ledger.work_began = self.ledger.work_began or time.monotonic()
+        self.ledger.running[worker] = _Running(task, paced(self.say, LINE_EVERY))
+        if self.live is None:
+            self.say(f"start {describe(task)}")
 
     def step(self, message: StepMessage) -> None:
-        self.ledger.running[message.worker].message = message
+        running = self.ledger.running[message.worker]
+        running.message = message
+        if self.live is None:
+            running.tell(lambda: self._line(message, running.task))
 
     def ended(self, task: Teacher | Column, message: EndMessage) -> None:
         self.ledger.end(message.worker)
@@ -149,51 +140,19 @@ class Display:
                 self.say(warning)
             self.say(f"done {describe(task)} in {clock_time(message.busy)}")
 
-
-class LineDisplay(Display):
-    """Plain lines for a log file or a pipe."""
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def started(self, worker: int, task: Teacher | Column) -> None:
-        super().started(worker, task)
-        self.say(f"start {describe(task)}")
-
-    def step(self, message: StepMessage) -> None:
-        super().step(message)
-        one = self.ledger.running[message.worker]
-        if time.monotonic() - one.said_at < LINE_EVERY:
-            return
-        one.said_at = time.monotonic()
+    def _line(self, message: StepMessage, task: Teacher | Column) -> str:
         loss = "" if message.loss is None else f", loss {message.loss:.3f}"
-        self.say(
-            f"{message.task}: {format_count(message.tokens)} of {format_count(one.task.tokens)} "
+        return (
+            f"{message.task}: {format_count(message.tokens)} of {format_count(task.tokens)} "
             f"tokens, {message.tokens_per_second:,.0f} tokens/s{loss}; sweep "
             f"{self.ledger.done / self.ledger.total:.0%}, "
             f"about {clock_time(self.ledger.eta())} to go"
         )
 
-
-class LiveDisplay(Display):
-    """A table that is drawn anew: one row a worker, and the whole sweep with its ETA."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
-        self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
-
-    def __enter__(self) -> "LiveDisplay":
-        self.live.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.live.stop()
-
-    def say(self, text: str) -> None:
-        self.live.console.print(text, highlight=False, markup=False)
-
     def _render(self) -> RenderableType:
         ledger = self.ledger
+        if not ledger.total:
+            return Text("")
         table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")
         for name in ("running", "", "tokens", "tokens/s", "loss"):
             table.add_column(name, justify="left" if name in ("running", "") else "right")
@@ -206,12 +165,9 @@ class LiveDisplay(Display):
                 f"{message.tokens_per_second:,.0f}" if message else "",
                 f"{message.loss:.3f}" if message and message.loss is not None else "",
             )
-        if not ledger.total:
-            return Text("")
-        share = ledger.done / ledger.total
         total = Text(
-            f" {ledger.ended} of {ledger.tasks} tasks, {share:.0%} of the work, "
-            f"{clock_time(time.monotonic() - ledger.start)} so far, "
+            f" {ledger.ended} of {ledger.tasks} tasks, {ledger.done / ledger.total:.0%} of the "
+            f"work, {clock_time(time.monotonic() - ledger.start)} so far, "
             f"about {clock_time(ledger.eta())} to go"
         )
         return Group(table, total)
@@ -219,11 +175,18 @@ class LiveDisplay(Display):
 
 def make_lines(console: Console, *, quiet: bool) -> Callable[[str], None]:
     """Where a single stage tells what it does: plain lines, or nothing if `quiet`."""
-    return (Display(console) if quiet else LineDisplay(console)).say
+    return Display(Console(quiet=True) if quiet else console).say
 
 
 def make_display(console: Console, *, quiet: bool) -> Display:
     """A live table on a terminal, lines elsewhere, nothing if `quiet`."""
-    if quiet:
-        return Display(console)
-    return LiveDisplay(console) if console.is_terminal else LineDisplay(console)
+    return Display(Console(quiet=True)) if quiet else Display(console, live=console.is_terminal)
+
+
+def table(title: str, first: str, *others: str) -> Table:
+    """Without lines; all columns but the first are numbers."""
+    made = Table(title=title, box=None, title_justify="left")
+    made.add_column(first)
+    for name in others:
+        made.add_column(name, justify="right", no_wrap=True)
+    return made

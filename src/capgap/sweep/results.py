@@ -1,6 +1,5 @@
 """From records to what a person takes home: tables, the law, the best student, the report."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from capgap.export.licence import CARD
 from capgap.models.build import load_model
 from capgap.models.stored import positions_of
 from capgap.records import RunRecord, read_records, write_json_atomically
-from capgap.report.page import write_report
 from capgap.sweep.context import Context
 from capgap.sweep.plan import Plan
 from capgap.sweep.summary import fit_tables
@@ -27,42 +25,30 @@ PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 80
 
 
-def write_results(context: Context, plan: Plan, corpus: Corpus) -> dict[str, str] | None:
-    """Writes grid.csv, law.json, student/, samples.json and the report.
-
-    Returns the ids of the best cell and its teacher; None if no cell was finished.
-    """
+def best_of(context: Context, plan: Plan, corpus: Corpus) -> dict[str, str] | None:
+    """Writes grid.csv, law.json, and of the cell with the lowest held-out loss student/ and
+    samples.json. Returns the ids of that cell and its teacher; None if no cell was finished."""
     fit_tables(context.out)
     records = read_records(context.out)
-    best = best_record(records)
-    found = None
-    if best is not None and best.teacher is not None:
-        found = {"cell": best.id, "teacher": best.teacher}
-        _export_student(context, best, records)
-        _write_samples(context, plan, corpus, best)
-    _note_best(context.out, found)
-    write_report(context.out)
-    # not needed any more: weights of the other students, states of runs that were killed
+    losses = {
+        record.id: record.heldout.loss
+        for record in records
+        if record.kind == "cell" and record.heldout is not None
+    }
+    if not losses:
+        return None
+    lowest = min(losses, key=losses.__getitem__)
+    best = next(record for record in records if record.id == lowest)
+    assert best.teacher is not None
+    _export_student(context, best, records)
+    _write_samples(context, plan, corpus, best)
+    return {"cell": best.id, "teacher": best.teacher}
+
+
+def clear_work(context: Context) -> None:
+    """What is not needed any more: weights of the other students, states of killed runs."""
     for name in ("students", "checkpoints"):
         shutil.rmtree(context.out / "work" / name, ignore_errors=True)
-    return found
-
-
-def best_record(records: Sequence[RunRecord]) -> RunRecord | None:
-    """The cell with the lowest held-out loss."""
-    cells = [record for record in records if record.kind == "cell" and record.heldout is not None]
-    return min(cells, key=_loss, default=None)
-
-
-def _loss(record: RunRecord) -> float:
-    assert record.heldout is not None
-    return record.heldout.loss
-
-
-def _note_best(out: Path, best: dict[str, str] | None) -> None:
-    """The report reads sweep.json, so the best cell must stand there first."""
-    path = out / "sweep.json"
-    write_json_atomically(path, json.loads(path.read_text()) | {"best": best})
 
 
 def _export_student(context: Context, best: RunRecord, records: Sequence[RunRecord]) -> None:

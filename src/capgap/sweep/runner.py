@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from capgap.config import Recipe
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.tokens import Corpus, check_epochs
 from capgap.errors import UserError
 from capgap.machine import machine, resolve_device, versions
 from capgap.records import RunRecord, read_records, write_json_atomically
+from capgap.report.page import write_report
 from capgap.sizes import format_count
+from capgap.stages.corpus import corpus_progress
 from capgap.sweep.checks import check_disk, check_records, check_sources, claimed, lost_teachers
 from capgap.sweep.context import Context, resolve_workers
 from capgap.sweep.given import plan_of
@@ -23,26 +25,26 @@ from capgap.sweep.plan import (
     Column,
     Plan,
     Teacher,
-    curve_key,
     expected_baselines,
     select_baselines,
 )
-from capgap.sweep.progress import CorpusProgress, Display
-from capgap.sweep.results import write_results
+from capgap.sweep.progress import Display
+from capgap.sweep.recipe import Recipe
+from capgap.sweep.results import best_of, clear_work
 from capgap.sweep.schedule import Workers
 from capgap.sweep.summary import SweepResult, verdict_of
 from capgap.sweep.worker import EndMessage, peak_memory
+from capgap.train.precision import resolved_precision
 
 
 def run_sweep(recipe: Recipe, out: Path, display: Display) -> SweepResult:
     """Runs what is not recorded yet, then fits the law and writes the report.
 
     Stopped or killed at any moment, the same call continues: finished runs are never computed
-    again, half-done ones go on from their checkpoints. UserError for the user's mistakes, before
-    any work where they can be known.
+    again, half-done ones go on from their checkpoints. So does a recipe that has grown. UserError
+    for the user's mistakes, before any work where they can be known.
     """
-    plan = plan_of(recipe)
-    return run_folder(plan, out, display, _run_everything, disk=plan)
+    return run_folder(plan_of(recipe), out, display, _run_everything, is_whole=True)
 
 
 def run_folder(
@@ -51,39 +53,52 @@ def run_folder(
     display: Display,
     work: Callable[["Runner"], None],
     *,
-    disk: Plan | None = None,
+    is_whole: bool = False,
 ) -> SweepResult:
     """Everything around the runs: checks, corpus, workers, results. `work` asks for runs of the
-    plan. There must be disk space for all of `disk`, if it is given."""
+    plan. `is_whole`: for all of them, so that there must be disk space for them, and the folder may
+    hold some of a smaller plan."""
     recipe = plan.recipe
     device = resolve_device(recipe.run.device)
-    given = [teacher.source for teacher in plan.teachers if teacher.source is not None]
-    tokenizer = recipe.corpus.tokenizer or (given[0] if given else None)
     number, threads = resolve_workers(recipe.run.workers, device, most=plan.width)
     check_sources(recipe, out)
-    with claimed(out, recipe):
-        context = Context(recipe, out.resolve(), device, threads)
-        records = check_records(context, plan)
-        if disk is not None:
-            check_disk(context, disk)
-        log = _Log(context, plan)
+    with claimed(out, recipe, grown=plan if is_whole else None) as earlier:
+        resolved = _began_with(out) or resolved_precision(recipe.training, recipe.run, device)
+        training = recipe.training.model_copy(update=resolved)
+        context = Context(recipe, out.resolve(), device, threads, training)
+        records = check_records(context, plan, earlier)
+        if is_whole:
+            check_disk(context, plan)
+        log = _Log(context, plan, earlier)
         # the workers load torch while the corpus is prepared
         with display, Workers(context, number) as workers:
             with log.stage("corpus"):
-                corpus = _prepare(recipe, context, tokenizer, records, display)
+                corpus = _prepare(plan, context, records, display)
             _check_corpus(plan, corpus)
-            log.corpus = _corpus_summary(corpus)
+            # a recipe that has grown is noted before there is a run of it
+            log.write(corpus=_corpus_summary(corpus))
             try:
                 work(Runner(context, plan, workers, log, display))
             except (KeyboardInterrupt, SystemExit):
                 display.say("stopping: every worker saves its state")
                 raise
         display.say("fitting the law and writing the report")
-        log.write(finished=True)
+        log.write(finished=datetime.now(UTC).isoformat(timespec="seconds"))
         with log.stage("report"):
-            log.best = write_results(context, plan, corpus)
+            best = best_of(context, plan, corpus)
+            # the report reads it there
+            log.write(best=best)
+            write_report(context.out)
+            clear_work(context)
         log.write()
         return _result(out, log)
+
+
+def _began_with(out: Path) -> dict[str, str] | None:
+    """What `auto` became when the sweep in this folder began; None where it begins now."""
+    path = out / "sweep.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found.get("resolved")
 
 
 class Runner:
@@ -152,34 +167,35 @@ def best_cells(plan: Plan, records: Sequence[RunRecord]) -> list[Cell]:
     curves: dict[tuple[object, ...], dict[int, list[Cell]]] = {}
     for cell in plan.cells:
         if cell.id in losses and cell.teacher is not None:
-            curves.setdefault(curve_key(cell), {}).setdefault(cell.teacher.size, []).append(cell)
+            curves.setdefault(cell.curve, {}).setdefault(cell.teacher.size, []).append(cell)
     best = []
     for by_teacher in curves.values():
-        means = {
-            size: sum(losses[cell.id] for cell in cells) / len(cells)
-            for size, cells in by_teacher.items()
-        }
-        best += by_teacher[min(means, key=means.__getitem__)]
+        best += min(by_teacher.values(), key=lambda cells: fmean(losses[one.id] for one in cells))
     return best
 
 
 class _Log:
     """`sweep.json`: what the sweep is, and seconds by stage over all its sessions."""
 
-    def __init__(self, context: Context, plan: Plan) -> None:
+    def __init__(self, context: Context, plan: Plan, earlier: Sequence[str]) -> None:
         self.path = context.out / "sweep.json"
         before = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.fields: dict[str, Any] = {
             "recipe": context.recipe.model_dump(mode="json"),
             "recipe_hash": context.recipe.hash(),
+            "grown_from": list(earlier),
+            "resolved": {
+                "precision": context.training.precision,
+                "teacher_dtype": context.training.teacher_dtype,
+            },
             "machine": machine(context.device, context.threads),
             "versions": versions(),
             "flops": plan.flops(expected_baselines(plan)),
             "started": before.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
             "finished": before.get("finished"),
+            "corpus": before.get("corpus"),
+            "best": before.get("best"),
         }
-        self.corpus: dict[str, Any] | None = before.get("corpus")
-        self.best: dict[str, str] | None = before.get("best")
         self.stages: dict[str, float] = before.get("stages", {})
         self.peaks: dict[int, int] = {}
         self.memory_before: int = before.get("peak_memory_bytes", 0)
@@ -192,16 +208,18 @@ class _Log:
     def stage(self, name: str) -> Iterator[None]:
         start = time.monotonic()
         yield
-        self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - start
+        self._spent(name, time.monotonic() - start)
 
     def add(self, message: EndMessage) -> None:
         """What a task spent outside all stages is `python`: the overhead of our own code."""
         self.peaks[message.worker] = message.peak_memory
-        spent = dict(message.seconds)
-        spent["python"] = max(0.0, message.busy - sum(spent.values()))
-        for name, seconds in spent.items():
-            self.stages[name] = self.stages.get(name, 0.0) + seconds
+        for name, seconds in message.seconds.items():
+            self._spent(name, seconds)
+        self._spent("python", max(0.0, message.busy - sum(message.seconds.values())))
         self.write()
+
+    def _spent(self, stage: str, seconds: float) -> None:
+        self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
     @property
     def peak_memory(self) -> int:
@@ -212,37 +230,28 @@ class _Log:
     def wall_seconds(self) -> float:
         return self.wall_before + time.monotonic() - self.start
 
-    def write(self, *, finished: bool = False) -> None:
-        if finished:
-            self.fields["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json_atomically(
-            self.path,
-            self.fields
-            | {
-                "corpus": self.corpus,
-                "stages": self.stages,
-                "wall_seconds": self.wall_seconds,
-                "peak_memory_bytes": self.peak_memory,
-                "best": self.best,
-            },
-        )
+    def write(self, **changed: Any) -> None:
+        self.fields |= changed
+        measured = {
+            "stages": self.stages,
+            "wall_seconds": self.wall_seconds,
+            "peak_memory_bytes": self.peak_memory,
+        }
+        write_json_atomically(self.path, self.fields | measured)
 
 
 def _prepare(
-    recipe: Recipe,
-    context: Context,
-    tokenizer: str | None,
-    records: Sequence[RunRecord],
-    display: Display,
+    plan: Plan, context: Context, records: Sequence[RunRecord], display: Display
 ) -> Corpus:
     """The corpus of the sweep; once something is recorded, no other text may take its place."""
-    asked = recipe.corpus
+    asked = plan.recipe.corpus
+    given = [teacher.source for teacher in plan.teachers if teacher.source is not None]
     display.say(f"preparing the corpus {asked.source}")
     corpus = prepare_corpus(
         asked.source,
         context.corpus_folder,
         vocabulary=asked.vocabulary,
-        tokenizer=tokenizer,
+        tokenizer=asked.tokenizer or next(iter(given), None),
         text_column=asked.text_column,
         separator=asked.separator,
         window=asked.window,
@@ -252,7 +261,9 @@ def _prepare(
         begin_windows=asked.begin_windows,
         max_bytes=asked.max_bytes,
         expected_hash=records[0].corpus_hash if records else None,
-        progress=CorpusProgress(display.say),
+        # the folder is this recipe's, so what it holds besides is of one that did nothing yet
+        replace=True,
+        progress=corpus_progress(display.say),
     )
     display.say(
         f"corpus: {format_count(corpus.train_tokens)} training tokens, vocabulary "
@@ -263,10 +274,8 @@ def _prepare(
 
 def _check_corpus(plan: Plan, corpus: Corpus) -> None:
     recipe = plan.recipe
-    assistants = [cell.assistant.tokens for cell in plan.cells if cell.assistant is not None]
-    columns = (*plan.columns, *plan.baselines)
-    students = [cell.tokens for column in columns for cell in column.cells]
-    longest = max(recipe.teachers.tokens or 0, *students, *assistants)
+    tasks = plan.tasks(plan.baselines)
+    longest = max(tokens for task in tasks for _, tokens in task.work.trained)
     check_epochs(corpus, longest, recipe.corpus.max_epochs)
     if recipe.teachers.sizes and corpus.vocabulary != recipe.corpus.vocabulary:
         raise UserError(
@@ -291,7 +300,7 @@ def _result(out: Path, log: _Log) -> SweepResult:
         out=out,
         report=out / "report.html",
         student=student if student.exists() else None,
-        best=log.best["cell"] if log.best else None,
+        best=log.fields["best"] and log.fields["best"]["cell"],
         verdict=verdict_of(out),
         stages=log.stages,
         wall_seconds=log.wall_seconds,

@@ -10,7 +10,7 @@ from typing import Any
 
 from capgap.errors import UserError
 from capgap.sweep.context import Context
-from capgap.sweep.plan import Column, Teacher
+from capgap.sweep.plan import Column, Teacher, Work
 from capgap.sweep.worker import EndMessage, StepMessage, work
 
 POLL_SECONDS = 0.2
@@ -20,31 +20,29 @@ class WorkerDied(RuntimeError):
     """A worker process ended on its own, mostly because the system ran out of memory."""
 
 
-class Stopped(Exception):
-    """The sweep was asked to stop; every task saved its state."""
+@dataclass(frozen=True)
+class Speed:
+    """Seconds a token = overhead + FLOPs a token / flops_per_second, for one worker. A forward pass
+    has a third of the overhead of a training step."""
+
+    overhead: float
+    flops_per_second: float
+
+    def seconds(self, work: Work) -> float:
+        trained = sum(tokens for _, tokens in work.trained)
+        tokens = trained + sum(tokens for _, tokens in work.read) / 3
+        flops = work.training_flops + work.forward_flops
+        return tokens * self.overhead + flops / self.flops_per_second
+
+
+# Small models are bound by what every token costs whatever the size: on one CPU thread it was
+# measured at about half a million floating-point operations a token and model.
+RELATIVE = Speed(overhead=5e5, flops_per_second=1.0)
 
 
 def relative_cost(task: Teacher | Column) -> float:
-    """Expected time in units of their own: FLOPs plus what every token costs whatever the size.
-
-    Small models are bound by that second part: on one CPU thread it was measured at about half a
-    million floating-point operations a token and model.
-    """
-    overhead = 5e5
-    if isinstance(task, Teacher):
-        if task.source is not None:
-            return 1.0
-        return task.tokens * (6 * task.shape.parameters().total + overhead)
-    cost = 0.0
-    if task.assistant is not None and task.teacher is not None:
-        teacher, assistant = task.teacher.shape.parameters(), task.assistant.shape.parameters()
-        cost += task.assistant.tokens * (6 * assistant.total + 2 * teacher.total + overhead)
-        cost += task.cells[0].tokens * 2 * assistant.total
-    elif task.teacher is not None:
-        cost += task.tokens * (2 * task.teacher.shape.parameters().total + overhead / 3)
-    for cell in task.cells:
-        cost += cell.tokens * (6 * cell.shape.parameters().total + overhead)
-    return cost
+    """Expected time in units of their own; that of a teacher that exists is next to none."""
+    return RELATIVE.seconds(task.work) or 1.0
 
 
 @dataclass
@@ -122,8 +120,7 @@ class Workers:
                     raise UserError(message.message)
                 if message.outcome == "crashed":
                     raise RuntimeError(f"{message.task} broke:\n{message.message}")
-                if message.outcome == "stopped":
-                    raise Stopped
+                assert message.outcome == "done"
                 finished.add(ended.id)
 
     def _give_out(

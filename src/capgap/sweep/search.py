@@ -6,33 +6,26 @@ finds their runs recorded, and goes on where it was.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from capgap.config import Recipe
 from capgap.errors import UserError
 from capgap.records import read_record, write_json_atomically
-from capgap.sizes import format_count, forward_flops
+from capgap.sizes import format_count
 from capgap.sweep.checks import check_disk
+from capgap.sweep.context import SEARCH_FILE
 from capgap.sweep.given import plan_of
 from capgap.sweep.plan import Cell, Column, Plan, Teacher
-from capgap.sweep.progress import Display
+from capgap.sweep.progress import Display, table
+from capgap.sweep.recipe import Recipe
 from capgap.sweep.runner import Runner, run_folder
-from capgap.sweep.search_grid import (
-    Choice,
-    History,
-    Round,
-    Run,
-    SearchGrid,
-    Settings,
-)
+from capgap.sweep.search_grid import Choice, History, Round, Run, SearchGrid, Settings
 from capgap.sweep.search_model import decide, rule_choices
-from capgap.sweep.summary import SEARCH_FILE, SweepResult, print_summary
+from capgap.sweep.summary import SweepResult, print_summary
 
 RUNG_RATIO = 3
 STOP_REASONS = {
@@ -125,14 +118,14 @@ class Search:
             check_disk(context, subset)
             runner.display.say(f"round {step}: {self.decision.reason}")
             runner.run(subset.teachers, subset.columns)
-            found = [read_record(context.record_folder(self.cells[run].id)) for run in runs]
-            losses = [None if one.heldout is None else one.heldout.loss for one in found]
+            records = [read_record(context.record_folder(self.cells[run].id)) for run in runs]
+            losses = [None if one.heldout is None else one.heldout.loss for one in records]
             self.rounds.append(Round(runs, tuple(losses)))
             reason = self.decision.reason
             self.decision = decide(self.grid, self.rounds, self.settings)
             self.steps.append(self._step(reason))
             write_json_atomically(context.out / SEARCH_FILE, self.trace())
-            runner.display.say(self._told())
+            runner.display.say(self._state())
 
     def expected(self) -> dict[str, Any]:
         """What a dry run tells (docs/cli.md)."""
@@ -208,11 +201,11 @@ class Search:
             for one in choices
         ]
 
-    def _told(self) -> str:
+    def _state(self) -> str:
         """The state of the search in one line."""
         chosen = ", ".join(
             f"{format_count(one['student_size'])} from {format_count(one['teacher_size'])}"
-            for one in self._choices(self.decision.choices)
+            for one in self.steps[-1]["choices"]
         )
         spent = self.steps[-1]["spent_fraction"]
         return f"round {len(self.rounds)} done, {spent:.1%} of the full grid spent; best: {chosen}"
@@ -228,7 +221,7 @@ def grid_of(plan: Plan) -> tuple[SearchGrid, dict[Run, Cell]]:
         raise UserError(
             "a search looks at one architecture: give teachers of one in teachers.models"
         )
-    places = {teacher.size: index for index, teacher in enumerate(teachers)}
+    teacher_sizes = [teacher.size for teacher in teachers]
     rungs = sorted({cell.budget for cell in plan.cells})
     seeds = sorted({cell.seed for cell in plan.cells})
     cells: dict[Run, Cell] = {}
@@ -239,17 +232,16 @@ def grid_of(plan: Plan) -> tuple[SearchGrid, dict[Run, Cell]]:
         assert cell.teacher is not None
         run = Run(
             sizes.index(cell.student_size),
-            places[cell.teacher.size],
+            teacher_sizes.index(cell.teacher.size),
             rungs.index(cell.budget),
             seeds.index(cell.seed),
         )
         cells[run] = cell
         students[run.student] = cell.shape.parameters().non_embedding
-        read = forward_flops(cell.teacher.shape.parameters().total, cell.tokens)
-        alone = Column("", cell.teacher, cell.seed, (cell,))
-        pass_flops[run.teacher, run.rung] = read
-        run_flops[run.student, run.teacher, run.rung] = _total(plan, columns=(alone,)) - read
-    own = any(teacher.source is None for teacher in teachers)
+        flops = Column("", cell.teacher, cell.seed, (cell,)).flops(plan.recipe)
+        pass_flops[run.teacher, run.rung] = flops.pop("teacher_forward")
+        run_flops[run.student, run.teacher, run.rung] = sum(flops.values())
+    alone = [Plan(plan.recipe, (teacher,), (), ()).flops(()) for teacher in teachers]
     grid = SearchGrid(
         students=students,
         teachers=np.array([one.shape.parameters().non_embedding for one in teachers], dtype=float),
@@ -257,8 +249,8 @@ def grid_of(plan: Plan) -> tuple[SearchGrid, dict[Run, Cell]]:
         seeds=len(seeds),
         run_flops=run_flops,
         pass_flops=pass_flops,
-        teacher_flops=np.array([_total(plan, teachers=(one,)) for one in teachers], dtype=float),
-        own_teachers=own,
+        teacher_flops=np.array([sum(flops.values()) for flops in alone], dtype=float),
+        own_teachers=any(teacher.source is None for teacher in teachers),
         base_teacher=0 if plan.recipe.students.inits == ("fixed",) else None,
     )
     return grid, cells
@@ -271,16 +263,10 @@ def sub_plan(plan: Plan, cells: Sequence[Cell], *, label: str) -> Plan:
     for column in plan.columns:
         own = tuple(cell for cell in column.cells if cell.id in wanted)
         if own:
-            columns.append(Column(f"{column.id}-{label}", column.teacher, column.seed, own))
+            columns.append(replace(column, id=f"{column.id}-{label}", cells=own))
     needed = {teacher for column in columns for teacher in column.teachers}
     teachers = tuple(teacher for teacher in plan.teachers if teacher.id in needed)
     return Plan(plan.recipe, teachers, tuple(columns), ())
-
-
-def _total(
-    plan: Plan, *, teachers: tuple[Teacher, ...] = (), columns: tuple[Column, ...] = ()
-) -> int:
-    return sum(Plan(plan.recipe, teachers, columns, ()).flops(()).values())
 
 
 def _teachers(plan: Plan) -> list[Teacher]:
@@ -295,12 +281,11 @@ def _sizes(plan: Plan) -> list[int]:
 def print_search(result: SearchResult, console: Console) -> None:
     """The choices, what was spent, why the search stopped; then what a sweep tells."""
     trace = result.trace
-    table = Table(title="The best teacher of every student", box=None, title_justify="left")
-    for name in ("student", "teacher", "T/S", "expected loss", "expected regret", "safe", "runs"):
-        table.add_column(name, justify="right")
+    columns = ("teacher", "T/S", "expected loss", "expected regret", "safe", "runs")
+    chosen = table("The best teacher of every student", "student", *columns)
     for one in trace["choices"]:
         regret = one["expected_regret"]
-        table.add_row(
+        chosen.add_row(
             format_count(one["student_size"]),
             format_count(one["teacher_size"]),
             f"{one['ratio']:.2f}",
@@ -309,7 +294,7 @@ def print_search(result: SearchResult, console: Console) -> None:
             "-" if one["safe_probability"] is None else f"{one['safe_probability']:.0%}",
             str(one["full_runs"]),
         )
-    console.print(table)
+    console.print(chosen)
     console.print(
         f"losses in nats per token at {format_count(trace['rungs'][-1])} tokens; safe: the "
         f"probability that no teacher is better by more than {trace['tolerance']:.2%} of the loss; "

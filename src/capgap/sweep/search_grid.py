@@ -169,15 +169,6 @@ class History:
         """Whether a run of this student from this teacher has failed: it is not chosen then."""
         return any(run.student == student and run.teacher == teacher for run in self.failed)
 
-    def mean(self, student: int, teacher: int, rung: int) -> float | None:
-        """Over the seeds that were run."""
-        found = [
-            loss
-            for run, loss in self.losses.items()
-            if (run.student, run.teacher, run.rung) == (student, teacher, rung)
-        ]
-        return sum(found) / len(found) if found else None
-
     def count(self, student: int, teacher: int) -> int:
         """Seeds at full tokens."""
         return sum(

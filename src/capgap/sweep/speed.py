@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -11,22 +11,12 @@ from capgap.distill.losses import column_loss
 from capgap.models.build import build_model
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape
+from capgap.sweep.schedule import Speed
 from capgap.train.optimizer import make_optimizer
 
 # Larger models are not built for an estimate: their speed follows from the larger of the two.
 LARGEST_PROBE = 3_000_000
 REPEATS = 5
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds a token = overhead + FLOPs a token / flops_per_second, for one worker."""
-
-    overhead: float
-    flops_per_second: float
-
-    def seconds(self, tokens: int, flops: int) -> float:
-        return tokens * self.overhead + flops / self.flops_per_second
 
 
 def measure_speed(

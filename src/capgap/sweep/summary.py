@@ -1,12 +1,11 @@
 """The tables of a sweep from its records, and what is said at its end. Imports no torch."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from capgap.errors import UserError
 from capgap.law.data import cells_of, write_grid
@@ -16,8 +15,9 @@ from capgap.records import read_records, write_json_atomically
 from capgap.report.page import write_report
 from capgap.report.sentences import answer
 from capgap.sizes import clock_time
+from capgap.sweep.context import SEARCH_FILE
+from capgap.sweep.progress import table
 
-SEARCH_FILE = "search.json"
 STAGE_NAMES = {
     "corpus": "corpus",
     "batches": "batches",
@@ -50,16 +50,12 @@ class SweepResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The keys of `capgap sweep --json` (docs/cli.md)."""
-        return {
+        return asdict(self) | {
             "out": str(self.out),
             "report": str(self.report),
             "student": None if self.student is None else str(self.student),
-            "best": self.best,
-            "verdict": self.verdict,
             "stages": {name: round(seconds, 3) for name, seconds in self.stages.items()},
             "wall_seconds": round(self.wall_seconds, 3),
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "failed": self.failed,
         }
 
 
@@ -95,16 +91,13 @@ def print_summary(result: SweepResult, console: Console) -> None:
     for sentence in result.verdict:
         console.print(f"- {sentence}", highlight=False, markup=False)
     console.print()
-    table = Table(title="Where the work went", box=None, title_justify="left")
-    table.add_column("stage")
-    table.add_column("seconds", justify="right")
-    table.add_column("share", justify="right")
+    work = table("Where the work went", "stage", "seconds", "share")
     total = sum(result.stages.values())
     for name, label in STAGE_NAMES.items():
         if name in result.stages:
             seconds = result.stages[name]
-            table.add_row(label, f"{seconds:.1f}", f"{seconds / total:.1%}")
-    console.print(table)
+            work.add_row(label, f"{seconds:.1f}", f"{seconds / total:.1%}")
+    console.print(work)
     console.print(
         f"{clock_time(result.wall_seconds)} on the clock for {clock_time(total)} of work; all "
         f"processes together took at most {result.peak_memory_bytes / 1e9:.1f} GB of memory\n",

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from capgap.corpus.tokens import Corpus, load_corpus
+from capgap.corpus.text import Text
 from capgap.distill.teacher import OnlineTeacher, load_teacher
-from capgap.evaluate.heldout import HeldoutLoss, HeldoutSet, evaluate_heldout, heldout_set
+from capgap.evaluate.losses import HeldoutLoss, HeldoutSet, evaluate_heldout, heldout_set
 from capgap.machine import resolve_device
 from capgap.models.parts import Parts
 from capgap.prune.importance import score
@@ -22,7 +22,6 @@ from capgap.sweep.plan import Teacher
 from capgap.train.clock import StageClock
 from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, Progress, train
-from capgap.train.precision import teacher_dtype
 from capgap.train.settings import loop_settings
 
 # Teachers and students read the corpus in different orders; scores are measured in a third.
@@ -40,9 +39,9 @@ class Task:
     warnings: list[str] = field(default_factory=list)
 
     @cached_property
-    def corpus(self) -> Corpus:
+    def corpus(self) -> Text:
         window = self.context.recipe.corpus.window
-        return load_corpus(self.context.corpus_folder, window=window)
+        return Text.open([(self.context.corpus_folder, None)], window)
 
     @cached_property
     def heldout(self) -> HeldoutSet:
@@ -54,7 +53,7 @@ class Task:
     def settings(self, kind: str, seed: int) -> LoopSettings:
         recipe = self.context.recipe
         return loop_settings(
-            recipe.training,
+            self.context.training,
             recipe.run,
             self.corpus,
             data_seed=DATA_SEEDS[kind] + seed,
@@ -98,12 +97,12 @@ class Task:
     def load_teacher(self, path: Path | str) -> OnlineTeacher:
         """A model to learn from, where the recipe wants it."""
         recipe = self.context.recipe
-        training, device = recipe.training, recipe.run.teacher_device
+        device = recipe.run.teacher_device
         device = self.context.device if device == "same" else resolve_device(device)
         return load_teacher(
             path,
             device,
-            dtype=teacher_dtype(training.teacher_dtype, training.precision, device),
+            dtype=self.context.training.teacher_dtype,
             offload=recipe.run.teacher_offload,
         )
 

@@ -88,10 +88,11 @@ def _run(
     stop: Event,
     parent: int,
 ) -> EndMessage:
+    from capgap.errors import Interrupted
     from capgap.sweep.task import Task
     from capgap.sweep.tasks import run_column, run_teacher
     from capgap.train.clock import StageClock
-    from capgap.train.loop import Interrupted, Progress
+    from capgap.train.loop import Progress
 
     clock = StageClock(context.device)
     start = told = time.monotonic()

@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from capgap.corpus.mixture import TrainingText
+from capgap.corpus.text import Text
 from capgap.distill.divergences import Divergence
 from capgap.distill.head import HeadInput
 from capgap.distill.losses import FORWARD_KL, ColumnLoss, column_loss
 from capgap.distill.teacher import Batch, OnlineTeacher, TeacherSource
+from capgap.errors import Interrupted
 from capgap.models.build import checkpoint_activations
 from capgap.models.parallel import ALONE, Ranks, whole
 from capgap.train import compiling
@@ -46,10 +47,6 @@ from capgap.train.metrics import (
 )
 from capgap.train.optimizer import BETAS, COSINE, Schedule, make_optimizer
 from capgap.train.reader import BatchReader, ReadBatch
-
-
-class Interrupted(Exception):
-    """Training was asked to stop; its state is in the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class Progress:
 
 def train(
     learners: Sequence[Learner],
-    corpus: TrainingText,
+    corpus: Text,
     settings: LoopSettings,
     *,
     teacher: TeacherSource | None = None,

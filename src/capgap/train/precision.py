@@ -5,6 +5,7 @@ import os
 import torch
 
 from capgap.errors import UserError
+from capgap.train.recipe import RunSection, TrainingSection
 
 # What `auto` becomes, for runs that are to compute alike on every machine
 VARIABLE = "CAPGAP_AUTO_PRECISION"
@@ -53,3 +54,12 @@ def teacher_dtype(asked: str, precision: str, device: str) -> str:
         return asked
     is_bf16 = device.startswith("cuda") and autocast_dtype(precision, device) is not None
     return "bf16" if is_bf16 else "stored"
+
+
+def resolved_precision(training: TrainingSection, run: RunSection, device: str) -> dict[str, str]:
+    """What `auto` becomes on this device in `precision` and `teacher_dtype`, which change the
+    results: what has begun with them goes on with them, on another machine too."""
+    precision = "fp32" if autocast_dtype(training.precision, device) is None else "bf16"
+    place = device if run.teacher_device == "same" else run.teacher_device
+    taught = teacher_dtype(training.teacher_dtype, precision, place)
+    return {"precision": precision, "teacher_dtype": taught}

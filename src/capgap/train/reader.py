@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from capgap.corpus.mixture import TrainingText
+from capgap.corpus.text import Text
 from capgap.distill.head import IGNORED_LABEL
 from capgap.distill.teacher import Batch, TeacherSource
 from capgap.models.parallel import ALONE, Ranks
@@ -24,31 +24,23 @@ class ReadBatch:
     batch: Batch
 
 
+@dataclass
 class BatchReader:
     """Reads in one thread, `AHEAD` batches before they are asked for. A context manager."""
 
-    def __init__(
-        self,
-        corpus: TrainingText,
-        *,
-        batch_windows: int,
-        seed: int,
-        document_mask: bool,
-        teacher: TeacherSource | None,
-        device: torch.device,
-        last_step: int,
-        ignored_labels: Sequence[int] = (),
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.corpus = corpus
-        self.batch_windows = batch_windows
-        self.seed = seed
-        self.document_mask = document_mask
-        self.teacher = teacher
-        self.device = device
-        self.last_step = last_step
-        self.ignored_labels = ignored_labels
-        self.mine = ranks.share(batch_windows)
+    corpus: Text
+    _: KW_ONLY
+    batch_windows: int
+    seed: int
+    document_mask: bool
+    teacher: TeacherSource | None
+    device: torch.device
+    last_step: int
+    ignored_labels: Sequence[int] = ()
+    ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        self._mine = self.ranks.share(self.batch_windows)
         self._pending: dict[int, Future[ReadBatch]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
@@ -71,7 +63,7 @@ class BatchReader:
 
     def _read(self, step: int) -> ReadBatch:
         indices = self.corpus.batch(seed=self.seed, step=step, batch_windows=self.batch_windows)
-        mine = indices[self.mine]
+        mine = indices[self._mine]
         windows = self.corpus.train.windows_at(mine)
         positions = labels = None
         if self.document_mask:

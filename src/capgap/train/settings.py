@@ -1,18 +1,18 @@
 """From a recipe's [training] and [run] to the loop's settings."""
 
-from capgap.config import RunSection, TrainingSection
-from capgap.corpus.mixture import TrainingText
+from capgap.corpus.text import Text
 from capgap.distill.divergences import Divergence
 from capgap.errors import UserError
 from capgap.train.loop import LoopSettings
 from capgap.train.optimizer import Schedule
 from capgap.train.precision import autocast_dtype
+from capgap.train.recipe import RunSection, TrainingSection
 
 
 def loop_settings(
     training: TrainingSection,
     run: RunSection,
-    corpus: TrainingText,
+    corpus: Text,
     *,
     data_seed: int,
     device: str,
@@ -51,7 +51,7 @@ def loop_settings(
     )
 
 
-def _ids(tokens: tuple[str, ...], corpus: TrainingText) -> tuple[int, ...]:
+def _ids(tokens: tuple[str, ...], corpus: Text) -> tuple[int, ...]:
     if not tokens:
         return ()
     words = corpus.tokenizer.get_vocab()

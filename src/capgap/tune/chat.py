@@ -1,28 +1,26 @@
 """A conversation with a model: its history, and the answer piece by piece as it is drawn."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation.logits_process import TopPLogitsWarper
 
-from capgap.corpus.tokenizer import check_text, num_words
+from capgap.corpus.tokenizer import load_tokenizer, num_words
 from capgap.errors import UserError
 from capgap.evaluate.sample import check_sampling
+from capgap.models.build import load_model
 from capgap.models.stored import positions_of
 from capgap.tune.conversations import Message
-from capgap.tune.template import prompt_ids, special_in
+from capgap.tune.template import check_spoken, prompt_ids, set_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Of what the model reads, the part that a history leaves to the answer, where that may be longer
+# Where an answer may be longer, the history leaves it 1 / ANSWER_SHARE of what the model reads
 ANSWER_SHARE = 4
 # What bytes that are no whole character yet are decoded to
 _UNFINISHED = "\ufffd"
@@ -30,15 +28,15 @@ _UNFINISHED = "\ufffd"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How words are drawn; temperature 0 takes the likeliest. `tokens`: the longest answer."""
+    """How words are drawn; temperature 0 takes the likeliest. `tokens`: the longest answer.
+    UserError for a number that cannot be."""
 
     temperature: float = 0.7
     top_p: float = 0.95
     tokens: int = 512
     seed: int = 0
 
-    def check(self) -> None:
-        """UserError for a number that cannot be."""
+    def __post_init__(self) -> None:
         check_sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
         if self.tokens < 1:
             raise UserError(f"--tokens {self.tokens} must be above 0")
@@ -51,6 +49,7 @@ class Chat:
         messages: the history; what no longer fits is dropped from its beginning, never the system
             message.
         num_dropped: turns dropped so far.
+        num_tokens: tokens of the last answer.
         ended: why the last answer ended: "stop" by the model, "tokens" by the limit, "context"
             where the model can read no more; None while it goes on or was broken off.
     """
@@ -66,10 +65,9 @@ class Chat:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling()
-        self.sampling.check()
         self.system: list[Message] = []
         if system is not None:
-            self._check_text(system)
+            check_spoken(tokenizer, system, "the system prompt")
             self.system.append({"role": "system", "content": system})
         # rows behind the tokenizer's words only pad the table
         self.num_words = num_words(tokenizer)
@@ -92,28 +90,21 @@ class Chat:
         """
         if not question.strip():
             raise UserError("the question is empty")
-        self._check_text(question)
+        check_spoken(self.tokenizer, question, "the question")
         asked: Message = {"role": "user", "content": question}
         ids = self._fitting(asked)
         self.messages.append(asked)
-        said: list[str] = []
+        answer = ""
         try:
-            for piece in self._pieces(ids):
-                said.append(piece)
+            for piece in pieces_of(self.tokenizer, self._tokens(ids)):
+                answer += piece
                 yield piece
         finally:
             # a turn must not be empty: a question without an answer is forgotten
-            text = "".join(said)
-            if text:
-                self.messages.append({"role": "assistant", "content": text})
+            if answer:
+                self.messages.append({"role": "assistant", "content": answer})
             else:
                 self.messages.pop()
-
-    def _check_text(self, text: str) -> None:
-        check_text(text, "the question")
-        found = special_in(self.tokenizer, text)
-        if found is not None:
-            raise UserError(f"{found!r} is a special token of this model: leave it out of the text")
 
     def _fitting(self, asked: Message) -> list[int]:
         """The prompt's tokens, the oldest turns dropped until there is room for an answer. The
@@ -121,99 +112,67 @@ class Chat:
         room = None
         if self.positions is not None:
             room = self.positions - min(self.sampling.tokens, self.positions // ANSWER_SHARE)
-        kept = self.messages
-        while True:
-            ids = prompt_ids(self.tokenizer, [*self.system, *kept, asked])
+        # a question with its answer goes at a time
+        for dropped in range(0, len(self.messages) + 1, 2):
+            ids = prompt_ids(self.tokenizer, [*self.system, *self.messages[dropped:], asked])
             if room is None or len(ids) <= room:
-                self.num_dropped += len(self.messages) - len(kept)
-                self.messages = kept
+                self.num_dropped += dropped
+                self.messages = self.messages[dropped:]
                 return ids
-            if not kept:
-                raise UserError(
-                    f"the question takes {len(ids)} tokens; this model reads {self.positions}, of "
-                    f"which {room} may be the question: ask in fewer words"
-                )
-            # a question with its answer
-            kept = kept[2:]
-
-    def _pieces(self, ids: list[int]) -> Iterator[str]:
-        stream = _TextStream(self.tokenizer)
-        self.num_tokens = 0
-        for token in self._tokens(ids):
-            self.num_tokens += 1
-            piece = stream.add(token)
-            if piece:
-                yield piece
-        rest = stream.rest()
-        if rest:
-            yield rest
+        raise UserError(
+            f"the question takes {len(ids)} tokens; this model reads {self.positions}, of "
+            f"which {room} may be the question: ask in fewer words"
+        )
 
     @torch.no_grad()
-    def _next(self, ids: list[int], cache: Any) -> tuple[int, Any]:
-        """A drawn token, and the cache that has read `ids`."""
-        inputs = torch.tensor([ids], device=self.model.device)
-        output: Any = self.model(input_ids=inputs, past_key_values=cache, use_cache=True)
-        logits = output.logits[:, -1, : self.num_words].float()
-        sampling = self.sampling
-        if sampling.temperature == 0:
-            return int(logits.argmax()), output.past_key_values
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
-        if sampling.top_p < 1:
-            warpers.append(TopPLogitsWarper(sampling.top_p))
-        probabilities = warpers(inputs, logits).softmax(-1)
-        drawn = torch.multinomial(probabilities, 1, generator=self.generator)
-        return int(drawn), output.past_key_values
-
     def _tokens(self, ids: list[int]) -> Iterator[int]:
         """Drawn one after another, until the model ends its turn or a limit is met."""
-        self.ended = None
+        self.num_tokens, self.ended = 0, None
         ends = _end_tokens(self.model, self.tokenizer)
-        length, cache = len(ids), None
-        for _ in range(self.sampling.tokens):
-            if self.positions is not None and length >= self.positions:
+        new, cache = ids, None
+        while self.num_tokens < self.sampling.tokens:
+            if self.positions is not None and len(ids) + self.num_tokens >= self.positions:
                 self.ended = "context"
                 return
-            token, cache = self._next(ids, cache)
+            inputs = torch.tensor([new], device=self.model.device)
+            output: Any = self.model(input_ids=inputs, past_key_values=cache, use_cache=True)
+            token = self._drawn(output.logits[:, -1, : self.num_words].float())
             if token in ends:
                 self.ended = "stop"
                 return
+            self.num_tokens += 1
             yield token
-            ids = [token]
-            length += 1
+            new, cache = [token], output.past_key_values
         self.ended = "tokens"
 
+    def _drawn(self, logits: Tensor) -> int:
+        """A token by its logits [1, words]."""
+        if self.sampling.temperature == 0:
+            return int(logits.argmax())
+        logits = logits / self.sampling.temperature
+        if self.sampling.top_p < 1:
+            logits = TopPLogitsWarper(self.sampling.top_p)(None, logits)
+        return int(torch.multinomial(logits.softmax(-1), 1, generator=self.generator))
 
-class _TextStream:
-    """Text of tokens that come one at a time, in whole characters.
 
-    A token may end within a character of several bytes; white space may turn out to be the last.
-    Both are held back until more is known.
+def pieces_of(tokenizer: "PreTrainedTokenizerFast", tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens as they come, in whole characters, without outer white space.
+
+    A token may end within a character of several bytes, and white space may turn out to be the
+    last: both are held back until more is known. Bytes that never make a character show at the end.
     """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.given = ""
-
-    def add(self, token: int) -> str:
-        """What can be shown since the last call."""
-        self.ids.append(token)
-        return self._new(self._text().rstrip(_UNFINISHED).rstrip())
-
-    def rest(self) -> str:
-        """What was held back, when nothing more comes: bytes that never made a character show."""
-        return self._new(self._text().rstrip())
-
-    def _text(self) -> str:
-        decoded = self.tokenizer.decode(
-            self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(decoded).lstrip()
-
-    def _new(self, text: str) -> str:
-        piece = text[len(self.given) :]
-        self.given += piece
-        return piece
+    ids: list[int] = []
+    text, shown = "", 0
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = text.strip()
+        known = text.rstrip(_UNFINISHED).rstrip()
+        if len(known) > shown:
+            yield known[shown:]
+            shown = len(known)
+    if len(text) > shown:
+        yield text[shown:]
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: "PreTrainedTokenizerFast") -> set[int]:
@@ -237,12 +196,6 @@ def load_chat(
     `template`: the tokenizer's `own` or `minichat`. `trust_remote_code` runs the checkpoint's own
     code where nothing else describes its architecture. UserError: no such model, no chat template.
     """
-    from capgap.corpus.tokenizer import load_tokenizer
-    from capgap.models.build import load_model
-    from capgap.tune.template import TEMPLATES, set_template
-
-    if template not in TEMPLATES:
-        raise UserError(f"--template {template!r}: take one of {', '.join(TEMPLATES)}")
     tokenizer = load_tokenizer(path_or_name, trust_remote_code=trust_remote_code)
     if template != "own":
         set_template(tokenizer, template)

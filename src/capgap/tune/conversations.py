@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -11,8 +12,8 @@ from capgap.errors import UserError
 
 Message = dict[str, str]
 
-# Of every kind of problem the record names so many lines
-TOLD_LINES = 5
+# How many lines of a kind of problem are named
+NAMED_LINES = 5
 # Keys under which datasets keep the list of turns
 TURN_LISTS = ("messages", "conversations", "conversation", "data", "turns")
 _ROLES = {
@@ -34,7 +35,7 @@ PROBLEMS = {
     "special_token": "has a special token of the model in its text",
     "same_answers": "has the same answer as chosen and as rejected",
 }
-# What is mended or left out, and told, without a question
+# What is mended or left out without a question, and reported
 ADJUSTMENTS = {
     "unanswered": "ended with a question, which was left out",
     "cut": "were cut to the leading turns that the window holds",
@@ -53,6 +54,10 @@ class Conversation:
     line: int
     messages: list[Message]
 
+    @property
+    def texts(self) -> list[str]:
+        return [message["content"] for message in self.messages]
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -63,62 +68,59 @@ class Pair:
     chosen: str
     rejected: str
 
+    @property
+    def texts(self) -> list[str]:
+        return [*(message["content"] for message in self.prompt), self.chosen, self.rejected]
+
+
+Item = TypeVar("Item", Conversation, Pair)
+
 
 @dataclass
-class Findings:
-    """Line numbers by kind of problem or adjustment."""
+class Reading(Generic[Item]):
+    """What a file holds: its usable lines, and what was found in all of them.
 
-    lines: dict[str, list[int]] = field(default_factory=dict)
+    Attributes:
+        num_lines: lines that are not blank.
+        findings: line numbers by kind, a key of PROBLEMS or ADJUSTMENTS.
+    """
 
-    def add(self, kind: str, line: int) -> None:
-        assert kind in PROBLEMS or kind in ADJUSTMENTS, kind
-        self.lines.setdefault(kind, []).append(line)
+    path: Path
+    usable: list[Item] = field(default_factory=list)
+    num_lines: int = 0
+    findings: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
-    def as_dict(self) -> dict[str, Any]:
-        """For every kind how many lines, and the numbers of the first few; 0 where none was."""
+    def problems(self) -> dict[str, Any]:
+        """The number of lines of every kind, 0 included, and the first few."""
+        kinds = {kind: self.findings.get(kind, []) for kind in (*PROBLEMS, *ADJUSTMENTS)}
         return {
-            kind: {
-                "count": len(self.lines.get(kind, [])),
-                "first_lines": self.lines.get(kind, [])[:TOLD_LINES],
-            }
-            for kind in (*PROBLEMS, *ADJUSTMENTS)
+            kind: {"count": len(lines), "first_lines": lines[:NAMED_LINES]}
+            for kind, lines in kinds.items()
         }
 
-    def refuse(self, path: Path) -> None:
+    def refuse(self) -> None:
         """UserError where a line is bad: the first of every kind, and what to do."""
-        bad = {kind: lines for kind, lines in self.lines.items() if kind in PROBLEMS}
-        if not bad:
-            return
-        told = "; ".join(
+        bad = [
             f"line {lines[0]} {PROBLEMS[kind]}"
             + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
-            for kind, lines in bad.items()
-        )
-        raise UserError(f"{path}: {told}: mend the file, or leave such lines out with --skip-bad")
+            for kind, lines in self.findings.items()
+            if kind in PROBLEMS
+        ]
+        if bad:
+            raise UserError(
+                f"{self.path}: {'; '.join(bad)}: mend the file, or leave such lines out with "
+                "--skip-bad"
+            )
 
     def sentences(self) -> list[str]:
         """What was left out, cut or mended, for people."""
-        said = []
-        for kind, lines in self.lines.items():
-            first = ", ".join(map(str, lines[:TOLD_LINES]))
-            where = f"(line {first}{', ...' if len(lines) > TOLD_LINES else ''})"
-            what = ADJUSTMENTS.get(kind)
-            if what is None:
-                what = f"left out: the line {PROBLEMS[kind]}"
-            said.append(f"{len(lines)} {what} {where}")
-        return said
-
-
-_Read = TypeVar("_Read", Conversation, Pair)
-
-
-@dataclass(frozen=True)
-class Reading(Generic[_Read]):
-    """What a file holds: its usable lines, and what was found on the way."""
-
-    usable: list[_Read]
-    findings: Findings
-    num_lines: int
+        sentences = []
+        for kind, lines in self.findings.items():
+            first = ", ".join(map(str, lines[:NAMED_LINES]))
+            more = ", ..." if len(lines) > NAMED_LINES else ""
+            what = ADJUSTMENTS.get(kind) or f"left out: the line {PROBLEMS[kind]}"
+            sentences.append(f"{len(lines)} {what} (line {first}{more})")
+        return sentences
 
 
 def read_conversations(path: Path) -> Reading[Conversation]:
@@ -141,35 +143,6 @@ def read_pairs(path: Path) -> Reading[Pair]:
     return _read(path, _pair)
 
 
-def _read(path: Path, parse: Callable[[Any, int, Findings], _Read]) -> Reading[_Read]:
-    findings = Findings()
-    usable: list[_Read] = []
-    count = 0
-    for number, line in _lines(path):
-        count += 1
-        try:
-            value = json.loads(line)
-            if _is_cut(value):
-                raise _Bad("surrogate")
-            usable.append(parse(value, number, findings))
-        except (ValueError, RecursionError):
-            findings.add("unreadable", number)
-        except _Bad as bad:
-            findings.add(str(bad), number)
-    if not count:
-        raise UserError(f"{path} holds no lines: give one conversation a line, as JSON")
-    return Reading(usable, findings, count)
-
-
-def _is_cut(value: Any) -> bool:
-    """Whether half of a surrogate pair stands in it, which is no character."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
 def file_hash(path: Path) -> str:
     """sha256 of the file's bytes; UserError where there is none."""
     _check_file(path)
@@ -182,55 +155,62 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path} is no file: give conversations as .jsonl, one a line")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of the lines that are not blank."""
+def _read(path: Path, parse: Callable[[Any, int, Reading[Item]], Item]) -> Reading[Item]:
     _check_file(path)
+    reading: Reading[Item] = Reading(path)
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield number, line
+            if not line.strip():
+                continue
+            reading.num_lines += 1
+            try:
+                value = json.loads(line)
+                json.dumps(value, ensure_ascii=False).encode()
+                reading.usable.append(parse(value, number, reading))
+            except UnicodeEncodeError:
+                reading.findings["surrogate"].append(number)
+            except (ValueError, RecursionError):
+                reading.findings["unreadable"].append(number)
+            except _Bad as bad:
+                reading.findings[str(bad)].append(number)
+    if not reading.num_lines:
+        raise UserError(f"{path} holds no lines: give one conversation a line, as JSON")
+    return reading
 
 
-def _conversation(value: Any, line: int, findings: Findings) -> Conversation:
+def _conversation(value: Any, line: int, reading: Reading[Conversation]) -> Conversation:
     messages = _messages(value)
-    _check_roles(messages)
+    if all(message["role"] != "assistant" for message in messages):
+        raise _Bad("no_assistant")
+    _check_turns(messages)
     if messages[-1]["role"] == "user":
-        findings.add("unanswered", line)
+        reading.findings["unanswered"].append(line)
         messages = messages[:-1]
     return Conversation(line, messages)
 
 
 def _messages(value: Any) -> list[Message]:
     """The turns of any known form, without a check of their order."""
-    turns = _turn_list(value)
-    if all(isinstance(turn, str) for turn in turns):
-        found = [_message(("user", "assistant")[i % 2], turn) for i, turn in enumerate(turns)]
-    else:
-        found = [message for turn in turns for message in _turn(turn)]
-    if not isinstance(value, dict):
-        return found
-    system = value.get("system")
-    if isinstance(system, str) and system.strip() and found and found[0]["role"] != "system":
-        return [_message("system", system), *found]
-    return found
-
-
-def _turn_list(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        value = next((value[key] for key in TURN_LISTS if key in value), None)
-    if not isinstance(value, list):
+    fields = value if isinstance(value, dict) else {"turns": value}
+    turns = next((fields[key] for key in TURN_LISTS if key in fields), None)
+    if not isinstance(turns, list):
         raise _Bad("unreadable")
-    return value
+    if all(isinstance(turn, str) for turn in turns):
+        messages = [_message(("user", "assistant")[i % 2], turn) for i, turn in enumerate(turns)]
+    else:
+        messages = [message for turn in turns for message in _turn(turn)]
+    system = fields.get("system")
+    if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
+        return [_message("system", system), *messages]
+    return messages
 
 
 def _turn(turn: Any) -> list[Message]:
-    if not isinstance(turn, dict):
-        raise _Bad("unreadable")
-    if {"User", "Assistant"} <= turn.keys():
-        return [_message("user", turn["User"]), _message("assistant", turn["Assistant"])]
-    for role, content in (("role", "content"), ("from", "value")):
-        if {role, content} <= turn.keys():
-            return [_message(turn[role], turn[content])]
+    match turn:
+        case {"User": question, "Assistant": answer}:
+            return [_message("user", question), _message("assistant", answer)]
+        case {"role": role, "content": content} | {"from": role, "value": content}:
+            return [_message(role, content)]
     raise _Bad("unreadable")
 
 
@@ -241,27 +221,25 @@ def _message(role: Any, content: Any) -> Message:
     return {"role": _ROLES.get(role.lower(), role), "content": content}
 
 
-def _check_roles(messages: Sequence[Message], *, wanted: str = "assistant") -> None:
-    """_Bad unless a `wanted` turn is there, roles alternate, and no turn is empty."""
+def _check_turns(messages: list[Message]) -> None:
+    """_Bad unless roles alternate, user first, and no turn is empty."""
     roles = [message["role"] for message in messages]
-    if wanted not in roles:
-        raise _Bad("no_assistant" if wanted == "assistant" else "roles")
-    turns = roles[1:] if roles[0] == "system" else roles
+    turns = roles[1:] if roles[:1] == ["system"] else roles
     if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
         raise _Bad("roles")
     if not all(message["content"].strip() for message in messages):
         raise _Bad("empty_turn")
 
 
-def _pair(value: Any, line: int, findings: Findings) -> Pair:
+def _pair(value: Any, line: int, reading: Reading[Pair]) -> Pair:
     if not isinstance(value, dict) or not {"chosen", "rejected"} <= value.keys():
         raise _Bad("unreadable")
     prompt, chosen = _prompt_and_answer(value.get("prompt"), value["chosen"])
     other, rejected = _prompt_and_answer(value.get("prompt"), value["rejected"])
     if prompt != other:
         raise _Bad("unreadable")
-    _check_roles(prompt, wanted="user")
-    if prompt[-1]["role"] != "user":
+    _check_turns(prompt)
+    if not prompt or prompt[-1]["role"] != "user":
         raise _Bad("roles")
     if not chosen.strip() or not rejected.strip():
         raise _Bad("empty_turn")

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from capgap.corpus.tokenizer import num_words
 from capgap.distill.head import IGNORED_LABEL
-from capgap.evaluate.heldout import HeldoutLoss, HeldoutSet, evaluate_heldout
+from capgap.evaluate.losses import HeldoutLoss, HeldoutSet, evaluate_heldout
 from capgap.models.parts import Parts
 from capgap.tune.template import Example
 
@@ -18,30 +19,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def answer_set(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example]) -> HeldoutSet:
-    """The examples as rows of which only the assistant's tokens are scored; a document is one of
-    them, its bytes are those of the answers' text."""
-    width = max(len(one.ids) for one in examples) - 1
-    inputs = np.zeros((len(examples), width), np.int64)
-    targets = np.full((len(examples), width), IGNORED_LABEL, np.int64)
-    for row, one in enumerate(examples):
-        inputs[row, : len(one.ids) - 1] = one.ids[:-1]
-        targets[row, : len(one.ids) - 1] = one.labels[1:]
-    return HeldoutSet(
-        torch.from_numpy(inputs),
-        torch.from_numpy(targets),
+def score_answers(
+    model: PreTrainedModel,
+    tokenizer: "PreTrainedTokenizerFast",
+    examples: Sequence[Example],
+    *,
+    bf16: bool,
+) -> HeldoutLoss:
+    """Nats of the assistant's tokens: an example is a document, its bytes are those of the answers'
+    text. Under bf16 autocast where training has it too."""
+    answers = [tokenizer.decode(one.spoken, skip_special_tokens=True) for one in examples]
+    inputs = [torch.tensor(one.ids[:-1]) for one in examples]
+    targets = [torch.tensor(one.labels[1:]) for one in examples]
+    heldout = HeldoutSet(
+        pad_sequence(inputs, batch_first=True),
+        pad_sequence(targets, batch_first=True, padding_value=IGNORED_LABEL),
         torch.arange(len(examples)),
         [one.num_counted for one in examples],
-        [len(_answers(tokenizer, one).encode()) for one in examples],
+        [len(answer.encode()) for answer in answers],
         num_words(tokenizer),
     )
-
-
-def score_answers(model: PreTrainedModel, answers: HeldoutSet, *, bf16: bool) -> HeldoutLoss:
-    """Nats of every conversation's answers; under bf16 autocast where training has it too."""
-    device = model.device.type
-    with torch.autocast(device, torch.bfloat16) if bf16 else nullcontext():
-        return evaluate_heldout(Parts(model), answers)
+    with torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext():
+        return evaluate_heldout(Parts(model), heldout)
 
 
 def preference(
@@ -68,8 +67,3 @@ def preference(
         "chosen_nats": list(map(float, chosen)),
         "rejected_nats": list(map(float, rejected)),
     }
-
-
-def _answers(tokenizer: "PreTrainedTokenizerFast", example: Example) -> str:
-    ids = [i for i, counts in zip(example.ids, example.counted, strict=True) if counts]
-    return str(tokenizer.decode(ids, skip_special_tokens=True))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from capgap.corpus.tokenizer import check_text
 from capgap.errors import UserError, border
 from capgap.limits import limited
 from capgap.tune.conversations import Message
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 TEMPLATES = ("minichat", "own")
 # What a template may take for one conversation, and the characters that it may add
 SECONDS, MEMORY, LONGEST = 5.0, 2**30, 10**6
+_REFUSED = "the chat template cannot be used"
 
 # As the authors of MiniChat write it (GeneZC/MiniMA, conversation.py and its data builder): the
 # system prompt and every turn end with the token that ends a document, a space stands behind the
@@ -42,23 +44,22 @@ _MINICHAT = """\
 """
 
 
-def minichat_template(system: str = "") -> str:
-    """MiniChat's template in Jinja; `system` stands where a conversation has no system message."""
-    return _MINICHAT.replace("SYSTEM", json.dumps(system, ensure_ascii=False))
-
-
 @dataclass(frozen=True)
 class Example:
     """Token ids of a conversation, and which of them the loss counts: the assistant's, with the
     token that ends each of its turns."""
 
-    line: int
     ids: list[int]
     counted: list[bool]
 
     @property
     def num_counted(self) -> int:
         return sum(self.counted)
+
+    @property
+    def spoken(self) -> list[int]:
+        """The ids that count."""
+        return [i for i, counts in zip(self.ids, self.counted, strict=True) if counts]
 
     @property
     def labels(self) -> list[int]:
@@ -68,14 +69,18 @@ class Example:
 
 def set_template(tokenizer: "PreTrainedTokenizerFast", template: str, system: str = "") -> None:
     """Gives the tokenizer its template, `minichat` or its `own`, and makes sure that it serves.
+    `system` stands where a conversation has no system message.
 
     UserError: no such template, none of its own, one that does not mark the assistant's part, or
     one that the tokenizer cannot express.
     """
     if template not in TEMPLATES:
         raise UserError(f"--template {template!r}: take one of {', '.join(TEMPLATES)}")
+    check_spoken(tokenizer, system, "the system prompt")
     if template == "minichat":
-        tokenizer.chat_template = minichat_template(system)
+        tokenizer.chat_template = _MINICHAT.replace(
+            "SYSTEM", json.dumps(system, ensure_ascii=False)
+        )
     else:
         own = tokenizer.chat_template
         if own is None:
@@ -96,37 +101,29 @@ def check_template(tokenizer: "PreTrainedTokenizerFast") -> None:
     A short conversation must come out as the assistant's text with the end token last, and begin
     with exactly the tokens that a prompt for its answer has.
     """
-    name = "the chat template"
-    eos = tokenizer.eos_token
-    if tokenizer.encode(f"a{eos}", add_special_tokens=False)[-1:] != [tokenizer.eos_token_id]:
-        raise UserError(f"{name} cannot be used: the tokenizer does not read {eos!r} as one token")
+    end, end_id = tokenizer.eos_token, tokenizer.eos_token_id
+    if tokenizer.encode(f"a{end}", add_special_tokens=False)[-1:] != [end_id]:
+        raise UserError(f"{_REFUSED}: the tokenizer does not read {end!r} as one token")
     question: Message = {"role": "user", "content": "ab c"}
     answer: Message = {"role": "assistant", "content": "b ca"}
     example = encode(tokenizer, [question, answer])
     prompt = prompt_ids(tokenizer, [question])
-    spoken = [i for i, counts in zip(example.ids, example.counted, strict=True) if counts]
     if example.ids[: len(prompt)] != prompt or any(example.counted[: len(prompt)]):
-        raise UserError(f"{name} cannot be used: its prompt is not how a conversation begins")
-    if (
-        not spoken
-        or spoken.count(tokenizer.eos_token_id) != 1
-        or tokenizer.eos_token_id not in (spoken[-2:])
-    ):
-        raise UserError(f"{name} cannot be used: the assistant's turn does not end with {eos!r}")
-    if tokenizer.decode(spoken, skip_special_tokens=True).strip() != answer["content"]:
-        raise UserError(f"{name} cannot be used: the tokenizer changes the assistant's text")
+        raise UserError(f"{_REFUSED}: its prompt is not how a conversation begins")
+    if example.spoken.count(end_id) != 1 or end_id not in example.spoken[-2:]:
+        raise UserError(f"{_REFUSED}: the assistant's turn does not end with {end!r}")
+    if tokenizer.decode(example.spoken, skip_special_tokens=True).strip() != answer["content"]:
+        raise UserError(f"{_REFUSED}: the tokenizer changes the assistant's text")
     text = tokenizer.decode(example.ids)
     for role in ("[|User|]", "[|Assistant|]"):
         if role in str(tokenizer.chat_template) and role not in text:
-            raise UserError(f"{name} cannot be used: the tokenizer cannot write {role}")
+            raise UserError(f"{_REFUSED}: the tokenizer cannot write {role}")
 
 
-def encode(
-    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], line: int = 0
-) -> Example:
+def encode(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> Example:
     """The tokens of a whole conversation, the assistant's marked."""
-    found = _rendered(tokenizer, messages, prompt=False)
-    return Example(line, list(found["input_ids"]), [bool(i) for i in found["assistant_masks"]])
+    rendered = _rendered(tokenizer, messages, prompt=False)
+    return Example(list(rendered["input_ids"]), [bool(i) for i in rendered["assistant_masks"]])
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> list[int]:
@@ -138,14 +135,13 @@ def _rendered(
     tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *, prompt: bool
 ) -> Any:
     """By the tokenizer's template, which may be a stranger's program: within limits."""
-    what = "the chat template cannot be used"
     render = tokenizer.apply_chat_template
-    with border(what), limited(f"{what}: it", seconds=SECONDS, memory=MEMORY):
+    with border(_REFUSED), limited(f"{_REFUSED}: it", seconds=SECONDS, memory=MEMORY):
         # as text first: the tokenizer's own code ends the program where memory does
         text: Any = render(list(messages), tokenize=False, add_generation_prompt=prompt)
         said = sum(len(message["content"]) for message in messages)
         if len(text) > LONGEST + 10 * said:
-            raise UserError(f"{what}: of {said} characters it makes {len(text)}")
+            raise UserError(f"{_REFUSED}: of {said} characters it makes {len(text)}")
         return render(
             list(messages),
             tokenize=True,
@@ -161,10 +157,16 @@ def fitted(example: Example, window: int) -> Example | None:
         return example
     counted = example.counted
     ends = (i + 1 for i in range(window) if counted[i] and not counted[i + 1])
-    end = max(ends, default=None)
-    if end is None:
-        return None
-    return Example(example.line, example.ids[:end], counted[:end])
+    end = max(ends, default=0)
+    return Example(example.ids[:end], counted[:end]) if end else None
+
+
+def check_spoken(tokenizer: "PreTrainedTokenizerFast", text: str, what: str) -> None:
+    """UserError for half a character or a special token in a text that somebody says."""
+    check_text(text, what)
+    special = special_in(tokenizer, text)
+    if special is not None:
+        raise UserError(f"{special!r} is a special token of this model: leave it out of {what}")
 
 
 def special_in(tokenizer: "PreTrainedTokenizerFast", text: str) -> str | None:

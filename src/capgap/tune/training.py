@@ -1,4 +1,4 @@
-"""TRL's trainers behind one function: silent, offline, resumable, merged at the end.
+"""TRL's trainers behind two functions: silent, offline, resumable, adapters merged at the end.
 
 Checkpoints are those of transformers. Beside safetensors they hold optimizer, schedule and random
 state as torch files, which are read with weights_only, so that they can hold tensors and plain
@@ -12,8 +12,8 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,14 +27,13 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from capgap.errors import UserError
-from capgap.train.loop import Interrupted
+from capgap.errors import Interrupted, UserError
 from capgap.train.optimizer import Schedule
-from capgap.tune.settings import TuneSettings
-from capgap.tune.template import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from capgap.stages.tuning import Tuning
 
 # Written into a checkpoint when all else is there
 COMPLETE = "complete"
@@ -43,106 +42,59 @@ _UNUSED_PICKLE = "training_args.bin"
 
 
 @dataclass(frozen=True)
-class StepLine:
-    """What a step tells, counted from 0 as in all training here; its mean loss in nats per counted
-    token (instruct) or pair (prefer)."""
+class Job:
+    """What a trainer is given.
 
-    step: int
-    steps: int
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    seconds: float
-    others: dict[str, float]
+    Attributes:
+        rows: what TRL reads: `input_ids` and `labels`, or `prompt`, `chosen` and `rejected`.
+        settings: how to tune.
+        folder: for checkpoints; the same job goes on from the last one.
+        on_step: gets a line of metrics.jsonl after every step.
+        should_stop: asked after every step; then a checkpoint is saved, and Interrupted raised.
+    """
+
+    model: PreTrainedModel
+    tokenizer: "PreTrainedTokenizerFast"
+    rows: list[dict[str, Any]]
+    settings: "Tuning"
+    folder: Path
+    bf16: bool
+    on_step: Callable[[dict[str, Any]], None]
+    should_stop: Callable[[], bool]
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The model, adapters merged, and what its steps told, those before a restart included."""
+    """The model, adapters merged, and of every step, those before a restart included, `loss` and
+    `learning_rate`."""
 
     model: PreTrainedModel
-    steps: int
-    losses: list[float]
-    learning_rates: list[float]
+    curve: dict[str, list[float]]
 
 
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Last names of the linear layers below the head: q_proj, up_proj and so on."""
-    head = model.get_output_embeddings()
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if _is_linear(module) and module is not head
-        }
-    )
-
-
-def instruct_model(
-    model: PreTrainedModel,
-    tokenizer: "PreTrainedTokenizerFast",
-    examples: Sequence[Example],
-    settings: TuneSettings,
-    folder: Path,
-    *,
-    neftune: float | None = None,
-    on_step: Callable[[StepLine], None] = lambda line: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Tuned:
-    """Cross-entropy on the counted tokens of the examples; checkpoints go into `folder`.
-
-    `neftune`: noise on the embeddings (arXiv 2310.05914). Interrupted when `should_stop` said so,
-    after a checkpoint; the same call goes on from the last one.
-    """
-    rows = [{"input_ids": one.ids, "labels": one.labels} for one in examples]
-    with _alone(settings.seed):
+def instruct_model(job: Job, *, neftune: float | None) -> Tuned:
+    """Cross-entropy on the labels; `neftune`: noise on the embeddings (arXiv 2310.05914)."""
+    with _alone(job.settings.seed):
         arguments = _arguments(
             SFTConfig,
-            settings,
-            folder,
+            job,
             neftune_noise_alpha=neftune,
-            max_length=None,
             packing=False,
-            # the examples are tokens and labels already
+            # the rows are tokens and labels already
             dataset_kwargs={"skip_prepare_dataset": True},
         )
-        trainer = _SFT(
-            model=model,
-            args=arguments,
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=copy.deepcopy(tokenizer),
-            peft_config=_adapters(model, settings),
-        )
-        return _train(trainer, settings, folder, on_step, should_stop)
+        return _train(_SFT, job, arguments)
 
 
-def prefer_model(
-    model: PreTrainedModel,
-    tokenizer: "PreTrainedTokenizerFast",
-    pairs: Sequence[dict[str, Any]],
-    settings: TuneSettings,
-    folder: Path,
-    *,
-    beta: float = 0.1,
-    on_step: Callable[[StepLine], None] = lambda line: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Tuned:
-    """DPO (arXiv 2305.18290) on pairs of `prompt`, `chosen` and `rejected` messages.
-
-    The reference is the model as it comes: a frozen copy, or with LoRA the model without adapters.
-    Otherwise as `instruct_model`.
-    """
-    with _alone(settings.seed):
-        reference = None if settings.lora else copy.deepcopy(model).requires_grad_(False)
-        trainer = _DPO(
-            model=model,
-            ref_model=reference,
-            args=_arguments(DPOConfig, settings, folder, beta=beta, max_length=None),
-            train_dataset=datasets.Dataset.from_list(list(pairs)),
-            processing_class=copy.deepcopy(tokenizer),
-            peft_config=_adapters(model, settings),
-        )
-        return _train(trainer, settings, folder, on_step, should_stop)
+def prefer_model(job: Job, *, beta: float) -> Tuned:
+    """DPO (arXiv 2305.18290). The reference is the model as it comes: a frozen copy, or with LoRA
+    the model without adapters."""
+    with _alone(job.settings.seed):
+        arguments = _arguments(DPOConfig, job, beta=beta)
+        reference = None
+        if not job.settings.lora:
+            reference = copy.deepcopy(job.model).requires_grad_(False)
+        return _train(_DPO, job, arguments, ref_model=reference)
 
 
 class _Ours:
@@ -175,26 +127,19 @@ class _DPO(_Ours, DPOTrainer):
 
 
 class _Steps(TrainerCallback):
-    """Tells the steps, saves now and then, stops when asked or when a loss is not finite."""
+    """Reports the steps, saves now and then, stops when asked or when a loss is not finite."""
 
-    def __init__(
-        self,
-        settings: TuneSettings,
-        on_step: Callable[[StepLine], None],
-        should_stop: Callable[[], bool],
-    ) -> None:
-        self.settings = settings
-        self.on_step = on_step
-        self.should_stop = should_stop
-        self.saved = self.stepped = time.monotonic()
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.saved = self.stepped = 0.0
         self.broken: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.saved = self.stepped = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stops = self.should_stop() and state.global_step < state.max_steps
-        if stops or time.monotonic() - self.saved > self.settings.checkpoint_seconds:
+        stops = self.job.should_stop() and state.global_step < state.max_steps
+        if stops or time.monotonic() - self.saved > self.job.settings.checkpoint_seconds:
             control.should_save = True
         if stops:
             control.should_training_stop = True
@@ -203,7 +148,7 @@ class _Steps(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         numbers = {name: float(value) for name, value in logs.items()}
-        loss, norm = numbers.pop("loss"), numbers.pop("grad_norm", math.nan)
+        loss, norm = numbers["loss"], numbers.get("grad_norm", math.nan)
         if not math.isfinite(loss + norm):
             self.broken = state.global_step
             control.should_training_stop = True
@@ -211,73 +156,73 @@ class _Steps(TrainerCallback):
             return
         now = time.monotonic()
         seconds, self.stepped = now - self.stepped, now
-        rate = numbers.pop("learning_rate")
-        self.on_step(
-            StepLine(state.global_step - 1, state.max_steps, loss, rate, norm, seconds, numbers)
+        others = self.job.settings.numbers.items()
+        self.job.on_step(
+            {
+                "step": state.global_step - 1,
+                "loss": loss,
+                "learning_rate": numbers["learning_rate"],
+                "gradient_norm": norm,
+                "seconds": seconds,
+                **{ours: numbers.get(theirs) for theirs, ours in others},
+            }
         )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.saved = time.monotonic()
-        folder = Path(args.output_dir)
-        newest = folder / f"checkpoint-{state.global_step}"
+        newest = self.job.folder / f"checkpoint-{state.global_step}"
         (newest / _UNUSED_PICKLE).unlink(missing_ok=True)
         (newest / COMPLETE).touch()
-        for other in folder.glob("checkpoint-*"):
+        for other in self.job.folder.glob("checkpoint-*"):
             if other != newest:
                 shutil.rmtree(other)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def _last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end; half written ones are deleted."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    whole = [path for path in found if (path / COMPLETE).exists()]
-    for path in set(found) - set(whole):
-        shutil.rmtree(path)
-    return whole[-1] if whole else None
+    last = None
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
+        if (path / COMPLETE).exists():
+            last = str(path)
+        else:
+            shutil.rmtree(path)
+    return last
 
 
-def _train(
-    trainer: Any,
-    settings: TuneSettings,
-    folder: Path,
-    on_step: Callable[[StepLine], None],
-    should_stop: Callable[[], bool],
-) -> Tuned:
-    steps = _Steps(settings, on_step, should_stop)
+def _train(kind: Any, job: Job, arguments: Any, **others: Any) -> Tuned:
+    steps = _Steps(job)
+    trainer = kind(
+        model=job.model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(job.rows),
+        processing_class=copy.deepcopy(job.tokenizer),
+        peft_config=_adapters(job.model, job.settings),
+        callbacks=[steps],
+        **others,
+    )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(steps)
-    checkpoint = last_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(job.folder))
     if steps.broken is not None:
         raise UserError(
             f"the loss is not finite at step {steps.broken}: take a lower --learning-rate than "
-            f"{settings.learning_rate:g}, in a new --out"
+            f"{job.settings.learning_rate:g}, in a new --out"
         )
     if trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted
-    model = trainer.model
-    if settings.lora is not None:
-        model = model.merge_and_unload()
+    model = trainer.model.merge_and_unload() if job.settings.lora else trainer.model
     history = [line for line in trainer.state.log_history if "loss" in line]
     return Tuned(
-        model,
-        trainer.state.global_step,
-        [line["loss"] for line in history],
-        [line["learning_rate"] for line in history],
+        model, {name: [line[name] for line in history] for name in ("loss", "learning_rate")}
     )
 
 
-def _arguments(kind: Any, settings: TuneSettings, folder: Path, **others: Any) -> Any:
+def _arguments(kind: Any, job: Job, **others: Any) -> Any:
+    settings, on_cpu = job.settings, job.model.device.type == "cpu"
     # transformers has renamed it, and warns of the old name
-    named = {field.name for field in fields(kind)}
-    checkpointing = (
-        "activation_checkpointing"
-        if "activation_checkpointing" in named
-        else "gradient_checkpointing"
-    )
-    on_cpu = settings.device == "cpu"
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    checkpointing = new if new in {field.name for field in fields(kind)} else old
     arguments = kind(
-        output_dir=str(folder),
+        output_dir=str(job.folder),
         per_device_train_batch_size=settings.micro_batch,
         gradient_accumulation_steps=settings.batch // settings.micro_batch,
         learning_rate=settings.learning_rate,
@@ -286,8 +231,9 @@ def _arguments(kind: Any, settings: TuneSettings, folder: Path, **others: Any) -
         num_train_epochs=settings.epochs,
         weight_decay=0.0,
         max_grad_norm=1.0,
+        max_length=None,
         seed=settings.seed,
-        bf16=settings.bf16,
+        bf16=job.bf16,
         fp16=False,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
@@ -305,63 +251,57 @@ def _arguments(kind: Any, settings: TuneSettings, folder: Path, **others: Any) -
     return arguments
 
 
-def _adapters(model: PreTrainedModel, settings: TuneSettings) -> Any:
-    """PEFT's description of the adapters, None without; UserError for a layer that is not there."""
-    lora = settings.lora
-    if lora is None:
+def _adapters(model: PreTrainedModel, settings: "Tuning") -> Any:
+    """PEFT's description of the adapters (arXiv 2106.09685), None without; UserError for a layer
+    that is not there."""
+    if not settings.lora:
         return None
     from peft import LoraConfig
 
-    known = linear_layers(model)
-    wanted = known if lora.modules is None else list(lora.modules)
+    # GPT-2 has Conv1D, which stores a matrix the other way round
+    head = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]: module
+        for name, module in model.named_modules()
+        if module is not head
+        and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    }
+    wanted = sorted(linear) if settings.lora_modules is None else list(settings.lora_modules)
     for name in wanted:
-        if name not in known:
+        if name not in linear:
             raise UserError(
                 f"--lora-modules {name!r}: this model has no such linear layer below its head; it "
-                f"has {', '.join(known)}"
+                f"has {', '.join(sorted(linear))}"
             )
     return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
         target_modules=wanted,
-        # GPT-2 stores its matrices the other way round
-        fan_in_fan_out=any(not isinstance(one, nn.Linear) for one in _linear_modules(model)),
+        fan_in_fan_out=not all(isinstance(module, nn.Linear) for module in linear.values()),
         task_type="CAUSAL_LM",
     )
-
-
-def _linear_modules(model: PreTrainedModel) -> list[nn.Module]:
-    return [module for module in model.modules() if _is_linear(module)]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 @contextmanager
 def _alone(seed: int) -> Iterator[None]:
     """A trainer prints, logs, draws bars and sets the seeds of the whole process: not outside."""
-    python, numbers = random.getstate(), np.random.get_state()
-    levels = {name: logging.getLogger(name).level for name in ("trl", "peft", "accelerate")}
-    told = transformers_logging.get_verbosity()
-    bars = datasets.is_progress_bar_enabled()
-    try:
-        for name in levels:
-            logging.getLogger(name).setLevel(logging.ERROR)
+    with ExitStack() as after:
+        after.callback(random.setstate, random.getstate())
+        after.callback(np.random.set_state, np.random.get_state())
+        for name in ("trl", "peft", "accelerate"):
+            logger = logging.getLogger(name)
+            after.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        after.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
         transformers_logging.set_verbosity_error()
-        datasets.disable_progress_bars()
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            # PEFT asks transformers under the old name
-            warnings.filterwarnings("ignore", ".*gradient_checkpointing. is deprecated")
-            # adapters and dropout are drawn from it
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        transformers_logging.set_verbosity(told)
-        if bars:
-            datasets.enable_progress_bars()
+        if datasets.is_progress_bar_enabled():
+            after.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        after.enter_context(torch.random.fork_rng())
+        after.enter_context(warnings.catch_warnings())
+        # PEFT asks transformers under the old name
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing. is deprecated")
+        # adapters and dropout are drawn from it
+        torch.manual_seed(seed)
+        yield

@@ -1,81 +1,32 @@
 """The typed recipes of sweeps and of single runs: strict TOML, overrides, hash. No torch."""
 
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from capgap.config.base import (
-    ABOUT_A_TEACHER,
-    RunSection,
-    TrainingSection,
-    apply_override,
-    first_problem,
-    parsed,
-    read_toml,
-    shipped_recipes,
-)
-from capgap.config.run import (
-    DistillSection,
-    HardwareSection,
-    PruneSection,
-    RunRecipe,
-    TeacherSection,
-)
-from capgap.config.sweep import CorpusSection, Recipe, StudentsSection, TeachersSection
-from capgap.errors import UserError
-from capgap.section import Architecture, Count, Fraction, Init, LearningRate, Section
+from capgap.errors import UserError, check_regular, first_line
+from capgap.section import Problem, apply_override
+from capgap.sweep.recipe import Recipe
+
+if TYPE_CHECKING:
+    from capgap.pipeline.recipe import RunRecipe
 
 __all__ = [
-    "ABOUT_A_TEACHER",
-    "Architecture",
-    "CorpusSection",
-    "Count",
-    "DistillSection",
-    "Fraction",
-    "HardwareSection",
-    "Init",
-    "LearningRate",
-    "PruneSection",
     "Recipe",
-    "RunRecipe",
-    "RunSection",
-    "Section",
-    "StageSettings",
-    "StudentsSection",
-    "TeacherSection",
-    "TeachersSection",
-    "TrainingSection",
     "find_recipe",
     "load_any_recipe",
     "load_recipe",
     "parse_recipe",
     "parse_run_recipe",
     "shipped_recipes",
-    "stage_settings",
 ]
 
 # Tables that only the recipe of a sweep has
 _SWEEP = {"teachers", "students"}
-
-
-class StageSettings(Section):
-    """The parts of a recipe that a single stage takes: `capgap distill --set training.alpha=1`."""
-
-    training: TrainingSection = TrainingSection()
-    run: RunSection = RunSection()
-
-
-def stage_settings(overrides: Sequence[str]) -> StageSettings:
-    """Defaults changed by overrides; UserError names the key, its value and what was expected."""
-    data: dict[str, Any] = {}
-    for override in overrides:
-        apply_override(data, override)
-    try:
-        return StageSettings.model_validate(data)
-    except ValidationError as error:
-        raise UserError(f"--set: {first_problem(error, StageSettings)}") from None
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -84,12 +35,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     UserError: no such file, not TOML, an unknown key (names the nearest), a value out of range, or
     a recipe of a single run.
     """
-    return parse_recipe(read_toml(path, overrides), where=str(path))
+    return parse_recipe(_read_toml(path, overrides), where=str(path))
 
 
-def load_any_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe | RunRecipe:
+def load_any_recipe(path: Path, overrides: Sequence[str] = ()) -> "Recipe | RunRecipe":
     """The same for the recipe of a sweep or of a run, whichever it is; UserError for neither."""
-    data = read_toml(path, overrides)
+    data = _read_toml(path, overrides)
     if not _SWEEP & data.keys() and "teacher" not in data:
         raise UserError(
             f"{path} is no recipe: a sweep has [teachers] and [students], a run [teacher], [prune] "
@@ -116,12 +67,14 @@ def parse_recipe(data: dict[str, Any], *, where: str = "recipe") -> Recipe:
     """A sweep from plain data; UserError names the key, its value and what was expected."""
     if _is_run(data):
         raise UserError(f"{where} is the recipe of a run, not of a sweep: see `capgap plan`")
-    return parsed(Recipe, data, where)
+    return _parsed(Recipe, data, where)
 
 
-def parse_run_recipe(data: dict[str, Any], *, where: str = "recipe") -> RunRecipe:
+def parse_run_recipe(data: dict[str, Any], *, where: str = "recipe") -> "RunRecipe":
     """A run from plain data; UserError as `parse_recipe`."""
-    return parsed(RunRecipe, data, where)
+    from capgap.pipeline.recipe import RunRecipe
+
+    return _parsed(RunRecipe, data, where)
 
 
 def _is_run(data: dict[str, Any]) -> bool:
@@ -134,3 +87,33 @@ def find_recipe(name_or_path: str) -> Path:
     if not path.is_file() and name_or_path in shipped_recipes():
         return shipped_recipes()[name_or_path]
     return path
+
+
+def _parsed(kind: type[_Kind], data: dict[str, Any], where: str) -> _Kind:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: {Problem.of(error, kind).line()}") from None
+
+
+def _read_toml(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    check_regular(path, "a recipe")
+    try:
+        data = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        known = ", ".join(sorted(shipped_recipes()))
+        raise UserError(f"no recipe {str(path)!r}; shipped recipes: {known}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read recipe {str(path)!r}: {error}") from None
+    # deep nesting, and numbers of thousands of digits
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid TOML: {first_line(error)}") from None
+    for override in overrides:
+        apply_override(data, override)
+    return data
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(__file__).parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}

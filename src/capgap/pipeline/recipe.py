@@ -4,18 +4,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from capgap.config.base import (
-    RunSection,
-    TrainingSection,
-    check_batches,
-    check_tokens,
-)
 from capgap.errors import UserError
 from capgap.hardware import UTILISATION, parse_gpus
 from capgap.section import Architecture, Count, LearningRate, Section
+from capgap.stages.adapt import AdaptSection
+from capgap.stages.corpus import TextSection
+from capgap.stages.distill import DistillSection
+from capgap.stages.evaluate import EvaluateSection
+from capgap.stages.export import ExportSection
 from capgap.stages.instruct import InstructSection
 from capgap.stages.prefer import PreferSection
+from capgap.stages.prune import PruneSection
 from capgap.stages.score import ScoreSection
+from capgap.train.recipe import RunSection, TrainingSection
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 
@@ -47,83 +48,11 @@ class TeacherSection(Section):
         return self
 
 
-class CorpusEntry(Section):
+class CorpusEntry(TextSection):
     """Text that the student learns from; several make a mixture by their weights."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "text"
-    source: str
     weight: Annotated[float, Field(gt=0)] = 1.0
-    text_column: str = "text"
-    separator: str = "<|endoftext|>"
-
-
-class AdaptSection(Section):
-    """The teacher learns the text `source` with `pieces` new tokens, beside `old` text."""
-
-    source: str
-    pieces: Count
-    tokens: Count
-    old: str | None = None
-    new_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    learning_rate: LearningRate = "auto"
-
-
-class PruneSection(Section):
-    """What is cut out of the teacher: a share, a number of parameters, or sizes; one of the three.
-
-    Sizes that are not named stay as the teacher has them.
-    """
-
-    keep: Annotated[float, Field(gt=0, le=1)] | None = None
-    params: Count | None = None
-    total_params: Count | None = None
-    hidden: Count | None = None
-    heads: Count | None = None
-    kv_heads: Count | None = None
-    ffn: Count | None = None
-    layers: Count | None = None
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Those that are named."""
-        names = ("hidden", "heads", "kv_heads", "ffn", "layers")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    @model_validator(mode="after")
-    def _one_way(self) -> "PruneSection":
-        asked = (self.keep, self.params, self.total_params, self.sizes or None)
-        if sum(one is not None for one in asked) != 1:
-            raise ValueError(
-                "give one of keep, params, total_params, or sizes (hidden, heads, kv_heads, ffn, "
-                "layers) for the student"
-            )
-        return self
-
-
-class DistillSection(Section):
-    """The student learns from the teacher on so many tokens, in rows of `window`."""
-
-    tokens: Count
-    window: Annotated[int, Field(ge=8)] = 512
-    learning_rate: LearningRate = "auto"
-
-
-class EvaluateSection(Section):
-    """What the student, and the model that answers in the end, are measured by."""
-
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("heldout",)
-    data: str | None = None
-    shots: tuple[str, ...] = ()
-    limit: Count | None = None
-    batch_size: Count = 8
-    allow_code: bool = False
-
-
-class ExportSection(Section):
-    """The folder to hand on; `gguf` writes that file beside it."""
-
-    gguf: bool = False
-    dtype: Literal["stored", "fp32", "bf16", "fp16"] = "stored"
 
 
 class HardwareSection(Section):
@@ -167,11 +96,11 @@ class RunRecipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunRecipe":
-        check_batches(self.training, "distill.window", self.distill.window)
-        check_tokens(self.training, "distill.tokens", self.distill.tokens)
+        self.training.check_batches("distill.window", self.distill.window)
+        self.training.check_tokens("distill.tokens", self.distill.tokens)
         for name, section in (("teacher", self.teacher), ("adapt", self.adapt)):
             if section is not None and section.tokens is not None:
-                check_tokens(self.training, f"{name}.tokens", section.tokens)
+                self.training.check_tokens(f"{name}.tokens", section.tokens)
         names = [entry.name for entry in self.corpus]
         if len(set(names)) < len(names):
             raise ValueError(f"[[corpus]] names {', '.join(names)}: give every text its own name")

@@ -2,18 +2,13 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from capgap.config.base import (
-    RunSection,
-    TrainingSection,
-    check_batches,
-    check_tokens,
-)
 from capgap.prune.methods import Depth, Method
-from capgap.section import Architecture, Count, Init, LearningRate, Section
+from capgap.section import MAX_EPOCHS, Architecture, Count, Init, LearningRate, Section
+from capgap.train.recipe import RunSection, TrainingSection
 
 
 class CorpusSection(Section):
@@ -30,7 +25,7 @@ class CorpusSection(Section):
     max_bytes: Count | None = None
     heldout_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
     heldout_tokens: Count = 60_000
-    max_epochs: Annotated[float, Field(gt=0)] = 4.0
+    max_epochs: Annotated[float, Field(gt=0)] = MAX_EPOCHS
 
 
 class TeachersSection(Section):
@@ -99,19 +94,22 @@ class Recipe(Section):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {list(values)} names one of them twice")
-        check_batches(self.training, "corpus.window", self.corpus.window)
-        check_tokens(self.training, "students.tokens", min(self.students.tokens))
+        self.training.check_batches("corpus.window", self.corpus.window)
+        self.training.check_tokens("students.tokens", min(self.students.tokens))
         if self.teachers.tokens is not None:
-            check_tokens(self.training, "teachers.tokens", self.teachers.tokens)
+            self.training.check_tokens("teachers.tokens", self.teachers.tokens)
         return self
 
     def hash(self) -> str:
-        """Of everything that changes the results: the name and [run] do not."""
-        content = self.model_dump(mode="json", exclude={"name", "description", "run"})
-        # recipes from before there were such keys stay what they were
-        new = ((content, ("layers", "equal_flops")), (content["students"], ("control_tokens",)))
-        for section, names in new:
-            for name in names:
-                if not section[name]:
-                    del section[name]
+        """Of everything that changes the results."""
+        content = identity(self.model_dump(mode="json"))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What changes the results, of a recipe as plain data: the name and [run] do not."""
+    content = {k: v for k, v in recipe.items() if k not in ("name", "description", "run")}
+    # recipes from before there were such keys stay what they were
+    students = {k: v for k, v in recipe["students"].items() if v or k != "control_tokens"}
+    added = ("layers", "equal_flops")
+    return {k: v for k, v in content.items() if v or k not in added} | {"students": students}

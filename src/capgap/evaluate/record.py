@@ -1,0 +1,126 @@
+"""The record of an evaluation: it grows set by set, and what an earlier call measured stays."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from capgap.evaluate.scores import six_mean
+from capgap.evaluate.sets import SIX
+from capgap.records import write_json_atomically, write_text_atomically
+
+# Whether another call would measure the same
+_SAME = ("schema", "model_hash", "tokenizer_hash", "dtype_asked", "limit")
+# Known once the model is loaded
+_LOADED = ("parameters", "context", "dtype")
+Result = dict[str, Any]
+
+
+class Record:
+    """What is asked for and what is measured of it, as docs/evaluation.md describes it.
+
+    `about`: the keys that do not change. `heldout` by folder and `tasks` by name, in the order that
+    was asked for: None until it is measured or known to be missing. `out` gets the record as JSON,
+    `samples` every question and answer as a line of JSON.
+    """
+
+    def __init__(
+        self,
+        about: Mapping[str, Any],
+        *,
+        folders: Iterable[str],
+        tasks: Iterable[str],
+        out: Path | None,
+        samples: Path | None,
+    ) -> None:
+        self.about = about
+        self.heldout: dict[str, Result | None] = dict.fromkeys(folders)
+        self.tasks: dict[str, Result | None] = dict.fromkeys(tasks)
+        self.out, self.samples = out, samples
+        self._earlier = {} if out is None else _read(out)
+        versions = self._earlier.get("versions", {})
+        # the harness has none where it was not asked for anything
+        if any(self._earlier.get(key) != about[key] for key in _SAME) or any(
+            versions.get(name, number) != number for name, number in about["versions"].items()
+        ):
+            self._earlier = {}
+        self.loaded = {key: self._earlier.get(key) for key in _LOADED}
+        self._sampled = None if samples is None else {name for name, _ in _lines(samples)}
+
+    def keep_heldout(self, folder: str, **measured_with: Any) -> bool:
+        """Whether an earlier call measured this corpus with the same."""
+        self.heldout[folder] = _same(self._earlier.get("heldout"), folder, measured_with)
+        return self.heldout[folder] is not None
+
+    def keep_task(self, name: str, **measured_with: Any) -> bool:
+        """Whether an earlier call measured this set with the same, and its samples are there."""
+        self.tasks[name] = _same(self._earlier.get("tasks"), name, measured_with)
+        if self._sampled is not None and name not in self._sampled:
+            self.tasks[name] = None
+        return self.tasks[name] is not None
+
+    def drop_samples(self) -> None:
+        """Leaves the lines of sets that are kept; what a stopped call wrote of others goes."""
+        if self.samples is not None:
+            lines = (line for name, line in _lines(self.samples) if self.tasks.get(name))
+            write_text_atomically(self.samples, "".join(lines))
+
+    def add_task(self, name: str, result: Result, samples: Iterable[Mapping[str, Any]]) -> None:
+        if self.samples is not None:
+            with self.samples.open("a", encoding="utf-8") as file:
+                for sample in samples:
+                    file.write(json.dumps(sample, ensure_ascii=False, default=str) + "\n")
+        self.tasks[name] = result
+        self.write()
+
+    def write(self, *, finished: bool = False) -> dict[str, Any]:
+        """The record as it stands; the mean belongs to one that is finished."""
+        tasks = {name: one for name, one in self.tasks.items() if one is not None}
+        heldout = {folder: one for folder, one in self.heldout.items() if one is not None}
+        mean, why = None, None
+        if finished and any(name in SIX for name in tasks):
+            mean, why = six_mean(tasks, limit=self.about["limit"])
+        record = {
+            **self.about,
+            **self.loaded,
+            "finished": finished,
+            "tasks": tasks,
+            "heldout": heldout or None,
+            "mean_percent": mean,
+            "mean_missing": why,
+        }
+        if self.out is not None:
+            write_json_atomically(self.out, record)
+        return record
+
+
+def _same(
+    earlier: Mapping[str, Result] | None, name: str, measured_with: Mapping[str, Any]
+) -> Result | None:
+    """What was measured of it, where it was and with the same."""
+    found = (earlier or {}).get(name)
+    if found is None or found["missing"] is not None:
+        return None
+    return found if all(found[key] == value for key, value in measured_with.items()) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Empty for what is no record: it is written anew."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(name of the set, line) of a file of samples; none of one that is not there."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)["set"], line
+            except (ValueError, LookupError, TypeError):
+                # cut off by a kill, or no sample
+                continue

@@ -1,0 +1,96 @@
+"""What stages that train have in common: [training], [run], and the fields of their commands."""
+
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from capgap.corpus.given import Given
+from capgap.section import Count, LearningRate
+from capgap.stage import HOW, SEVERAL, Stage
+from capgap.train.recipe import ABOUT_A_TEACHER, RunSection, TrainingSection
+
+
+class TrainingStage(Stage):
+    """A stage that trains, by itself or with the other processes of torchrun."""
+
+    out: Annotated[Path, HOW, "Folder for models, metrics and record."]
+    window: Annotated[int, Field(ge=8), "Tokens of a training window."] = 512
+    learning_rate: Annotated[
+        LearningRate, "Peak rate; auto is a rule per size, half of it for what has weights already."
+    ] = "auto"
+    seed: Annotated[int, "Decides the order of the windows, and a new model's weights."] = 0
+    track: Annotated[
+        tuple[str, ...],
+        SEVERAL,
+        HOW,
+        "Also tells tensorboard, trackio or wandb every step; may be given several times.",
+    ] = ()
+    training: TrainingSection = TrainingSection()
+    running: Annotated[RunSection, HOW] = Field(RunSection(), alias="run")
+
+    @property
+    def record_file(self) -> Path:
+        return self.out / f"{self.title()}.json"
+
+
+class Training(TrainingStage):
+    """What `train` and `distill` share: models learn from text, with or without a teacher.
+
+    Every `heldout_steps` the held-out loss is taken and the best checkpoint kept; None: at the end
+    alone. `size`: beside the others a new model of `architecture` with random weights.
+    """
+
+    corpus: Annotated[
+        Given, SEVERAL, "FOLDER[=WEIGHT] that `capgap corpus` prepared; several are mixed."
+    ]
+    tokens: Annotated[Count, "Training tokens, such as 10M."]
+    heldout_steps: Annotated[
+        Count | None,
+        "Held-out loss every so many steps; the checkpoint with the lowest mean is kept too.",
+    ] = None
+    teacher: str | None = None
+    cache: Path | None = None
+    size: Count | None = None
+    architecture: str = "llama"
+
+    @property
+    def begun_with(self) -> tuple[str, ...]:
+        """The models that learn, as they are before: folders or names."""
+        raise NotImplementedError
+
+    @property
+    def new(self) -> str | None:
+        """The name of the new model, where one is asked for."""
+        from capgap.sizes import format_count
+
+        return None if self.size is None else f"{self.architecture}-{format_count(self.size)}"
+
+    @property
+    def names(self) -> list[str]:
+        """Of the models that learn, in the output folder; the new one last."""
+        names = [Path(model).name for model in self.begun_with]
+        return names if self.new is None else [*names, self.new]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.names:
+            raise ValueError("nothing to train: name a model, or the size of a new one")
+        if len(set(self.names)) < len(self.names):
+            given = ", ".join(self.names)
+            raise ValueError(f"two students have one name among {given}: rename a folder")
+        self.training.check_batches("window", self.window)
+        self.training.check_tokens("tokens", self.tokens)
+        idle = [name for name in ABOUT_A_TEACHER if name in self.training.model_fields_set]
+        if self.teacher is None and idle:
+            raise ValueError(f"training.{idle[0]} is about a teacher, and there is none here")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        found = super().identity() | {"new": self.new}
+        for name in ("size", "architecture"):
+            del found[name]
+        if self.teacher is None:
+            for name in ABOUT_A_TEACHER:
+                del found["training"][name]
+        return found
