@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "capgap"
 COUNTED = (".py", ".j2", ".js", ".css")
 CEILINGS = {
-    "lines": 32_140,
-    "files": 197,
+    "lines": 32_347,
+    "files": 198,
     "longest file": 537,
-    "closure of a sweep's worker": 9_160,
-    "closure of capgap quickstart": 20_570,
+    "closure of a sweep's worker": 9_177,
+    "closure of capgap quickstart": 20_772,
 }
 # What a room may import besides itself; rooms below stand in BELOW
 BELOW = {"archives", "errors", "hardware", "limits", "locking", "machine", "records", "scrub"}
@@ -38,8 +38,9 @@ ARROWS = {
     "stages": {"corpus", "distill", "evaluate", "export", "models", "prune", "report"}
     | {"train", "tune"},
     "config": {"pipeline", "sweep"},
-    "sweep": {"corpus", "distill", "evaluate", "export", "law", "models", "prune", "report"}
-    | {"stages", "train"},
+    # `column` reads its own recipe; config knows the models of recipes, which lie in the rooms
+    "sweep": {"config", "corpus", "distill", "evaluate", "export", "law", "models", "prune"}
+    | {"report", "stages", "train"},
     "cost": {"distill", "law", "models", "pipeline", "prune", "stages", "sweep", "train"},
     "pipeline": {"corpus", "law", "stages", "stopping", "train"},
     "stopping": set(),

@@ -17,7 +17,12 @@ from capgap.config import find_recipe, load_any_recipe
 from capgap.errors import UserError
 from capgap.pipeline import runner
 from capgap.pipeline.state import RunState, decide
-from capgap.pipeline.steps import plan_steps
+from capgap.pipeline.steps import Step, plan_steps
+from capgap.stage import Stage, settings
+from capgap.stages.cache import Cache
+from capgap.stages.distill import Distill
+from capgap.stages.prune import Prune
+from capgap.stopping import Signals, Stopped
 
 ALL = [
     "teacher-corpus",
@@ -306,3 +311,70 @@ def test_the_paper_s_run_is_shown_without_its_texts(typed, tmp_path):
     nowhere = typed("run", "minima-tiny", "-s", "teacher={model='Llama-2-7B'}", "--dry-run")
     assert nowhere.code == 2
     assert "say where its weights are" in nowhere.err
+
+
+@pytest.mark.parametrize("name", ["minima-tiny", "minima-3b"])
+def test_a_stage_is_its_command(name, tmp_path):
+    """What a stage's command line says is that stage again."""
+    for step in plan_steps(load_any_recipe(find_recipe(name)), tmp_path):
+        assert read_back(step.stage) == step.stage
+
+
+def test_odd_values_are_in_the_command():
+    folders = {"out": Path("o"), "corpus": [("a", 1 / 3), ("b", 2 / 3)]}
+    training = {"ignored_tokens": ["😀", 'a"b'], "micro_batch_tokens": None, "betas": [0.8, 0.9]}
+    for stage in (
+        Cache(teacher="t", part="2/4", document_mask=True, **folders),
+        Distill(teacher="t", students=["s"], tokens=4096, training=training, **folders),
+        Prune(teacher="t", out=Path("o"), shape={"hidden": 64, "layers": 2}, dry_run=True),
+    ):
+        assert read_back(stage) == stage
+
+
+def read_back(stage):
+    """A stage from its own words."""
+    name, *words = stage.command()
+    command = typer.main.get_command(app).commands[name]
+    given = command.make_context(name, words).params
+    quiet, as_json = given.pop("quiet"), given.pop("json_")
+    assert not quiet
+    assert not as_json
+    sections = settings(type(stage), given.pop("set_", None) or [])
+    return type(stage)(**{key: one for key, one in given.items() if one is not None}, **sections)
+
+
+@pytest.mark.parametrize("when", ["told", "finishing"])
+def test_a_signal_between_steps_stops_the_run(tmp_path, monkeypatch, when):
+    """One that comes too late for the step at work keeps what it did, and starts no other."""
+
+    class Kept(Stage):
+        out: Path
+
+        def run(self, *, say, should_stop):
+            self.out.mkdir()
+            if when == "finishing":
+                signal.raise_signal(signal.SIGTERM)
+            return {}
+
+        def told(self, found):
+            if when == "told":
+                signal.raise_signal(signal.SIGTERM)
+            return ""
+
+    steps = [Step(name, Kept(out=tmp_path / "out" / name)) for name in ("first", "second")]
+    monkeypatch.setattr(runner, "plan_steps", lambda recipe, out: steps)
+    with pytest.raises(Stopped) as stopped:
+        runner.run_pipeline(tiny(), tmp_path / "out")
+    assert stopped.value.number == signal.SIGTERM
+    kept = json.loads((tmp_path / "out" / "run.json").read_text())["steps"]
+    assert {name: one["status"] for name, one in kept.items()} == {"first": "done"}
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            signals.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)

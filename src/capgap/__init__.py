@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from capgap.stages.prefer import Prefer as Prefer
     from capgap.stages.prune import Prune as Prune
     from capgap.stages.score import Score as Score
+    from capgap.sweep.column import Column as Column
 
 __version__ = "0.1.0"
 
@@ -129,22 +130,23 @@ def run_search(
 
 # Where the stages are defined; they are loaded when they are asked for
 STAGES = {
-    "Adapt": "adapt",
-    "Cache": "cache",
-    "Distill": "distill",
-    "Evaluate": "evaluate",
-    "Export": "export",
-    "Instruct": "instruct",
-    "Prefer": "prefer",
-    "Prepare": "corpus",
-    "Prune": "prune",
-    "Score": "score",
-    "Train": "distill",
+    "Adapt": "stages.adapt",
+    "Cache": "stages.cache",
+    "Column": "sweep.column",
+    "Distill": "stages.distill",
+    "Evaluate": "stages.evaluate",
+    "Export": "stages.export",
+    "Instruct": "stages.instruct",
+    "Prefer": "stages.prefer",
+    "Prepare": "stages.corpus",
+    "Prune": "stages.prune",
+    "Score": "stages.score",
+    "Train": "stages.distill",
 }
-_ELSEWHERE = STAGES | {"open_text": "inputs"}
+_ELSEWHERE = STAGES | {"open_text": "stages.inputs"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _ELSEWHERE:
         raise AttributeError(f"module 'capgap' has no attribute {name!r}")
-    return getattr(import_module(f"capgap.stages.{_ELSEWHERE[name]}"), name)
+    return getattr(import_module(f"capgap.{_ELSEWHERE[name]}"), name)

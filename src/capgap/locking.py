@@ -10,11 +10,16 @@ from capgap.errors import UserError
 LOCK = ".lock"
 
 
-@contextmanager
-def locked_folder(out: Path) -> Iterator[int]:
-    """The folder, made if need be, is this process's while inside; gives the lock, an open file.
+class InUse(UserError):
+    """Another process is at work in the folder."""
 
-    UserError: not writable, or another process is at work there.
+
+@contextmanager
+def locked_folder(out: Path, *, shared: bool = False) -> Iterator[int]:
+    """The folder, made if need be, is this process's while inside, or `shared` with others that
+    share it; gives the lock, an open file.
+
+    UserError: not writable. InUse: another process is at work there.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -25,7 +30,7 @@ def locked_folder(out: Path) -> Iterator[int]:
         ) from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is at work in {out}") from None
+            raise InUse(f"another process is at work in {out}") from None
         yield lock.fileno()

@@ -59,6 +59,8 @@ class Stage(Section):
     continues: ClassVar[bool] = True
     # Whether it saves its state when it is asked to stop; others are stopped where they are
     saves_when_asked: ClassVar[bool] = True
+    # Whether each of several processes has a part of its own
+    has_parts: ClassVar[bool] = False
     # The command's name, where the class has another
     command_name: ClassVar[str] = ""
 
@@ -144,7 +146,9 @@ class Stage(Section):
         for name, field in type(self).model_fields.items():
             if _is_settings(field):
                 section = getattr(self, name)
-                for key, value in section.model_dump(mode="json", exclude_unset=True).items():
+                for key, value in section.model_dump(
+                    mode="json", exclude_unset=True, exclude_none=True
+                ).items():
                     yield f"{field.alias or name}.{key}={_toml(value)}"
 
 
@@ -264,4 +268,4 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(_toml(one) for one in value)}]"
     # TOML writes texts and truth as JSON does
-    return json.dumps(value) if isinstance(value, str | bool) else repr(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)

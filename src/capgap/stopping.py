@@ -26,12 +26,15 @@ class Signals:
 
     def __init__(self) -> None:
         self.sent = 0
-        self._waits = False
+        # None: nothing is at work, or a process that is told
+        self._waits: bool | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        self._before = {one: signal.signal(one, self._note) for one in self.NUMBERS}
+        # what is ignored stays so: nohup lets a terminal close
+        heeded = [one for one in self.NUMBERS if signal.getsignal(one) is not signal.SIG_IGN]
+        self._before = {one: signal.signal(one, self._note) for one in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,32 +48,35 @@ class Signals:
         if self._process is not None:
             self._process.send_signal(number)
         # the second one does not wait
-        elif again or not self._waits:
+        elif self._waits is not None and (again or not self._waits):
             raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Stopped where a signal came while nothing was at work that could end for it."""
+        if self.sent:
+            raise Stopped(self.sent)
 
     def run(self, stage: Stage, say: Say) -> dict[str, Any]:
         """What the stage finds; Stopped where it was asked to end."""
-        self._waits = stage.saves_when_asked
+        self.check()
         try:
+            self._waits = stage.saves_when_asked
             return stage.run(say=say, should_stop=lambda: bool(self.sent))
         except (Interrupted, KeyboardInterrupt):
             raise Stopped(self.sent or signal.SIGINT) from None
         finally:
-            self._waits = False
+            self._waits = None
 
     def run_process(self, command: Sequence[str], **options: Any) -> int:
         """The exit code of a process in a group of its own, 128 and the number for a signal that
         killed it. What we are sent goes on to it."""
         # of our own group, a Ctrl-C in the terminal would reach it twice, and the second one does
         # not wait for its state to be saved
-        self._waits = True
         with subprocess.Popen(command, start_new_session=True, **options) as process:
             self._process = process
             if self.sent:  # before there was one
                 process.send_signal(self.sent)
             code = process.wait()
             self._process = None
-        self._waits = False
-        if self.sent:
-            raise Stopped(self.sent)
+        self.check()
         return 128 - code if code < 0 else code

@@ -54,9 +54,9 @@ def exit_with(line: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def stopped(out: Path, number: int) -> NoReturn:
+def stopped(out: Path, number: int, *, continues: bool = True) -> NoReturn:
     kept = f"what is done is kept in {out}, the same command continues"
-    line = f"stopped; {kept if out.exists() else 'nothing was written'}"
+    line = f"stopped; {kept if continues else 'nothing was written'}"
     exit_with("" if started()[0] else line, 128 + number)
 
 
@@ -81,9 +81,9 @@ def add_stage(kind: "type[Stage]") -> None:
         except FieldError as error:
             raise UserError(f"{option(error.field)} {error.why}") from None
         except Stopped as ended:
-            stopped(stage.writes[0], ended.number)
-        # the first of several processes tells
-        if started()[0]:
+            stopped(stage.writes[0], ended.number, continues=kind.continues)
+        # the first of several processes tells, or each of its own part
+        if started()[0] and not kind.has_parts:
             return
         if as_json:
             print_json(found)

@@ -62,7 +62,7 @@ def run(
     quieten_transformers()
     say = make_lines(Console(stderr=True), quiet=quiet)
     try:
-        found = run_pipeline(loaded, folder, again_from=from_, until=until, say=say)
+        found = run_pipeline(loaded, folder, again_from=from_, until=until, quiet=quiet, say=say)
     except Stopped as ended:
         stopped(folder, ended.number)
     except StepFailed as failed:

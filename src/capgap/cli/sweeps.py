@@ -1,4 +1,4 @@
-"""Commands that run a grid, whole or in part: quickstart, sweep, search, report."""
+"""Commands that run a grid, whole or in part: quickstart, sweep, search, report, column."""
 
 import signal
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from capgap.cli.app import (
     Out,
     Override,
     Quiet,
+    add_stage,
     app,
     exit_with,
     print_json,
@@ -23,6 +24,7 @@ from capgap.cli.app import (
 )
 from capgap.errors import UserError
 from capgap.machine import started
+from capgap.sweep.column import Column
 
 if TYPE_CHECKING:
     from capgap.config import Recipe
@@ -132,6 +134,9 @@ def report(
         for sentence in found["verdict"]:
             print(sentence)
         print(f"report: {found['report']}")
+
+
+add_stage(Column)
 
 
 def _loaded(command: str, name: str, overrides: list[str] | None) -> "Recipe":

@@ -18,15 +18,21 @@ class Weighted(NamedTuple):
 
     def __str__(self) -> str:
         """As it is typed."""
-        return str(self.folder) + ("" if self.weight is None else f"={self.weight:g}")
+        return str(self.folder) + ("" if self.weight is None else f"={self.weight!r}")
 
 
 def parse_mixture(texts: Sequence[str]) -> tuple[Weighted, ...]:
-    """What `--corpus FOLDER=WEIGHT` says, given once or several times.
+    """What `--corpus FOLDER=WEIGHT` says, given once or several times; UserError as
+    `check_weights`."""
+    return check_weights([_parse(text) for text in texts])
 
-    UserError: a weight that is no number above 0, some with a weight and some without, one twice.
-    """
-    given = tuple(_parse(text) for text in texts)
+
+def check_weights(given: Sequence[Weighted]) -> tuple[Weighted, ...]:
+    """UserError: a weight that is no number above 0, some with a weight and some without, one
+    twice."""
+    for folder, weight in given:
+        if weight is not None and not 0 < weight < math.inf:
+            raise UserError(f"{folder}: the weight {weight!r} is no number above 0")
     without = [folder for folder, weight in given if weight is None]
     if without and len(without) < len(given):
         raise UserError(f"{without[0]} has no weight: give every corpus one, or none")
@@ -34,7 +40,7 @@ def parse_mixture(texts: Sequence[str]) -> tuple[Weighted, ...]:
     for folder in folders:
         if folders.count(folder) > 1:
             raise UserError(f"{folder} is named twice: give it once, with its whole weight")
-    return given
+    return tuple(given)
 
 
 def _parse(text: str) -> Weighted:
@@ -54,9 +60,13 @@ def _parse(text: str) -> Weighted:
 def _parsed(given: Any) -> Any:
     """One text or folder, or several, as pairs; anything else as it is."""
     texts = [given] if isinstance(given, str | Path) else given
-    if not isinstance(texts, list | tuple) or not all(isinstance(one, str | Path) for one in texts):
+    if not isinstance(texts, list | tuple):
         return given
     try:
+        if texts and all(isinstance(one, tuple) for one in texts):
+            return check_weights([Weighted(Path(folder), weight) for folder, weight in texts])
+        if not all(isinstance(one, str | Path) for one in texts):
+            return given
         return parse_mixture([str(one) for one in texts]) or None
     except UserError as error:
         raise ValueError(str(error)) from None

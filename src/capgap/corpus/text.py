@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from capgap.corpus.batches import batch_places, walk
+from capgap.corpus.given import Weighted, check_weights
 from capgap.corpus.marks import Marks
 from capgap.corpus.tokens import Corpus, HeldoutDocument, TokenWindows, checked_numbers, load_corpus
 from capgap.errors import UserError
@@ -68,10 +69,11 @@ class Text:
     def open(cls, given: Sequence[tuple[Path | str, float | None]], window: int) -> "Text":
         """Prepared corpora by their folders and weights; without weights all weigh the same.
 
-        UserError: as `load_corpus` and `of`.
+        UserError: as `load_corpus`, `of` and `check_weights`.
         """
-        corpora = [load_corpus(folder, window=window) for folder, _ in given]
-        return cls.of(corpora, [weight or 1.0 for _, weight in given])
+        weighted = check_weights([Weighted(Path(folder), weight) for folder, weight in given])
+        corpora = [load_corpus(one.folder, window=window) for one in weighted]
+        return cls.of(corpora, [1.0 if one.weight is None else one.weight for one in weighted])
 
     @classmethod
     def of(cls, sources: Sequence[Corpus], weights: Sequence[float] | None = None) -> "Text":

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from capgap.corpus.marks import Marks
-from capgap.errors import UserError
+from capgap.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -265,11 +265,15 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 def damage(directory: Path, manifest: dict[str, Any], *, contents: bool = False) -> str | None:
     """The first file that is missing or of another size than the manifest says, in words, or None.
     With `contents` every file is read, and one whose hash is another counts too."""
-    itemsize = np.dtype(manifest["dtype"]).itemsize
-    heldout = manifest["heldout"]
-    heldout_tokens = sum(entry["tokens"] + 1 for entry in heldout["evaluated"])
-    files = [(one["name"], one["tokens"], one["sha256"]) for one in manifest["train"]["shards"]]
-    for name, tokens, sha256 in [*files, (HELDOUT, heldout_tokens, heldout["sha256"])]:
+    try:
+        itemsize = np.dtype(manifest["dtype"]).itemsize
+        heldout = manifest["heldout"]
+        heldout_tokens = sum(entry["tokens"] + 1 for entry in heldout["evaluated"])
+        files = [(one["name"], one["tokens"], one["sha256"]) for one in manifest["train"]["shards"]]
+        files.append((HELDOUT, heldout_tokens, heldout["sha256"]))
+    except (KeyError, TypeError) as error:
+        return f"{MANIFEST} is not as it was written ({first_line(error)})"
+    for name, tokens, sha256 in files:
         path, size = directory / name, tokens * itemsize
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} is not there with its {size} bytes"

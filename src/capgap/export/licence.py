@@ -106,12 +106,15 @@ def _from_card(fields: dict[str, Any], source: str) -> Licence | None:
 def front_matter(card: Path) -> dict[str, Any]:
     """The YAML at the head of a model card; {} where there is none or it cannot be read."""
     import yaml
-    from huggingface_hub import metadata_load
 
+    # a byte that is no UTF-8 in its text says nothing of its head
+    text = card.read_text(encoding="utf-8", errors="replace")
+    head = re.match(r"---\s*\n(.*?)\n---\s*$", text, re.DOTALL | re.MULTILINE)
     try:
-        return metadata_load(card) or {}
+        found = yaml.safe_load(head[1]) if head is not None else None
     except (ValueError, yaml.YAMLError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _title(text: str) -> str:

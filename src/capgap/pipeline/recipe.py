@@ -52,7 +52,7 @@ class CorpusEntry(TextSection):
     """Text that the student learns from; several make a mixture by their weights."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "text"
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
 class HardwareSection(Section):

@@ -47,6 +47,7 @@ def run_pipeline(
     *,
     again_from: str | None = None,
     until: str | None = None,
+    quiet: bool = False,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Runs what is not done or has changed, up to the step `until`; returns run.json.
@@ -62,17 +63,22 @@ def run_pipeline(
         decisions = _selected(recipe, state, out, again_from, until)
         state.forget_others(plan_steps(recipe, out))
         state.record["recipe"] = recipe.model_dump(mode="json")
+        if "trackio" in recipe.track:
+            # the library takes one folder for all that a process tells it
+            os.environ.setdefault("TRACKIO_DIR", str(out / "trackers" / "trackio"))
         for number, decision in enumerate(decisions, 1):
             head = f"[{number}/{len(decisions)}] {decision.step.name}"
             if decision.state == "done":
                 say(f"{head}: done before")
                 continue
+            signals.check()
             say(f"{head}: {_announced(decision)}")
-            work = _Work(decision, state, signals, recipe.hardware.processes, lock, say)
-            work.run()
+            processes = recipe.hardware.processes
+            _Work(decision, state, signals, processes, lock, say, quiet).run()
             kept = state.begun(decision.step) or {}
             told = f", {kept['result']}" if kept["result"] else ""
             say(f"{head}: {clock_time(kept['seconds'])}{told}")
+        signals.check()
         return state.record
 
 
@@ -109,6 +115,7 @@ class _Work:
         processes: int,
         lock: int,
         say: Say,
+        quiet: bool,
     ) -> None:
         self.decision = decision
         self.step = decision.step
@@ -117,12 +124,11 @@ class _Work:
         self.processes = processes
         self.lock = lock
         self.say = say
+        self.quiet = quiet
 
     def run(self) -> None:
         """Keeps how it ended; raises what ended it."""
         anew = self.decision.state == "run"
-        for path in self.step.stage.writes if anew else ():
-            _remove(path)
         begun = self.state.begun(self.step) or {}
         self.state.keep(
             self.step,
@@ -134,6 +140,9 @@ class _Work:
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             result=None,
         )
+        # after it is kept that nothing is done: half of what was there is nothing either
+        for path in (*self.step.stage.writes, *self.step.clears) if anew else ():
+            _remove(path)
         start = time.monotonic()
         status = "failed"
         result = None
@@ -161,7 +170,7 @@ class _Work:
     def _share(self, stage: TrainingStage) -> str:
         words = [sys.executable, "-m", "capgap.pipeline.processes", str(self.processes)]
         code = self.signals.run_process(
-            [*words, *stage.command()],
+            [*words, *stage.command(), *(["--quiet"] if self.quiet else [])],
             stdout=sys.stderr.fileno(),
             # a random.py in the working folder is not Python's
             env=os.environ | {"PYTHONSAFEPATH": "1"},

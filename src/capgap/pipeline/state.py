@@ -190,8 +190,6 @@ def _identities(stage: Stage, out: Path) -> dict[str, str | None]:
         except UserError:
             found[text] = None
     for name in stage.marked(Mark.FILE):
-        if Path(name).is_relative_to(out):
-            continue
         try:
             with Path(name).open("rb") as stream:
                 found["data"] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]

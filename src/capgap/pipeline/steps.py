@@ -23,11 +23,13 @@ from capgap.train.recipe import ABOUT_A_TEACHER, TrainingSection
 
 @dataclass(frozen=True)
 class Step:
-    """A stage of a run by its name there; `after`: the steps whose results it reads."""
+    """A stage of a run by its name there; `after`: the steps whose results it reads; `clears`: what
+    else goes when it starts anew, since an earlier recipe may have made it."""
 
     name: str
     stage: Stage
     after: tuple[str, ...] = ()
+    clears: tuple[Path, ...] = ()
 
 
 def plan_steps(recipe: RunRecipe, out: Path) -> list[Step]:
@@ -196,13 +198,14 @@ class _Planner:
             return
         told = ("adapt", "prune", "distill", "evaluate-final", "evaluate", "instruct", "prefer")
         stages = {step.name: step.stage for step in self.steps if step.name in told}
+        gguf = self.out / "model.gguf"
         stage = Export(
             model=final,
             record=tuple(one.record_file for one in stages.values() if one.record_file),
             dtype=asked.dtype,
             name=self.recipe.name,
-            gguf=self.out / "model.gguf" if asked.gguf else None,
+            gguf=gguf if asked.gguf else None,
             out=self.out / "model",
         )
         measured = [name for name in stages if name.startswith("evaluate")]
-        self._add("export", stage, (*last, *measured))
+        self.steps.append(Step("export", stage, (*last, *measured), clears=(gguf,)))

@@ -20,6 +20,7 @@ from capgap.corpus.given import Weighted
 from capgap.errors import UserError
 from capgap.machine import started
 from capgap.records import write_json_atomically
+from capgap.scrub import scrub
 from capgap.section import Count, LearningRate, Section
 from capgap.sizes import parse_count
 from capgap.stage import ARGUMENT, Mark, Say, ShouldStop
@@ -201,7 +202,7 @@ def _follow(request: Adapt, say: Say, should_stop: ShouldStop) -> dict[str, Any]
             raise Interrupted
         record = json.loads(path.read_text()) if path.exists() else {}
         measured = record.get("heldout", {})
-        if record.get("asked") == request.identity() and _is_measured(
+        if record.get("asked") == scrub(request.identity()) and _is_measured(
             request, measured, "extended"
         ):
             _Run(request, record, say).train(should_stop)

@@ -5,28 +5,27 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, Field
 
 from capgap.corpus.given import Given
 from capgap.errors import UserError
+from capgap.machine import started
 from capgap.section import Count, Dtype
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage, paced
 
 
-def _part(given: Any) -> Any:
-    """ "2/4" to (1, 4)."""
-    if not isinstance(given, str):
-        return given
+def _part(given: str) -> str:
     found = re.fullmatch(r"(\d+)/(\d+)", given)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise ValueError("is not of the form 2/4: the second of four")
-    return int(found[1]) - 1, int(found[2])
+    return given
 
 
 class Cache(Stage):
     """Keep a teacher's signal on disk; the same command goes on with what is missing."""
 
     saves_when_asked: ClassVar[bool] = False
+    has_parts: ClassVar[bool] = True
 
     teacher: Annotated[str, ARGUMENT, Mark.MODEL, "A Hugging Face folder or name."]
     corpus: Annotated[
@@ -56,7 +55,7 @@ class Cache(Stage):
     offload: Annotated[bool, HOW, "Layers lie in host memory (needs accelerate)."] = False
     batch_windows: Annotated[Count, HOW, "Windows the teacher reads at once."] = 8
     part: Annotated[
-        Annotated[tuple[int, int], BeforeValidator(_part)] | None,
+        Annotated[str, AfterValidator(_part)] | None,
         HOW,
         "2/4: the second of four processes that share the work; torchrun's do so by themselves.",
     ] = None
@@ -66,14 +65,14 @@ class Cache(Stage):
     ) -> dict[str, Any]:
         """Writes what the cache in the folder still lacks; returns what `--json` prints.
 
-        Part (i, n) writes every n-th shard; without one, every process of torchrun its own.
+        Part "2/4" writes every fourth shard; without one, every process of torchrun its own.
         """
         import torch
 
         from capgap.distill.cache import CacheIdentity, CacheProgress, CacheWriter, write_cache
         from capgap.distill.cache_format import CacheFormat
         from capgap.distill.teacher import load_teacher
-        from capgap.machine import resolve_device, started
+        from capgap.machine import resolve_device
         from capgap.models.identity import model_hash
         from capgap.stages.inputs import check_model, open_text, warn_of_beginning
         from capgap.train.precision import teacher_dtype
@@ -116,7 +115,7 @@ class Cache(Stage):
             teacher,
             corpus,
             device=torch.device(device),
-            part=self.part or started(),
+            part=self._part(),
             batch_windows=self.batch_windows,
             on_batch=on_batch,
         )
@@ -134,6 +133,13 @@ class Cache(Stage):
             "corpus_hash": identity.corpus_hash,
             "seconds": time.monotonic() - began,
         }
+
+    def _part(self) -> tuple[int, int]:
+        """(which, of how many), from 0 on."""
+        if self.part is None:
+            return started()
+        which, number = self.part.split("/")
+        return int(which) - 1, int(number)
 
     def told(self, found: dict[str, Any]) -> str:
         if not found["complete"]:

@@ -235,7 +235,9 @@ class _Run:
 
     def _token_flops(self) -> int:
         students = sum(training_flops(_total(one.model), 1) for one in self.learners)
-        return students + forward_flops(self.teacher_parameters, 1)
+        # who learns from the text alone has no use for the teacher's passes
+        taught = any(one.alpha > 0 for one in self.learners)
+        return students + (forward_flops(self.teacher_parameters, 1) if taught else 0)
 
     def _record(self, **values: Any) -> None:
         self.record |= values

@@ -1,6 +1,5 @@
 """The stage `corpus`: text becomes token shards with a manifest."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -56,6 +55,7 @@ class Prepare(TextSection, Stage):
             **self.model_dump(exclude={"source", "out"}),
             progress=corpus_progress(say),
         )
+        say(_what_was_read(made.manifest))
         return {
             "folder": str(made.directory),
             "train_tokens": made.train_tokens,
@@ -67,8 +67,7 @@ class Prepare(TextSection, Stage):
 
     def told(self, found: dict[str, Any]) -> str:
         tokens, words = found["train_tokens"], found["vocabulary"]
-        read = _what_was_read(json.loads(Path(found["manifest"]).read_text()))
-        return f"{read}\n{tokens:,} training tokens, vocabulary {words}, in {self.out}"
+        return f"{tokens:,} training tokens, vocabulary {words}, in {self.out}"
 
     def result(self, found: dict[str, Any]) -> str:
         return f"{format_count(found['train_tokens'])} tokens, vocabulary {found['vocabulary']:,}"

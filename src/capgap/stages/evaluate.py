@@ -152,11 +152,11 @@ class Evaluate(EvaluateSection, Stage):
     def result(self, found: dict[str, Any]) -> str:
         told = [
             f"held-out loss on {Path(name).name} "
-            + ("missing" if one["loss"] is None else f"{one['loss']:.3f}")
+            + ("missing" if one["missing"] else f"{one['loss']:.3f}")
             for name, one in (found["heldout"] or {}).items()
         ]
         told += [
-            f"{name} missing" if one["score"] is None else f"{name} {one['score']:.3f}"
+            f"{name} missing" if one["missing"] else f"{name} {one['score']:.3f}"
             for name, one in found["tasks"].items()
         ]
         return ", ".join(told)

@@ -38,7 +38,6 @@ class Export(Stage):
     record: Annotated[
         tuple[Path, ...],
         SEVERAL,
-        Mark.FILE,
         "A record for the model card, beside those that lie beside and above MODEL.",
     ] = ()
     gguf: Annotated[Path | None, "Also write this file for llama.cpp."] = None

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from capgap.corpus.sources import open_source
 from capgap.errors import UserError
 from capgap.locking import LOCK, locked_folder
@@ -143,9 +145,12 @@ def _refuse_other_recipe(
     def is_recorded(run: Teacher | Cell) -> bool:
         return (out / "records" / run.id / RECORD_FILE).exists()
 
-    old_recipe = Recipe.model_validate(identity(before) | {"name": before["name"]})
-    models = old_recipe.teachers.models
-    old_plan = make_plan(old_recipe, [one for one in grown.teachers if one.source in models])
+    try:
+        old_recipe = Recipe.model_validate(identity(before) | {"name": before["name"]})
+        models = old_recipe.teachers.models
+        old_plan = make_plan(old_recipe, [one for one in grown.teachers if one.source in models])
+    except (ValidationError, UserError):
+        raise refusal(changed, "what is there cannot be read by this version") from None
     after = grown.runs
     for name, run in old_plan.runs.items():
         if run != after.get(name, run) or (name not in after and is_recorded(run)):

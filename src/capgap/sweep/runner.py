@@ -16,6 +16,7 @@ from capgap.machine import machine, resolve_device, versions
 from capgap.records import RunRecord, read_records, write_json_atomically
 from capgap.report.page import write_report
 from capgap.sizes import format_count
+from capgap.stage import Say
 from capgap.stages.corpus import corpus_progress
 from capgap.sweep.checks import check_disk, check_records, check_sources, claimed, lost_teachers
 from capgap.sweep.context import Context, resolve_workers
@@ -58,14 +59,10 @@ def run_folder(
     """Everything around the runs: checks, corpus, workers, results. `work` asks for runs of the
     plan. `is_whole`: for all of them, so that there must be disk space for them, and the folder may
     hold some of a smaller plan."""
-    recipe = plan.recipe
-    device = resolve_device(recipe.run.device)
-    number, threads = resolve_workers(recipe.run.workers, device, most=plan.width)
-    check_sources(recipe, out)
-    with claimed(out, recipe, grown=plan if is_whole else None) as earlier:
-        resolved = _began_with(out) or resolved_precision(recipe.training, recipe.run, device)
-        training = recipe.training.model_copy(update=resolved)
-        context = Context(recipe, out.resolve(), device, threads, training)
+    number, threads = resolve_workers(
+        plan.recipe.run.workers, resolve_device(plan.recipe.run.device), most=plan.width
+    )
+    with opened(plan, out, threads, grows=is_whole) as (context, earlier):
         records = check_records(context, plan, earlier)
         if is_whole:
             check_disk(context, plan)
@@ -73,7 +70,7 @@ def run_folder(
         # the workers load torch while the corpus is prepared
         with display, Workers(context, number) as workers:
             with log.stage("corpus"):
-                corpus = _prepare(plan, context, records, display)
+                corpus = _prepare(plan, context, records, display.say)
             _check_corpus(plan, corpus)
             # a recipe that has grown is noted before there is a run of it
             log.write(corpus=_corpus_summary(corpus))
@@ -92,6 +89,37 @@ def run_folder(
             clear_work(context)
         log.write()
         return _result(out, log)
+
+
+@contextmanager
+def opened(
+    plan: Plan, out: Path, threads: int | None, *, grows: bool
+) -> Iterator[tuple[Context, list[str]]]:
+    """The folder is this process's while inside: what all runs there share, and the hashes of the
+    recipes that this one has grown out of. UserError as `claimed`."""
+    recipe = plan.recipe
+    check_sources(recipe, out)
+    with claimed(out, recipe, grown=plan if grows else None) as earlier:
+        yield context_of(recipe, out, threads), earlier
+
+
+def context_of(recipe: Recipe, out: Path, threads: int | None) -> Context:
+    """What all runs of the sweep in this folder share, on this machine."""
+    device = resolve_device(recipe.run.device)
+    resolved = _began_with(out) or resolved_precision(recipe.training, recipe.run, device)
+    training = recipe.training.model_copy(update=resolved)
+    return Context(recipe, out.resolve(), device, threads, training)
+
+
+def prepare(plan: Plan, out: Path, say: Say) -> None:
+    """What is needed before any task: the folder's record of the recipe, and the corpus."""
+    with opened(plan, out, None, grows=True) as (context, earlier):
+        records = check_records(context, plan, earlier)
+        check_disk(context, plan)
+        log = _Log(context, plan, earlier)
+        corpus = _prepare(plan, context, records, say)
+        _check_corpus(plan, corpus)
+        log.write(corpus=_corpus_summary(corpus))
 
 
 def _began_with(out: Path) -> dict[str, str] | None:
@@ -180,6 +208,8 @@ class _Log:
     def __init__(self, context: Context, plan: Plan, earlier: Sequence[str]) -> None:
         self.path = context.out / "sweep.json"
         before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        # what has grown is not finished
+        is_same = before.get("recipe_hash") == context.recipe.hash()
         self.fields: dict[str, Any] = {
             "recipe": context.recipe.model_dump(mode="json"),
             "recipe_hash": context.recipe.hash(),
@@ -192,9 +222,9 @@ class _Log:
             "versions": versions(),
             "flops": plan.flops(expected_baselines(plan)),
             "started": before.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
-            "finished": before.get("finished"),
+            "finished": before.get("finished") if is_same else None,
             "corpus": before.get("corpus"),
-            "best": before.get("best"),
+            "best": before.get("best") if is_same else None,
         }
         self.stages: dict[str, float] = before.get("stages", {})
         self.peaks: dict[int, int] = {}
@@ -240,13 +270,11 @@ class _Log:
         write_json_atomically(self.path, self.fields | measured)
 
 
-def _prepare(
-    plan: Plan, context: Context, records: Sequence[RunRecord], display: Display
-) -> Corpus:
+def _prepare(plan: Plan, context: Context, records: Sequence[RunRecord], say: Say) -> Corpus:
     """The corpus of the sweep; once something is recorded, no other text may take its place."""
     asked = plan.recipe.corpus
     given = [teacher.source for teacher in plan.teachers if teacher.source is not None]
-    display.say(f"preparing the corpus {asked.source}")
+    say(f"preparing the corpus {asked.source}")
     corpus = prepare_corpus(
         asked.source,
         context.corpus_folder,
@@ -263,9 +291,9 @@ def _prepare(
         expected_hash=records[0].corpus_hash if records else None,
         # the folder is this recipe's, so what it holds besides is of one that did nothing yet
         replace=True,
-        progress=corpus_progress(display.say),
+        progress=corpus_progress(say),
     )
-    display.say(
+    say(
         f"corpus: {format_count(corpus.train_tokens)} training tokens, vocabulary "
         f"{corpus.vocabulary}"
     )

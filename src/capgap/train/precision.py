@@ -5,6 +5,7 @@ import os
 import torch
 
 from capgap.errors import UserError
+from capgap.machine import resolve_device
 from capgap.train.recipe import RunSection, TrainingSection
 
 # What `auto` becomes, for runs that are to compute alike on every machine
@@ -60,6 +61,6 @@ def resolved_precision(training: TrainingSection, run: RunSection, device: str) 
     """What `auto` becomes on this device in `precision` and `teacher_dtype`, which change the
     results: what has begun with them goes on with them, on another machine too."""
     precision = "fp32" if autocast_dtype(training.precision, device) is None else "bf16"
-    place = device if run.teacher_device == "same" else run.teacher_device
-    taught = teacher_dtype(training.teacher_dtype, precision, place)
+    place = device if run.teacher_device == "same" else resolve_device(run.teacher_device)
+    taught = teacher_dtype(training.teacher_dtype, training.precision, place)
     return {"precision": precision, "teacher_dtype": taught}

@@ -1,0 +1,76 @@
+"""A sweep whose tasks run one by one, each by itself, is the sweep."""
+
+import itertools
+import json
+
+import pytest
+from rich.console import Console
+
+from capgap.config import load_recipe
+from capgap.errors import Interrupted, UserError
+from capgap.locking import locked_folder
+from capgap.records import read_records
+from capgap.sweep import runner
+from capgap.sweep.column import Column
+from capgap.sweep.progress import make_display
+from test_bad_input import OwnWorkers, as_toml, use_own_workers
+
+
+@pytest.fixture
+def recipe(tiny_recipe, text_file, tmp_path):
+    tiny_recipe["corpus"] |= {"source": str(text_file), "heldout_tokens": 500}
+    tiny_recipe["teachers"] = {"sizes": ["14k", "20k"], "tokens": 768}
+    tiny_recipe["students"] = {"sizes": ["8k"], "tokens": [1024], "inits": ["pruned", "fixed"]}
+    tiny_recipe["run"] = {"checkpoint_seconds": 0}
+    path = tmp_path / "tiny.toml"
+    path.write_text(as_toml(tiny_recipe))
+    return path
+
+
+def results(out):
+    return {
+        record.id: (record.heldout, record.curve, record.after_cut, record.flops)
+        for record in read_records(out)
+    }
+
+
+def test_tasks_one_by_one_are_the_sweep(recipe, tmp_path, monkeypatch, typed):
+    use_own_workers(monkeypatch)
+    display = make_display(Console(), quiet=True)
+    whole, out = tmp_path / "whole", tmp_path / "one by one"
+    runner.run_sweep(load_recipe(recipe), whole, display)
+
+    def column(task=None):
+        return Column(recipe=str(recipe), task=task, out=out)
+
+    listed = {one["id"]: one for one in column().run()["tasks"]}
+    assert not out.exists()
+    first, second = "llama-t14k-seed0", "llama-t20k-seed0"
+    assert [listed[name]["state"] for name in (first, second)] == ["ready", "ready"]
+    # its `fixed` student is cut out of the smallest teacher
+    students = f"column-{second}"
+    assert (listed[students]["state"], listed[students]["needs"]) == ("waits", [first, second])
+    with pytest.raises(UserError, match=f"{students} needs {first}, which is not trained yet"):
+        column(students).run()
+    with pytest.raises(UserError, match="no task 'column-x' in this sweep"):
+        column("column-x").run()
+    stops = itertools.chain([False, False, True], itertools.repeat(False))
+    with pytest.raises(Interrupted):
+        column(first).run(should_stop=stops.__next__)
+    # beside another task, and not beside a sweep
+    with locked_folder(out, shared=True):
+        assert column(first).run()["state"] == "done"
+    with locked_folder(out):
+        refused = typed("column", recipe, second, "--out", out)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert f"another process is at work in {out}" in refused.err
+    for name in listed:
+        assert column(name).run()["state"] == "done"
+    told = typed("column", recipe, "--out", out)
+    assert told.out.count("done") == len(listed)
+    OwnWorkers.ran.clear()
+    found = runner.run_sweep(load_recipe(recipe), out, display)
+    assert OwnWorkers.ran == []
+    assert results(out) == results(whole)
+    assert (out / "report.html").exists() or found.best
+    assert json.loads((out / "sweep.json").read_text())["best"]["cell"] == found.best
