@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "capgap"
 COUNTED = (".py", ".j2", ".js", ".css")
 CEILINGS = {
-    "lines": 32_347,
+    "lines": 32_352,
     "files": 198,
     "longest file": 537,
     "closure of a sweep's worker": 9_177,

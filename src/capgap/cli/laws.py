@@ -22,7 +22,9 @@ def fit(
     independent_errors: Annotated[
         bool,
         typer.Option(
-            "--independent-errors", help="The table's loss_stderr is each cell's own noise."
+            "--independent-errors",
+            metavar="",
+            help="The table's loss_stderr is each cell's own noise.",
         ),
     ] = False,
     json_: Json = False,

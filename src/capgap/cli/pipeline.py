@@ -33,7 +33,10 @@ def run(
         str | None, typer.Option(metavar="STEP", help="Stop when this step is done.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Tell each step, why it would run, and its command.")
+        bool,
+        typer.Option(
+            "--dry-run", metavar="", help="Tell each step, why it would run, and its command."
+        ),
     ] = False,
     set_: Override = None,
     quiet: Quiet = False,
