@@ -4,21 +4,17 @@ it, or models from the text alone."""
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
-
-from capgap.section import Count, LearningRate, Section
+from capgap.section import Count, Section
 from capgap.stage import ARGUMENT, SEVERAL, Mark, Say, ShouldStop
-from capgap.stages.training import Training
+from capgap.stages.training import Rate, Tokens, Training, Window
 
 
 class DistillSection(Section):
     """The student learns from the teacher on so many tokens, in rows of `window`."""
 
-    tokens: Annotated[Count, "Training tokens, such as 10M."]
-    window: Annotated[int, Field(ge=8), "Tokens of a training window."] = 512
-    learning_rate: Annotated[
-        LearningRate, "Peak rate; auto is a rule per size, half of it for what has weights already."
-    ] = "auto"
+    tokens: Tokens
+    window: Window = 512
+    learning_rate: Rate = "auto"
 
 
 class _Trained(Training):

@@ -10,22 +10,27 @@ from capgap.section import Count, LearningRate
 from capgap.stage import HOW, SEVERAL, Stage
 from capgap.train.recipe import ABOUT_A_TEACHER, RunSection, TrainingSection
 
+Tokens = Annotated[Count, "Training tokens, such as 10M."]
+Window = Annotated[int, Field(ge=8), "Tokens of a training window."]
+Rate = Annotated[
+    LearningRate, "Peak rate; auto is a rule per size, half of it for what has weights already."
+]
+Track = Annotated[
+    tuple[str, ...],
+    SEVERAL,
+    HOW,
+    "Also tells tensorboard, trackio or wandb every step; may be given several times.",
+]
+
 
 class TrainingStage(Stage):
     """A stage that trains, by itself or with the other processes of torchrun."""
 
     out: Annotated[Path, HOW, "Folder for models, metrics and record."]
-    window: Annotated[int, Field(ge=8), "Tokens of a training window."] = 512
-    learning_rate: Annotated[
-        LearningRate, "Peak rate; auto is a rule per size, half of it for what has weights already."
-    ] = "auto"
+    window: Window = 512
+    learning_rate: Rate = "auto"
     seed: Annotated[int, "Decides the order of the windows, and a new model's weights."] = 0
-    track: Annotated[
-        tuple[str, ...],
-        SEVERAL,
-        HOW,
-        "Also tells tensorboard, trackio or wandb every step; may be given several times.",
-    ] = ()
+    track: Track = ()
     training: TrainingSection = TrainingSection()
     running: Annotated[RunSection, HOW] = Field(RunSection(), alias="run")
 
@@ -44,7 +49,7 @@ class Training(TrainingStage):
     corpus: Annotated[
         Given, SEVERAL, "FOLDER[=WEIGHT] that `capgap corpus` prepared; several are mixed."
     ]
-    tokens: Annotated[Count, "Training tokens, such as 10M."]
+    tokens: Tokens
     heldout_steps: Annotated[
         Count | None,
         "Held-out loss every so many steps; the checkpoint with the lowest mean is kept too.",

@@ -14,9 +14,10 @@ from pydantic import Field, model_validator
 from capgap.errors import UserError
 from capgap.records import write_json_atomically
 from capgap.section import Count, Section, Words
-from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage, paced
+from capgap.stage import ARGUMENT, HOW, Mark, Say, ShouldStop, Stage, paced
 from capgap.stages.run_folder import begin, find_run
 from capgap.stages.step_lines import MetricsFile
+from capgap.stages.training import Track
 from capgap.tune.conversations import Reading, file_hash
 
 if TYPE_CHECKING:
@@ -106,12 +107,7 @@ class Tuning(TuningSection, Stage):
         "Decides order, adapters, noise and what is held out.",
     ] = 0
     device: Annotated[str, HOW, "auto, cpu or cuda."] = "auto"
-    track: Annotated[
-        tuple[str, ...],
-        SEVERAL,
-        HOW,
-        "Also tells tensorboard, trackio or wandb every step; may be given several times.",
-    ] = ()
+    track: Track = ()
     checkpoint_seconds: Annotated[float, HOW] = 600.0
 
     @model_validator(mode="after")
