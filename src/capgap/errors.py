@@ -3,7 +3,6 @@
 import errno
 import functools
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,12 +38,6 @@ def border(what: str) -> Iterator[None]:
         if is_disk_full(error):
             raise
         raise UserError(f"{what}: {first_line(error)}") from error
-
-
-def check_positive(name: str, value: float | None) -> None:
-    """UserError for a setting that is not above 0 and finite; None is one that was left out."""
-    if value is not None and not 0 < value < math.inf:
-        raise UserError(f"{name} {value:g} must be above 0 and finite")
 
 
 def check_regular(path: Path, what: str) -> None:
