@@ -26,6 +26,7 @@ from tokenizers import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from capgap.artifact import read_json
 from capgap.corpus.extend import compare_fertility, extend_tokenizer
 from capgap.corpus.tokenizer import TokenCodec, compare_tokenizers, load_tokenizer, train_tokenizer
 from capgap.errors import UserError
@@ -253,7 +254,7 @@ def test_a_model_is_adapted_and_done_only_once(typed, model, texts, tmp_path):
     done = typed(*asked(model, texts, out, *old))
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    assert found == json.loads((out / "adapt.json").read_text())
+    assert found == read_json(out / "adapt.json")
     assert found["tokenizer"]["pieces"] == 40
     assert found["tokenizer"]["rows"] == 448
     for name in ("new", "old"):
@@ -277,7 +278,7 @@ def test_a_model_is_adapted_and_done_only_once(typed, model, texts, tmp_path):
     assert (out / "adapt.json").stat().st_mtime_ns == changed
     wrong = typed(*asked(model, texts, out, *old, tokens="64k"))
     assert wrong.code == 2
-    assert "another tokens (32000, now 64000)" in wrong.err
+    assert "another run (tokens is 64000, was 32000)" in wrong.err
 
 
 @pytest.mark.parametrize(("precision", "micro"), [("fp32", 256), ("bf16", 128)])

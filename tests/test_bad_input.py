@@ -567,7 +567,7 @@ def add_record(out: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (break_record, [CELL, "is no JSON", "delete its folder"]),
+        (break_record, [CELL, "is damaged", "delete it"]),
         (break_marker, ["sweep.json", "another --out"]),
         (change_rate, [CELL, "learning rate", "another --out"]),
         (add_record, ["mine", "another recipe", "another --out"]),
@@ -653,7 +653,7 @@ def test_report_on_what_is_no_sweep(typed, recipe, out, tmp_path, copied, idle):
         typed("sweep", recipe, "--out", begun)
     assert_refused_at_once(typed("report", begun), begun, "no run", "finished yet")
     break_record(copied[1])
-    assert_refused_at_once(typed("report", copied[1]), CELL, "is no JSON")
+    assert_refused_at_once(typed("report", copied[1]), CELL, "is damaged")
 
 
 def test_sample_from_what_is_no_model(typed, models, finished, monkeypatch):

@@ -6,9 +6,9 @@ import json
 import pytest
 from rich.console import Console
 
+from capgap.artifact import locked
 from capgap.config import load_recipe
 from capgap.errors import Interrupted, UserError
-from capgap.locking import locked_folder
 from capgap.records import read_records
 from capgap.sweep import runner
 from capgap.sweep.column import Column
@@ -58,9 +58,9 @@ def test_tasks_one_by_one_are_the_sweep(recipe, tmp_path, monkeypatch, typed):
     with pytest.raises(Interrupted):
         column(first).run(should_stop=stops.__next__)
     # beside another task, and not beside a sweep
-    with locked_folder(out, shared=True):
+    with locked(out, shared=True):
         assert column(first).run()["state"] == "done"
-    with locked_folder(out):
+    with locked(out):
         refused = typed("column", recipe, second, "--out", out)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert f"another process is at work in {out}" in refused.err

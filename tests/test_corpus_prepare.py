@@ -1,7 +1,6 @@
 import errno
 import hashlib
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -16,6 +15,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from capgap.artifact import read_json
 from capgap.corpus import tokens, write
 from capgap.corpus.marks import Marks
 from capgap.corpus.prepare import prepare_corpus
@@ -328,7 +328,7 @@ def test_reuse_and_its_end(source: Path, tmp_path: Path, caplog: pytest.LogCaptu
     assert again(window=8) == ""
     assert again(vocabulary=310, replace=True).endswith("vocabulary is 310, was 300")
     assert again(vocabulary=310, max_bytes=9000, replace=True).endswith(
-        "max_bytes is 9000, was None"
+        "max_bytes is 9000, was not given"
     )
     assert again(replace=True).endswith("vocabulary is 300, was 310")
 
@@ -358,15 +358,15 @@ def test_the_corpus_of_another_request_is_refused_and_stays(
     shutil.copy(source, tmp_path / "other.txt")
     for options, told in (
         ({"vocabulary": 310}, "vocabulary is 310, was 300"),
-        ({"max_bytes": 9000}, "max_bytes is 9000, was None"),
-        ({"begin_windows": True}, "begin_windows is True, was False"),
-        ({"tokenizer": tokenizer}, "its tokenizer is another"),
-        ({"separator": "---"}, "the source's separator is '---', was '<|endoftext|>'"),
-        ({"text_column": "body"}, "the source's text column is 'body', was 'text'"),
-        ({"source": tmp_path / "other.txt"}, f"the source is '{tmp_path}/other.txt', was "),
+        ({"max_bytes": 9000}, "max_bytes is 9000, was not given"),
+        ({"begin_windows": True}, "begin_windows is true, was false"),
+        ({"tokenizer": tokenizer}, "vocabulary is not given, was 300"),
+        ({"separator": "---"}, "source.separator is ---, was <|endoftext|>"),
+        ({"text_column": "body"}, "source.text_column is body, was text"),
+        ({"source": tmp_path / "other.txt"}, f"source.name is {tmp_path}/other.txt, was "),
         (
             {"heldout_source": str(source)},
-            f"the heldout source is '{source}', was None",
+            f"heldout_source.name is {source}, was not given",
         ),
     ):
         with pytest.raises(UserError) as caught:
@@ -535,7 +535,7 @@ def test_tokenizer_sample_is_bounded(
 
 def test_manifest_names_every_file_of_the_source(source: Path, tmp_path: Path) -> None:
     corpus = prepare(source, tmp_path / "corpus")
-    manifest = json.loads((corpus.directory / "manifest.json").read_text())
+    manifest = read_json(corpus.directory / "manifest.json")
     assert manifest == corpus.manifest
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     assert manifest["source"]["files"] == [

@@ -18,11 +18,11 @@ CEILINGS = {
     "lines": 32_352,
     "files": 198,
     "longest file": 537,
-    "closure of a sweep's worker": 9_177,
-    "closure of capgap quickstart": 20_772,
+    "closure of a sweep's worker": 9_424,
+    "closure of capgap quickstart": 20_872,
 }
 # What a room may import besides itself; rooms below stand in BELOW
-BELOW = {"archives", "errors", "hardware", "limits", "locking", "machine", "records", "scrub"}
+BELOW = {"archives", "artifact", "errors", "hardware", "limits", "machine", "records", "scrub"}
 BELOW |= {"section", "sizes", "stage"}
 ARROWS = {
     "corpus": set(),

@@ -254,7 +254,7 @@ def test_what_is_written_loads_in_plain_transformers(request_of):
     assert text.endswith("[|Assistant|] Oui, one 好.<|endoftext|>")
     # finished: nothing is computed again
     assert request.run() == record
-    with pytest.raises(UserError, match="holds a run with another learning_rate"):
+    with pytest.raises(UserError, match=r"holds another run \(learning_rate"):
         request.but(learning_rate=1e-3).run()
 
 
@@ -366,7 +366,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(request_of):
         (("--epochs", 0), "'0' is no count"),
         (("--heldout-fraction", 1), "less than 1"),
         (("--data", "none.jsonl"), "is no file"),
-        (("--out", "."), "is no empty folder"),
+        (("--out", "."), "holds something else"),
     ],
 )
 def test_mistakes_are_told_in_one_line(typed, request_of, tmp_path, monkeypatch, options, told):

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from capgap.artifact import read_json, write_json
 from capgap.config import find_recipe, load_recipe
 from capgap.corpus.marks import Marks
 from capgap.corpus.prepare import prepare_corpus
@@ -219,8 +220,7 @@ def test_a_sample_begins_like_a_text_and_keeps_the_first_space(model, tokenizer,
 
 def test_corpora_of_the_version_before_are_refused(corpora, tmp_path):
     folder = corpora[False].directory
-    manifest = json.loads((folder / "manifest.json").read_text()) | {"schema": 1}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    write_json(tmp_path / "manifest.json", read_json(folder / "manifest.json") | {"schema": 1})
     with pytest.raises(UserError, match="run `capgap corpus` again with this --out"):
         load_corpus(tmp_path, window=16)
 

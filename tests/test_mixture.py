@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from capgap.artifact import read_json
 from capgap.corpus.batches import batch_indices
 from capgap.corpus.given import Weighted, parse_mixture
 from capgap.corpus.prepare import prepare_corpus
@@ -209,7 +210,7 @@ def test_a_mixture_is_distilled_online_and_from_a_cache_alike(
     others = (small_corpus.directory, other.directory)
     wrong = typed("distill", *names, *asked(others, tmp_path / "online"))
     assert wrong.code == 2
-    assert "another shares ([0.75, 0.25], now [0.5, 0.5])" in wrong.err
+    assert "another run (shares is [0.5, 0.5], was [0.75, 0.25])" in wrong.err
 
 
 def test_scores_are_taken_on_a_mixture(typed, small_corpus, other, models, tmp_path):
@@ -230,7 +231,7 @@ def test_a_new_model_and_an_old_one_learn_without_a_teacher(
     done = typed("train", models / "small", *asked(both, tmp_path / "run", *more, tokens="40k"))
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    assert json.loads((tmp_path / "run/train.json").read_text()) == found
+    assert read_json(tmp_path / "run/train.json") == found
     assert list(found["after"]) == ["small", "gpt_neox-11k"]
     assert found["asked"]["teacher"] is None
     for name, one in found["after"].items():

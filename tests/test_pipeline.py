@@ -114,14 +114,14 @@ def test_a_change_runs_its_step_and_what_follows(done):
     first = ALL.index("prune")
     assert [found[name] for name in ALL[:first]] == ["done"] * first
     assert {found[name] for name in ALL[first:]} == {"run"}
-    assert why["prune"] == "keep is 0.5, before it was 0.4"
+    assert why["prune"] == "keep is 0.5, was 0.4"
     assert why["distill"] == "prune runs again"
 
 
 def test_a_change_at_the_end_leaves_the_rest(done):
     found, why = states(tiny("prefer.beta=0.2"), done)
     assert [name for name in ALL if found[name] == "run"] == ["prefer", "evaluate-final", "export"]
-    assert why["prefer"] == "beta is 0.2, before it was 0.1"
+    assert why["prefer"] == "beta is 0.2, was 0.1"
 
 
 def test_changed_conversations_are_noticed(tmp_path):
@@ -207,7 +207,7 @@ def test_a_foreign_folder_is_left_alone(typed, tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     found = typed("run", "minima-tiny", "--out", str(tmp_path))
     assert found.code == 2
-    assert "is no empty folder and no run" in found.err
+    assert "holds something else" in found.err
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 

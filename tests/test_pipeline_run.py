@@ -105,7 +105,7 @@ def test_a_change_concerns_what_rests_on_it(finished):
         "evaluate-final",
         "export",
     ]
-    assert steps["prefer"]["why"] == "beta is 0.3, before it was 0.1"
+    assert steps["prefer"]["why"] == "beta is 0.3, was 0.1"
 
 
 def test_what_comes_out_loads_and_tells_its_story(finished):

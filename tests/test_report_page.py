@@ -316,5 +316,5 @@ def test_a_folder_that_is_no_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no sweep\.json"):
         write_report(tmp_path)
     (tmp_path / "sweep.json").write_text("{")
-    with pytest.raises(UserError, match=r"sweep\.json is no JSON"):
+    with pytest.raises(UserError, match=r"sweep\.json is damaged"):
         write_report(tmp_path)

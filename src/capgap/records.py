@@ -4,9 +4,7 @@ Every number that a table, a law or a report shows is read from here, never from
 """
 
 import dataclasses
-import json
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,10 +18,11 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from capgap.artifact import read_json, write_json, write_text
 from capgap.errors import UserError
-from capgap.scrub import scrub
 
 SCHEMA: Literal[1] = 1
+write_json_atomically, write_text_atomically = write_json, write_text
 RECORD_FILE = "record.json"
 
 # a misspelt key and a NaN are both refused when a record is made, not when it is read
@@ -240,13 +239,9 @@ def write_record(folder: Path | str, record: RunRecord) -> Path:
 def read_record(folder: Path | str) -> RunRecord:
     """Read folder/record.json. Raises UserError, naming the file, if it is missing or broken."""
     path = Path(folder) / RECORD_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give the folder of a finished run") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); delete its folder and run again") from None
-    return record_from_dict(values, source=str(path))
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the folder of a finished run")
+    return record_from_dict(read_json(path), source=str(path))
 
 
 def read_records(out_folder: Path | str) -> list[RunRecord]:
@@ -260,37 +255,3 @@ def read_records(out_folder: Path | str) -> list[RunRecord]:
         raise UserError(f"{root} does not exist: give the output folder of a sweep")
     records = [read_record(path.parent) for path in root.glob(f"*/{RECORD_FILE}")]
     return sorted(records, key=lambda record: record.id)
-
-
-def write_json_atomically(path: Path | str, obj: Any) -> None:
-    """Write `obj` as JSON, never half of it. Arrays and numpy numbers become plain ones, secrets
-    become `***`.
-
-    Raises ValueError for NaN and infinities, which JSON does not have: write None instead.
-    """
-    text = json.dumps(scrub(obj), allow_nan=False, ensure_ascii=False, indent=1, default=_plain)
-    write_text_atomically(path, text + "\n")
-
-
-def write_text_atomically(path: Path | str, text: str) -> None:
-    """Write `text` (UTF-8) under a temporary name in the same folder, sync it, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _plain(value: Any) -> Any:
-    """What numpy and pathlib objects are in JSON."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} has no form in JSON")

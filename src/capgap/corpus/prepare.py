@@ -1,23 +1,18 @@
 """A source becomes a folder of token shards with a manifest: built whole or not at all, reused."""
 
-import fcntl
-import json
 import logging
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capgap.artifact import difference, folder_written, only_process, plain
 from capgap.corpus.sources import DEFAULT_SEPARATOR, open_source
 from capgap.corpus.split import HELDOUT_FRACTION
 from capgap.corpus.tokenizer import check_vocabulary, load_tokenizer, tokenizer_hash
 from capgap.corpus.tokens import SCHEMA, Corpus, damage, load_corpus, read_manifest
 from capgap.corpus.write import Options, Progress, write_corpus
-from capgap.errors import UserError, is_disk_full
-from capgap.scrub import scrub
+from capgap.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -110,15 +105,14 @@ def prepare_corpus(
         "heldout_source": None if heldout is None else heldout.fingerprint(),
     }
     directory = Path(directory).expanduser().absolute()
-    with _only_process(directory.parent):
-        # as the manifest holds it: tuples are lists there
-        reason = _why_prepare(directory, json.loads(json.dumps(scrub(request))), replace=replace)
+    with only_process(directory):
+        reason = _why_prepare(directory, plain(request), replace=replace)
         if reason is not None:
             if reason == NEW:
                 logger.info("preparing the corpus in %s: %s", directory, reason)
             else:
                 logger.warning("making the corpus in %s anew: %s", directory, reason)
-            with _replaced(directory) as partial:
+            with folder_written(directory) as partial:
                 made = write_corpus(
                     partial,
                     opened,
@@ -161,40 +155,28 @@ def _why_prepare(directory: Path, asked: dict[str, Any], *, replace: bool) -> st
     if manifest.get("schema") != SCHEMA:
         return "it was made by another version"
     had = manifest["request"]
-    difference = _other_request(asked, had)
-    if difference is not None and not replace:
+    other = difference(_lasting(had), _lasting(asked))
+    if other is not None and not replace:
         raise UserError(
-            f"{directory} holds another corpus ({difference}): choose another output folder, or "
-            "delete this one"
+            f"{directory} holds another corpus ({other}): choose another output folder, or delete "
+            "this one"
         )
-    difference = difference or _changed_files(asked, had)
-    if difference is not None:
-        return difference
+    other = other or _changed_files(asked, had)
+    if other is not None:
+        return other
     problem = damage(directory, manifest, contents=True)
     return None if problem is None else f"it is damaged: {problem}"
 
 
-def _other_request(asked: dict[str, Any], had: dict[str, Any]) -> str | None:
-    """The first thing that was asked for otherwise, whatever the text itself holds; or None."""
-    if asked["options"]["tokenizer_hash"] != had["options"]["tokenizer_hash"]:
-        return "its tokenizer is another"
-    for name, value in asked["options"].items():
-        if had["options"].get(name) != value:
-            return f"{name} is {value}, was {had['options'].get(name)}"
+def _lasting(request: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for, whatever the text itself holds; paths in one spelling."""
+    found = dict(request["options"])
     for role in SOURCES:
-        now, before = _named(asked[role]), _named(had[role])
-        for name in ("name", "text_column", "separator"):
-            if now.get(name) != before.get(name):
-                label = role if name == "name" else f"{role}'s {name}"
-                return (
-                    f"the {label.replace('_', ' ')} is {now.get(name)!r}, was {before.get(name)!r}"
-                )
-    return None
-
-
-def _named(source: dict[str, Any] | None) -> dict[str, Any]:
-    """How a source was asked for, its path in one spelling; nothing where there is none."""
-    return {} if source is None else source | {"name": os.path.normpath(source["name"])}
+        source = request[role] or {}
+        name = os.path.normpath(source["name"]) if source else None
+        settings = {key: source.get(key) for key in ("text_column", "separator")}
+        found[role] = {"name": name, **settings}
+    return found
 
 
 def _changed_files(asked: dict[str, Any], had: dict[str, Any]) -> str | None:
@@ -208,49 +190,3 @@ def _changed_files(asked: dict[str, Any], had: dict[str, Any]) -> str | None:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             return f"the {role.replace('_', ' ')} changed: {changed[0]}{more}"
     return None
-
-
-@contextmanager
-def _only_process(folder: Path) -> Iterator[None]:
-    """Wait until no other process prepares a corpus in this folder. Leaves no lock file behind."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write in {folder}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some network file systems have no locks on folders.
-            logger.warning("no lock on %s (%s): prepare in one process", folder, error.strerror)
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _replaced(directory: Path) -> Iterator[Path]:
-    """A folder to fill that takes the place of `directory` at the end, or vanishes on any error."""
-    partial = directory.with_name(f".{directory.name}.partial")
-    old = directory.with_name(f".{directory.name}.old")
-    try:
-        # Left by a process that was killed; the lock says that none is at work on it.
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        if directory.exists():
-            directory.rename(old)
-        partial.rename(directory)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if is_disk_full(error):
-            raise UserError(
-                f"no disk space left for the corpus in {directory.parent}: free some, or name a "
-                "folder on another disk"
-            ) from error
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write the corpus in {directory}: {error}") from error
-        raise

@@ -1,7 +1,6 @@
 """Where text comes from: the standard library, files, folders, globs, Hugging Face datasets."""
 
 import glob
-import hashlib
 import os
 import sys
 import sysconfig
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from capgap.artifact import file_hash
 from capgap.corpus.hub import HUB_NAME, hub_revision, looks_like_path
 from capgap.corpus.readers import (
     SUFFIXES,
@@ -88,7 +88,7 @@ class Source:
         if self.kind in ("stdlib", "pydoc"):
             description["python"] = sys.version.split()[0]
         description["files"] = [
-            {"path": self._label(path), "bytes": _status(path).st_size, "sha256": _sha256(path)}
+            {"path": self._label(path), "bytes": _status(path).st_size, "sha256": file_hash(path)}
             for path in self.files
         ]
         description["left_out"] = self.left_out
@@ -285,11 +285,6 @@ def _walk(root: Path, left_out: "Counter[str]", *, skip: tuple[str, ...] = ()) -
 def _status(path: Path) -> os.stat_result:
     with named(path):
         return path.stat()
-
-
-def _sha256(path: Path) -> str:
-    with named(path), path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _dataset_parts(source: str) -> tuple[str, str | None, str]:

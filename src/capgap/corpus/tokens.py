@@ -1,16 +1,16 @@
 """Token shards on disk and what reads them: windows for training, documents for evaluation."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from capgap.artifact import file_hash, read_json
 from capgap.corpus.marks import Marks
 from capgap.errors import UserError, first_line
 
@@ -142,9 +142,12 @@ class Corpus:
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The tokenizer that the corpus is written in."""
-        from capgap.corpus.tokenizer import load_tokenizer
+        from capgap.corpus.tokenizer import load_tokenizer, tokenizer_hash
 
-        return load_tokenizer(self.directory / TOKENIZER)
+        tokenizer = load_tokenizer(self.directory / TOKENIZER)
+        if tokenizer_hash(tokenizer) != self.token_hash:
+            raise _damaged(self.directory, f"{TOKENIZER} is another than its tokens are of")
+        return tokenizer
 
     @cached_property
     def train(self) -> TokenWindows:
@@ -210,7 +213,7 @@ class Corpus:
 
     def _checked(self, name: str, sha256: str) -> Path:
         path = self.directory / name
-        if _sha256(path) != sha256:
+        if file_hash(path) != sha256:
             raise _damaged(self.directory, f"{name} {NOT_AS_WRITTEN}")
         return path
 
@@ -253,13 +256,7 @@ def load_corpus(directory: Path | str, *, window: int) -> Corpus:
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest of a corpus of any version, or None where there is none."""
     path = directory / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        manifest = json.loads(path.read_text())
-        return dict(manifest)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {path} ({error}); delete the folder") from error
+    return read_json(path) if path.is_file() else None
 
 
 def damage(directory: Path, manifest: dict[str, Any], *, contents: bool = False) -> str | None:
@@ -277,7 +274,7 @@ def damage(directory: Path, manifest: dict[str, Any], *, contents: bool = False)
         path, size = directory / name, tokens * itemsize
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} is not there with its {size} bytes"
-        if contents and _sha256(path) != sha256:
+        if contents and file_hash(path) != sha256:
             return f"{name} {NOT_AS_WRITTEN}"
     if not (directory / TOKENIZER / "tokenizer.json").is_file():
         return "its tokenizer is missing"
@@ -289,21 +286,6 @@ def _damaged(directory: Path, problem: str) -> UserError:
         f"the corpus in {directory} is damaged: {problem}; prepare it again as it was made, which "
         "replaces it, or bring the file back"
     )
-
-
-def _sha256(path: Path) -> str:
-    try:
-        status = path.stat()
-        return _sha256_of(path, status.st_size, status.st_mtime_ns)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-@cache
-def _sha256_of(path: Path, size: int, changed: int) -> str:
-    """Read once a process, unless the file's size or its time changed since."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_epochs(corpus: Corpus, tokens: int, max_epochs: float) -> None:

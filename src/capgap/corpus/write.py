@@ -5,7 +5,6 @@ the second writes tokens. Neither holds more than a bounded part of the text.
 """
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from capgap.artifact import write_json
 from capgap.corpus.marks import Marks
 from capgap.corpus.sources import Source
 from capgap.corpus.split import SAMPLE_BYTES, Reading, Scan, Split, scan, split_for
@@ -29,7 +29,6 @@ from capgap.corpus.tokenizer import (
 )
 from capgap.corpus.tokens import HELDOUT, MANIFEST, SCHEMA, TOKENIZER, ShardWriter, token_dtype
 from capgap.errors import UserError
-from capgap.scrub import scrub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -155,7 +154,7 @@ def write_corpus(
         "heldout_source": None if heldout_source is None else heldout_source.describe(),
         "request": request,
     }
-    (directory / MANIFEST).write_text(json.dumps(scrub(manifest), indent=1) + "\n")
+    write_json(directory / MANIFEST, manifest)
     return corpus_hash
 
 

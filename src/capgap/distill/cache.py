@@ -8,8 +8,6 @@ write different shards at the same time, and a run that was stopped goes on with
 missing. Files are mapped into memory; every window is checked against its sum when it is read.
 """
 
-import json
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from capgap.artifact import check_empty, difference, file_written, plain, read_json, write_json
 from capgap.corpus.text import Text
 from capgap.distill.cache_format import CacheFormat
 from capgap.distill.cache_size import CHECKSUM_BYTES
 from capgap.distill.sparse import SparseSignal
 from capgap.distill.teacher import Batch, OnlineTeacher
 from capgap.errors import UserError
-from capgap.scrub import scrub
 
 MANIFEST = "manifest.json"
 SCHEMA = 2  # 1: of corpora of that schema
@@ -85,7 +83,7 @@ class CacheWriter:
         self._claim()
 
     def _claim(self) -> None:
-        manifest = scrub(
+        manifest = plain(
             {
                 "schema": SCHEMA,
                 **asdict(self.identity),
@@ -96,22 +94,15 @@ class CacheWriter:
         )
         path = self.folder / MANIFEST
         if path.exists():
-            found = _read_manifest(self.folder)
-            for key, value in manifest.items():
-                # a name is for people: the same weights may lie in two places
-                if key != "teacher" and found.get(key) != value:
-                    raise UserError(
-                        f"{self.folder} holds a cache of another {key} ({found.get(key)}, now "
-                        f"{value}): choose another --out"
-                    )
+            # a name is for people: the same weights may lie in two places
+            found = _read_manifest(self.folder) | {"teacher": manifest["teacher"]}
+            other = difference(found, manifest)
+            if other is not None:
+                raise UserError(f"{self.folder} holds another cache ({other}): choose another out")
             return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{self.folder} is no empty folder and no cache: choose another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        check_empty(self.folder, ours=(f".{MANIFEST}.",))
         # processes that begin together write the same
-        aside = self.folder / f".{MANIFEST}.{os.getpid()}"
-        aside.write_text(json.dumps(manifest, indent=2) + "\n")
-        os.replace(aside, path)
+        write_json(path, manifest)
 
     def missing(self) -> list[int]:
         """Shards that are not there yet."""
@@ -127,19 +118,11 @@ class CacheWriter:
 
     def write(self, shard: int, records: list[Tensor]) -> None:
         """One shard, from the records of its windows, each uint8 [window, token_bytes]."""
-        place = self.folder / _shard_name(shard)
-        aside = self.folder / f".{place.name}.{os.getpid()}"
-        try:
-            with aside.open("wb") as stream:
-                for window in records:
-                    data = window.numpy().tobytes()
-                    stream.write(data)
-                    stream.write(zlib.crc32(data).to_bytes(CHECKSUM_BYTES, "little"))
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(aside, place)
-        finally:
-            aside.unlink(missing_ok=True)
+        with file_written(self.folder / _shard_name(shard)) as aside, aside.open("wb") as stream:
+            for window in records:
+                data = window.numpy().tobytes()
+                stream.write(data)
+                stream.write(zlib.crc32(data).to_bytes(CHECKSUM_BYTES, "little"))
 
     def _shard_bytes(self, shard: int) -> int:
         return len(self.windows_of(shard)) * self.window_bytes
@@ -306,17 +289,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} holds no teacher cache (no {MANIFEST})")
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    manifest = read_json(path)
     schema = manifest.get("schema")
     if "teacher_hash" not in manifest or schema != SCHEMA:
         raise UserError(
             f"{folder} holds no teacher cache of version {SCHEMA} (found {schema}): prepare the "
             "corpus again and run `capgap cache` with another --out"
         )
-    return dict(manifest)
+    return manifest
 
 
 def _short(value: Any) -> str:

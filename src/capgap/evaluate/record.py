@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from capgap.artifact import read_json
+from capgap.errors import UserError
 from capgap.evaluate.scores import six_mean
 from capgap.evaluate.sets import SIX
 from capgap.records import write_json_atomically, write_text_atomically
@@ -107,10 +109,9 @@ def _same(
 def _read(path: Path) -> dict[str, Any]:
     """Empty for what is no record: it is written anew."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except UserError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

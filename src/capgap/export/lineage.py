@@ -4,12 +4,13 @@ A stage leaves its record in the model's folder or above it. The record names th
 model that this one began as, whose records lie near them in turn.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from capgap.artifact import read_json
+from capgap.errors import UserError
 from capgap.stage import FieldError
 
 CUT, DISTILLED, EVALUATED = "pruning.json", "distill.json", "evaluate.json"
@@ -177,10 +178,8 @@ def _near(model: Path) -> dict[str, Record]:
 def _read(path: Path) -> Record | None:
     """A record of one of the kinds; None for any other file."""
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(values, dict):
+        values = read_json(path)
+    except UserError:
         return None
     asked = values.get("asked")
     if path.name in KINDS and path.name not in _KEYS and isinstance(asked, dict):

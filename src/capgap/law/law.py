@@ -5,12 +5,12 @@ are at the law's confidence; an end that is None is open. `size` is what was ask
 what was reached.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from capgap.artifact import read_json
 from capgap.errors import UserError
 from capgap.sizes import format_count
 
@@ -292,13 +292,10 @@ class Law(Value):
 
 def read_law(path: Path | str) -> Law:
     """A law.json. UserError where it is none, is broken, or was written by an older version."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        schema = values.pop("schema")
-    except FileNotFoundError:
-        raise UserError(f"no law {path}: it is the law.json in a sweep's output folder") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{path} is no law.json ({error})") from None
+    if not Path(path).is_file():
+        raise UserError(f"no law {path}: it is the law.json in a sweep's output folder")
+    values = read_json(path)
+    schema = values.pop("schema", None)
     if schema != SCHEMA:
         raise UserError(
             f"{path} has schema {schema!r}, and this version of capgap reads {SCHEMA}: make it "

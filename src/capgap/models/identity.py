@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from capgap.artifact import file_hash
 from capgap.errors import UserError
 from capgap.models.stored import StoredWeights, local_folder, needs_own_code
 
@@ -20,12 +21,12 @@ def model_hash(path_or_name: str | Path) -> str:
     folder = local_folder(path_or_name)
     if not (folder / "config.json").is_file():
         raise UserError(f"{path_or_name} is no model folder: it has no config.json")
-    weights = StoredWeights(folder).paths
+    weights = StoredWeights(folder)
+    weights.verify()
     config = json.loads((folder / "config.json").read_text())
     kept = {key: value for key, value in config.items() if key not in _INCIDENTAL}
     whole = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     code = sorted(folder.glob("*.py")) if needs_own_code(config) else []
-    for path in (*weights, *code):
-        with path.open("rb") as stream:
-            whole.update(hashlib.file_digest(stream, "sha256").digest())
+    for path in (*weights.paths, *code):
+        whole.update(bytes.fromhex(file_hash(path)))
     return whole.hexdigest()

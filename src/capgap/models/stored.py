@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from capgap.artifact import file_hash, folder_written, read_json, write_json
 from capgap.corpus.hub import HUB_NAME, OWN_CODE, hub_revision, is_cached, looks_like_path
 from capgap.errors import UserError, border, warn_once
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Config and weights of a model that capgap wrote, with their hashes
+WRITTEN = "capgap.json"
 SHARD_BYTES = 1 << 30
 ROWS = 4096
 # What transformers calls otherwise in memory than in the files of GPT-NeoX
@@ -232,10 +235,25 @@ class StoredWeights:
                 for start in range(0, rows, ROWS)
             )
 
+    def verify(self) -> None:
+        """UserError where a file is not as capgap wrote it; other models have no list of files."""
+        written = self.folder / WRITTEN
+        if not written.is_file():
+            return
+        for name, expected in read_json(written, schema=1, files=dict)["files"].items():
+            path = self.folder / name
+            if path.is_file() and file_hash(path) != expected:
+                raise UserError(
+                    f"{path} is damaged (not as it was written): make the model again, or delete "
+                    f"{WRITTEN} beside it if the change is yours"
+                )
+
     def check_config(self, config: "PreTrainedConfig") -> None:
         """UserError where the config describes tensors of other shapes, or weights that are no
-        floating-point numbers. Tensors that transformers stores under other names are left to it.
+        floating-point numbers, and as `verify`. Tensors that transformers stores under other names
+        are left to it.
         """
+        self.verify()
         for name, wanted in empty_model(config).named_parameters():
             if not self.has(name):
                 continue
@@ -252,7 +270,9 @@ class StoredWeights:
         return any(stored in self._files for stored in _stored_names(name))
 
     def check(self, names: Iterable[str]) -> None:
-        """UserError where one of these is not there, or is no floating-point numbers."""
+        """UserError where one of these is not there, or is no floating-point numbers, and as
+        `verify`."""
+        self.verify()
         for name in names:
             self.dtype(name)
 
@@ -354,27 +374,16 @@ def write_weights(
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A folder to write in that takes the place of `path` when all is well: `path` never holds
-    half of something. What is there already is replaced."""
-    partial = path.with_name(f".{path.name}.partial")
-    replaced = path.with_name(f".{path.name}.replaced")
-    for leftover in (partial, replaced):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
-    try:
+    """A folder to write a model in, which takes the place of `path` when all is well; it gets a
+    list of its config and weights with their hashes, which `StoredWeights.verify` compares."""
+    with folder_written(path) as partial:
         yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for file in partial.glob("*.safetensors"):
-        # safetensors lets nobody but the owner read; the config has what the system gives
-        shutil.copymode(partial / "config.json", file)
-    if path.exists():
-        path.rename(replaced)
-    partial.rename(path)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+        weights = sorted(partial.glob("*.safetensors"))
+        for file in weights:
+            # safetensors lets nobody but the owner read; the config has what the system gives
+            shutil.copymode(partial / "config.json", file)
+        files = {file.name: file_hash(file) for file in (partial / "config.json", *weights)}
+        write_json(partial / WRITTEN, {"schema": 1, "files": files})
 
 
 def copy_companions(source: Path, folder: Path, patterns: Iterable[str] = COMPANIONS) -> list[str]:

@@ -1,7 +1,6 @@
 """Runs the steps of a recipe one after the other, and keeps what became of them."""
 
 import gc
-import json
 import os
 import secrets
 import shutil
@@ -13,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from capgap.artifact import LOCK, check_empty, locked, read_json
 from capgap.errors import UserError
-from capgap.locking import LOCK, locked_folder
 from capgap.pipeline.recipe import RunRecipe
 from capgap.pipeline.state import RECORD, Decision, RunState, check_step, decide
 from capgap.pipeline.steps import plan_steps
@@ -179,7 +178,7 @@ class _Work:
         )
         if code:
             raise StepFailed(self.step.name, "", code)
-        return stage.result(json.loads(stage.record_file.read_text(encoding="utf-8")))
+        return stage.result(read_json(stage.record_file))
 
 
 def _free_memory() -> None:
@@ -200,8 +199,7 @@ def _remove(path: Path) -> None:
 @contextmanager
 def _claimed(out: Path) -> Iterator[int]:
     """The folder belongs to a run and, while inside, to this process alone: its lock."""
-    foreign = out.exists() and not (out / RECORD).exists()
-    if foreign and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
-        raise UserError(f"{out} is no empty folder and no run: choose another out")
-    with locked_folder(out) as lock:
+    if not (out / RECORD).exists():
+        check_empty(out, ours=(LOCK, f".{RECORD}."))
+    with locked(out) as lock:
         yield lock

@@ -1,16 +1,14 @@
 """What of a run is done, and what has to run (again), with the reason in words."""
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from capgap.artifact import difference, digest, file_hash, flat, read_json, write_json
 from capgap.corpus.sources import open_source
 from capgap.errors import UserError
 from capgap.pipeline.steps import Step
-from capgap.records import write_json_atomically
 from capgap.scrub import scrub
 from capgap.stage import Mark, Stage
 
@@ -36,8 +34,9 @@ class RunState:
 
     def __init__(self, out: Path, name: str) -> None:
         self.path = out / RECORD
-        found = _read(self.path)
-        self.record: dict[str, Any] = found or {"schema": SCHEMA, "name": name, "steps": {}}
+        self.record: dict[str, Any] = {"schema": SCHEMA, "name": name, "steps": {}}
+        if self.path.exists():
+            self.record = read_json(self.path, schema=SCHEMA, name=str, steps=dict)
         if self.record["name"] != name:
             raise UserError(
                 f"{out} holds the run {self.record['name']!r}, not {name!r}: choose another out"
@@ -51,7 +50,7 @@ class RunState:
     def keep(self, step: Step, **values: Any) -> None:
         """Adds to what is known of a step, and writes it down."""
         self.record["steps"].setdefault(step.name, {}).update(values)
-        write_json_atomically(self.path, self.record)
+        write_json(self.path, self.record)
 
     def made_by(self, names: Sequence[str]) -> dict[str, str | None]:
         """Which start of each of these steps made what lies there now."""
@@ -63,22 +62,6 @@ class RunState:
         names = {step.name for step in steps}
         kept = {name: held for name, held in self.record["steps"].items() if name in names}
         self.record["steps"] = kept
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        schema = found["schema"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is no record of a run ({error}): choose another out") from None
-    if schema != SCHEMA:
-        raise UserError(
-            f"{path} was written by another version of capgap: choose another out; what its stages "
-            "made can be taken from there by hand"
-        )
-    return found
 
 
 def decide(
@@ -139,38 +122,28 @@ def _decide(step: Step, state: RunState, before: Mapping[str, Decision], forced:
 
 def _is_finished(stage: Stage) -> bool:
     """Whether a failed stage came to its end: a training that diverged can only begin again."""
-    if stage.record_file is None or not stage.record_file.exists():
-        return False
     try:
-        return bool(json.loads(stage.record_file.read_text(encoding="utf-8")).get("finished"))
-    except ValueError:
+        return stage.record_file is not None and bool(read_json(stage.record_file)["finished"])
+    except (UserError, KeyError):
         return False
 
 
 def _values(stage: Stage, out: Path) -> dict[str, str]:
     """What decides the result, by the names of fields. The output folder may be written otherwise,
     or have been moved."""
-    found = dict(_flat(stage.identity()))
-    return {name: value.replace(str(out), "OUT") for name, value in found.items()}
-
-
-def _flat(values: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{within}{name}.")
-        elif isinstance(value, list):
-            yield within + name, " ".join(map(str, value))
-        elif value is not None:
-            yield within + name, str(value)
+    found = {}
+    for name, value in flat(stage.identity()).items():
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if value is not None:
+            found[name] = text.replace(str(out), "OUT")
+    return found
 
 
 def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first difference in words. What can no longer be read counts as it was."""
-    old, new = before["values"], now["values"]
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            told = (new.get(name, "not given"), old.get(name, "not given"))
-            return f"{name} is {told[0]}, before it was {told[1]}"
+    other = difference(before["values"], now["values"])
+    if other is not None:
+        return other
     for name, identity in sorted(now["read"].items()):
         if identity is not None and before["read"].get(name) != identity:
             return f"{name} has changed"
@@ -186,15 +159,11 @@ def _identities(stage: Stage, out: Path) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for text in stage.marked(Mark.SOURCE):
         try:
-            found[text] = _digest(open_source(text).fingerprint())
+            found[text] = digest(open_source(text).fingerprint())[:16]
         except UserError:
             found[text] = None
     for name in stage.marked(Mark.FILE):
-        try:
-            with Path(name).open("rb") as stream:
-                found["data"] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-        except OSError:
-            found["data"] = None
+        found["data"] = file_hash(Path(name))[:16] if Path(name).is_file() else None
     for name in stage.marked(Mark.MODEL):
         if not Path(name).is_relative_to(out):
             found[name] = _folder_identity(Path(name), MODEL_FILES) or name
@@ -210,14 +179,9 @@ def _folder_identity(folder: Path, suffixes: tuple[str, ...] | None) -> str | No
         return None
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     kept = (path for path in files if suffixes is None or path.suffix in suffixes)
-    return _digest([(str(path.relative_to(folder)), *_size_and_time(path)) for path in kept])
+    return digest([(str(path.relative_to(folder)), *_size_and_time(path)) for path in kept])[:16]
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

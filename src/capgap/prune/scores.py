@@ -1,7 +1,7 @@
 """Scores of units on disk: safetensors with where they come from."""
 
+import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from capgap.artifact import file_written
 from capgap.errors import UserError
 from capgap.prune.importance import UNITS, Importance, ScoringState
 
@@ -62,13 +63,9 @@ def load_state(path: Path, provenance: dict[str, Any], device: torch.device) -> 
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, aside, metadata={"capgap": json.dumps(facts, sort_keys=True)})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    text = json.dumps(facts, sort_keys=True)
+    with file_written(path) as aside:
+        save_file(tensors, aside, metadata={"capgap": text, "sha256": _hash(tensors, text)})
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -76,9 +73,20 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise UserError(f"no file of scores {path}: make one with `capgap score`")
     try:
         with safe_open(path, framework="pt") as opened:
-            facts = json.loads((opened.metadata() or {}).get("capgap", "{}"))
+            metadata = opened.metadata() or {}
             # copies: what is mapped would keep the file open
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        text = metadata.get("capgap", "{}")
+        facts = json.loads(text)
+    except (SafetensorError, ValueError) as error:
         raise UserError(f"{path} is no file of scores ({error}): make it anew") from None
+    if metadata.get("sha256", "") not in ("", _hash(tensors, text)):
+        raise UserError(f"{path} is damaged (another sha256 than when it was written): delete it")
     return tensors, facts
+
+
+def _hash(tensors: dict[str, torch.Tensor], facts: str) -> str:
+    whole = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        whole.update(name.encode() + tensors[name].contiguous().cpu().numpy().tobytes())
+    return whole.hexdigest()

@@ -1,12 +1,12 @@
 """What the report reads: the files of a sweep's output folder, and selections of its records."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from capgap.artifact import read_json
 from capgap.errors import UserError
 from capgap.law.law import Curve, Group, Law, Line, read_law
 from capgap.records import RunRecord, read_records
@@ -62,13 +62,7 @@ def load_results(folder: Path) -> Results:
 
 
 def _read_object(path: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): delete it and run the sweep again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
+    return read_json(path) if path.is_file() else {}
 
 
 def place_of(init: str) -> int:

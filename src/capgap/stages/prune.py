@@ -1,6 +1,5 @@
 """The stage `prune`: a student of an exact size, cut out of a teacher tensor by tensor."""
 
-import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from capgap.artifact import file_hash
 from capgap.errors import UserError
 from capgap.models.shape import Shape
 from capgap.prune.shape import (
@@ -244,7 +244,7 @@ def _provenance(request: Prune, plan: _Plan, kept: "Kept", teacher_hash: str) ->
         "parameters": plan.shape.parameters().as_dict(),
         "rule": plan.rule,
         "scores": {
-            "sha256": hashlib.sha256(request.scores.read_bytes()).hexdigest(),
+            "sha256": file_hash(request.scores),
             "tokens": plan.importance.tokens,
             **plan.importance.provenance,
         },

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from capgap.artifact import difference, locked_file, plain
 from capgap.corpus.given import Given
 from capgap.errors import UserError
 from capgap.prune.methods import Depth, Method, reading_methods
-from capgap.scrub import scrub
 from capgap.section import Count, Dtype, Section
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage, paced
 
@@ -50,7 +50,8 @@ class Score(ScoreSection, Stage):
     def run(
         self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
     ) -> dict[str, Any]:
-        return _run(self, say, should_stop)
+        with locked_file(self.out):
+            return _run(self, say, should_stop)
 
     def told(self, found: dict[str, Any]) -> str:
         read = f" on {found['tokens']:,} tokens" if found["tokens"] else ""
@@ -73,8 +74,9 @@ def _run(request: Score, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     found = _found(request)
     provenance = _provenance(request, corpus)
     if found is not None:
-        if found.provenance != provenance:
-            _refuse(request.out, found.provenance, provenance)
+        other = difference(found.provenance, plain(provenance))
+        if other is not None:
+            raise UserError(f"{request.out} holds other scores ({other}): choose another out")
         return _told(request, found, 0.0)
     batches = _batches(request, corpus)
     model = load_model(request.teacher, dtype=DTYPES[request.dtype]).to(device)
@@ -153,7 +155,7 @@ def _provenance(request: Score, corpus: "Text | None") -> dict[str, Any]:
             "batch_windows": request.batch_windows,
         }
     return {
-        "teacher": scrub(request.teacher),
+        "teacher": request.teacher,
         "teacher_hash": model_hash(request.teacher),
         "method": request.method,
         "depth": request.depth,
@@ -167,15 +169,6 @@ def _found(request: Score) -> Any:
     from capgap.prune.scores import load_importance
 
     return load_importance(request.out) if request.out.exists() else None
-
-
-def _refuse(out: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
-    keys = [key for key in {**asked, **found} if found.get(key) != asked.get(key)]
-    first = keys[0]
-    raise UserError(
-        f"{out} holds scores with another {first} ({found.get(first)}, now {asked.get(first)}): "
-        "choose another --out"
-    )
 
 
 def _told(request: Score, importance: Any, seconds: float) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from capgap.artifact import LOCK, check_empty, flat, locked, read_json
 from capgap.corpus.sources import open_source
 from capgap.errors import UserError
-from capgap.locking import LOCK, locked_folder
 from capgap.records import RECORD_FILE, RunRecord, read_record, read_records
 from capgap.scrub import scrub
 from capgap.sweep.context import SEARCH_FILE, Context
@@ -65,24 +65,17 @@ def claimed(out: Path, recipe: Recipe, *, grown: Plan | None = None) -> Iterator
     of another recipe that has done nothing yet gives way: its first try failed, and the mistake is
     mended now. UserError: the folder is something else's, in use, or not writable.
     """
-    if _is_foreign(out):
-        raise UserError(f"{out} is no empty folder and no sweep: choose another --out")
-    with locked_folder(out):
+    if not (out / LOCK).exists() and not (out / "sweep.json").exists():
+        check_empty(out)
+    with locked(out):
         yield _earlier_recipes(out, recipe, grown)
-
-
-def _is_foreign(out: Path) -> bool:
-    """A file, or a folder with something in it that no sweep began."""
-    if not out.exists() or (out / LOCK).exists() or (out / "sweep.json").exists():
-        return False
-    return not out.is_dir() or any(out.iterdir())
 
 
 def _earlier_recipes(out: Path, recipe: Recipe, grown: Plan | None) -> list[str]:
     marker = out / "sweep.json"
     if not marker.exists():
         return []
-    found = _read_marker(marker)
+    found = read_json(marker, recipe=dict, recipe_hash=str)
     earlier: list[str] = found.get("grown_from", [])
     if found["recipe_hash"] == recipe.hash():
         return earlier
@@ -100,28 +93,13 @@ def _earlier_recipes(out: Path, recipe: Recipe, grown: Plan | None) -> list[str]
     return [*earlier, found["recipe_hash"]]
 
 
-def _read_marker(marker: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(marker.read_text())
-        recipe = found["recipe"]
-        texts = (found["recipe_hash"], recipe["name"], *found.get("grown_from", []))
-        known = all(isinstance(text, str) for text in texts) and isinstance(
-            recipe.get("students", {}), dict
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        known = False
-    if not known:
-        raise UserError(f"{marker} was not written by a sweep: mend it, or choose another --out")
-    return found
-
-
 def _refuse_other_recipe(
     out: Path, before: dict[str, Any], recipe: Recipe, grown: Plan | None
 ) -> None:
     """UserError unless the recipe is the one `before` with other seeds, teachers, students, budgets
     or baselines, every recorded run is part of it, and no run is another than it was."""
-    there = _by_key(identity({"students": {}} | before))
-    here = _by_key(identity(scrub(recipe.model_dump(mode="json"))))
+    there = flat(identity({"students": {}} | before))
+    here = flat(identity(scrub(recipe.model_dump(mode="json"))))
     changed = [key for key in here | there if here.get(key) != there.get(key)]
     if not changed:
         return
@@ -172,15 +150,6 @@ def _what_becomes(before: Teacher | Cell, after: Teacher | Cell | None) -> str:
         if old is not None and new is not None and old.id != new.id:
             return f"would be cut out of {new.id}, and no more out of {old.id}"
     return "would be another run"
-
-
-def _by_key(content: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Values by whole keys such as `students.tokens`."""
-    found: dict[str, Any] = {}
-    for name, value in content.items():
-        key = f"{above}{name}"
-        found |= _by_key(value, f"{key}.") if isinstance(value, dict) else {key: value}
-    return found
 
 
 def check_records(context: Context, plan: Plan, earlier: Sequence[str]) -> list[RunRecord]:

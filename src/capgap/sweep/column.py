@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from capgap.artifact import InUse, locked
 from capgap.errors import UserError
-from capgap.locking import InUse, locked_folder
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Say, ShouldStop, Stage, paced, text_table
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Column(Stage):
         if self.task not in tasks:
             raise UserError(f"no task {self.task!r} in this sweep: without one all are listed")
         self._prepare(plan, say)
-        with locked_folder(self.out, shared=True):
+        with locked(self.out, shared=True):
             context = context_of(plan.recipe, self.out, None)
             task = tasks[self.task]
             missing = _missing(context, task)
@@ -56,7 +56,7 @@ class Column(Stage):
                 raise UserError(
                     f"{task.id} needs {missing[0]}, which is not trained yet: run it first"
                 )
-            with locked_folder(context.out / "work" / "tasks" / task.id):
+            with locked(context.out / "work" / "tasks" / task.id):
                 warnings = _run(context, task, say, should_stop)
             return _described(context, task) | {"warnings": warnings}
 

@@ -10,7 +10,6 @@ checkpoint of any number of ranks can be read by any other number. No pickle.
 """
 
 import copy
-import hashlib
 import json
 import logging
 import os
@@ -35,6 +34,8 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from capgap.artifact import file_hash, read_json
+from capgap.errors import UserError
 from capgap.models.parallel import ALONE, Ranks
 from capgap.train.checkpoint_size import FILE_BYTES
 
@@ -270,8 +271,8 @@ def _first_whole(places: list[Path], ranks: Ranks) -> Checkpoint | None:
     found = ranks.told(found)
     if found is None:
         return None
-    content = json.loads((found / STATE).read_text())
-    heldout = json.loads((found / MANIFEST).read_text())["heldout"]
+    content = read_json(found / STATE)
+    heldout = read_json(found / MANIFEST)["heldout"]
     return Checkpoint(content["step"], content["state"], heldout, found)
 
 
@@ -280,8 +281,8 @@ def _by_loss(folder: Path) -> list[Path]:
     found = []
     for place in sorted(folder.glob("step-*"), reverse=True):
         try:
-            losses = json.loads((place / MANIFEST).read_text())["heldout"]
-        except (OSError, ValueError, KeyError):
+            losses = read_json(place / MANIFEST, schema=SCHEMA)["heldout"]
+        except (UserError, KeyError):
             continue
         if losses:
             found.append((place, losses))
@@ -322,21 +323,16 @@ def _checksums(place: Path, ranks: Ranks = ALONE) -> dict[str, dict[str, Any]]:
     found = {}
     paths = sorted(path for path in place.iterdir() if path.name != MANIFEST)
     for path in paths[ranks.rank :: ranks.world]:
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        found[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+        found[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
     return {name: entry for part in ranks.collect(found) for name, entry in part.items()}
 
 
 def _damage(place: Path) -> str | None:
     """What differs from the manifest, or None."""
     try:
-        manifest = json.loads((place / MANIFEST).read_text())
-        schema, expected = manifest["schema"], manifest["files"]
-    except (OSError, ValueError, KeyError):
-        return f"no readable {MANIFEST}"
-    if schema != SCHEMA:
-        return f"of version {schema}, not {SCHEMA}"
+        expected = read_json(place / MANIFEST, schema=SCHEMA, files=dict)["files"]
+    except UserError as error:
+        return str(error)
     found = _checksums(place)
     for name, entry in expected.items():
         if name not in found:
