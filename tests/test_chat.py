@@ -11,8 +11,9 @@ import torch
 
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import UserError
+from capgap.evaluate.sample import Sampling
 from capgap.models.build import load_model
-from capgap.tune.chat import Chat, Sampling, pieces_of
+from capgap.tune.chat import Chat, pieces_of
 from capgap.tune.template import prompt_ids, set_template
 from talks import said, save_base
 from test_docs import DOCS, code_blocks, sections

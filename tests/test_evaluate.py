@@ -907,7 +907,7 @@ def test_all_is_as_before_afterwards(student, sets, tmp_path):
 
 
 def test_how_far_it_is_is_told(student, sets, monkeypatch):
-    monkeypatch.setattr("capgap.evaluate.bars.SAID_EVERY", -1.0)
+    monkeypatch.setattr("capgap.evaluate.harness.SAID_EVERY", -1.0)
     said: list[str] = []
     model = counting_model(load_model(student), load_tokenizer(student), 4)
     _, local = read_local(sets, "piqa", ("",))

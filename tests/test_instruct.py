@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import safe_globals
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import Interrupted, UserError
 from capgap.models.build import load_model
-from capgap.stages.instruct import Instruct
+from capgap.stages.tuning import Instruct
 from capgap.tune import training
 from capgap.tune.conversations import read_conversations
 from capgap.tune.template import encode, fitted, prompt_ids, set_template

@@ -19,7 +19,7 @@ from capgap.distill.cache import CachedTeacher
 from capgap.errors import UserError
 from capgap.evaluate import beginning
 from capgap.evaluate.beginning import better_beginning
-from capgap.evaluate.losses import HeldoutLoss
+from capgap.evaluate.measured import HeldoutLoss
 from capgap.evaluate.sample import sample_text
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.parts import Parts
@@ -201,21 +201,51 @@ def test_measure_reads_what_evaluate_reads(corpora, model, monkeypatch):
 
 
 def test_a_sample_begins_like_a_text_and_keeps_the_first_space(model, tokenizer, monkeypatch):
-    seen = {}
+    seen = []
     loaded = load_model(model).eval()
-    generate = loaded.generate
+    forward = loaded.forward
+    ends = False
 
-    def watched(inputs, **options):
-        seen.update(options, inputs=inputs)
-        return generate(inputs, **options)
+    def watched(input_ids, **options):
+        seen.append(input_ids)
+        output = forward(input_ids, **options)
+        if ends:
+            output.logits[..., 0] = 1e9
+        return output
 
-    monkeypatch.setattr(loaded, "generate", watched)
+    monkeypatch.setattr(loaded, "forward", watched)
     sample_text(loaded, tokenizer, "kabalo", max_new_tokens=3, temperature=0)
-    assert seen["inputs"][0].tolist() == tokenizer("kabalo")["input_ids"]
-    assert seen["generation_config"].eos_token_id == [0]
+    assert seen[0][0].tolist() == tokenizer("kabalo")["input_ids"]
+    assert len(seen) == 3
+    del seen[:]
     sample_text(loaded, tokenizer, "kabalo " * 60, max_new_tokens=60, temperature=0)
-    assert seen["inputs"][0, 0] == tokenizer.bos_token_id
-    assert seen["inputs"].shape == (1, 4)
+    assert seen[0][0, 0] == tokenizer.bos_token_id
+    assert seen[0].shape == (1, 4)
+    del seen[:]
+    ends = True
+    assert sample_text(loaded, tokenizer, "kabalo", max_new_tokens=3, temperature=0) == ""
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_sample_is_that_of_generate(model, tokenizer, temperature):
+    loaded = load_model(model).eval()
+    inputs = torch.tensor([tokenizer("kabalo")["input_ids"]])
+    drawn = {"temperature": temperature, "top_p": 0.9, "top_k": 0} if temperature else {}
+    torch.manual_seed(5)
+    written = loaded.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=12,
+        do_sample=bool(drawn),
+        eos_token_id=0,
+        **drawn,
+    )[0]
+    before = torch.random.get_rng_state()
+    options = {"max_new_tokens": 12, "temperature": temperature, "top_p": 0.9, "seed": 5}
+    text = sample_text(loaded, tokenizer, "kabalo", **options)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert tokenizer.decode(written, skip_special_tokens=True) == "kabalo" + text
 
 
 def test_corpora_of_the_version_before_are_refused(corpora, tmp_path):

@@ -123,7 +123,15 @@ def test_calibration_of_a_known_table():
 def measured(losses, *, sizes=None, entropies=None, changed=0):
     sizes = sizes or [100] * len(losses)
     tokens = [size // 4 for size in sizes]
-    return Measured(list(losses), list(entropies or losses), tokens, sizes, 0.1, changed, 1.0)
+    return Measured(
+        list(losses),
+        tokens,
+        sizes,
+        document_entropies=list(entropies or losses),
+        calibration_error=0.1,
+        changed_documents=changed,
+        seconds=1.0,
+    )
 
 
 def test_differences_are_paired_by_document():

@@ -17,7 +17,7 @@ from capgap.corpus.given import Weighted, parse_mixture
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.text import PATTERN, Text
 from capgap.errors import UserError
-from capgap.evaluate.losses import HeldoutLoss, MixedLoss, mixed_loss
+from capgap.evaluate.measured import HeldoutLoss, MixedLoss, mixed_loss
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.shape import ladder_shape
 from capgap.stages.inputs import open_text, warn_of_epochs

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import Interrupted
+from capgap.evaluate.measured import HeldoutLoss
 from capgap.models.build import load_model
-from capgap.stages.prefer import Prefer
+from capgap.stages.tuning import Prefer
 from capgap.tune import training
 from capgap.tune.conversations import read_pairs
-from capgap.tune.scores import preference
 from capgap.tune.template import encode, set_template
 from talks import said, save_base, talks, write_lines
 from test_docs import assert_told, keys
@@ -93,14 +93,17 @@ def test_a_bad_pair_is_counted(tmp_path, line, kind):
 
 
 def test_the_numbers_of_pairs_are_those_of_the_formula():
-    chosen, rejected, before = [1.0, 4.0], [3.0, 5.0], ([2.0, 3.0], [2.5, 6.0])
-    found = preference(chosen, rejected, before=before, beta=0.5)
+    sides = [HeldoutLoss(nats, [1, 1], [1, 1]) for nats in ([1.0, 4.0], [3.0, 5.0])]
+    before = {"chosen_nats": [2.0, 3.0], "rejected_nats": [2.5, 6.0]}
+    stage = Prefer(model="m", data="d", out="o", beta=0.5)
+    found = stage.scores(sides, before)
     margins = [(2 - 1) - (2.5 - 3), (3 - 4) - (6 - 5)]
     losses = [-math.log(1 / (1 + math.exp(-0.5 * margin))) for margin in margins]
     assert found["loss"] == pytest.approx(sum(losses) / 2)
     assert found["margin"] == pytest.approx(sum(margins) / 2)
     assert (found["accuracy"], found["chosen_likelier"]) == (0.5, 1.0)
-    same = preference(chosen, rejected, before=(chosen, rejected), beta=0.5)
+    assert (found["chosen_nats"], found["rejected_nats"]) == ([1.0, 4.0], [3.0, 5.0])
+    same = stage.scores(sides, None)
     assert same["loss"] == pytest.approx(math.log(2))
     assert same["accuracy"] is None
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from capgap.stages.evaluate import Evaluate as Evaluate
     from capgap.stages.export import Export as Export
     from capgap.stages.inputs import open_text as open_text
-    from capgap.stages.instruct import Instruct as Instruct
-    from capgap.stages.prefer import Prefer as Prefer
     from capgap.stages.prune import Prune as Prune
     from capgap.stages.score import Score as Score
+    from capgap.stages.tuning import Instruct as Instruct
+    from capgap.stages.tuning import Prefer as Prefer
     from capgap.sweep.column import Column as Column
 
 __version__ = "0.1.0"
@@ -136,8 +136,8 @@ STAGES = {
     "Distill": "stages.distill",
     "Evaluate": "stages.evaluate",
     "Export": "stages.export",
-    "Instruct": "stages.instruct",
-    "Prefer": "stages.prefer",
+    "Instruct": "stages.tuning",
+    "Prefer": "stages.tuning",
     "Prepare": "stages.corpus",
     "Prune": "stages.prune",
     "Score": "stages.score",

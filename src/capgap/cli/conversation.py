@@ -10,8 +10,7 @@ import typer
 from capgap.cli.app import Json, TrustCode, add_stage, app, print_json, quieten_transformers
 from capgap.errors import UserError
 from capgap.stages.evaluate import Evaluate
-from capgap.stages.instruct import Instruct
-from capgap.stages.prefer import Prefer
+from capgap.stages.tuning import Instruct, Prefer
 
 if TYPE_CHECKING:
     from capgap.tune.chat import Chat
@@ -39,8 +38,9 @@ def chat(
     if json_ and once is None:
         raise UserError("--json goes with --once QUESTION")
     quieten_transformers()
+    from capgap.evaluate.sample import Sampling
     from capgap.machine import resolve_device
-    from capgap.tune.chat import Sampling, load_chat
+    from capgap.tune.chat import load_chat
 
     sampling = Sampling(temperature, top_p, tokens, seed)
     talk = load_chat(

@@ -33,10 +33,10 @@ def sample(
     if Path(model, "sweep.json").exists():
         raise UserError(f"{model} is the folder of a sweep: its best student is in {model}/student")
     from capgap.corpus.tokenizer import check_text, load_tokenizer
-    from capgap.evaluate.sample import check_sampling, sample_text
+    from capgap.evaluate.sample import Sampling, sample_text
     from capgap.models.build import load_model
 
-    check_sampling(temperature=temperature, top_p=top_p, seed=seed)
+    Sampling(temperature, top_p, seed=seed)
     check_text(text, "the text")
     quieten_transformers()
     # first, because it tells a missing network or a wrong name at once

@@ -12,7 +12,7 @@ import sys
 
 def main() -> None:
     order = json.load(sys.stdin)
-    told = os.dup(1)
+    answer = os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(nothing, number)
@@ -23,7 +23,7 @@ def main() -> None:
         exec(compile(order["program"], "<program>", "exec"), {"__name__": "program"})
     except BaseException as raised:  # also SystemExit: a program that leaves early has not passed
         error = f"{type(raised).__name__}: {raised}"[:300]
-    os.write(told, json.dumps({"key": order["key"], "error": error}).encode())
+    os.write(answer, json.dumps({"key": order["key"], "error": error}).encode())
     os._exit(0)
 
 

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,8 @@ from capgap.errors import first_line
 GUARD = Path(__file__).with_name("code_guard.py")
 SANDBOX = "bwrap"
 FOLDER = "/program"
-_ERRORS = {
-    name
-    for name, kind in vars(builtins).items()
-    if isinstance(kind, type) and issubclass(kind, BaseException)
-}
+# isolated: no paths or settings of the user's
+_PYTHON = [sys.executable, "-I", "-c"]
 
 
 @dataclass(frozen=True)
@@ -54,21 +53,29 @@ def run_program(program: str, limits: CodeLimits | None = None) -> Outcome:
     """
     limits = limits or CodeLimits()
     key = secrets.token_hex()
-    order = json.dumps({"program": program, "key": key} | asdict(limits))
-    process = _start(
-        limits,
-        # isolated: no paths or settings of the user's
-        [sys.executable, "-I", "-c", GUARD.read_text()],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
+    order = json.dumps({"program": program, "key": key} | asdict(limits)).encode()
+    with _sandbox(limits, GUARD.read_text(), subprocess.DEVNULL) as process:
+        try:
+            output, _ = process.communicate(order, timeout=limits.seconds)
+        except subprocess.TimeoutExpired:
+            return Outcome(False, "out of time")
     try:
-        told, _ = process.communicate(order.encode(), timeout=limits.seconds)
-    except subprocess.TimeoutExpired:
-        return Outcome(False, "out of time")
-    finally:
-        _end(process)
-    return _outcome(told, key, process.returncode)
+        answer: Any = json.loads(output)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict) or answer.get("key") != key:
+        # the sandbox reports signals as a shell does
+        number = process.returncode - 128
+        early = "left early" if number <= 0 else "killed"
+        return Outcome(False, "out of time" if number == signal.SIGXCPU else early)
+    error = answer.get("error")
+    if error is None:
+        return Outcome(True, None)
+    # the name of a type is the program's to choose, and the record keeps it: only Python's own
+    name, colon, text = str(error).partition(":")
+    kind = getattr(builtins, name, None)
+    is_known = isinstance(kind, type) and issubclass(kind, BaseException)
+    return Outcome(False, f"{name if is_known else 'another error'}{colon}{text}")
 
 
 def sandbox_problem() -> str | None:
@@ -78,17 +85,17 @@ def sandbox_problem() -> str | None:
             f"programs are run by bubblewrap alone, and {SANDBOX} is not here: install the "
             "system package bubblewrap"
         )
-    process = _start(CodeLimits(), [sys.executable, "-I", "-c", ""], stderr=subprocess.PIPE)
-    _, told = process.communicate()
-    _end(process)
+    with _sandbox(CodeLimits(), "", subprocess.PIPE) as process:
+        _, output = process.communicate()
     if process.returncode == 0:
         return None
-    return f"programs cannot be run: {first_line(OSError(told.decode(errors='replace')))}"
+    return f"programs cannot be run: {first_line(OSError(output.decode(errors='replace')))}"
 
 
-def _start(limits: CodeLimits, command: list[str], **streams: Any) -> "subprocess.Popen[bytes]":
-    """A command in a sandbox: processes, network, users and files of its own; all of it ends with
-    us."""
+@contextmanager
+def _sandbox(limits: CodeLimits, code: str, errors: int) -> "Iterator[subprocess.Popen[bytes]]":
+    """Python on `code`, with processes, network, users and files of its own. Whatever was started
+    in it ends with the block, and with us; `errors`: where its standard error goes."""
     inside = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     inside += ["--uid", "65534", "--gid", "65534", "--clearenv"]
     for name, value in {"HOME": FOLDER, "TMPDIR": FOLDER, "OPENBLAS_NUM_THREADS": "1"}.items():
@@ -97,17 +104,23 @@ def _start(limits: CodeLimits, command: list[str], **streams: Any) -> "subproces
         inside += ["--ro-bind-try", path, path]
     inside += ["--proc", "/proc", "--dev", "/dev", "--size", str(1 << 20), "--tmpfs", "/dev/shm"]
     inside += ["--size", str(limits.folder_bytes), "--tmpfs", FOLDER, "--remount-ro", "/"]
-    return subprocess.Popen(
-        [SANDBOX, *inside, "--chdir", FOLDER, "--", *command],
+    with subprocess.Popen(
+        [SANDBOX, *inside, "--chdir", FOLDER, "--", *_PYTHON, code],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=errors,
         start_new_session=True,
         env={"PATH": os.environ.get("PATH", os.defpath)},
-        **streams,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _readable() -> list[str]:
-    """Places that Python and its extension modules read."""
+    """What Python and its extension modules read."""
     prefixes = sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix})
     parts = [
         os.path.join(prefix, name) for prefix in prefixes for name in ("lib", "lib64", "pyvenv.cfg")
@@ -116,34 +129,3 @@ def _readable() -> list[str]:
     programs = [sys.executable, os.path.realpath(sys.executable)]
     system = ["/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"]
     return [*system, *parts, *programs]
-
-
-def _outcome(told: bytes, key: str, code: int) -> Outcome:
-    try:
-        answer: dict[str, Any] = json.loads(told)
-    except ValueError:
-        answer = {}
-    if not isinstance(answer, dict) or answer.get("key") != key:
-        # the sandbox tells signals as a shell does
-        number = code - 128 if code > 128 else 0
-        reason = "out of time" if number == signal.SIGXCPU else "killed" if number else "left early"
-        return Outcome(False, reason)
-    error = answer.get("error")
-    return Outcome(error is None, None if error is None else _known(error))
-
-
-def _known(error: object) -> str:
-    """An error, its type named only where it is Python's own: the name is the program's to choose,
-    and the record keeps it."""
-    name, colon, text = str(error).partition(":")
-    return f"{name if name in _ERRORS else 'another error'}{colon}{text}"
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends the sandbox, and with it whatever was started in it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for stream in (process.stdin, process.stdout, process.stderr):
-        if stream is not None:
-            stream.close()

@@ -4,13 +4,18 @@ The harness' own task files say what is asked and how it is scored; what is ours
 come from, HumanEval's programs in `code_runner`, and what is counted beside.
 """
 
+import itertools
+import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from unittest import mock
 
 import datasets
 import lm_eval.tasks
@@ -23,15 +28,18 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 from capgap.corpus.marks import Marks
 from capgap.errors import first_line
-from capgap.evaluate.bars import quiet_harness
-from capgap.evaluate.code_runner import SANDBOX, CodeLimits, run_program, sandbox_problem
+from capgap.evaluate.code_runner import SANDBOX, run_program, sandbox_problem
 from capgap.evaluate.scores import Metrics, Part, combine
 from capgap.evaluate.sets import CODE, BenchmarkSet, NotMeasured
 from capgap.evaluate.sources import LocalSet
+from capgap.stage import Say, paced
 
 # Decides which examples stand before a question, where they are drawn; the harness' own
 SHOT_SEED = 1234
 TASKS = Path(lm_eval.tasks.__file__).parent
+SAID_EVERY = 10.0  # seconds
+# Where the harness draws progress bars
+DRAWN_IN = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface")
 
 
 class CountingModel(HFLM):
@@ -55,10 +63,10 @@ class CountingModel(HFLM):
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
         self._asked = requests
-        found = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        if any(math.isnan(value) for value, _ in found):
+        answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        if any(math.isnan(value) for value, _ in answers):
             raise NotMeasured("log-likelihoods are not finite: try --dtype fp32")
-        return found
+        return answers
 
     def _loglikelihood_tokens(self, requests: Any, *arguments: Any, **options: Any) -> Any:
         for asked, (_, context, answer) in zip(self._asked, requests, strict=True):
@@ -97,20 +105,17 @@ def counting_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int
 ) -> CountingModel:
     """For `run_set`; the model stays where it is."""
-    given = model.generation_config
-    if given is not None:
+    own = model.generation_config
+    if own is not None:
         # of the folder's own only what ends an answer: it may ask for a million beams
-        model.generation_config = GenerationConfig(
-            bos_token_id=given.bos_token_id,
-            eos_token_id=given.eos_token_id,
-            pad_token_id=given.pad_token_id,
-        )
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
     with quiet_harness():
         return CountingModel(model, tokenizer, batch_size)
 
 
 def part_names(one: BenchmarkSet) -> tuple[str, ...]:
-    """What the parts of a set are called; ("",) for a set without parts."""
+    """The names of a set's parts; ("",) for a set without parts."""
     if not one.has_parts:
         return ("",)
     names = _manager(one).all_subtasks
@@ -121,16 +126,26 @@ def load_tasks(
     one: BenchmarkSet, local: LocalSet | None, shots: int, *, outcomes: Counter[str]
 ) -> dict[str, Any]:
     """The harness' tasks of a set by their names there, with the records of a local copy or, where
-    it is None, of the Hub. How HumanEval's programs end is counted in `outcomes`."""
+    it is None, of the Hub. How HumanEval's programs end is counted in `outcomes`.
+
+    NotMeasured where the Hub's dataset cannot be loaded.
+    """
     own = _humaneval(one, outcomes) if one.name == CODE else _changes(one, local)
     specs = []
     for part in part_names(one):
         records = {} if local is None else {"custom_dataset": _records(local[part])}
         specs.append({"task": one.task + part} | own | records)
-    with quiet_harness():
-        # a whole task stands alone: in a group it would be looked up among the harness' own
-        whole = specs if one.name == CODE else [{"group": "capgap", "task": specs}]
-        tasks = _manager(one).load(whole)["tasks"]
+    try:
+        with quiet_harness():
+            # a whole task stands alone: in a group it would be looked up among the harness' own
+            whole = specs if one.name == CODE else [{"group": "capgap", "task": specs}]
+            tasks = _manager(one).load(whole)["tasks"]
+    # A loader of the Hub raises whatever its parts raise; the cause goes into the record
+    except Exception as error:
+        if local is not None:
+            raise
+        cause = f"{one.hub} cannot be loaded from the Hub: {first_line(error)}"
+        raise NotMeasured(cause) from error
     for task in tasks.values():
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(SHOT_SEED)
@@ -144,7 +159,7 @@ def run_set(
     *,
     shots: int,
     limit: int | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the record has of a model on a set, on the first `limit` questions of every part; and
     every question with its prompt and what the model answered.
@@ -152,11 +167,12 @@ def run_set(
     NotMeasured for a set that this model cannot be measured on.
     """
     began = time.monotonic()
-    problem = sandbox_problem() if one.name == CODE else None
+    is_code = one.name == CODE
+    problem = sandbox_problem() if is_code else None
     if problem is not None:
         raise NotMeasured(problem)
     outcomes: Counter[str] = Counter()
-    tasks = _load(one, local, shots, outcomes)
+    tasks = load_tasks(one, local, shots, outcomes=outcomes)
     lowered = _fit_answers(tasks, model)
     if lowered is not None:
         say(
@@ -171,7 +187,7 @@ def run_set(
             limit=limit,
             # closed forms only: its bootstrap starts a process for every core
             bootstrap_iters=1,
-            confirm_run_unsafe_code=one.name == CODE,
+            confirm_run_unsafe_code=is_code,
         )
     parts = {
         name.removeprefix(one.task): Part(
@@ -186,8 +202,8 @@ def run_set(
         "shots": shots,
         "task_version": ", ".join(sorted({str(found["versions"][name]) for name in tasks})),
         "max_gen_toks": lowered,
-        "programs": dict(outcomes) if one.name == CODE else None,
-        "sandbox": SANDBOX if one.name == CODE else None,
+        "programs": dict(outcomes) if is_code else None,
+        "sandbox": SANDBOX if is_code else None,
         "seconds": round(time.monotonic() - began, 1),
     }
     samples = [
@@ -198,20 +214,6 @@ def run_set(
     return scores, samples
 
 
-def _load(
-    one: BenchmarkSet, local: LocalSet | None, shots: int, outcomes: Counter[str]
-) -> dict[str, Any]:
-    try:
-        return load_tasks(one, local, shots, outcomes=outcomes)
-    # A loader of the Hub raises whatever its parts raise; the cause goes into the record
-    except Exception as error:
-        if local is not None:
-            raise
-        raise NotMeasured(
-            f"{one.hub} cannot be loaded from the Hub: {first_line(error)}"
-        ) from error
-
-
 def _manager(one: BenchmarkSet) -> Any:
     # all of the harness' task files would take most of a minute to read
     folder = [] if one.name == CODE else [TASKS / one.folder]
@@ -220,13 +222,9 @@ def _manager(one: BenchmarkSet) -> Any:
 
 def _records(splits: Mapping[str, list[dict[str, Any]]]) -> Callable[..., Any]:
     """What the harness calls, with arguments of no use here, for a task's records."""
-
-    def make(**_: Any) -> Any:
-        return datasets.DatasetDict(
-            {split: datasets.Dataset.from_list(records) for split, records in splits.items()}
-        )
-
-    return make
+    return lambda **_: datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(records) for split, records in splits.items()}
+    )
 
 
 def _changes(one: BenchmarkSet, local: LocalSet | None) -> dict[str, Any]:
@@ -250,7 +248,7 @@ def _changes(one: BenchmarkSet, local: LocalSet | None) -> dict[str, Any]:
 
 
 def _perplexity(log_likelihoods: Sequence[float]) -> float:
-    """Of whole words, as the harness has it; infinite for what no float holds."""
+    """Of whole words, as the harness has it; infinite where no float holds it."""
     mean = -fmean(log_likelihoods)
     return math.exp(mean) if mean < 700 else math.inf
 
@@ -260,18 +258,18 @@ def _humaneval(one: BenchmarkSet, outcomes: Counter[str]) -> dict[str, Any]:
     it is read, for code that runs them in this process."""
 
     def pass_at_1(references: list[str], predictions: list[list[str]]) -> dict[str, float]:
-        results = []
+        passed = 0
         for tests, written in zip(references, predictions, strict=True):
-            outcome = run_program(f"{written[0]}\n{tests}", CodeLimits())
-            results.append(outcome.passed)
-            reason = "passed" if outcome.passed else str(outcome.reason).partition(":")[0]
-            outcomes[reason] += 1
-        return {"pass@1": sum(results) / len(results)}
+            outcome = run_program(f"{written[0]}\n{tests}")
+            passed += outcome.passed
+            outcomes["passed" if outcome.passed else str(outcome.reason).partition(":")[0]] += 1
+        return {"pass@1": passed / len(references)}
 
     def whole_programs(answers: Any, questions: Any) -> list[list[str]]:
         pairs = zip(answers, questions, strict=True)
         return [[question["prompt"] + text for text in texts] for texts, question in pairs]
 
+    join = {"function": "custom", "filter_fn": whole_programs}
     return {
         "dataset_path": one.hub,
         "unsafe_code": True,
@@ -285,19 +283,14 @@ def _humaneval(one: BenchmarkSet, outcomes: Counter[str]) -> dict[str, Any]:
             "max_gen_toks": 1024,
             "do_sample": False,
         },
-        "filter_list": [
-            {
-                "name": "create_test",
-                "filter": [{"function": "custom", "filter_fn": whole_programs}],
-            }
-        ],
+        "filter_list": [{"name": "create_test", "filter": [join]}],
         "metadata": {"version": 1.0},
     }
 
 
 def _fit_answers(tasks: Mapping[str, Any], model: CountingModel) -> dict[str, int] | None:
-    """Lets no answer take more than half of what the model reads; told where that is less than the
-    task asks for, which the harness would refuse or cut the prompt for."""
+    """Lets no answer take more than half of what the model reads: the harness would refuse, or cut
+    the prompt for it. Returns the two numbers where a task asks for more."""
     most = model.max_length // 2
     lowered = None
     for task in tasks.values():
@@ -312,18 +305,18 @@ def _fit_answers(tasks: Mapping[str, Any], model: CountingModel) -> dict[str, in
 
 def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Metrics:
     """The harness' numbers by its names for them, each with its standard error."""
-    found = {}
+    metrics = {}
     for name, value in results.items():
         metric, comma, kind = name.partition(",")
         if not comma or metric.endswith("_stderr"):
             continue
         error = results.get(f"{metric}_stderr,{kind}")
-        found[name] = (_finite(value), _finite(error))
         if metric == "perplexity" and len(samples) > 1:
-            error = stdev(sample["perplexity"] for sample in samples) / math.sqrt(len(samples))
             # to first order, from the standard error of the mean
-            found[name] = (_finite(value), _finite(value * error))
-    return found
+            spread = stdev(sample["perplexity"] for sample in samples)
+            error = value * (spread / math.sqrt(len(samples)))
+        metrics[name] = (_finite(value), _finite(error))
+    return metrics
 
 
 def _finite(value: Any) -> float | None:
@@ -336,13 +329,63 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     """What a person wants to see of a question."""
     prompt, answer = sample["arguments"][0]
     is_choice = isinstance(answer, str)
-    answers = [arguments[1] for arguments in sample["arguments"]] if is_choice else None
     return {
         "question": sample["doc_id"],
         "filter": sample["filter"],
         "prompt": prompt,
-        "answers": answers,
+        "answers": [arguments[1] for arguments in sample["arguments"]] if is_choice else None,
         "responses": [response[0] for response in sample["resps"]],
         "target": sample["target"],
         "scores": {name: sample[name] for name in sample["metrics"]},
     }
+
+
+@contextmanager
+def quiet_harness(say: Say = lambda text: None) -> Iterator[None]:
+    """Lines of ours in place of the harness' progress bars, and none of its warnings: what they
+    say is in the record. All is as before afterwards."""
+    logger = logging.getLogger("lm_eval")
+    bar = partial(_Bar, paced(say, SAID_EVERY), itertools.count(1))
+    with ExitStack() as after:
+        after.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
+        if not datasets.are_progress_bars_disabled():
+            after.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        for module in DRAWN_IN:
+            after.enter_context(mock.patch(f"{module}.tqdm", bar))
+        yield
+
+
+class _Bar:
+    """Stands where the harness draws a bar; `prompts` counts those of all bars."""
+
+    def __init__(
+        self,
+        tell: Callable[[Callable[[], str]], None],
+        prompts: Iterator[int],
+        items: Any = None,
+        total: int | None = None,
+        desc: str = "",
+        **_: Any,
+    ) -> None:
+        self.tell, self.prompts, self.items, self.what, self.done = tell, prompts, items, desc, 0
+        self.total = len(items) if total is None and items is not None else total
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.items:
+            yield item
+            self.update()
+
+    def update(self, count: int = 1) -> None:
+        self.done += count
+        if self.what:
+            kind = "answers" if self.what.startswith("Running") else "requests cut into tokens"
+            self.tell(lambda: f"{self.done:,} of {self.total:,} {kind}")
+        else:
+            # prompts are made part by part, and how many parts there are no bar knows
+            made = next(self.prompts)
+            self.tell(lambda: f"{made:,} prompts made")
+
+    def close(self) -> None:
+        pass

@@ -1,4 +1,4 @@
-"""What models of different tokenizers say of one text: losses per byte, entropy, calibration.
+"""What a model says of text, by document: losses with their errors, entropy, calibration.
 
 Imports no torch.
 """
@@ -16,20 +16,163 @@ CALIBRATION_BINS = 15
 MOST_RANK = 100
 
 
-@dataclass(frozen=True)
-class Measured:
-    """How one model reads a sample of text; documents are the same for all models that read it.
+def ratio_standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
+    """Standard error of sum(sums) / sum(counts) over documents (linearised ratio estimator).
 
-    Losses and entropies in nats, summed over a document's tokens; `calibration_error` by the
-    function of that name. `changed_documents`: how many its tokenizer does not give back as they
-    were. `ranks`: sum over tokens of the rank that it gave the one that came, at most MOST_RANK
-    each.
+    None for fewer than two documents, where nothing is known about the spread.
     """
+    if len(sums) < 2:
+        return None
+    values, weights = np.asarray(sums, float), np.asarray(counts, float)
+    residuals = values - values.sum() / weights.sum() * weights
+    correction = len(sums) / (len(sums) - 1)
+    return float(math.sqrt(correction * (residuals**2).sum()) / weights.sum())
 
-    document_losses: list[float]
-    document_entropies: list[float]
+
+def calibration_error(
+    confidence: ArrayLike, correct: ArrayLike, *, bins: int = CALIBRATION_BINS
+) -> float:
+    """Expected calibration error of the likeliest token (arXiv 1706.04599): in `bins` of equal
+    width, how far the share of hits is from the mean probability, weighted by tokens.
+
+    confidence [tokens] in (0, 1], the likeliest token's probability; correct [tokens], whether it
+    came.
+    """
+    sure, hit = np.asarray(confidence, float), np.asarray(correct, float)
+    # a bin holds its upper end and not its lower one
+    indices = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(indices, weights=sure - hit, minlength=bins)
+    return float(np.abs(gaps).sum() / len(sure))
+
+
+@dataclass(frozen=True)
+class HeldoutLoss:
+    """Losses by document; the same documents in the same order for every model of a sweep."""
+
+    document_losses: list[float]  # nats, summed over a document's tokens
     document_tokens: list[int]
     document_bytes: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.document_tokens)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.document_bytes)
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return sum(self.document_losses) / self.tokens
+
+    @property
+    def loss_stderr(self) -> float | None:
+        return ratio_standard_error(self.document_losses, self.document_tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return sum(self.document_losses) / math.log(2) / self.bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        bits = [loss / math.log(2) for loss in self.document_losses]
+        return {
+            "loss": self.loss,
+            "loss_stderr": self.loss_stderr,
+            "bits_per_byte": self.bits_per_byte,
+            "bits_per_byte_stderr": ratio_standard_error(bits, self.document_bytes),
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "document_losses": self.document_losses,
+            "document_tokens": self.document_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class MixedLoss:
+    """The held-out losses of a mixture's sources, and of the mixture: the mean over sources,
+    weighted by their shares of the training tokens, whatever the sizes of their held-out parts.
+
+    So it is what training brings down. Bits per byte are those of a text with these shares of
+    tokens.
+    """
+
+    sources: dict[str, HeldoutLoss]
+    shares: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return sum(self.shares[name] * source.loss for name, source in self.sources.items())
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss / math.log(2) / self._bytes_per_token
+
+    @property
+    def _bytes_per_token(self) -> float:
+        return sum(self.shares[name] * one.bytes / one.tokens for name, one in self.sources.items())
+
+    def _stderr(self, bits_per_byte: float) -> float | None:
+        """Standard error of the loss less `bits_per_byte` for every byte, nats per token."""
+        total = 0.0
+        for name, source in self.sources.items():
+            rests = [
+                loss - bits_per_byte * math.log(2) * size
+                for loss, size in zip(source.document_losses, source.document_bytes, strict=True)
+            ]
+            error = ratio_standard_error(rests, source.document_tokens)
+            if error is None:
+                return None
+            total += (self.shares[name] * error) ** 2
+        return math.sqrt(total)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of one corpus, with the documents of all sources in order, and `sources`."""
+        every = {name: source.as_dict() for name, source in self.sources.items()}
+        bits = self._stderr(self.bits_per_byte)
+        return {
+            "loss": self.loss,
+            "loss_stderr": self._stderr(0.0),
+            "bits_per_byte": self.bits_per_byte,
+            "bits_per_byte_stderr": bits and bits / math.log(2) / self._bytes_per_token,
+            "tokens": sum(source.tokens for source in self.sources.values()),
+            "bytes": sum(source.bytes for source in self.sources.values()),
+            **{
+                key: [number for source in every.values() for number in source[key]]
+                for key in ("document_losses", "document_tokens")
+            },
+            "sources": {name: {"share": self.shares[name], **one} for name, one in every.items()},
+        }
+
+
+def mixed_loss(
+    whole: HeldoutLoss, documents: dict[str, int], shares: dict[str, float]
+) -> HeldoutLoss | MixedLoss:
+    """A loss on all sources at once, by source; `documents` counts those of every source, in their
+    order. The loss itself where there is one source."""
+    if len(documents) == 1:
+        return whole
+    sources, start = {}, 0
+    for name, count in documents.items():
+        part = slice(start, start + count)
+        sources[name] = HeldoutLoss(
+            whole.document_losses[part], whole.document_tokens[part], whole.document_bytes[part]
+        )
+        start += count
+    return MixedLoss(sources, shares)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(HeldoutLoss):
+    """How one model reads a sample of text; documents are the same for all models that read it.
+
+    Entropies in nats, summed over a document's tokens; `calibration_error` by the function of that
+    name. `changed_documents`: how many its tokenizer does not give back as they were. `ranks`: sum
+    over tokens of the rank that it gave the one that came, at most MOST_RANK each.
+    """
+
+    document_entropies: list[float]
     calibration_error: float
     changed_documents: int
     seconds: float
@@ -42,21 +185,13 @@ class Measured:
         return self.ranks / sum(self.document_losses)
 
     @property
-    def tokens(self) -> int:
-        return sum(self.document_tokens)
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.document_bytes)
-
-    @property
     def nats_per_byte(self) -> float:
         """What models of different tokenizers can be compared by."""
         return sum(self.document_losses) / self.bytes
 
     @property
     def nats_per_token(self) -> float:
-        return sum(self.document_losses) / self.tokens
+        return self.loss
 
     @property
     def entropy(self) -> float:
@@ -66,7 +201,7 @@ class Measured:
     @property
     def overconfidence(self) -> float:
         """Nats per token that the loss is above the entropy; below 0 for too little confidence."""
-        return self.nats_per_token - self.entropy
+        return self.loss - self.entropy
 
     def above(self, other: "Measured") -> tuple[float, float | None]:
         """Nats per byte that this model's loss is above the other's, and the standard error.
@@ -80,17 +215,13 @@ class Measured:
         return sum(differences) / self.bytes, error
 
     def as_dict(self) -> dict[str, Any]:
+        """What advice says of a model, per byte first."""
+        names = ("nats_per_token", "entropy", "overconfidence", "calibration_error", "tokens")
         return {
             "nats_per_byte": self.nats_per_byte,
             "nats_per_byte_stderr": ratio_standard_error(self.document_losses, self.document_bytes),
-            "nats_per_token": self.nats_per_token,
-            "entropy": self.entropy,
             "entropy_per_byte": sum(self.document_entropies) / self.bytes,
-            "overconfidence": self.overconfidence,
-            "calibration_error": self.calibration_error,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "seconds": self.seconds,
+            **{name: getattr(self, name) for name in (*names, "bytes", "seconds")},
         }
 
 
@@ -117,32 +248,3 @@ class Measurement:
             "dtype": self.dtype,
             "device": self.device,
         }
-
-
-def ratio_standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
-    """Standard error of sum(sums) / sum(counts) over documents (linearised ratio estimator).
-
-    None for fewer than two documents, where nothing is known about the spread.
-    """
-    if len(sums) < 2:
-        return None
-    values, weights = np.asarray(sums, float), np.asarray(counts, float)
-    residuals = values - values.sum() / weights.sum() * weights
-    correction = len(sums) / (len(sums) - 1)
-    return float(math.sqrt(correction * (residuals**2).sum()) / weights.sum())
-
-
-def calibration_error(
-    confidence: ArrayLike, correct: ArrayLike, *, bins: int = CALIBRATION_BINS
-) -> float:
-    """Expected calibration error of the likeliest word (arXiv 1706.04599): in `bins` of equal
-    width, how far the share of hits is from the mean probability, weighted by tokens.
-
-    confidence [tokens] in (0, 1], the likeliest word's probability; correct [tokens], whether it
-    came.
-    """
-    sure, hit = np.asarray(confidence, float), np.asarray(correct, float)
-    # a bin holds its upper end and not its lower one
-    places = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(places, weights=sure - hit, minlength=bins)
-    return float(np.abs(gaps).sum() / len(sure))

@@ -1,9 +1,16 @@
-"""Text from a model."""
+"""Tokens drawn from a model one after another, and text from it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice, takewhile
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from capgap.corpus.marks import Marks
+from capgap.corpus.tokenizer import num_words
 from capgap.errors import UserError
 from capgap.models.stored import positions_of
 
@@ -11,12 +18,53 @@ from capgap.models.stored import positions_of
 UNLIMITED = 1 << 20
 
 
-def check_sampling(*, temperature: float, top_p: float, seed: int) -> None:
-    """UserError for what can be told wrong without the model."""
-    if not temperature >= 0 or not 0 < top_p <= 1:
-        raise UserError(f"temperature {temperature} must be 0 or more, top_p {top_p} above 0 to 1")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed {seed} must be 0 to {2**63 - 1}")
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; temperature 0 takes the likeliest. `tokens`: the longest text.
+    UserError for a number that cannot be."""
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    tokens: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"temperature {self.temperature} must be 0 or more, top_p {self.top_p} above 0 to 1"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed {self.seed} must be 0 to {2**63 - 1}")
+        if self.tokens < 1:
+            raise UserError(f"--tokens {self.tokens} must be above 0")
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        return torch.Generator(device=device).manual_seed(self.seed)
+
+
+@torch.no_grad()
+def draw(
+    model: PreTrainedModel,
+    ids: list[int],
+    sampling: Sampling,
+    generator: torch.Generator,
+    vocabulary: int,
+) -> Iterator[int]:
+    """Tokens behind `ids`, without end. Logits from `vocabulary` on only pad the model's table."""
+    new, cache = ids, None
+    while True:
+        inputs = torch.tensor([new], device=model.device)
+        output: Any = model(input_ids=inputs, past_key_values=cache, use_cache=True)
+        logits = output.logits[:, -1, :vocabulary].float()
+        if sampling.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            logits = logits / sampling.temperature
+            if sampling.top_p < 1:
+                logits = TopPLogitsWarper(sampling.top_p)(None, logits)
+            token = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+        yield token
+        new, cache = [token], output.past_key_values
 
 
 def sample_text(
@@ -34,7 +82,7 @@ def sample_text(
     An empty prompt starts a new document. The prompt's end is kept where it is longer than the
     model can read. UserError for a temperature below zero or a length the model cannot read.
     """
-    check_sampling(temperature=temperature, top_p=top_p, seed=seed)
+    sampling = Sampling(temperature, top_p, seed=seed)
     positions = positions_of(model.config) or UNLIMITED
     if not 1 <= max_new_tokens < positions:
         raise UserError(
@@ -44,29 +92,11 @@ def sample_text(
     marks = Marks.of(tokenizer)
     room = positions - max_new_tokens - 1
     asked = tokenizer.encode(prompt, add_special_tokens=False)[-room:] if room else []
-    ids = [marks.begin, *asked]
-    inputs = torch.tensor([ids], device=model.device)
-    sampling: dict[str, bool | int | float] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted({marks.end, tokenizer.eos_token_id} - {None}),
-        pad_token_id=marks.end,
-        **sampling,
-    )
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        # not the folder's own, which may ask for a million beams; generate() would mix both
-        own, model.generation_config = model.generation_config, config
-        try:
-            mask = torch.ones_like(inputs)
-            output = model.generate(inputs, attention_mask=mask, generation_config=config)
-        finally:
-            model.generation_config = own
+    ids, ends = [marks.begin, *asked], {marks.end, tokenizer.eos_token_id}
+    drawn = draw(model, ids, sampling, sampling.generator(model.device), num_words(tokenizer))
+    written = list(takewhile(lambda token: token not in ends, islice(drawn, max_new_tokens)))
     # decoded with the prompt: alone, tokenizers of Llama's kind leave out a first space
     before, after = (
-        tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids, output[0])
+        tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids, ids + written)
     )
     return after[len(before) :]

@@ -12,13 +12,8 @@ from capgap.corpus.text import Text
 from capgap.distill.cache import CachedTeacher
 from capgap.distill.teacher import OnlineTeacher, TeacherSource, load_teacher
 from capgap.errors import UserError
-from capgap.evaluate.losses import (
-    HeldoutLoss,
-    MixedLoss,
-    evaluate_heldout,
-    heldout_set,
-    mixed_loss,
-)
+from capgap.evaluate.losses import evaluate_heldout, heldout_set
+from capgap.evaluate.measured import HeldoutLoss, MixedLoss, mixed_loss
 from capgap.machine import machine, resolve_device, versions
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.identity import model_hash

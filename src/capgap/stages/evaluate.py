@@ -36,9 +36,8 @@ if TYPE_CHECKING:
     from capgap.evaluate.sources import SetSource
     from capgap.stages.measure import Reader
 
-# Whose task files and functions are used
-HARNESS = (0, 4, 13)
-HARNESS_BELOW = (0, 5)
+# The versions of lm-evaluation-harness whose task files and functions are used
+HARNESS = ">=0.4.13,<0.5"
 
 
 def _shots(given: Any) -> Any:
@@ -162,7 +161,7 @@ class Evaluate(EvaluateSection, Stage):
         return ", ".join(told)
 
     def told(self, found: dict[str, Any]) -> str:
-        from capgap.evaluate.tables import record_text
+        from capgap.evaluate.scores import record_text
 
         drawn = self.figure is not None and found["mean_percent"] is not None
         where = f"record: {self.out}" + (f", picture: {self.figure}" if drawn else "")
@@ -201,6 +200,7 @@ def _run(request: Evaluate, say: Say) -> dict[str, Any]:
     from capgap.evaluate.record import Record
     from capgap.evaluate.scores import missing_set
     from capgap.machine import machine, resolve_device, versions
+    from capgap.models.build import DTYPES, load_model
     from capgap.models.identity import model_hash
     from capgap.stages.measure import Reader
 
@@ -208,8 +208,9 @@ def _run(request: Evaluate, say: Say) -> dict[str, Any]:
     reader = Reader.of(request.model, trust_remote_code=request.trust_remote_code)
     corpora = {str(folder): load_corpus(folder, window=1) for folder in request.corpus}
     names = [name for name in request.tasks if name in SETS]
+    # held-out loss needs no harness
     harness = _harness_versions() if names else {}
-    sources, missing = _sources(request, names)
+    sources, missing = _sources(request, names) if names else ({}, {})
     about = {
         "schema": 1,
         "model": request.model,
@@ -223,26 +224,24 @@ def _run(request: Evaluate, say: Say) -> dict[str, Any]:
     }
     record = Record(about, folders=corpora, tasks=names, out=request.out, samples=request.samples)
     window = min(request.window, reader.positions or request.window)
-    kept = [
-        folder
-        for folder, corpus in corpora.items()
-        if record.keep_heldout(folder, corpus_hash=corpus.corpus_hash, window=window)
-    ]
-    kept += [
-        name
-        for name, source in sources.items()
-        if record.keep_task(name, shots=request.shots_of(name), source=source.about)
-    ]
-    for name in kept:
-        say(f"{name}: was measured before")
+    for folder, corpus in list(corpora.items()):
+        if record.keep_heldout(folder, corpus_hash=corpus.corpus_hash, window=window):
+            say(f"{folder}: was measured before")
+            del corpora[folder]
+    for name, source in list(sources.items()):
+        if record.keep_task(name, shots=request.shots_of(name), source=source.about):
+            say(f"{name}: was measured before")
+            del sources[name]
     record.drop_samples()
     for name, why in missing.items():
         say(f"{name}: missing, {why}")
         record.tasks[name] = missing_set(why)
-    corpora = {folder: one for folder, one in corpora.items() if folder not in kept}
-    sources = {name: one for name, one in sources.items() if name not in kept}
     if corpora or sources:
-        model = _load(request, device, record)
+        dtype, own_code = DTYPES[request.dtype], request.trust_remote_code
+        model = load_model(request.model, dtype, trust_remote_code=own_code)
+        record.loaded["parameters"] = sum(weights.numel() for weights in model.parameters())
+        record.loaded["dtype"] = str(model.dtype).removeprefix("torch.")
+        model = model.to(device).eval()
         for folder, corpus in corpora.items():
             record.heldout[folder] = _heldout(model, reader, corpus, window, say)
             record.write()
@@ -251,11 +250,26 @@ def _run(request: Evaluate, say: Say) -> dict[str, Any]:
     return record.write(finished=True)
 
 
+def _harness_versions() -> dict[str, str]:
+    """UserError where the harness is not there, or is one whose tasks are not known here."""
+    from packaging.specifiers import SpecifierSet
+
+    fix = f"pip install 'capgap[evaluate]' brings lm-eval {HARNESS.replace(',', ', ')}"
+    try:
+        found = importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"benchmarks need lm-evaluation-harness: {fix}") from None
+    if not SpecifierSet(HARNESS).contains(found, prereleases=True):
+        raise UserError(f"lm-eval {found} is another one than is known here: {fix}")
+    try:
+        import capgap.evaluate.harness  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"lm-eval {found} does not load ({error}): {fix}") from None
+    return {"lm_eval": found, "datasets": importlib.metadata.version("datasets")}
+
+
 def _sources(request: Evaluate, names: list[str]) -> "tuple[dict[str, SetSource], dict[str, str]]":
-    """Where each set comes from, or why it is missing."""
-    if not names:
-        # held-out loss needs no harness
-        return {}, {}
+    """The source of each set, or why it is missing."""
     from capgap.evaluate.harness import part_names
     from capgap.evaluate.sources import find_source
 
@@ -269,37 +283,6 @@ def _sources(request: Evaluate, names: list[str]) -> "tuple[dict[str, SetSource]
         except NotMeasured as reason:
             missing[name] = str(reason)
     return sources, missing
-
-
-def _harness_versions() -> dict[str, str]:
-    """UserError where the harness is not there, or is one whose tasks are not known here."""
-    low, below = (".".join(map(str, one)) for one in (HARNESS, HARNESS_BELOW))
-    fix = f"pip install 'capgap[evaluate]' brings lm-eval >={low}, <{below}"
-    try:
-        found = importlib.metadata.version("lm_eval")
-        numbers = tuple(int(part) for part in found.split(".")[:3])
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"benchmarks need lm-evaluation-harness: {fix}") from None
-    except ValueError:
-        numbers = ()
-    if not HARNESS <= numbers < HARNESS_BELOW:
-        raise UserError(f"lm-eval {found} is another one than is known here: {fix}")
-    try:
-        import capgap.evaluate.harness  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"lm-eval {found} does not load ({error}): {fix}") from None
-    return {"lm_eval": found, "datasets": importlib.metadata.version("datasets")}
-
-
-def _load(request: Evaluate, device: str, record: "Record") -> "PreTrainedModel":
-    from capgap.models.build import DTYPES, load_model
-
-    model = load_model(
-        request.model, DTYPES[request.dtype], trust_remote_code=request.trust_remote_code
-    )
-    record.loaded["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    record.loaded["dtype"] = str(model.dtype).removeprefix("torch.")
-    return model.to(device).eval()
 
 
 def _heldout(
@@ -327,10 +310,10 @@ def _heldout(
     better = better_beginning(parts, documents, marks, reader.tokenizer, vocabulary=reader.words)
     if better is not None:
         say(better.warning(reader.source))
-    found = evaluate_heldout(parts, heldout_set(documents, marks, window, reader.words)).as_dict()
+    loss = evaluate_heldout(parts, heldout_set(documents, marks, window, reader.words)).as_dict()
     numbers = {
         key: value if value is not None and math.isfinite(value) else None
-        for key, value in found.items()
+        for key, value in loss.items()
         if not key.startswith("document_")
     }
     return {

@@ -1,31 +1,33 @@
-"""What the stages `instruct` and `prefer` share: fields, record, held-out scores, model folder."""
+"""The stages `instruct` and `prefer`: a model learns to answer from conversations, and of two
+answers to a prompt the better one becomes the likelier (DPO)."""
 
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from capgap.artifact import begin, file_hash, find_run
 from capgap.errors import UserError
 from capgap.records import write_json_atomically
 from capgap.section import Count, Section, Words
-from capgap.stage import ARGUMENT, HOW, Mark, Say, ShouldStop, Stage, paced
-from capgap.stages.run_folder import begin, find_run
+from capgap.stage import ARGUMENT, HOW, FieldError, Mark, Say, ShouldStop, Stage, paced
 from capgap.stages.step_lines import MetricsFile
 from capgap.stages.training import Track
-from capgap.tune.conversations import Reading, file_hash
+from capgap.tune import conversations
+from capgap.tune.conversations import Conversation, Pair, Reading
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
-    from capgap.evaluate.losses import HeldoutLoss
+    from capgap.evaluate.measured import HeldoutLoss
     from capgap.tune.template import Example
-    from capgap.tune.training import Job, Tuned
+    from capgap.tune.training import Tuned
 
 # The window where the model reads more
 WINDOW = 4096
@@ -34,19 +36,22 @@ MOST_HELDOUT = 1000
 LIBRARIES = ("trl", "peft", "accelerate")
 _LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_modules")
 
-
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SystemPrompt = Annotated[str, "System prompt of conversations without one; goes into the template."]
 
 
-@dataclass(frozen=True)
-class Sample:
+Scores = dict[str, Any]
+
+
+class Sample(NamedTuple):
     """A line of the data in tokens: a conversation, or two that end with the chosen and with the
-    rejected answer. `row` is what TRL reads."""
+    rejected answer; none where the line is left out. `row` is what TRL reads; `finding` what was
+    done to the line, a key of `capgap.tune.conversations.ADJUSTMENTS` or empty."""
 
     texts: tuple["Example", ...]
     row: dict[str, Any]
+    finding: str = ""
 
 
 class TuningSection(Section):
@@ -78,8 +83,11 @@ class Tuning(TuningSection, Stage):
     """What `instruct` and `prefer` share. `heldout_fraction` of the conversations, at most 1000,
     are kept out of training and scored before and after it."""
 
-    # TRL's names of what a step reports -> ours
+    # What the lines of the data are called
+    lines: ClassVar[str]
+    # TRL's names for numbers of a step and for options -> ours
     numbers: ClassVar[dict[str, str]]
+    options: ClassVar[dict[str, str]]
 
     model: Annotated[str, ARGUMENT, HOW, Mark.MODEL, "A Hugging Face folder or name."]
     out: Annotated[Path, HOW, "Folder for model, metrics and record."]
@@ -117,7 +125,19 @@ class Tuning(TuningSection, Stage):
         return self
 
     def read(self) -> Reading[Any]:
-        """The data's lines."""
+        raise NotImplementedError
+
+    def sample(self, tokenizer: "Tokenizer", item: Any, window: int) -> Sample:
+        """A line in at most `window` tokens."""
+        raise NotImplementedError
+
+    def scores(self, losses: "Sequence[HeldoutLoss]", before: Scores | None) -> Scores:
+        """What the record says of the held-out answers, one loss for each text of a sample;
+        `before`: what it said before training, None there."""
+        raise NotImplementedError
+
+    def change(self, before: Scores, after: Scores) -> str:
+        """What a person reads of these scores."""
         raise NotImplementedError
 
     @property
@@ -129,60 +149,47 @@ class Tuning(TuningSection, Stage):
             return ""
         return f"held-out loss {found['before']['loss']:.3f} -> {found['after']['loss']:.3f}"
 
-    def sample(
-        self, tokenizer: "PreTrainedTokenizerFast", item: Any, window: int
-    ) -> tuple[Sample | None, str]:
-        """A line in at most `window` tokens, None where it is left out; and what was done to it,
-        a key of `capgap.tune.conversations.ADJUSTMENTS` or empty."""
-        raise NotImplementedError
-
-    def train(self, job: "Job") -> "Tuned":
-        raise NotImplementedError
-
-    def scores(
-        self, losses: "Sequence[HeldoutLoss]", before: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        """What the record says of the held-out answers, one loss for each text of a sample;
-        `before`: what it said before training, None there."""
-        raise NotImplementedError
+    def told(self, found: dict[str, Any]) -> str:
+        count = f"{found['data']['training']:,} {self.lines}, {found['steps']:,} steps"
+        change = f"{self.change(found['before'], found['after'])}\n" if found["before"] else ""
+        return f"{change}{count}, {found['folder']}"
 
     def run(
         self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
     ) -> dict[str, Any]:
         """Tunes the model, writes OUT/model; returns the record, OUT/instruct.json or
         OUT/prefer.json."""
-        from capgap.tune.training import Job
+        from capgap.models.build import DTYPES, load_model
+        from capgap.tune.training import Job, score_answers, tune
 
         run = _Run(self, say)
         if run.record["finished"]:
             return run.record
         training, heldout = run.prepare()
-        model = run.load()
-        if "before" not in run.record:
-            run.keep(before=run.scores(model, heldout, None))
+        # fp32; as it is stored where adapters alone learn, on a GPU
+        dtype = "stored" if self.lora and run.device != "cpu" else "fp32"
+        model = load_model(self.model, dtype=DTYPES[dtype]).to(run.device)
         tell = paced(say)
         steps = run.steps(len(training))
+
+        def scores(model: "PreTrainedModel", before: Scores | None) -> Scores | None:
+            """None where nothing is held out."""
+            sides = zip(*(sample.texts for sample in heldout), strict=True)
+            losses = [score_answers(model, run.tokenizer, side, bf16=run.bf16) for side in sides]
+            return self.scores(losses, before) if losses else None
 
         def on_step(line: dict[str, Any]) -> None:
             metrics.add(line)
             done = f"{self.title()}: step {line['step'] + 1} of {steps}"
             tell(lambda: f"{done}, loss {line['loss']:.4f}")
 
+        if "before" not in run.record:
+            run.keep(before=scores(model, None))
         with MetricsFile(self.out, self.track, run.asked, say) as metrics:
-            tuned = self.train(
-                Job(
-                    model=model,
-                    tokenizer=run.tokenizer,
-                    rows=[sample.row for sample in training],
-                    settings=self,
-                    folder=run.checkpoints,
-                    bf16=run.bf16,
-                    on_step=on_step,
-                    should_stop=should_stop,
-                )
-            )
-        after = run.scores(tuned.model, heldout, run.record["before"])
-        run.finish(tuned, after)
+            rows, folder = [sample.row for sample in training], run.checkpoints
+            job = Job(model, run.tokenizer, rows, self, folder, run.bf16, on_step, should_stop)
+            tuned = tune(job)
+        run.finish(tuned, scores(tuned.model, run.record["before"]))
         return run.record
 
 
@@ -198,7 +205,7 @@ class _Run:
         from capgap.corpus.tokenizer import load_tokenizer, num_words
         from capgap.machine import resolve_device, started
         from capgap.models.identity import model_hash
-        from capgap.models.stored import read_config
+        from capgap.models.stored import positions_of, read_config
         from capgap.stages.inputs import check_words
         from capgap.train.precision import autocast_dtype
         from capgap.train.trackers import check_trackers
@@ -214,17 +221,24 @@ class _Run:
             raise UserError(f"{self.name} is the work of one process: start it without torchrun")
         self.device = resolve_device(stage.device)
         if self.device not in ("cpu", "cuda:0"):
-            raise UserError(
-                f"--device {stage.device}: TRL trains on the first GPU in sight; choose it with "
-                "CUDA_VISIBLE_DEVICES"
+            raise FieldError(
+                "device",
+                f"{stage.device}: TRL trains on the first GPU in sight; choose it with "
+                "CUDA_VISIBLE_DEVICES",
             )
         # a CPU keeps to fp32
         self.bf16 = self.device != "cpu" and autocast_dtype("auto", self.device) is not None
-        data_hash = file_hash(stage.data)
+        conversations.check_file(stage.data)
         self.tokenizer = load_tokenizer(stage.model)
         self.config: Any = read_config(stage.model)
         check_words(stage.model, self.config, num_words(self.tokenizer))
-        self.window = self._window()
+        positions = positions_of(self.config)
+        self.window = stage.window or min(WINDOW, positions or WINDOW)
+        if positions is not None and self.window > positions:
+            raise UserError(
+                f"{stage.model} reads at most {positions} tokens, the window has {self.window}: "
+                f"take --window {positions} or less"
+            )
         set_template(self.tokenizer, stage.template, stage.system)
         values = stage.identity()
         lora = {name.removeprefix("lora_"): values.pop(name) for name in _LORA}
@@ -233,7 +247,7 @@ class _Run:
             "model": stage.model,
             "model_hash": model_hash(stage.model),
             "data": str(stage.data),
-            "data_hash": data_hash,
+            "data_hash": file_hash(stage.data),
             **values,
             "lora": lora if stage.lora else None,
         }
@@ -241,31 +255,36 @@ class _Run:
         self.checkpoints = stage.out / "checkpoints"
         self.record = find_run(self.path, self.asked) or {"finished": False}
 
-    def _window(self) -> int:
-        from capgap.models.stored import positions_of
-
-        asked, positions = self.stage.window, positions_of(self.config)
-        if asked is None:
-            return min(WINDOW, positions or WINDOW)
-        if positions is not None and asked > positions:
-            raise UserError(
-                f"{self.stage.model} reads at most {positions} tokens, the window has {asked}: "
-                f"take --window {positions} or less"
-            )
-        return asked
-
     def keep(self, **values: Any) -> None:
         self.record |= values
         write_json_atomically(self.path, self.record)
 
     def prepare(self) -> tuple[list[Sample], list[Sample]]:
-        """(for training, held out). Begins the record and says what was found in the data."""
-        stage = self.stage
+        """(for training, held out), drawn by the seed. Begins the record and says what was found in
+        the data; UserError where there is too little."""
+        from capgap.tune.template import special_in
+
+        stage, samples = self.stage, []
         reading = stage.read()
-        samples = self._samples(reading)
+        for item in reading.usable:
+            sample = Sample((), {}, "special_token")
+            if not any(special_in(self.tokenizer, text) for text in item.texts):
+                sample = stage.sample(self.tokenizer, item, self.window)
+            if sample.finding:
+                reading.findings[sample.finding].append(item.line)
+            samples += [sample] if sample.texts else []
         if not stage.skip_bad:
             reading.refuse()
-        training, heldout = self._split(samples)
+        share = stage.heldout_fraction
+        count = min(MOST_HELDOUT, max(1, round(share * len(samples)))) if share else 0
+        if len(samples) <= count:
+            raise UserError(
+                f"{stage.data} leaves {len(samples)} usable lines, too few to hold some out: "
+                "give more, or --heldout-fraction 0"
+            )
+        drawn = set(random.Random(stage.seed).sample(range(len(samples)), count))
+        training = [sample for i, sample in enumerate(samples) if i not in drawn]
+        heldout = [samples[i] for i in sorted(drawn)]
         for sentence in reading.sentences():
             self.say(f"{self.name}: {sentence}")
         self.record = begin(self.path, self.asked)
@@ -285,65 +304,26 @@ class _Run:
         )
         return training, heldout
 
-    def _samples(self, reading: Reading[Any]) -> list[Sample]:
-        from capgap.tune.template import special_in
-
-        samples = []
-        for item in reading.usable:
-            if any(special_in(self.tokenizer, text) for text in item.texts):
-                reading.findings["special_token"].append(item.line)
-                continue
-            sample, finding = self.stage.sample(self.tokenizer, item, self.window)
-            if finding:
-                reading.findings[finding].append(item.line)
-            if sample is not None:
-                samples.append(sample)
-        return samples
-
-    def _split(self, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-        """(for training, held out), drawn by the seed; UserError where there are too few."""
-        share = self.stage.heldout_fraction
-        count = min(MOST_HELDOUT, max(1, round(share * len(samples)))) if share else 0
-        if len(samples) <= count:
-            raise UserError(
-                f"{self.stage.data} leaves {len(samples)} usable lines, too few to hold some out: "
-                "give more, or --heldout-fraction 0"
-            )
-        drawn = set(random.Random(self.stage.seed).sample(range(len(samples)), count))
-        training = [sample for i, sample in enumerate(samples) if i not in drawn]
-        return training, [samples[i] for i in sorted(drawn)]
-
     def steps(self, num_training: int) -> int:
         return self.stage.epochs * -(-num_training // self.stage.batch)
 
-    def load(self) -> "PreTrainedModel":
-        """In fp32; as it is stored where adapters alone learn, on a GPU."""
-        import torch
-
-        from capgap.models.build import load_model
-
-        frozen = self.stage.lora and self.device != "cpu"
-        model = load_model(self.stage.model, dtype=None if frozen else torch.float32)
-        return model.to(self.device)
-
-    def scores(
-        self, model: "PreTrainedModel", heldout: list[Sample], before: dict[str, Any] | None
-    ) -> dict[str, Any] | None:
-        """None where nothing is held out."""
-        from capgap.tune.scores import score_answers
-
-        if not heldout:
-            return None
-        sides = zip(*(sample.texts for sample in heldout), strict=True)
-        losses = [score_answers(model, self.tokenizer, side, bf16=self.bf16) for side in sides]
-        return self.stage.scores(losses, before)
-
-    def finish(self, tuned: "Tuned", after: dict[str, Any] | None) -> None:
-        """The model as a folder, and the rest of the record."""
+    def finish(self, tuned: "Tuned", after: Scores | None) -> None:
+        """The model as a folder, in the dtype that it came in, with its licence, tokenizer and
+        template; and the rest of the record."""
         from capgap.machine import machine, versions
+        from capgap.models.stored import copy_companions, local_folder, written_beside
 
-        folder = self.stage.out / "model"
-        self._save(tuned.model, folder)
+        model, folder = tuned.model, self.stage.out / "model"
+        end, padding = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        for config in (model.config, model.generation_config):
+            config.bos_token_id = self.tokenizer.bos_token_id
+            config.eos_token_id = end
+            config.pad_token_id = end if padding is None else padding
+        model.config.use_cache = True
+        with written_beside(folder) as partial:
+            copy_companions(local_folder(self.stage.model), partial)
+            model.to(self.config.dtype or model.dtype).save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
         self.keep(
             finished=True,
             folder=str(folder),
@@ -358,17 +338,111 @@ class _Run:
         )
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-    def _save(self, model: "PreTrainedModel", folder: Path) -> None:
-        """In the dtype that the model came in, with its licence, tokenizer and template."""
-        from capgap.models.stored import copy_companions, local_folder, written_beside
 
-        end, padding = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        for config in (model.config, model.generation_config):
-            config.bos_token_id = self.tokenizer.bos_token_id
-            config.eos_token_id = end
-            config.pad_token_id = end if padding is None else padding
-        model.config.use_cache = True
-        with written_beside(folder) as partial:
-            copy_companions(local_folder(self.stage.model), partial)
-            model.to(self.config.dtype or model.dtype).save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
+class InstructSection(TuningSection):
+    """The student learns to answer from conversations."""
+
+    neftune: Annotated[Rate | None, "Noise on the embeddings, such as 5 (2310.05914)."] = None
+    system: SystemPrompt = ""
+
+
+class Instruct(InstructSection, Tuning):
+    """Teach a model to answer from conversations; the same command continues a stopped run."""
+
+    lines: ClassVar = "conversations"
+    numbers: ClassVar = {"mean_token_accuracy": "token_accuracy"}
+    options: ClassVar = {"neftune_noise_alpha": "neftune"}
+
+    template: Annotated[str, "minichat, or the tokenizer's own."] = "minichat"
+    lora_dropout: Annotated[Share, "Dropout on their inputs."] = 0.05
+
+    def read(self) -> Reading[Conversation]:
+        return conversations.read_conversations(self.data)
+
+    def sample(self, tokenizer: "Tokenizer", item: Conversation, window: int) -> Sample:
+        """Cut behind the last answer that ends within the window."""
+        from capgap.tune.template import encode, fitted
+
+        whole = encode(tokenizer, item.messages)
+        example = fitted(whole, window)
+        if example is None:
+            return Sample((), {}, "left_out")
+        row = {"input_ids": example.ids, "labels": example.labels}
+        return Sample((example,), row, "" if example is whole else "cut")
+
+    def scores(self, losses: "Sequence[HeldoutLoss]", before: Scores | None) -> Scores:
+        """Nats per token of the held-out answers."""
+        values = losses[0].as_dict()
+        return {name: values[name] for name in ("loss", "loss_stderr", "bits_per_byte", "tokens")}
+
+    def change(self, before: Scores, after: Scores) -> str:
+        losses = f"{before['loss']:.4f} -> {after['loss']:.4f}"
+        return f"held-out loss of the answers {losses} nats a token"
+
+
+class PreferSection(TuningSection):
+    """The better of two answers becomes likelier (DPO, arXiv 2305.18290). Batch and learning rate
+    are those of Zephyr (arXiv 2310.16944)."""
+
+    data: Annotated[Path, HOW, Mark.FILE, "prompt, chosen, rejected, one a line (.jsonl)."]
+    batch: Annotated[Count, "Pairs a step."] = 32
+    learning_rate: Annotated[
+        Rate, "Peak rate, reached after the warm-up; it falls as a cosine to 0."
+    ] = 5e-7
+    epochs: Annotated[Count, "Times that every pair is read."] = 1
+    beta: Annotated[Rate, "How strongly the model holds to what it was."] = 0.1
+
+
+class Prefer(PreferSection, Tuning):
+    """Make the better of two answers likelier (DPO); the same command continues a stopped run."""
+
+    lines: ClassVar = "pairs"
+    numbers: ClassVar = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+    options: ClassVar = {"beta": "beta"}
+
+    def read(self) -> Reading[Pair]:
+        return conversations.read_pairs(self.data)
+
+    def sample(self, tokenizer: "Tokenizer", item: Pair, window: int) -> Sample:
+        """Left out where the window does not hold both answers to their ends."""
+        from capgap.tune.template import Example, encode, prompt_ids
+
+        # the answer alone counts, not those that the prompt has already
+        prompt = [False] * len(prompt_ids(tokenizer, item.prompt))
+        row, texts = {"prompt": item.prompt}, []
+        for side, answer in (("chosen", item.chosen), ("rejected", item.rejected)):
+            message = {"role": "assistant", "content": answer}
+            row[side] = [message]
+            ids = encode(tokenizer, [*item.prompt, message]).ids
+            texts.append(Example(ids, prompt + [True] * (len(ids) - len(prompt))))
+        if max(len(text.ids) for text in texts) > window:
+            return Sample((), {}, "left_out")
+        return Sample(tuple(texts), row)
+
+    def scores(self, losses: "Sequence[HeldoutLoss]", before: Scores | None) -> Scores:
+        """Numbers of DPO (arXiv 2305.18290), from the negative log-likelihoods in nats.
+
+        loss: the mean of -log sigmoid(beta x margin), the margin being by how much more the chosen
+        answer has gained over the model before than the rejected one; accuracy: the share of pairs
+        with a margin above 0, None before training; chosen_likelier: the share whose chosen answer
+        is the likelier text.
+        """
+        import numpy as np
+
+        chosen, rejected = (answers.document_losses for answers in losses)
+        likelier = np.subtract(rejected, chosen)
+        margins = np.zeros_like(likelier)
+        if before is not None:
+            margins = likelier - np.subtract(before["rejected_nats"], before["chosen_nats"])
+        return {
+            "loss": float(np.logaddexp(0, -self.beta * margins).mean()),
+            "accuracy": float((margins > 0).mean()) if margins.any() else None,
+            "margin": float(margins.mean()),
+            "chosen_likelier": float((likelier > 0).mean()),
+            "chosen_nats": chosen,
+            "rejected_nats": rejected,
+        }
+
+    def change(self, before: Scores, after: Scores) -> str:
+        pairs = f"likelier in {before['chosen_likelier']:.0%} -> {after['chosen_likelier']:.0%}"
+        return f"of the held-out pairs the chosen answer is {pairs}"

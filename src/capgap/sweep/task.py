@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from capgap.corpus.text import Text
 from capgap.distill.teacher import OnlineTeacher, load_teacher
-from capgap.evaluate.losses import HeldoutLoss, HeldoutSet, evaluate_heldout, heldout_set
+from capgap.evaluate.losses import HeldoutSet, evaluate_heldout, heldout_set
+from capgap.evaluate.measured import HeldoutLoss
 from capgap.machine import resolve_device
 from capgap.models.parts import Parts
 from capgap.prune.importance import score

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from capgap.distill.divergences import Divergence
 from capgap.errors import UserError
-from capgap.evaluate.losses import HeldoutLoss
+from capgap.evaluate.measured import HeldoutLoss
 from capgap.machine import machine, versions
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.parts import Parts

@@ -1,45 +1,21 @@
 """A conversation with a model: its history, and the answer piece by piece as it is drawn."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.generation.logits_process import TopPLogitsWarper
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from capgap.corpus.tokenizer import load_tokenizer, num_words
 from capgap.errors import UserError
-from capgap.evaluate.sample import check_sampling
+from capgap.evaluate.sample import Sampling, draw
 from capgap.models.build import load_model
 from capgap.models.stored import positions_of
 from capgap.tune.conversations import Message
 from capgap.tune.template import check_spoken, prompt_ids, set_template
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 # Where an answer may be longer, the history leaves it 1 / ANSWER_SHARE of what the model reads
 ANSWER_SHARE = 4
 # What bytes that are no whole character yet are decoded to
 _UNFINISHED = "\ufffd"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How words are drawn; temperature 0 takes the likeliest. `tokens`: the longest answer.
-    UserError for a number that cannot be."""
-
-    temperature: float = 0.7
-    top_p: float = 0.95
-    tokens: int = 512
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
-        if self.tokens < 1:
-            raise UserError(f"--tokens {self.tokens} must be above 0")
 
 
 class Chat:
@@ -57,7 +33,7 @@ class Chat:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: "PreTrainedTokenizerFast",
+        tokenizer: PreTrainedTokenizerFast,
         *,
         system: str | None = None,
         sampling: Sampling | None = None,
@@ -69,10 +45,10 @@ class Chat:
         if system is not None:
             check_spoken(tokenizer, system, "the system prompt")
             self.system.append({"role": "system", "content": system})
-        # rows behind the tokenizer's words only pad the table
+        # logits behind the tokenizer's own only pad the table
         self.num_words = num_words(tokenizer)
         self.positions = positions_of(model.config)
-        self.generator = torch.Generator(device=model.device).manual_seed(self.sampling.seed)
+        self.generator = self.sampling.generator(model.device)
         self.messages: list[Message] = []
         self.num_dropped = 0
         self.num_tokens = 0
@@ -124,38 +100,27 @@ class Chat:
             f"which {room} may be the question: ask in fewer words"
         )
 
-    @torch.no_grad()
     def _tokens(self, ids: list[int]) -> Iterator[int]:
         """Drawn one after another, until the model ends its turn or a limit is met."""
         self.num_tokens, self.ended = 0, None
-        ends = _end_tokens(self.model, self.tokenizer)
-        new, cache = ids, None
-        while self.num_tokens < self.sampling.tokens:
-            if self.positions is not None and len(ids) + self.num_tokens >= self.positions:
-                self.ended = "context"
-                return
-            inputs = torch.tensor([new], device=self.model.device)
-            output: Any = self.model(input_ids=inputs, past_key_values=cache, use_cache=True)
-            token = self._drawn(output.logits[:, -1, : self.num_words].float())
+        config = self.model.generation_config
+        listed = config.eos_token_id if config else None
+        ends = {self.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+        for token in draw(self.model, ids, self.sampling, self.generator, self.num_words):
             if token in ends:
                 self.ended = "stop"
                 return
             self.num_tokens += 1
             yield token
-            new, cache = [token], output.past_key_values
-        self.ended = "tokens"
-
-    def _drawn(self, logits: Tensor) -> int:
-        """A token by its logits [1, words]."""
-        if self.sampling.temperature == 0:
-            return int(logits.argmax())
-        logits = logits / self.sampling.temperature
-        if self.sampling.top_p < 1:
-            logits = TopPLogitsWarper(self.sampling.top_p)(None, logits)
-        return int(torch.multinomial(logits.softmax(-1), 1, generator=self.generator))
+            if self.num_tokens == self.sampling.tokens:
+                self.ended = "tokens"
+                return
+            if self.positions is not None and len(ids) + self.num_tokens >= self.positions:
+                self.ended = "context"
+                return
 
 
-def pieces_of(tokenizer: "PreTrainedTokenizerFast", tokens: Iterable[int]) -> Iterator[str]:
+def pieces_of(tokenizer: PreTrainedTokenizerFast, tokens: Iterable[int]) -> Iterator[str]:
     """The text of tokens as they come, in whole characters, without outer white space.
 
     A token may end within a character of several bytes, and white space may turn out to be the
@@ -167,19 +132,12 @@ def pieces_of(tokenizer: "PreTrainedTokenizerFast", tokens: Iterable[int]) -> It
         ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         text = text.strip()
-        known = text.rstrip(_UNFINISHED).rstrip()
-        if len(known) > shown:
-            yield known[shown:]
-            shown = len(known)
+        whole = text.rstrip(_UNFINISHED).rstrip()
+        if len(whole) > shown:
+            yield whole[shown:]
+            shown = len(whole)
     if len(text) > shown:
         yield text[shown:]
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: "PreTrainedTokenizerFast") -> set[int]:
-    """The tokens that end a turn: the tokenizer's, and those of the generation config."""
-    listed = model.generation_config.eos_token_id if model.generation_config else None
-    listed = listed if isinstance(listed, list) else [listed]
-    return {int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None}
 
 
 def load_chat(
@@ -202,7 +160,7 @@ def load_chat(
     elif tokenizer.chat_template is None:
         raise UserError(
             f"{path_or_name} has no chat template: tune it with `capgap instruct`, or try "
-            "--template minichat"
+            "template minichat"
         )
     model = load_model(path_or_name, trust_remote_code=trust_remote_code).to(device)
     return Chat(model, tokenizer, system=system, sampling=sampling)

@@ -1,6 +1,5 @@
 """Conversations and pairs of answers in .jsonl files: read, checked, counted. Imports no torch."""
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,15 +15,9 @@ Message = dict[str, str]
 NAMED_LINES = 5
 # Keys under which datasets keep the list of turns
 TURN_LISTS = ("messages", "conversations", "conversation", "data", "turns")
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
+_TURNS = ("user", "assistant")
+_ROLES = {name: name for name in ("system", *_TURNS)} | {"human": "user"}
+_ROLES |= dict.fromkeys(("gpt", "bot", "model"), "assistant")
 # What is wrong with a line, by the name that the record gives it
 PROBLEMS = {
     "surrogate": "holds half of a character (a lone surrogate, of an emoji cut in two)",
@@ -78,7 +71,7 @@ Item = TypeVar("Item", Conversation, Pair)
 
 @dataclass
 class Reading(Generic[Item]):
-    """What a file holds: its usable lines, and what was found in all of them.
+    """The usable lines of a file, and what was found in all of them.
 
     Attributes:
         num_lines: lines that are not blank.
@@ -123,40 +116,14 @@ class Reading(Generic[Item]):
         return sentences
 
 
-def read_conversations(path: Path) -> Reading[Conversation]:
-    """Every line of a .jsonl file as a conversation; blank lines are none.
-
-    Forms: {"messages": [{"role", "content"}]}; turns as plain strings, user first; turns as
-    {"from", "value"} or {"User", "Assistant"}; each under a key of TURN_LISTS or as a bare list.
-    UserError where there is no such file, or nothing in it.
-    """
-    return _read(path, _conversation)
-
-
-def read_pairs(path: Path) -> Reading[Pair]:
-    """Every line of a .jsonl file as {"prompt", "chosen", "rejected"}.
-
-    The prompt is a text or messages that end with the user; answers are texts, or messages of
-    which the last is the answer. Without a prompt it is what both conversations begin with.
-    UserError where there is no such file, or nothing in it.
-    """
-    return _read(path, _pair)
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of the file's bytes; UserError where there is none."""
-    _check_file(path)
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """UserError where there is none."""
     if not path.is_file():
         raise UserError(f"{path} is no file: give conversations as .jsonl, one a line")
 
 
 def _read(path: Path, parse: Callable[[Any, int, Reading[Item]], Item]) -> Reading[Item]:
-    _check_file(path)
+    check_file(path)
     reading: Reading[Item] = Reading(path)
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
@@ -178,15 +145,52 @@ def _read(path: Path, parse: Callable[[Any, int, Reading[Item]], Item]) -> Readi
     return reading
 
 
-def _conversation(value: Any, line: int, reading: Reading[Conversation]) -> Conversation:
-    messages = _messages(value)
-    if all(message["role"] != "assistant" for message in messages):
-        raise _Bad("no_assistant")
-    _check_turns(messages)
-    if messages[-1]["role"] == "user":
-        reading.findings["unanswered"].append(line)
-        messages = messages[:-1]
-    return Conversation(line, messages)
+def read_conversations(path: Path) -> Reading[Conversation]:
+    """Every line of a .jsonl file as a conversation; blank lines are none.
+
+    Forms: {"messages": [{"role", "content"}]}; turns as plain strings, user first; turns as
+    {"from", "value"} or {"User", "Assistant"}; each under a key of TURN_LISTS or as a bare list.
+    UserError where there is no such file, or nothing in it.
+    """
+
+    def parse(value: Any, line: int, reading: Reading[Conversation]) -> Conversation:
+        messages = _messages(value)
+        if all(message["role"] != "assistant" for message in messages):
+            raise _Bad("no_assistant")
+        _check_turns(messages)
+        if messages[-1]["role"] == "user":
+            reading.findings["unanswered"].append(line)
+            messages = messages[:-1]
+        return Conversation(line, messages)
+
+    return _read(path, parse)
+
+
+def read_pairs(path: Path) -> Reading[Pair]:
+    """Every line of a .jsonl file as {"prompt", "chosen", "rejected"}.
+
+    The prompt is a text or messages that end with the user; answers are texts, or messages of
+    which the last is the answer. Without a prompt it is what both conversations begin with.
+    UserError where there is no such file, or nothing in it.
+    """
+
+    def parse(value: Any, line: int, reading: Reading[Pair]) -> Pair:
+        if not isinstance(value, dict) or not {"chosen", "rejected"} <= value.keys():
+            raise _Bad("unreadable")
+        prompt, chosen = _prompt_and_answer(value.get("prompt"), value["chosen"])
+        other, rejected = _prompt_and_answer(value.get("prompt"), value["rejected"])
+        if prompt != other:
+            raise _Bad("unreadable")
+        _check_turns(prompt)
+        if not prompt or prompt[-1]["role"] != "user":
+            raise _Bad("roles")
+        if not chosen.strip() or not rejected.strip():
+            raise _Bad("empty_turn")
+        if chosen.strip() == rejected.strip():
+            raise _Bad("same_answers")
+        return Pair(line, prompt, chosen, rejected)
+
+    return _read(path, parse)
 
 
 def _messages(value: Any) -> list[Message]:
@@ -196,7 +200,7 @@ def _messages(value: Any) -> list[Message]:
     if not isinstance(turns, list):
         raise _Bad("unreadable")
     if all(isinstance(turn, str) for turn in turns):
-        messages = [_message(("user", "assistant")[i % 2], turn) for i, turn in enumerate(turns)]
+        messages = [_message(_TURNS[i % 2], turn) for i, turn in enumerate(turns)]
     else:
         messages = [message for turn in turns for message in _turn(turn)]
     system = fields.get("system")
@@ -217,7 +221,7 @@ def _turn(turn: Any) -> list[Message]:
 def _message(role: Any, content: Any) -> Message:
     if not isinstance(role, str) or not isinstance(content, str):
         raise _Bad("unreadable")
-    # an unknown role is told as one that is out of order
+    # an unknown role counts as one that is out of order
     return {"role": _ROLES.get(role.lower(), role), "content": content}
 
 
@@ -225,27 +229,10 @@ def _check_turns(messages: list[Message]) -> None:
     """_Bad unless roles alternate, user first, and no turn is empty."""
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
-    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
+    if any(role != _TURNS[i % 2] for i, role in enumerate(turns)):
         raise _Bad("roles")
     if not all(message["content"].strip() for message in messages):
         raise _Bad("empty_turn")
-
-
-def _pair(value: Any, line: int, reading: Reading[Pair]) -> Pair:
-    if not isinstance(value, dict) or not {"chosen", "rejected"} <= value.keys():
-        raise _Bad("unreadable")
-    prompt, chosen = _prompt_and_answer(value.get("prompt"), value["chosen"])
-    other, rejected = _prompt_and_answer(value.get("prompt"), value["rejected"])
-    if prompt != other:
-        raise _Bad("unreadable")
-    _check_turns(prompt)
-    if not prompt or prompt[-1]["role"] != "user":
-        raise _Bad("roles")
-    if not chosen.strip() or not rejected.strip():
-        raise _Bad("empty_turn")
-    if chosen.strip() == rejected.strip():
-        raise _Bad("same_answers")
-    return Pair(line, prompt, chosen, rejected)
 
 
 def _prompt_and_answer(prompt: Any, answer: Any) -> tuple[list[Message], str]:

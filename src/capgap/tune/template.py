@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from capgap.corpus.tokenizer import check_text
 from capgap.errors import UserError, border
 from capgap.limits import limited
+from capgap.stage import FieldError
 from capgap.tune.conversations import Message
 
 if TYPE_CHECKING:
@@ -74,28 +75,27 @@ def set_template(tokenizer: "PreTrainedTokenizerFast", template: str, system: st
     UserError: no such template, none of its own, one that does not mark the assistant's part, or
     one that the tokenizer cannot express.
     """
-    if template not in TEMPLATES:
-        raise UserError(f"--template {template!r}: take one of {', '.join(TEMPLATES)}")
     check_spoken(tokenizer, system, "the system prompt")
+    own = tokenizer.chat_template
     if template == "minichat":
-        tokenizer.chat_template = _MINICHAT.replace(
-            "SYSTEM", json.dumps(system, ensure_ascii=False)
+        text = json.dumps(system, ensure_ascii=False)
+        tokenizer.chat_template = _MINICHAT.replace("SYSTEM", text)
+    elif template != "own":
+        raise FieldError("template", f"{template!r}: take one of {', '.join(TEMPLATES)}")
+    elif own is None:
+        raise FieldError("template", "own: the tokenizer has no chat template; take minichat")
+    elif "{% generation" not in own and "{%- generation" not in own:
+        raise FieldError(
+            "template",
+            "own: the tokenizer's chat template does not mark the assistant's part "
+            "with {% generation %}; add that, or take minichat",
         )
-    else:
-        own = tokenizer.chat_template
-        if own is None:
-            raise UserError("--template own: the tokenizer has no chat template; take minichat")
-        if "{% generation" not in own and "{%- generation" not in own:
-            raise UserError(
-                "--template own: the tokenizer's chat template does not mark the assistant's part "
-                "with {% generation %}; add that, or take minichat"
-            )
-        if system:
-            raise UserError("--system goes with --template minichat: put it into your template")
-    check_template(tokenizer)
+    elif system:
+        raise FieldError("system", "goes with template minichat: put it into your template")
+    _check_template(tokenizer)
 
 
-def check_template(tokenizer: "PreTrainedTokenizerFast") -> None:
+def _check_template(tokenizer: "PreTrainedTokenizerFast") -> None:
     """UserError where the tokenizer cannot express its template.
 
     A short conversation must come out as the assistant's text with the end token last, and begin
@@ -172,5 +172,4 @@ def check_spoken(tokenizer: "PreTrainedTokenizerFast", text: str, what: str) -> 
 def special_in(tokenizer: "PreTrainedTokenizerFast", text: str) -> str | None:
     """A special token that stands literally in a text: it would be read as the token itself."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    names = (*tokenizer.all_special_tokens, *added)
-    return next((name for name in names if name and name in text), None)
+    return next((n for n in (*tokenizer.all_special_tokens, *added) if n and n in text), None)

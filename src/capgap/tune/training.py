@@ -1,4 +1,5 @@
-"""TRL's trainers behind two functions: silent, offline, resumable, adapters merged at the end.
+"""TRL's trainers behind one function: silent, offline, resumable, adapters merged at the end; and
+how likely a model finds the answers that were held out.
 
 Checkpoints are those of transformers. Beside safetensors they hold optimizer, schedule and random
 state as torch files, which are read with weights_only, so that they can hold tensors and plain
@@ -12,23 +13,31 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from capgap.corpus.tokenizer import num_words
+from capgap.distill.head import IGNORED_LABEL
 from capgap.errors import Interrupted, UserError
+from capgap.evaluate.losses import HeldoutSet, evaluate_heldout
+from capgap.evaluate.measured import HeldoutLoss
+from capgap.models.parts import Parts
+from capgap.stage import FieldError, ShouldStop
 from capgap.train.optimizer import Schedule
+from capgap.tune.template import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,13 +50,11 @@ COMPLETE = "complete"
 _UNUSED_PICKLE = "training_args.bin"
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a trainer is given.
+class Job(NamedTuple):
+    """The work of a trainer.
 
     Attributes:
         rows: what TRL reads: `input_ids` and `labels`, or `prompt`, `chosen` and `rejected`.
-        settings: how to tune.
         folder: for checkpoints; the same job goes on from the last one.
         on_step: gets a line of metrics.jsonl after every step.
         should_stop: asked after every step; then a checkpoint is saved, and Interrupted raised.
@@ -60,41 +67,15 @@ class Job:
     folder: Path
     bf16: bool
     on_step: Callable[[dict[str, Any]], None]
-    should_stop: Callable[[], bool]
+    should_stop: ShouldStop
 
 
-@dataclass(frozen=True)
-class Tuned:
+class Tuned(NamedTuple):
     """The model, adapters merged, and of every step, those before a restart included, `loss` and
     `learning_rate`."""
 
     model: PreTrainedModel
     curve: dict[str, list[float]]
-
-
-def instruct_model(job: Job, *, neftune: float | None) -> Tuned:
-    """Cross-entropy on the labels; `neftune`: noise on the embeddings (arXiv 2310.05914)."""
-    with _alone(job.settings.seed):
-        arguments = _arguments(
-            SFTConfig,
-            job,
-            neftune_noise_alpha=neftune,
-            packing=False,
-            # the rows are tokens and labels already
-            dataset_kwargs={"skip_prepare_dataset": True},
-        )
-        return _train(_SFT, job, arguments)
-
-
-def prefer_model(job: Job, *, beta: float) -> Tuned:
-    """DPO (arXiv 2305.18290). The reference is the model as it comes: a frozen copy, or with LoRA
-    the model without adapters."""
-    with _alone(job.settings.seed):
-        arguments = _arguments(DPOConfig, job, beta=beta)
-        reference = None
-        if not job.settings.lora:
-            reference = copy.deepcopy(job.model).requires_grad_(False)
-        return _train(_DPO, job, arguments, ref_model=reference)
 
 
 class _Ours:
@@ -105,7 +86,7 @@ class _Ours:
     optimizer: Any
 
     def _send_telemetry(self) -> None:
-        """Nothing is told to anybody."""
+        """Nothing is sent to anybody."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of all training here; that of transformers has a first step at rate 0."""
@@ -156,7 +137,7 @@ class _Steps(TrainerCallback):
             return
         now = time.monotonic()
         seconds, self.stepped = now - self.stepped, now
-        others = self.job.settings.numbers.items()
+        others = {"epoch": "epoch"} | self.job.settings.numbers
         self.job.on_step(
             {
                 "step": state.global_step - 1,
@@ -164,7 +145,7 @@ class _Steps(TrainerCallback):
                 "learning_rate": numbers["learning_rate"],
                 "gradient_norm": norm,
                 "seconds": seconds,
-                **{ours: numbers.get(theirs) for theirs, ours in others},
+                **{ours: numbers.get(theirs) for theirs, ours in others.items()},
             }
         )
 
@@ -189,66 +170,72 @@ def _last_checkpoint(folder: Path) -> str | None:
     return last
 
 
-def _train(kind: Any, job: Job, arguments: Any, **others: Any) -> Tuned:
-    steps = _Steps(job)
-    trainer = kind(
-        model=job.model,
-        args=arguments,
-        train_dataset=datasets.Dataset.from_list(job.rows),
-        processing_class=copy.deepcopy(job.tokenizer),
-        peft_config=_adapters(job.model, job.settings),
-        callbacks=[steps],
-        **others,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(job.folder))
-    if steps.broken is not None:
-        raise UserError(
-            f"the loss is not finite at step {steps.broken}: take a lower --learning-rate than "
-            f"{job.settings.learning_rate:g}, in a new --out"
-        )
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted
-    model = trainer.model.merge_and_unload() if job.settings.lora else trainer.model
-    history = [line for line in trainer.state.log_history if "loss" in line]
-    return Tuned(
-        model, {name: [line[name] for line in history] for name in ("loss", "learning_rate")}
-    )
-
-
-def _arguments(kind: Any, job: Job, **others: Any) -> Any:
-    settings, on_cpu = job.settings, job.model.device.type == "cpu"
+def tune(job: Job) -> Tuned:
+    """Trains by TRL, with the options of the stage: by cross-entropy on the labels, or for pairs by
+    DPO (arXiv 2305.18290). DPO's reference is the model as it comes: a frozen copy, or with LoRA
+    the model without adapters."""
+    model, settings, steps = job.model, job.settings, _Steps(job)
+    on_cpu = model.device.type == "cpu"
+    is_dpo = "chosen" in job.rows[0]
+    kind, config = (_DPO, DPOConfig) if is_dpo else (_SFT, SFTConfig)
     # transformers has renamed it, and warns of the old name
     old, new = "gradient_checkpointing", "activation_checkpointing"
-    checkpointing = new if new in {field.name for field in fields(kind)} else old
-    arguments = kind(
-        output_dir=str(job.folder),
-        per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.batch // settings.micro_batch,
-        learning_rate=settings.learning_rate,
-        # a share of the steps
-        warmup_steps=settings.warmup_fraction,
-        num_train_epochs=settings.epochs,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        max_length=None,
-        seed=settings.seed,
-        bf16=job.bf16,
-        fp16=False,
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
-        report_to="none",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        disable_tqdm=True,
-        **{checkpointing: settings.activation_checkpointing},
-        **others,
-    )
-    # with several GPUs in sight transformers would spread over all of them, which TRL refuses
-    if arguments.device.type == "cuda":
-        arguments._n_gpu = 1
-    return arguments
+    checkpointing = new if new in {field.name for field in fields(config)} else old
+    # the rows of SFT are tokens and labels already
+    ready = {} if is_dpo else {"packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    with _alone(settings.seed):
+        arguments = config(
+            output_dir=str(job.folder),
+            per_device_train_batch_size=settings.micro_batch,
+            gradient_accumulation_steps=settings.batch // settings.micro_batch,
+            learning_rate=settings.learning_rate,
+            # a share of the steps
+            warmup_steps=settings.warmup_fraction,
+            num_train_epochs=settings.epochs,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            max_length=None,
+            seed=settings.seed,
+            bf16=job.bf16,
+            fp16=False,
+            use_cpu=on_cpu,
+            dataloader_pin_memory=not on_cpu,
+            report_to="none",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            disable_tqdm=True,
+            **{checkpointing: settings.activation_checkpointing},
+            **ready,
+            **{theirs: getattr(settings, ours) for theirs, ours in settings.options.items()},
+        )
+        # with several GPUs in sight transformers would spread over all of them, which TRL refuses
+        if arguments.device.type == "cuda":
+            arguments._n_gpu = 1
+        needs_copy = is_dpo and not settings.lora
+        reference = copy.deepcopy(model).requires_grad_(False) if needs_copy else None
+        trainer = kind(
+            model=model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(job.rows),
+            processing_class=copy.deepcopy(job.tokenizer),
+            peft_config=_adapters(model, settings),
+            callbacks=[steps],
+            **({"ref_model": reference} if is_dpo else {}),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(job.folder))
+        if steps.broken is not None:
+            raise UserError(
+                f"the loss is not finite at step {steps.broken}: take a lower learning_rate than "
+                f"{settings.learning_rate:g}, and a new out"
+            )
+        if trainer.state.global_step < trainer.state.max_steps:
+            raise Interrupted
+        tuned = trainer.model.merge_and_unload() if settings.lora else trainer.model
+    history = [line for line in trainer.state.log_history if "loss" in line]
+    names = ("loss", "learning_rate")
+    return Tuned(tuned, {name: [line[name] for line in history] for name in names})
 
 
 def _adapters(model: PreTrainedModel, settings: "Tuning") -> Any:
@@ -269,9 +256,10 @@ def _adapters(model: PreTrainedModel, settings: "Tuning") -> Any:
     wanted = sorted(linear) if settings.lora_modules is None else list(settings.lora_modules)
     for name in wanted:
         if name not in linear:
-            raise UserError(
-                f"--lora-modules {name!r}: this model has no such linear layer below its head; it "
-                f"has {', '.join(sorted(linear))}"
+            raise FieldError(
+                "lora_modules",
+                f"{name!r}: this model has no such linear layer below its head; it has "
+                f"{', '.join(sorted(linear))}",
             )
     return LoraConfig(
         r=settings.lora_rank,
@@ -305,3 +293,27 @@ def _alone(seed: int) -> Iterator[None]:
         # adapters and dropout are drawn from it
         torch.manual_seed(seed)
         yield
+
+
+def score_answers(
+    model: PreTrainedModel,
+    tokenizer: "PreTrainedTokenizerFast",
+    examples: Sequence[Example],
+    *,
+    bf16: bool,
+) -> HeldoutLoss:
+    """Nats of the assistant's tokens: an example is a document, its bytes are those of the answers'
+    text. Under bf16 autocast where training has it too."""
+    answers = [tokenizer.decode(one.spoken, skip_special_tokens=True) for one in examples]
+    inputs = [torch.tensor(one.ids[:-1]) for one in examples]
+    targets = [torch.tensor(one.labels[1:]) for one in examples]
+    heldout = HeldoutSet(
+        pad_sequence(inputs, batch_first=True),
+        pad_sequence(targets, batch_first=True, padding_value=IGNORED_LABEL),
+        torch.arange(len(examples)),
+        [one.num_counted for one in examples],
+        [len(answer.encode()) for answer in answers],
+        num_words(tokenizer),
+    )
+    with torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext():
+        return evaluate_heldout(Parts(model), heldout)
