@@ -56,8 +56,7 @@ def make_cache(folder: str, top_k: int, samples: int) -> None:
     import torch
 
     from capgap.corpus.text import Text
-    from capgap.distill.cache import CacheIdentity, CacheWriter, write_cache
-    from capgap.distill.cache_format import CacheFormat
+    from capgap.distill.cache import CacheFormat, CacheIdentity, CacheWriter, write_cache
     from capgap.distill.teacher import OnlineTeacher
     from capgap.models.build import load_model
     from capgap.models.identity import model_hash

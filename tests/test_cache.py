@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from capgap.corpus.text import Text
-from capgap.distill.cache import CachedTeacher, CacheIdentity, CacheWriter, write_cache
-from capgap.distill.cache_format import CacheFormat
+from capgap.distill.cache import CachedTeacher, CacheFormat, CacheIdentity, CacheWriter, write_cache
 from capgap.distill.teacher import OnlineTeacher
 from capgap.errors import UserError
 from capgap.models.build import build_model

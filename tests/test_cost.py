@@ -16,7 +16,7 @@ from capgap.cost.estimate import estimate
 from capgap.cost.memory import PARTS, LoopMemory
 from capgap.cost.run import find_teacher, student_shape
 from capgap.cost.sweep import plan_sweep
-from capgap.distill.cache_format import CacheFormat
+from capgap.distill.cache import CacheFormat
 from capgap.distill.teacher import OnlineTeacher
 from capgap.errors import UserError
 from capgap.models.build import build_model, checkpoint_activations, to_config

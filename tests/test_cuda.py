@@ -17,8 +17,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from capgap.distill.cache import CachedTeacher, CacheIdentity, CacheWriter, write_cache
-from capgap.distill.cache_format import CacheFormat
+from capgap.distill.cache import CachedTeacher, CacheFormat, CacheIdentity, CacheWriter, write_cache
 from capgap.distill.divergences import Divergence, DivergenceName
 from capgap.distill.head import HeadInput
 from capgap.distill.losses import column_loss

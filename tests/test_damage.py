@@ -11,8 +11,7 @@ import torch
 from capgap.artifact import begin, read_json, write_json
 from capgap.corpus.tokenizer import tokenizer_hash
 from capgap.corpus.tokens import load_corpus
-from capgap.distill.cache import CachedTeacher, CacheIdentity, CacheWriter, write_cache
-from capgap.distill.cache_format import CacheFormat
+from capgap.distill.cache import CachedTeacher, CacheFormat, CacheIdentity, CacheWriter, write_cache
 from capgap.distill.teacher import OnlineTeacher
 from capgap.errors import UserError
 from capgap.models.build import build_model, load_model, save_model

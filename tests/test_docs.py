@@ -384,7 +384,7 @@ def test_the_tree_of_the_readme_is_that_of_the_repository():
 def test_what_is_said_to_need_no_torch_imports_none():
     text = sections((ROOT / "README.md").read_text())["The source"].rpartition("```")[2]
     paths = [name for name in re.findall(r"`([^`]+)`", text) if name.endswith((".py", "/"))]
-    assert len(paths) == 16
+    assert len(paths) == 15
     names = [f"capgap.{path.removesuffix('.py').strip('/').replace('/', '.')}" for path in paths]
     names += [
         f"capgap.{folder}.{path.stem}"

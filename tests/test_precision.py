@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from capgap.errors import UserError
-from capgap.train.precision import VARIABLE, auto_precision, autocast_dtype, teacher_dtype
+from capgap.train.settings import VARIABLE, auto_precision, autocast_dtype, teacher_dtype
 
 
 @pytest.mark.parametrize("forced", ["fp32", "bf16"])

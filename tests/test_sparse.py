@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 
-from capgap.distill.cache_format import CacheFormat
-from capgap.distill.divergences import Divergence
+from capgap.distill.cache import CacheFormat
+from capgap.distill.divergences import Divergence, SparseSignal
 from capgap.distill.head import IGNORED_LABEL, HeadInput
 from capgap.distill.losses import column_loss
-from capgap.distill.sparse import SparseSignal
 
 TOKENS, WORDS, WIDTH = 23, 41, 8
 

@@ -28,10 +28,10 @@ from capgap.train.checkpoint import (
     read_tensors,
     save_checkpoint,
 )
-from capgap.train.clock import StageClock
-from capgap.train.learner import Learner
+from capgap.train.learner import Learner, parameter_groups
+from capgap.train.learning_rate import Schedule
 from capgap.train.loop import LoopSettings, restore_best, train
-from capgap.train.optimizer import Schedule, parameter_groups
+from capgap.train.metrics import StageClock
 
 SETTINGS = LoopSettings(batch_windows=8, micro_batch_windows=8, data_seed=5, checkpoint_seconds=1e9)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from capgap.distill.chunking import chunk_rows, padded_rows
+from capgap.distill import chunk_rows, padded_rows
 from capgap.distill.head import HeadInput
 from capgap.distill.losses import column_loss
 from capgap.models.shape import Shape

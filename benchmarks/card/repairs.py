@@ -16,11 +16,10 @@ from capgap.distill.teacher import Batch, OnlineTeacher
 from capgap.models.build import build_model
 from capgap.models.shape import ladder_shape
 from capgap.train.checkpoint import Checkpoint, CheckpointWriter, training_tensors
-from capgap.train.clock import StageClock
-from capgap.train.learner import Learner
+from capgap.train.learner import Learner, make_optimizer
 from capgap.train.loop import LoopSettings, Progress, train
-from capgap.train.optimizer import make_optimizer
-from capgap.train.precision import autocast_dtype, teacher_dtype
+from capgap.train.metrics import StageClock
+from capgap.train.settings import autocast_dtype, teacher_dtype
 from card import Place
 from card.limits import best_seconds, wait
 from card.steps import SHAPES, Work, random_corpus, shrunk

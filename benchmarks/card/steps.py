@@ -17,16 +17,14 @@ from capgap.config import find_recipe, load_recipe
 from capgap.corpus.text import Text
 from capgap.corpus.tokens import Corpus
 from capgap.cost.memory import LoopMemory
-from capgap.distill.cache import CachedTeacher, CacheIdentity, CacheWriter, write_cache
-from capgap.distill.cache_format import CacheFormat
+from capgap.distill.cache import CachedTeacher, CacheFormat, CacheIdentity, CacheWriter, write_cache
 from capgap.distill.teacher import OnlineTeacher, TeacherSource
 from capgap.hardware import GPUS
 from capgap.models.shape import Shape, ladder_shape
 from capgap.sweep.plan import make_plan
 from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, Progress, train
-from capgap.train.peak import matrix_peak
-from capgap.train.precision import autocast_dtype
+from capgap.train.settings import autocast_dtype, matrix_peak
 from card import DoesNotFit, Place
 from card.limits import wait
 from distillation import write_corpus

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from capgap.corpus.batches import batch_indices
 from capgap.corpus.text import Text
-from capgap.distill.cache import CachedTeacher, CacheIdentity, CacheWriter, write_cache
-from capgap.distill.cache_format import CacheFormat
+from capgap.distill.cache import CachedTeacher, CacheFormat, CacheIdentity, CacheWriter, write_cache
 from capgap.distill.teacher import OnlineTeacher, TeacherSource
 from capgap.models.parts import Parts
 from capgap.train import compiling

@@ -22,11 +22,10 @@ from capgap.cost.activations import (
     kept_bytes,
     layer_bytes,
 )
-from capgap.distill.chunking import block_rows, chunk_rows, padded_rows
+from capgap.distill import block_rows, chunk_rows, padded_rows
 from capgap.hardware import GPUS
 from capgap.models.shape import Shape
-from capgap.train.checkpoint_size import FILE_BYTES
-from capgap.train.recipe import RunSection, TrainingSection
+from capgap.train.recipe import FILE_BYTES, RunSection, TrainingSection
 
 PARTS = (
     "weights",

@@ -7,7 +7,7 @@ from typing import Any
 
 from capgap.cost.activations import FLOAT, HALF
 from capgap.cost.memory import LoopMemory, loop_memory
-from capgap.distill.cache_size import CHECKSUM_BYTES, TokenRecord
+from capgap.distill import CHECKSUM_BYTES, TokenRecord
 from capgap.errors import UserError
 from capgap.hardware import GPUS, hours, parse_gpus
 from capgap.law.families import find_model, published_families

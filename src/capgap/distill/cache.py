@@ -6,6 +6,18 @@
 Shards are written aside and renamed, so one that is there is whole; any number of processes may
 write different shards at the same time, and a run that was stopped goes on with those that are
 missing. Files are mapped into memory; every window is checked against its sum when it is read.
+
+A token's record, little-endian, in this order:
+
+    words          (top_k + samples) x 2 or 3 bytes   token ids, the top_k first, likeliest first
+    shares         top_k x float16                    log-probability of each of the top_k
+    rest           float16                            log-probability of all other words together
+    label loss     float16                            the teacher's cross-entropy, nats
+    entropy        float16                            the teacher's, nats
+    soft entropy   float16                            only at a temperature other than 1
+
+Probabilities are at the cache's temperature, label loss and entropy at temperature 1. Without
+samples the rest is one bucket. With them it is drawn: each sample stands for rest / samples.
 """
 
 import zlib
@@ -17,27 +29,116 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from capgap.artifact import check_empty, difference, file_written, plain, read_json, write_json
 from capgap.corpus.text import Text
-from capgap.distill.cache_format import CacheFormat
-from capgap.distill.cache_size import CHECKSUM_BYTES
-from capgap.distill.sparse import SparseSignal
-from capgap.distill.teacher import Batch, OnlineTeacher
+from capgap.distill import CHECKSUM_BYTES, TokenRecord, chunk_rows
+from capgap.distill.divergences import SparseSignal, expectation
+from capgap.distill.head import HeadInput, chunks, softmax_
+from capgap.distill.teacher import Batch, OnlineTeacher, read_batch
 from capgap.errors import UserError
 
 MANIFEST = "manifest.json"
 SCHEMA = 2  # 1: of corpora of that schema
 SHARD_BYTES = 1 << 25
+# The smallest log-probability that is kept; exp of it is 0 in float32
+SMALLEST = -1e4
+DRAW_BLOCK = 64
+
+
+class CacheFormat(TokenRecord):
+    """Writes and reads the records of tokens."""
+
+    def encode(self, source: HeadInput, targets: Tensor, places: Tensor) -> Tensor:
+        """Records of a teacher's tokens, uint8 [tokens, token_bytes] on the CPU.
+
+        targets int64 [tokens]; places [tokens] in [0, 1) decide what is drawn.
+        """
+        head = source.ready()
+        records = []
+        for rows in chunks(len(targets), chunk_rows(targets.device.type, self.vocabulary)):
+            logits = head.logits_(head.product(rows))
+            probabilities = torch.empty_like(logits)
+            log_total = softmax_(logits, probabilities)
+            label_loss = log_total - logits.gather(1, targets[rows].unsqueeze(1))
+            entropies = [log_total - expectation(probabilities, logits)]
+            if self.temperature != 1.0:
+                log_total = softmax_(logits.div_(self.temperature), probabilities)
+                entropies.append(log_total - expectation(probabilities, logits))
+            # less what only fills up the head
+            probabilities = probabilities[:, : self.vocabulary]
+            best, words = probabilities.topk(self.top_k, dim=-1)
+            others = probabilities.scatter(1, words, 0.0)
+            rest = others.sum(-1, keepdim=True)
+            if self.samples:
+                words = torch.cat([words, _draw(others, places[rows], self.samples)], dim=1)
+            floats = torch.cat([best.log(), rest.log(), label_loss, *entropies], dim=1)
+            halves = floats.clamp(min=SMALLEST).to(torch.float16).cpu()
+            # the lowest bytes of every word
+            little = np.ascontiguousarray(words.cpu().numpy(), dtype="<i8").view(np.uint8)
+            little = little.reshape(*words.shape, 8)[..., : self.word_bytes]
+            ids = torch.from_numpy(little.reshape(len(words), -1))
+            records.append(torch.cat([ids, halves.view(torch.uint8)], dim=1))
+        return torch.cat(records)
+
+    def decode(self, records: Tensor) -> SparseSignal:
+        """uint8 [..., token_bytes] to the signal of these tokens, on their device."""
+        records = records.reshape(-1, self.token_bytes)
+        end = self.slots * self.word_bytes
+        parts = records[:, :end].reshape(len(records), self.slots, self.word_bytes)
+        words = torch.zeros(parts.shape[:2], dtype=torch.int64, device=records.device)
+        for byte in range(self.word_bytes):
+            words += parts[..., byte].long() << (8 * byte)
+        floats = records[:, end:].contiguous().view(torch.float16).float()
+        # rounded on the way to float16: what is kept adds up to 1 again
+        shares = floats[:, : self.top_k + 1].exp()
+        shares = shares / shares.sum(-1, keepdim=True)
+        shares, tail = shares[:, : self.top_k], shares[:, self.top_k :]
+        if self.samples:
+            drawn = (tail / self.samples).expand(-1, self.samples)
+            shares = torch.cat([shares, drawn], dim=1)
+        label_loss, entropy, *more = floats[:, self.top_k + 1 :].split(1, dim=1)
+        return SparseSignal(
+            words=words,
+            shares=shares,
+            tail=None if self.samples else tail,
+            label_loss=label_loss,
+            entropy=entropy,
+            soft_entropy=more[0] if more else entropy,
+            temperature=self.temperature,
+            vocabulary=self.vocabulary,
+            knows_best=self.top_k > 0,
+        )
+
+
+def _draw(weights: Tensor, places: Tensor, samples: int) -> Tensor:
+    """Words [rows, samples] drawn from weights [rows, vocabulary]: systematic sampling.
+
+    The weights laid end to end are cut at `samples` points of equal distance, with one random
+    beginning a row (places [rows]): words come in proportion to their weights, closer than in
+    independent draws. Blocks of words are searched first, then those that were hit: summing all
+    weights up in order would take most of the time.
+    """
+    rows, vocabulary = weights.shape
+    blocks = nn.functional.pad(weights, (0, -vocabulary % DRAW_BLOCK)).view(rows, -1, DRAW_BLOCK)
+    sums = blocks.sum(-1).double()
+    edges = sums.cumsum(-1)
+    steps = torch.arange(samples, device=weights.device, dtype=torch.float64)
+    points = (places.double().unsqueeze(1) + steps) / samples * edges[:, -1:]
+    hit = torch.searchsorted(edges, points, right=True).clamp_max(sums.shape[1] - 1)
+    into = (points - edges.gather(1, hit)) / sums.gather(1, hit) + 1
+    inside = blocks.gather(1, hit.unsqueeze(-1).expand(-1, -1, DRAW_BLOCK)).double().cumsum(-1)
+    # below the block's end, so that no word of weight 0 is drawn; nan where there is no weight
+    target = into.nan_to_num(0.0).clamp(0.0, 1 - 1e-12).unsqueeze(-1) * inside[..., -1:]
+    word = torch.searchsorted(inside, target, right=True).squeeze(-1)
+    return (hit * DRAW_BLOCK + word).clamp_max(vocabulary - 1)
 
 
 @dataclass(frozen=True)
 class CacheIdentity:
-    """What a cache is of: it serves no other teacher, corpus, tokenizer, window or mask.
-
-    teacher: its name, for people; teacher_hash: of its weights and config; dtype: it ran in.
-    """
+    """A cache serves no other teacher, corpus, tokenizer, window or mask. teacher: its name, for
+    people; teacher_hash: of its weights and config; dtype: it ran in."""
 
     teacher: str
     teacher_hash: str
@@ -50,34 +151,21 @@ class CacheIdentity:
 
     @classmethod
     def of(
-        cls,
-        teacher: str,
-        teacher_hash: str,
-        dtype: str,
-        corpus: Text,
-        *,
-        document_mask: bool,
+        cls, teacher: str, teacher_hash: str, dtype: str, corpus: Text, *, document_mask: bool
     ) -> "CacheIdentity":
-        return cls(
-            teacher,
-            teacher_hash,
-            dtype,
-            corpus.corpus_hash,
-            corpus.token_hash,
-            corpus.window,
-            corpus.windows,
-            document_mask,
-        )
+        hashes = (corpus.corpus_hash, corpus.token_hash)
+        size = (corpus.window, corpus.windows)
+        return cls(teacher, teacher_hash, dtype, *hashes, *size, document_mask)
 
 
 class CacheWriter:
     """Writes the shards of one cache. Raises UserError where the folder holds something else."""
 
-    def __init__(self, folder: Path, identity: CacheIdentity, kept: CacheFormat) -> None:
+    def __init__(self, folder: Path, identity: CacheIdentity, cache_format: CacheFormat) -> None:
         self.folder = folder
         self.identity = identity
-        self.format = kept
-        self.window_bytes = _window_bytes(identity, kept)
+        self.format = cache_format
+        self.window_bytes = _window_bytes(identity.window, cache_format)
         self.windows_a_shard = max(1, SHARD_BYTES // self.window_bytes)
         self.num_shards = -(-identity.windows // self.windows_a_shard)
         self._claim()
@@ -109,7 +197,7 @@ class CacheWriter:
         return [
             shard
             for shard in range(self.num_shards)
-            if _shard_problem(self.folder, shard, self._shard_bytes(shard)) is not None
+            if _shard_problem(self.folder, shard, len(self.windows_of(shard)) * self.window_bytes)
         ]
 
     def windows_of(self, shard: int) -> range:
@@ -124,13 +212,10 @@ class CacheWriter:
                 stream.write(data)
                 stream.write(zlib.crc32(data).to_bytes(CHECKSUM_BYTES, "little"))
 
-    def _shard_bytes(self, shard: int) -> int:
-        return len(self.windows_of(shard)) * self.window_bytes
-
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """Told after every batch of windows; counts are of this process, this time."""
+    """After a batch of windows: how many of how many this process has written, this time."""
 
     windows: int
     of_windows: int
@@ -149,32 +234,26 @@ def write_cache(
     """Writes the missing shards of one part of all shards; returns how many the cache still lacks.
 
     part (i, n): this process writes shards i, i + n, i + 2n and on. What is drawn for a token
-    depends on its place alone, so parts and restarts change nothing.
+    depends on where it stands alone, so parts and restarts change nothing.
     """
     mine, of = part
     shards = [shard for shard in writer.missing() if shard % of == mine]
-    windows_to_do = sum(len(writer.windows_of(shard)) for shard in shards)
-    done = 0
+    total, done = sum(len(writer.windows_of(shard)) for shard in shards), 0
     for shard in shards:
         numbers = np.asarray(writer.windows_of(shard), dtype=np.int64)
         generator = torch.Generator().manual_seed(shard)
         places = torch.rand(len(numbers), corpus.window, generator=generator)
         records: list[Tensor] = []
-        for start in range(0, len(numbers), batch_windows):
-            rows = slice(start, start + batch_windows)
-            windows = corpus.train.windows_at(numbers[rows])
-            positions = None
-            if writer.identity.document_mask:
-                positions = torch.from_numpy(corpus.marks.positions(windows[:, :-1]))
-            batch = Batch(torch.from_numpy(windows), positions).to(device)
+        for rows in chunks(len(numbers), batch_windows):
+            mask = writer.identity.document_mask
+            batch = read_batch(corpus, numbers[rows], document_mask=mask).to(device)
             with torch.no_grad():
                 signal = teacher.signal(batch, corpus.vocabulary)
-                encoded = writer.format.encode(
-                    signal, batch.targets, places[rows].reshape(-1).to(device)
-                )
-            records += encoded.reshape(len(windows), corpus.window, -1).unbind(0)
-            done += len(windows)
-            on_batch(CacheProgress(done, windows_to_do))
+                drawn_at = places[rows].reshape(-1).to(device)
+                encoded = writer.format.encode(signal, batch.targets, drawn_at)
+            records += encoded.reshape(-1, corpus.window, writer.format.token_bytes).unbind(0)
+            done += len(batch.windows)
+            on_batch(CacheProgress(done, total))
         writer.write(shard, records)
     return len(writer.missing())
 
@@ -195,35 +274,27 @@ class CachedTeacher:
         teacher_hash: str | None = None,
     ) -> None:
         manifest = _read_manifest(folder)
-        self.folder = folder
-        self.manifest = manifest
-        expected: dict[str, Any] = {
-            "corpus_hash": corpus.corpus_hash,
-            "tokenizer_hash": corpus.token_hash,
-            "window": corpus.window,
-            "windows": corpus.windows,
-            "document_mask": document_mask,
-        }
-        if teacher_hash is not None:
-            expected["teacher_hash"] = teacher_hash
-        # the tokenizer first: another one makes another corpus too
-        for key in ("tokenizer_hash", "teacher_hash", "window", "corpus_hash", *expected):
-            if key in expected and manifest[key] != expected[key]:
+        teacher = (manifest["teacher"], teacher_hash or manifest["teacher_hash"], manifest["dtype"])
+        wanted = asdict(CacheIdentity.of(*teacher, corpus, document_mask=document_mask))
+        # the tokenizer and the window first: others make another corpus too
+        for key in ("tokenizer_hash", "teacher_hash", "window", *wanted):
+            if manifest[key] != wanted[key]:
                 raise UserError(
                     f"the cache {folder} is of another {key.removesuffix('_hash')} "
-                    f"({_short(manifest[key])}, not {_short(expected[key])}): make one with "
+                    f"({_short(manifest[key])}, not {_short(wanted[key])}): make one with "
                     "`capgap cache`"
                 )
+        self.folder = folder
         self.format = CacheFormat(
             **{name: manifest[name] for name in ("vocabulary", "top_k", "samples", "temperature")}
         )
         self.dtype: str = manifest["dtype"]
         self.window = corpus.window
         self.windows_a_shard: int = manifest["windows_a_shard"]
-        row = corpus.window * self.format.token_bytes + CHECKSUM_BYTES
+        row = _window_bytes(corpus.window, self.format)
         self._shards: list[NDArray[np.uint8]] = []
-        for shard, first in enumerate(range(0, corpus.windows, self.windows_a_shard)):
-            rows = min(self.windows_a_shard, corpus.windows - first)
+        for shard, windows in enumerate(chunks(corpus.windows, self.windows_a_shard)):
+            rows = windows.stop - windows.start
             problem = _shard_problem(folder, shard, rows * row)
             if problem is not None:
                 raise UserError(
@@ -251,10 +322,10 @@ class CachedTeacher:
         """Records of these windows, uint8 [rows, window, token_bytes], checked."""
         rows = []
         for index in indices:
-            shard, place = divmod(int(index), self.windows_a_shard)
-            row = self._shards[shard][place]
-            data, told = row[:-CHECKSUM_BYTES], row[-CHECKSUM_BYTES:]
-            if zlib.crc32(data).to_bytes(CHECKSUM_BYTES, "little") != told.tobytes():
+            shard, row = divmod(int(index), self.windows_a_shard)
+            window = self._shards[shard][row]
+            data, checksum = window[:-CHECKSUM_BYTES], window[-CHECKSUM_BYTES:]
+            if zlib.crc32(data).to_bytes(CHECKSUM_BYTES, "little") != checksum.tobytes():
                 raise UserError(
                     f"window {index} in {self.folder / _shard_name(shard)} is damaged: delete the "
                     "file and run the same `capgap cache` again"
@@ -269,8 +340,8 @@ class CachedTeacher:
         return self.format.decode(batch.fetched)
 
 
-def _window_bytes(identity: CacheIdentity, kept: CacheFormat) -> int:
-    return identity.window * kept.token_bytes + CHECKSUM_BYTES
+def _window_bytes(window: int, cache_format: CacheFormat) -> int:
+    return window * cache_format.token_bytes + CHECKSUM_BYTES
 
 
 def _shard_name(shard: int) -> str:

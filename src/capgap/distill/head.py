@@ -4,19 +4,28 @@
 them a block at a time, which stays in a CPU's cache from one operation to the next.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from capgap.distill.chunking import HEAD_MULTIPLE, chunk_rows, padded_rows
+from capgap.distill import HEAD_MULTIPLE, chunk_rows, padded_rows
 from capgap.models.parts import Parts
 
 IGNORED_LABEL = -100
 # The logit of what is no word; times a probability of 0 it is 0, as an infinite one is not
 LOWEST = -1e30
+T = TypeVar("T")
+
+
+def each_tensor(record: T, change: Callable[[Tensor], Tensor]) -> T:
+    """A dataclass with a change made to all of its tensors."""
+    tensors = {name: one for name, one in vars(record).items() if isinstance(one, Tensor)}
+    changed: Any = {name: change(one) for name, one in tensors.items()}
+    return replace(record, **changed)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -56,21 +65,12 @@ class HeadInput:
             weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
         device = input_ids.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return cls(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight,
-            bias,
-            parts.logit_scale,
-            parts.softcap,
-            dtype,
-        )
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        return cls(hidden, weight, bias, parts.logit_scale, parts.softcap, dtype)
 
     def to(self, device: torch.device) -> "HeadInput":
-        """On that device; itself where it is there already."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return replace(
-            self, hidden=self.hidden.to(device), weight=self.weight.to(device), bias=bias
-        )
+        """On that device."""
+        return each_tensor(self, lambda tensor: tensor.to(device))
 
     def ready(self) -> "ReadyHead":
         """Cast and filled up once, not for every chunk.
@@ -78,10 +78,9 @@ class HeadInput:
         A CPU reads everything in fp32: few have units for bf16, and those that do cast while they
         multiply.
         """
-        dtype = self.dtype or self.hidden.dtype
-        reads_bf16 = self.hidden.device.type == "cpu" and dtype == torch.bfloat16
-        if self.hidden.device.type == "cpu":
-            dtype = self.wide
+        is_cpu = self.hidden.device.type == "cpu"
+        wanted = self.dtype or self.hidden.dtype
+        dtype = self.wide if is_cpu else wanted
         return ReadyHead(
             self.hidden.to(dtype),
             _filled_up(self.weight, dtype),
@@ -90,7 +89,7 @@ class HeadInput:
             self.softcap,
             self.weight.shape[0],
             self.wide,
-            reads_bf16,
+            reads_bf16=is_cpu and wanted == torch.bfloat16,
         )
 
     @property
@@ -155,16 +154,6 @@ class ReadyHead:
                 torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
-def _filled_up(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """A head's weight or bias in whole tiles; itself where it is so already."""
-    count = padded_rows(len(rows))
-    if count == len(rows):
-        return rows.to(dtype)
-    filled = rows.new_zeros(count, *rows.shape[1:], dtype=dtype)
-    filled[: len(rows)] = rows
-    return filled
-
-
 @contextmanager
 def _cpu_reads_bf16() -> Iterator[None]:
     """fp32 products of a CPU that has units for bf16 (AVX-512, AMX) read their inputs as bf16."""
@@ -175,6 +164,16 @@ def _cpu_reads_bf16() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def _filled_up(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """A head's weight or bias in whole tiles; itself where it is so already."""
+    count = padded_rows(len(rows))
+    if count == len(rows):
+        return rows.to(dtype)
+    filled = rows.new_zeros(count, *rows.shape[1:], dtype=dtype)
+    filled[: len(rows)] = rows
+    return filled
 
 
 def chunks(tokens: int, rows: int) -> Iterator[slice]:
@@ -210,15 +209,12 @@ def likeliest(logits: Tensor) -> Tensor:
 @torch.no_grad()
 def token_losses(source: HeadInput, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
     """Cross-entropy of every token [tokens], 0 where the target is IGNORED_LABEL; no gradient."""
-    if chunk_tokens is None:
-        chunk_tokens = chunk_rows(targets.device.type, source.weight.shape[0])
+    chunk_tokens = chunk_tokens or chunk_rows(targets.device.type, source.weight.shape[0])
     losses = torch.empty(targets.shape[0], device=targets.device, dtype=source.wide)
     head = source.ready()
     for rows in chunks(len(targets), chunk_tokens):
+        logits = head.logits_(head.product(rows))
         losses[rows] = nn.functional.cross_entropy(
-            head.logits_(head.product(rows)),
-            targets[rows],
-            ignore_index=IGNORED_LABEL,
-            reduction="none",
+            logits, targets[rows], ignore_index=IGNORED_LABEL, reduction="none"
         )
     return losses

@@ -1,7 +1,7 @@
 """Where the teacher's signal comes from: a model that runs beside its students, or a cache."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capgap.distill.head import IGNORED_LABEL, HeadInput
-from capgap.distill.sparse import SparseSignal
+from capgap.corpus.text import Text
+from capgap.distill.divergences import SparseSignal
+from capgap.distill.head import IGNORED_LABEL, HeadInput, chunks, each_tensor
 from capgap.errors import UserError
 from capgap.models.build import DTYPES, load_model
 from capgap.models.parallel import ALONE, Ranks, parallelize, release
@@ -54,22 +55,16 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """On that device; from pinned memory the host does not wait until it is there."""
-
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def micro_batches(self, rows: int) -> list["Batch"]:
         """Parts of at most `rows` windows, in order."""
-        starts = range(0, len(self.windows), rows)
-        parts = [slice(start, start + rows) for start in starts]
-        return [self._each(operator.itemgetter(part)) for part in parts]
+        parts = chunks(len(self.windows), rows)
+        return [each_tensor(self, operator.itemgetter(part)) for part in parts]
 
     def pinned(self) -> "Batch":
         """In memory that a GPU can read while the host goes on."""
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = (self.windows, self.positions, self.fetched, self.labels)
-        return Batch(*(None if one is None else change(one) for one in tensors))  # type: ignore
+        return each_tensor(self, Tensor.pin_memory)
 
 
 class TeacherSource(Protocol):
@@ -85,13 +80,31 @@ class TeacherSource(Protocol):
         """The teacher's side of the loss for a micro-batch, on the students' device."""
 
 
-class OnlineTeacher:
-    """A causal language model that runs in its own dtype, on its own device.
+def read_batch(
+    corpus: Text,
+    indices: NDArray[np.int64],
+    *,
+    document_mask: bool,
+    ignored_labels: Sequence[int] = (),
+    teacher: TeacherSource | None = None,
+) -> Batch:
+    """The training windows of these numbers, with what the teacher's source reads for them."""
+    windows = corpus.train.windows_at(indices)
+    positions = labels = None
+    if document_mask:
+        positions = torch.from_numpy(corpus.marks.positions(windows[:, :-1]))
+    if ignored_labels:
+        targets = windows[:, 1:]
+        ignored = np.isin(targets, ignored_labels)
+        labels = torch.from_numpy(np.where(ignored, IGNORED_LABEL, targets))
+    fetched = None if teacher is None else teacher.fetch(indices)
+    return Batch(torch.from_numpy(windows), positions, fetched, labels)
 
-    Autocast of the students does not reach it. Where its device is not the students', its hidden
-    states and its head go over for every micro-batch. Sharded, every rank still has the tables and
-    the head whole.
-    """
+
+class OnlineTeacher:
+    """A causal language model that runs in its own dtype (no autocast of the students), on its own
+    device. Where that is not the students', its hidden states and head go over for every
+    micro-batch. Sharded, every rank still has the tables and the head whole."""
 
     def __init__(self, model: PreTrainedModel | Parts) -> None:
         self.parts = model if isinstance(model, Parts) else Parts(model)
@@ -137,8 +150,7 @@ def load_teacher(
         from accelerate import cpu_offload
     except ImportError:
         raise UserError("run.teacher_offload needs accelerate: pip install accelerate") from None
-    layers = parts.layers
     parts.to(device)
-    for layer in layers:
+    for layer in parts.layers:
         cpu_offload(layer, execution_device=torch.device(device))
     return OnlineTeacher(parts)

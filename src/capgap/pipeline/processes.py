@@ -57,8 +57,7 @@ def run_processes(count: int, argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        code = run_processes(int(sys.argv[1]), sys.argv[2:])
+        sys.exit(run_processes(int(sys.argv[1]), sys.argv[2:]))
     except KeyboardInterrupt:
         # before torch's launcher listens
-        code = 128 + signal.SIGINT
-    sys.exit(code)
+        sys.exit(128 + signal.SIGINT)

@@ -6,8 +6,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from capgap.artifact import LOCK, check_empty, locked, read_json
 from capgap.errors import UserError
 from capgap.pipeline.recipe import RunRecipe
 from capgap.pipeline.state import RECORD, Decision, RunState, check_step, decide
-from capgap.pipeline.steps import plan_steps
+from capgap.pipeline.steps import Step, plan_steps
 from capgap.sizes import clock_time
 from capgap.stage import Say
 from capgap.stages.training import TrainingStage
@@ -57,7 +56,9 @@ def run_pipeline(
     """
     # the same folder, wherever the next call is made from
     out = out.absolute()
-    with _claimed(out) as lock, Signals() as signals:
+    if not (out / RECORD).exists():
+        check_empty(out, ours=(LOCK, f".{RECORD}."))
+    with locked(out) as lock, Signals() as signals:
         state = RunState(out, recipe.name)
         decisions = _selected(recipe, state, out, again_from, until)
         state.forget_others(plan_steps(recipe, out))
@@ -65,18 +66,20 @@ def run_pipeline(
         if "trackio" in recipe.track:
             # the library takes one folder for all that a process tells it
             os.environ.setdefault("TRACKIO_DIR", str(out / "trackers" / "trackio"))
+        work = _Work(state, signals, recipe.hardware.processes, lock, say, quiet)
         for number, decision in enumerate(decisions, 1):
             head = f"[{number}/{len(decisions)}] {decision.step.name}"
             if decision.state == "done":
                 say(f"{head}: done before")
                 continue
             signals.check()
-            say(f"{head}: {_announced(decision)}")
-            processes = recipe.hardware.processes
-            _Work(decision, state, signals, processes, lock, say, quiet).run()
+            verb = "goes on" if decision.state == "continue" else "starts again"
+            never_ran = decision.why == "it never ran"
+            say(f"{head}: {'starts' if never_ran else f'{verb}: {decision.why}'}")
+            work.run(decision)
             kept = state.begun(decision.step) or {}
-            told = f", {kept['result']}" if kept["result"] else ""
-            say(f"{head}: {clock_time(kept['seconds'])}{told}")
+            result = f", {kept['result']}" if kept["result"] else ""
+            say(f"{head}: {clock_time(kept['seconds'])}{result}")
         signals.check()
         return state.record
 
@@ -96,80 +99,68 @@ def _selected(
     return decide(steps, state, again_from=again_from)
 
 
-def _announced(decision: Decision) -> str:
-    if decision.why == "it never ran":
-        return "starts"
-    verb = "goes on" if decision.state == "continue" else "starts again"
-    return f"{verb}: {decision.why}"
-
-
+@dataclass(frozen=True)
 class _Work:
-    """One step at work: its stage here, or shared by several processes."""
+    """Steps at work: the stage of each here, or shared by several processes."""
 
-    def __init__(
-        self,
-        decision: Decision,
-        state: RunState,
-        signals: Signals,
-        processes: int,
-        lock: int,
-        say: Say,
-        quiet: bool,
-    ) -> None:
-        self.decision = decision
-        self.step = decision.step
-        self.state = state
-        self.signals = signals
-        self.processes = processes
-        self.lock = lock
-        self.say = say
-        self.quiet = quiet
+    state: RunState
+    signals: Signals
+    processes: int
+    lock: int
+    say: Say
+    quiet: bool
 
-    def run(self) -> None:
+    def run(self, decision: Decision) -> None:
         """Keeps how it ended; raises what ended it."""
-        anew = self.decision.state == "run"
-        begun = self.state.begun(self.step) or {}
-        self.state.keep(
-            self.step,
+        step, state = decision.step, self.state
+        anew = decision.state == "run"
+        begun = state.begun(step) or {}
+        state.keep(
+            step,
             status="running",
             # what comes after knows by it whether it rests on this start or on one before
             id=secrets.token_hex(4) if anew else begun["id"],
-            inputs=self.decision.inputs | {"after": self.state.made_by(self.step.after)},
-            command=["capgap", *self.step.stage.command()],
+            inputs=decision.inputs | {"after": state.made_by(step.after)},
+            command=["capgap", *step.stage.command()],
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             result=None,
         )
         # after it is kept that nothing is done: half of what was there is nothing either
-        for path in (*self.step.stage.writes, *self.step.clears) if anew else ():
-            _remove(path)
+        for path in (*step.stage.writes, *step.clears) if anew else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         start = time.monotonic()
-        status = "failed"
-        result = None
+        status, result = "failed", None
         try:
-            result = self._result()
+            is_shared = self.processes > 1 and isinstance(step.stage, TrainingStage)
+            result = self._share(step) if is_shared else self._do(step)
             status = "done"
         except Stopped:
             status = "stopped"
             raise
         finally:
             seconds = time.monotonic() - start
-            self.state.keep(self.step, status=status, seconds=seconds, result=result)
+            state.keep(step, status=status, seconds=seconds, result=result)
 
-    def _result(self) -> str:
-        stage = self.step.stage
-        if self.processes > 1 and isinstance(stage, TrainingStage):
-            return self._share(stage)
-        found = self.signals.run(stage, self.say)
-        self.say(stage.told(found))
-        if stage.failure(found):
-            raise StepFailed(self.step.name, stage.failure(found), 1)
-        _free_memory()
-        return stage.result(found)
+    def _do(self, step: Step) -> str:
+        stage = step.stage
+        record = self.signals.run(stage, self.say)
+        self.say(stage.told(record))
+        if stage.failure(record):
+            raise StepFailed(step.name, stage.failure(record), 1)
+        # what a stage held is for the next one
+        gc.collect()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return stage.result(record)
 
-    def _share(self, stage: TrainingStage) -> str:
+    def _share(self, step: Step) -> str:
         words = [sys.executable, "-m", "capgap.pipeline.processes", str(self.processes)]
         code = self.signals.run_process(
-            [*words, *stage.command(), *(["--quiet"] if self.quiet else [])],
+            [*words, *step.stage.command(), *(["--quiet"] if self.quiet else [])],
             stdout=sys.stderr.fileno(),
             # a random.py in the working folder is not Python's
             env=os.environ | {"PYTHONSAFEPATH": "1"},
@@ -177,29 +168,6 @@ class _Work:
             pass_fds=(self.lock,),
         )
         if code:
-            raise StepFailed(self.step.name, "", code)
-        return stage.result(read_json(stage.record_file))
-
-
-def _free_memory() -> None:
-    """What a stage held is for the next one."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _claimed(out: Path) -> Iterator[int]:
-    """The folder belongs to a run and, while inside, to this process alone: its lock."""
-    if not (out / RECORD).exists():
-        check_empty(out, ours=(LOCK, f".{RECORD}."))
-    with locked(out) as lock:
-        yield lock
+            raise StepFailed(step.name, "", code)
+        assert step.stage.record_file is not None
+        return step.stage.result(read_json(step.stage.record_file))

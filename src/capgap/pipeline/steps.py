@@ -9,7 +9,7 @@ from capgap.errors import UserError
 from capgap.law.families import find_model
 from capgap.pipeline.recipe import RunRecipe
 from capgap.stage import Stage
-from capgap.stages.adapt import Adapt
+from capgap.stages.adapt import Adapt, AdaptSection
 from capgap.stages.corpus import Prepare
 from capgap.stages.distill import Distill, Train
 from capgap.stages.evaluate import Evaluate
@@ -42,35 +42,36 @@ def plan_steps(recipe: RunRecipe, out: Path) -> list[Step]:
 
 
 class _Planner:
-    """Builds the steps. What makes a model returns it with the steps that it rests on."""
+    """Builds the steps; `needed` are those that make the teacher."""
 
     def __init__(self, recipe: RunRecipe, out: Path) -> None:
         self.recipe = recipe
         self.out = out
         self.steps: list[Step] = []
         self.device = recipe.run.device
-        self.loop: dict[str, Any] = {
-            "window": recipe.distill.window,
-            "running": recipe.run,
-            "track": recipe.track,
-        }
-        changed = dict(recipe.training.model_dump(exclude_unset=True))
-        own = {name: value for name, value in changed.items() if name not in ABOUT_A_TEACHER}
-        self.without_teacher = TrainingSection(**own)
-        teacher, needed = self._adapt(*self._teacher())
-        corpora = self._corpora(teacher, needed)
-        self._cut(teacher, corpora, needed)
-        student = self._distill(teacher, corpora, needed)
+        self.needed: tuple[str, ...] = ()
+        window = recipe.distill.window
+        self.loop: dict[str, Any] = {"window": window, "running": recipe.run, "track": recipe.track}
+        changed = recipe.training.model_dump(exclude_unset=True, exclude=set(ABOUT_A_TEACHER))
+        self.without_teacher = TrainingSection(**changed)
+        self.teacher = self._teacher()
+        if recipe.adapt is not None:
+            self._adapt(recipe.adapt)
+        self.corpora = self._corpora()
+        self.texts = tuple(f"corpus-{entry.name}" for entry in recipe.corpus)
+        self._cut()
+        student = self._distill()
+        self._evaluate("evaluate", student, ("distill",))
         final, last = self._answer(student)
         if final != student:
-            self._evaluate("evaluate-final", final, corpora, last)
+            self._evaluate("evaluate-final", final, last)
         self._export(final, last)
 
-    def _add(self, name: str, stage: Stage, after: tuple[str, ...] = ()) -> tuple[str, ...]:
+    def _add(self, name: str, stage: Stage, after: tuple[str, ...] = ()) -> None:
         self.steps.append(Step(name, stage, after))
-        return (name,)
 
-    def _teacher(self) -> tuple[str, tuple[str, ...]]:
+    def _teacher(self) -> str:
+        """The teacher's folder or name; one that is to be trained has steps of its own."""
         asked = self.recipe.teacher
         if asked.model is not None and asked.weights is None and find_model(asked.model):
             raise UserError(
@@ -78,96 +79,87 @@ class _Planner:
                 "teacher.weights=FOLDER or a name on the Hub"
             )
         if asked.size is None:
-            return asked.weights or asked.model or "", ()
-        assert asked.tokens is not None
+            return asked.weights or asked.model or ""
         folder = self.out / "teacher"
         text = Prepare(source=asked.source, vocabulary=asked.vocabulary, out=folder / "corpus")
         training = Train(
-            size=asked.size,
-            architecture=asked.architecture,
+            **asked.model_dump(include={"size", "architecture", "tokens", "learning_rate"}),
             corpus=(Weighted(text.out),),
-            tokens=asked.tokens,
-            learning_rate=asked.learning_rate,
             out=folder / "training",
             training=self.without_teacher,
             **self.loop,
         )
-        made = self._add("teacher", training, self._add("teacher-corpus", text))
-        return str(training.out / "models" / str(training.new)), made
+        self._add("teacher-corpus", text)
+        self._add("teacher", training, ("teacher-corpus",))
+        self.needed = ("teacher",)
+        return str(training.out / "models" / str(training.new))
 
-    def _adapt(self, teacher: str, needed: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-        asked = self.recipe.adapt
-        if asked is None:
-            return teacher, needed
+    def _adapt(self, asked: AdaptSection) -> None:
         stage = Adapt(
-            model=teacher,
+            model=self.teacher,
             new=asked.source,
             out=self.out / "adapt",
             training=self.without_teacher,
             **asked.model_dump(exclude={"source"}),
             **self.loop,
         )
-        return str(stage.out / "model"), self._add("adapt", stage, needed)
+        self._add("adapt", stage, self.needed)
+        self.teacher, self.needed = str(stage.out / "model"), ("adapt",)
 
-    def _corpora(self, teacher: str, needed: tuple[str, ...]) -> Given:
+    def _corpora(self) -> Given:
         """The texts by weight; each is prepared in the teacher's tokens."""
-        for entry in self.recipe.corpus:
+        entries = self.recipe.corpus
+        folders = [self.out / "corpus" / entry.name for entry in entries]
+        for entry, folder in zip(entries, folders, strict=True):
             text = entry.model_dump(exclude={"name", "weight"})
-            folder = self.out / "corpus" / entry.name
-            self._add(
-                f"corpus-{entry.name}", Prepare(tokenizer=teacher, out=folder, **text), needed
-            )
-        folders = [(self.out / "corpus" / entry.name, entry.weight) for entry in self.recipe.corpus]
-        if len(folders) == 1:
-            return (Weighted(folders[0][0]),)
-        return tuple(Weighted(folder, weight) for folder, weight in folders)
+            stage = Prepare(tokenizer=self.teacher, out=folder, **text)
+            self._add(f"corpus-{entry.name}", stage, self.needed)
+        weights = [entry.weight if len(entries) > 1 else None for entry in entries]
+        return tuple(map(Weighted, folders, weights))
 
-    def _texts(self) -> tuple[str, ...]:
-        return tuple(f"corpus-{entry.name}" for entry in self.recipe.corpus)
-
-    def _cut(self, teacher: str, corpora: Given, needed: tuple[str, ...]) -> None:
+    def _cut(self) -> None:
         """Scores on the texts, then the cut."""
         scoring, cut = self.recipe.score, self.recipe.prune
         scored = Score(
-            teacher=teacher,
-            corpus=corpora,
+            teacher=self.teacher,
+            corpus=self.corpora,
             out=self.out / "scores.safetensors",
             device=self.device,
             **scoring.model_dump(exclude={"window"}),
             window=min(scoring.window, self.recipe.distill.window),
         )
-        made = self._add("score", scored, (*self._texts(), *needed))
-        size = {name: getattr(cut, name) for name in ("keep", "params", "total_params")}
-        shape = cut.sizes or None
-        student = self.out / "cut" / "student"
-        stage = Prune(teacher=teacher, scores=scored.out, shape=shape, out=student, **size)
-        self._add("prune", stage, (*made, *needed))
+        self._add("score", scored, (*self.texts, *self.needed))
+        student = Prune(
+            teacher=self.teacher,
+            scores=scored.out,
+            shape=cut.sizes or None,
+            out=self.out / "cut" / "student",
+            **{name: getattr(cut, name) for name in ("keep", "params", "total_params")},
+        )
+        self._add("prune", student, ("score", *self.needed))
 
-    def _distill(self, teacher: str, corpora: Given, needed: tuple[str, ...]) -> str:
+    def _distill(self) -> str:
         """The student's folder."""
-        asked = self.recipe.distill
         stage = Distill(
-            teacher=teacher,
+            teacher=self.teacher,
             students=(str(self.out / "cut" / "student"),),
-            corpus=corpora,
-            tokens=asked.tokens,
-            learning_rate=asked.learning_rate,
+            corpus=self.corpora,
+            **self.recipe.distill.model_dump(exclude={"window"}),
             out=self.out / "distill",
             training=self.recipe.training,
             **self.loop,
         )
-        made = self._add("distill", stage, ("prune", *self._texts(), *needed))
-        student = str(stage.out / "students" / "student")
-        self._evaluate("evaluate", student, corpora, made)
-        return student
+        self._add("distill", stage, ("prune", *self.texts, *self.needed))
+        return str(stage.out / "students" / "student")
 
-    def _evaluate(self, name: str, model: str, corpora: Given, after: tuple[str, ...]) -> None:
+    def _evaluate(self, name: str, model: str, after: tuple[str, ...]) -> None:
         asked = self.recipe.evaluate
         if asked is None:
             return
+        folders = tuple(corpus.folder for corpus in self.corpora)
         stage = Evaluate(
             model=model,
-            corpus=tuple(one.folder for one in corpora) if "heldout" in asked.tasks else (),
+            corpus=folders if "heldout" in asked.tasks else (),
             window=self.recipe.distill.window,
             device=self.device,
             out=self.out / f"{name}.json",
@@ -175,28 +167,30 @@ class _Planner:
         )
         self._add(name, stage, after)
 
-    def _answer(self, student: str) -> tuple[str, tuple[str, ...]]:
+    def _answer(self, model: str) -> tuple[str, tuple[str, ...]]:
         """The model after conversations and preferences, and the step that made it."""
-        model = student
         last: tuple[str, ...] = ("distill",)
         conversations, pairs = self.recipe.instruct, self.recipe.prefer
         shared: dict[str, Any] = {"device": self.device, "track": self.recipe.track}
         if conversations is not None:
+            out = self.out / "instruct"
             asked = conversations.model_dump()
-            made = Instruct(model=model, out=self.out / "instruct", **asked, **shared)
-            model, last = str(made.out / "model"), self._add("instruct", made, last)
+            self._add("instruct", Instruct(model=model, out=out, **asked, **shared), last)
+            model, last = str(out / "model"), ("instruct",)
         if pairs is not None:
+            out = self.out / "prefer"
             shared["template"] = "minichat" if conversations is None else "own"
-            tuned = Prefer(model=model, out=self.out / "prefer", **pairs.model_dump(), **shared)
-            model, last = str(tuned.out / "model"), self._add("prefer", tuned, last)
+            tuned = Prefer(model=model, out=out, **pairs.model_dump(), **shared)
+            self._add("prefer", tuned, last)
+            model, last = str(out / "model"), ("prefer",)
         return model, last
 
     def _export(self, final: str, last: tuple[str, ...]) -> None:
         asked = self.recipe.export
         if asked is None:
             return
-        told = ("adapt", "prune", "distill", "evaluate-final", "evaluate", "instruct", "prefer")
-        stages = {step.name: step.stage for step in self.steps if step.name in told}
+        recorded = ("adapt", "prune", "distill", "evaluate-final", "evaluate", "instruct", "prefer")
+        stages = {step.name: step.stage for step in self.steps if step.name in recorded}
         gguf = self.out / "model.gguf"
         stage = Export(
             model=final,

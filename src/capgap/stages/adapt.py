@@ -7,30 +7,26 @@ OUT/model/        the model in the end: a Hugging Face folder with tokenizer
 OUT/adapt.json    what was asked for and what came out of it
 """
 
-import json
 import math
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from capgap.artifact import read_json, write_json
 from capgap.corpus.given import Weighted
-from capgap.errors import UserError
-from capgap.machine import started
-from capgap.records import write_json_atomically
+from capgap.errors import Interrupted, UserError
+from capgap.machine import machine, resolve_device, started, versions
 from capgap.scrub import scrub
 from capgap.section import Count, LearningRate, Section
-from capgap.sizes import parse_count
+from capgap.sizes import format_bytes, parse_count
 from capgap.stage import ARGUMENT, Mark, Say, ShouldStop
 from capgap.stages.distill import Train
 from capgap.stages.run_folder import begin
 from capgap.stages.training import TrainingStage
 from capgap.train.recipe import ABOUT_A_TEACHER
-
-if TYPE_CHECKING:
-    from capgap.evaluate.measured import Measured
 
 # Text to learn pieces on: so much a piece, within limits that bound the time
 SAMPLE_BYTES_PER_PIECE = 8_000
@@ -74,10 +70,8 @@ class _Extension(Section):
 
     @property
     def share(self) -> float:
-        """The new text's, of the training tokens."""
-        if self.old is None:
-            return 1.0
-        return NEW_SHARE if self.new_share is None else self.new_share
+        """The new text's share of the training tokens."""
+        return 1.0 if self.old is None else self.new_share or NEW_SHARE
 
 
 class AdaptSection(_Extension):
@@ -104,10 +98,10 @@ class Adapt(_Extension, TrainingStage):
         return self
 
     def identity(self) -> dict[str, Any]:
-        found = super().identity() | {"new_share": self.share}
+        identity = super().identity() | {"new_share": self.share}
         for name in ABOUT_A_TEACHER:
-            del found["training"][name]
-        return found
+            del identity["training"][name]
+        return identity
 
     def continued(self) -> Train:
         """The continued pre-training."""
@@ -136,7 +130,27 @@ class Adapt(_Extension, TrainingStage):
 
         Started by torchrun, its processes share the training, and the first one does the rest.
         """
-        return _run(self, say, should_stop)
+        _check(self)
+        if started()[0]:
+            return _follow(self, say, should_stop)
+        record = begin(self.record_file, self.identity())
+        if record["finished"]:
+            return record
+        run = _Run(self, record, say)
+        parts = [
+            run.extend,
+            run.prepare,
+            lambda: run.measure("before", self.model),
+            lambda: run.measure("extended", str(run.extended)),
+            lambda: run.train(should_stop),
+            lambda: run.measure("after", str(run.model)),
+        ]
+        for part in parts if self.tokens else parts[:4]:
+            part()
+            if should_stop():
+                raise Interrupted
+        run.finish()
+        return record
 
     def told(self, found: dict[str, Any]) -> str:
         tokenizer = found["tokenizer"]
@@ -144,11 +158,11 @@ class Adapt(_Extension, TrainingStage):
             f"{tokenizer['pieces']:,} new tokens, {tokenizer['words']:,} in all, "
             f"{tokenizer['rows']:,} rows; {found['folder']}"
         ]
-        for name, told in found["fertility"].items():
-            before, after = (told[when]["tokens_per_byte"] for when in ("before", "after"))
+        for name, fertility in found["fertility"].items():
+            before, after = (fertility[when]["tokens_per_byte"] for when in ("before", "after"))
             lines.append(
                 f"{name} text: {before:.3f} -> {after:.3f} tokens per byte, "
-                f"{told['joined_share']:.1%} of the tokens joined"
+                f"{fertility['joined_share']:.1%} of the tokens joined"
             )
         for name, losses in found["heldout"].items():
             bits = " -> ".join(
@@ -158,61 +172,15 @@ class Adapt(_Extension, TrainingStage):
         return "\n".join(lines)
 
     def result(self, found: dict[str, Any]) -> str:
-        told = []
-        for name, losses in found["heldout"].items():
-            bits = [one["bits_per_byte"] for one in losses.values() if one]
-            if bits:
-                told.append(f"{name} text {bits[0]:.3f} -> {bits[-1]:.3f} bits per byte")
-        return "; ".join(told)
-
-
-def _run(request: Adapt, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
-    from capgap.errors import Interrupted
-
-    _check(request)
-    if started()[0]:
-        return _follow(request, say, should_stop)
-    record = begin(request.record_file, request.identity())
-    if record["finished"]:
-        return record
-    run = _Run(request, record, say)
-    parts = [
-        run.extend,
-        run.prepare,
-        lambda: run.measure("before", request.model),
-        lambda: run.measure("extended", str(run.extended)),
-        lambda: run.train(should_stop),
-        lambda: run.measure("after", str(run.model)),
-    ]
-    for part in parts if request.tokens else parts[:4]:
-        part()
-        if should_stop():
-            raise Interrupted
-    run.finish()
-    return record
-
-
-def _follow(request: Adapt, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
-    """What the other processes do: they wait for the extended model and train with the first."""
-    from capgap.errors import Interrupted
-
-    path = request.record_file
-    while request.tokens:
-        if should_stop():
-            raise Interrupted
-        record = json.loads(path.read_text()) if path.exists() else {}
-        measured = record.get("heldout", {})
-        if record.get("asked") == scrub(request.identity()) and _is_measured(
-            request, measured, "extended"
-        ):
-            _Run(request, record, say).train(should_stop)
-            return record
-        time.sleep(WAIT)
-    return {}
-
-
-def _is_measured(request: Adapt, heldout: dict[str, Any], when: str) -> bool:
-    return all(when in heldout.get(name, {}) for name in request.sources)
+        bits = {
+            name: [one["bits_per_byte"] for one in losses.values() if one]
+            for name, losses in found["heldout"].items()
+        }
+        return "; ".join(
+            f"{name} text {one[0]:.3f} -> {one[-1]:.3f} bits per byte"
+            for name, one in bits.items()
+            if one
+        )
 
 
 def _check(request: Adapt) -> None:
@@ -220,21 +188,31 @@ def _check(request: Adapt) -> None:
     from capgap.corpus.tokenizer import load_tokenizer
     from capgap.models.build import shape_of
     from capgap.models.stored import read_config
-    from capgap.stages.inputs import check_words
+    from capgap.stages.inputs import check_window, check_words
     from capgap.train.trackers import check_trackers
 
     check_trackers(request.track)
     tokenizer = load_tokenizer(request.model)
     config: Any = read_config(request.model)
-    shape = shape_of(config)
     check_words(request.model, config, max(tokenizer.get_vocab().values()) + 1)
-    if shape.positions < request.window:
-        raise UserError(
-            f"{request.model} reads at most {shape.positions} tokens, the window has "
-            f"{request.window}: take window {shape.positions} or less"
-        )
+    check_window(request.model, shape_of(config).positions, request.window)
     for source in request.sources.values():
         open_source(source)
+
+
+def _follow(request: Adapt, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
+    """The other processes wait for the extended model and train with the first."""
+    path = request.record_file
+    while request.tokens:
+        if should_stop():
+            raise Interrupted
+        record = read_json(path) if path.exists() else {}
+        run = _Run(request, record, say)
+        if record.get("asked") == scrub(request.identity()) and run.is_measured("extended"):
+            run.train(should_stop)
+            return record
+        time.sleep(WAIT)
+    return {}
 
 
 class _Run:
@@ -257,25 +235,26 @@ class _Run:
 
         if "tokenizer" in self.record:
             return
-        request = self.request
+        source, pieces = self.request.model, self.request.pieces
         least, most = SAMPLE_BYTES
-        num_bytes = min(max(least, request.pieces * SAMPLE_BYTES_PER_PIECE), most)
-        texts = {name: training_sample(one, num_bytes) for name, one in request.sources.items()}
-        self.say(f"adapt: learns {request.pieces} pieces on {_size(texts['new'])} of new text")
+        num_bytes = min(max(least, pieces * SAMPLE_BYTES_PER_PIECE), most)
+        texts = {
+            name: training_sample(one, num_bytes) for name, one in self.request.sources.items()
+        }
+        size = format_bytes(sum(map(len, texts["new"])))
+        self.say(f"adapt: learns {pieces} pieces on {size} of new text")
         began = time.monotonic()
-        tokenizer = load_tokenizer(request.model)
-        extension = extend_tokenizer(
-            tokenizer, texts["new"], request.pieces, old=texts.get("old", [])
-        )
+        old = texts.get("old", [])
+        extension = extend_tokenizer(load_tokenizer(source), texts["new"], pieces, old=old)
         rows = extend_model(
-            request.model,
+            source,
             self.extended,
             extension.tokenizer,
             first=extension.first,
             origins=extension.origins,
         )
         self._record(
-            model_hash=model_hash(request.model),
+            model_hash=model_hash(source),
             tokenizer={
                 "words_before": extension.first,
                 "words": extension.words,
@@ -293,80 +272,81 @@ class _Run:
         from capgap.corpus.prepare import prepare_corpus
         from capgap.corpus.tokenizer import load_tokenizer
 
+        request = self.request
         # a run that was killed between its last two steps has no other
         after = load_tokenizer(self.extended if self.extended.exists() else self.model)
-        for name, source in self.request.sources.items():
+        for name, source in request.sources.items():
             made = prepare_corpus(
-                source, self.request.text(name), tokenizer=after, window=self.request.window
+                source, request.text(name), tokenizer=after, window=request.window
             )
             self.say(f"adapt: {made.train_tokens:,} tokens of {name} text")
         if "fertility" not in self.record:
-            before = load_tokenizer(self.request.model)
-            texts = {
-                name: [text for text, _ in excerpt(str(self.request.text(name)), MEASURED_BYTES)]
-                for name in self.request.sources
-            }
-            self._record(
-                fertility={
-                    name: compare_fertility(before, after, one) for name, one in texts.items()
-                }
-            )
+            before = load_tokenizer(request.model)
+            fertility = {}
+            for name in request.sources:
+                texts = [text for text, _ in excerpt(str(request.text(name)), MEASURED_BYTES)]
+                fertility[name] = compare_fertility(before, after, texts)
+            self._record(fertility=fertility)
+
+    def is_measured(self, when: str) -> bool:
+        heldout = self.record.get("heldout", {})
+        return all(when in heldout.get(name, {}) for name in self.request.sources)
 
     def measure(self, when: str, model: str) -> None:
         """Bits per byte of a model, with its own tokenizer, on the held-out text of each kind."""
+        from capgap.evaluate.measured import ratio_standard_error
         from capgap.stages.measure import MeasureRequest, run_measure
 
-        heldout = self.record.get("heldout", {name: {} for name in self.request.sources})
-        if _is_measured(self.request, heldout, when):
+        if self.is_measured(when):
             return
-        for name in self.request.sources:
-            asked = MeasureRequest(
-                str(self.request.text(name)),
-                MEASURED_BYTES,
-                device=self.request.running.device,
-            )
+        heldout = self.record.get("heldout", {name: {} for name in self.request.sources})
+        for name, losses in heldout.items():
+            text, device = str(self.request.text(name)), self.request.running.device
+            asked = MeasureRequest(text, MEASURED_BYTES, device=device)
             measured = run_measure(asked, {when: model}).models[when]
-            heldout[name][when] = _bits(measured)
-            self.say(
-                f"adapt: {when}: {heldout[name][when]['bits_per_byte']:.4f} bits per byte on "
-                f"{name} text"
-            )
+            bits = [loss / math.log(2) for loss in measured.document_losses]
+            # what models of different tokenizers can be compared by comes first
+            losses[when] = {
+                "bits_per_byte": sum(bits) / measured.bytes,
+                "bits_per_byte_stderr": ratio_standard_error(bits, measured.document_bytes),
+                "nats_per_token": measured.nats_per_token,
+                "tokens": measured.tokens,
+                "bytes": measured.bytes,
+            }
+            rate = losses[when]["bits_per_byte"]
+            self.say(f"adapt: {when}: {rate:.4f} bits per byte on {name} text")
         self._record(heldout=heldout)
 
     def train(self, should_stop: ShouldStop) -> None:
         """The extended model learns from the mixture."""
-        asked = self.request.continued()
         if self.model.exists():
             return
-        found = asked.run(say=self.say, should_stop=should_stop)
+        asked = self.request.continued()
+        trained = asked.run(say=self.say, should_stop=should_stop)
         if started()[0]:
             return
-        (one,) = found["after"].values()
+        (one,) = trained["after"].values()
         if one["failure"]:
             raise UserError(
                 f"the training failed ({one['failure']['message']}): take another out and a "
                 "smaller learning_rate"
             )
-        self._record(
-            training={key: found[key] for key in ("steps", "flops", "sources")}
-            | {"learning_rate": one["learning_rate"]},
-        )
-        # moved before the record says so: a call that was killed between finds the model in place
-        trained = Path(one["folder"])
-        trained.rename(self.model)
-        trained.parent.rmdir()
+        kept = {key: trained[key] for key in ("steps", "flops", "sources")}
+        self._record(training=kept | {"learning_rate": one["learning_rate"]})
+        # moved before the record says so: a call that was killed between finds the model there
+        folder = Path(one["folder"])
+        folder.rename(self.model)
+        folder.parent.rmdir()
         one["folder"] = str(self.model)
-        write_json_atomically(asked.record_file, found)
+        write_json(asked.record_file, trained)
 
     def finish(self) -> None:
-        """The model in its place, the record, and no model twice."""
-        from capgap.machine import machine, resolve_device, versions
-
+        """The model in its folder, the record, and no model twice."""
         if not self.model.exists():
             self.extended.rename(self.model)
         shutil.rmtree(self.extended, ignore_errors=True)
-        for found in self.record["heldout"].values():
-            found.setdefault("after", None)
+        for losses in self.record["heldout"].values():
+            losses.setdefault("after", None)
         self._record(
             finished=True,
             folder=str(self.model),
@@ -377,24 +357,4 @@ class _Run:
 
     def _record(self, **values: Any) -> None:
         self.record |= values
-        write_json_atomically(self.request.record_file, self.record)
-
-
-def _bits(measured: "Measured") -> dict[str, Any]:
-    """What models of different tokenizers can be compared by comes first."""
-    from capgap.evaluate.measured import ratio_standard_error
-
-    bits = [loss / math.log(2) for loss in measured.document_losses]
-    return {
-        "bits_per_byte": sum(bits) / measured.bytes,
-        "bits_per_byte_stderr": ratio_standard_error(bits, measured.document_bytes),
-        "nats_per_token": measured.nats_per_token,
-        "tokens": measured.tokens,
-        "bytes": measured.bytes,
-    }
-
-
-def _size(texts: list[bytes]) -> str:
-    from capgap.sizes import format_bytes
-
-    return format_bytes(sum(map(len, texts)))
+        write_json(self.request.record_file, self.record)

@@ -69,13 +69,18 @@ class Cache(Stage):
         """
         import torch
 
-        from capgap.distill.cache import CacheIdentity, CacheProgress, CacheWriter, write_cache
-        from capgap.distill.cache_format import CacheFormat
+        from capgap.distill.cache import (
+            CacheFormat,
+            CacheIdentity,
+            CacheProgress,
+            CacheWriter,
+            write_cache,
+        )
         from capgap.distill.teacher import load_teacher
         from capgap.machine import resolve_device
         from capgap.models.identity import model_hash
         from capgap.stages.inputs import check_model, open_text, warn_of_beginning
-        from capgap.train.precision import teacher_dtype
+        from capgap.train.settings import teacher_dtype
 
         device = resolve_device(self.device)
         corpus = open_text(self.corpus, self.window)

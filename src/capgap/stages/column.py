@@ -36,9 +36,7 @@ from capgap.stages.training import Training
 from capgap.train.learner import NOT_FINITE, Learner
 from capgap.train.learning_rate import auto_learning_rate
 from capgap.train.loop import LoopSettings, restore_best, train
-from capgap.train.peak import matrix_peak
-from capgap.train.precision import resolved_precision
-from capgap.train.settings import loop_settings
+from capgap.train.settings import loop_settings, matrix_peak, resolved_precision
 from capgap.train.trackers import check_trackers
 
 DATA_SEED = 2_000_003

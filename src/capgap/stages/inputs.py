@@ -41,7 +41,7 @@ def warn_of_beginning(
     from capgap.evaluate.beginning import better_beginning
     from capgap.models.parallel import ALONE
 
-    found = better_beginning(
+    better = better_beginning(
         parts,
         corpus.heldout_documents(),
         corpus.marks,
@@ -49,8 +49,8 @@ def warn_of_beginning(
         vocabulary=corpus.vocabulary,
         ranks=ranks or ALONE,
     )
-    if found is not None:
-        say(found.warning(name))
+    if better is not None:
+        say(better.warning(name))
 
 
 def check_model(path_or_name: str, corpus: Text) -> "PreTrainedConfig":
@@ -70,17 +70,12 @@ def check_model(path_or_name: str, corpus: Text) -> "PreTrainedConfig":
         )
     config: Any = read_config(path_or_name)
     check_words(path_or_name, config, corpus.vocabulary)
-    positions = positions_of(config)
-    if positions is not None and positions < corpus.window:
-        raise UserError(
-            f"{path_or_name} reads at most {positions} tokens, the window has {corpus.window}: "
-            f"take --window {positions} or less"
-        )
+    check_window(path_or_name, positions_of(config), corpus.window)
     return config
 
 
 def check_words(path_or_name: str, config: Any, words: int) -> None:
-    """UserError where a model's table has fewer rows than its tokenizer has words."""
+    """UserError where a model's table has fewer rows than its tokenizer has tokens."""
     from capgap.models.stored import text_config
 
     rows = text_config(config).vocab_size
@@ -88,4 +83,14 @@ def check_words(path_or_name: str, config: Any, words: int) -> None:
         raise UserError(
             f"{path_or_name} has {rows} tokens, its tokenizer {words}: give a model "
             "with its own tokenizer"
+        )
+
+
+def check_window(path_or_name: str, positions: int | None, window: int) -> None:
+    """UserError where a model cannot read a window; positions: how many tokens it can, None for
+    any number."""
+    if positions is not None and positions < window:
+        raise UserError(
+            f"{path_or_name} reads at most {positions} tokens, the window has {window}: take "
+            f"window {positions} or less"
         )

@@ -207,7 +207,7 @@ class _Run:
         from capgap.models.identity import model_hash
         from capgap.models.stored import positions_of, read_config
         from capgap.stages.inputs import check_words
-        from capgap.train.precision import autocast_dtype
+        from capgap.train.settings import autocast_dtype
         from capgap.train.trackers import check_trackers
         from capgap.tune.template import set_template
 

@@ -114,8 +114,8 @@ def _run(
     from capgap.sweep.plan import Teacher
     from capgap.sweep.task import Task
     from capgap.sweep.tasks import run_column, run_teacher
-    from capgap.train.clock import StageClock
     from capgap.train.loop import Progress
+    from capgap.train.metrics import StageClock
 
     if all(context.is_recorded(run) for run in _runs(planned)):
         return []

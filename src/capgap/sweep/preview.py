@@ -15,7 +15,7 @@ from capgap.sweep.progress import table
 from capgap.sweep.recipe import Recipe
 from capgap.sweep.schedule import Speed
 from capgap.sweep.speed import LARGEST_PROBE, measure_speed
-from capgap.train.precision import autocast_dtype, teacher_dtype
+from capgap.train.settings import autocast_dtype, teacher_dtype
 
 SHORT_PARTS = {
     "teacher_training": "T train",

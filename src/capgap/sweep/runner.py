@@ -35,7 +35,7 @@ from capgap.sweep.results import best_of, clear_work
 from capgap.sweep.schedule import Workers
 from capgap.sweep.summary import SweepResult, verdict_of
 from capgap.sweep.worker import EndMessage, peak_memory
-from capgap.train.precision import resolved_precision
+from capgap.train.settings import resolved_precision
 
 
 def run_sweep(recipe: Recipe, out: Path, display: Display) -> SweepResult:

@@ -12,7 +12,7 @@ from capgap.models.build import build_model
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape
 from capgap.sweep.schedule import Speed
-from capgap.train.optimizer import make_optimizer
+from capgap.train.learner import make_optimizer
 
 # Larger models are not built for an estimate: their speed follows from the larger of the two.
 LARGEST_PROBE = 3_000_000

@@ -20,9 +20,9 @@ from capgap.prune.scores import save_importance
 from capgap.prune.text import scoring_batches
 from capgap.sweep.context import Context
 from capgap.sweep.plan import Teacher
-from capgap.train.clock import StageClock
 from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, Progress, train
+from capgap.train.metrics import StageClock
 from capgap.train.settings import loop_settings
 
 # Teachers and students read the corpus in different orders; scores are measured in a third.

@@ -91,8 +91,8 @@ def _run(
     from capgap.errors import Interrupted
     from capgap.sweep.task import Task
     from capgap.sweep.tasks import run_column, run_teacher
-    from capgap.train.clock import StageClock
     from capgap.train.loop import Progress
+    from capgap.train.metrics import StageClock
 
     clock = StageClock(context.device)
     start = told = time.monotonic()

@@ -12,14 +12,13 @@ checkpoint of any number of ranks can be read by any other number. No pickle.
 import copy
 import json
 import logging
-import os
 import shutil
 import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,10 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from capgap.artifact import file_hash, read_json
+from capgap.artifact import file_hash, read_json, write_text
 from capgap.errors import UserError
 from capgap.models.parallel import ALONE, Ranks
-from capgap.train.checkpoint_size import FILE_BYTES
+from capgap.train.recipe import FILE_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +48,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All of a checkpoint but its tensors; heldout: held-out losses by learner, where they were
-    taken."""
+    """All but the tensors; heldout: held-out losses by learner, where they were taken."""
 
     step: int
     state: dict[str, Any]
@@ -58,36 +56,30 @@ class Checkpoint:
     place: Path | None = None
 
 
+@dataclass
 class CheckpointWriter:
     """Saves while training goes on, which waits for a copy in the host's memory alone.
 
     The next one is due `seconds` after the last, and later where that took more than `share` of
-    the time: the wait for its copy, and what the thread that writes it computes meanwhile, which
-    takes a core and Python's lock from training. A context manager, which waits for what is under
-    way; what went wrong is raised by the next call.
+    the time: the wait for its copy, and what the thread that writes it computes, which takes a core
+    and Python's lock from training. What went wrong is raised by the next call.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        keep: int,
-        seconds: float,
-        share: float,
-        device: torch.device,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.folder = folder
-        self.keep = keep
-        self.seconds = seconds
-        self.share = share
-        self.device = device
-        self.ranks = ranks
+    folder: Path
+    _: KW_ONLY
+    keep: int
+    seconds: float
+    share: float
+    device: torch.device
+    ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
         # memory that a GPU can write to by itself is taken once
-        self._is_gpu = device.type == "cuda"
+        self._is_gpu = self.device.type == "cuda"
         self._stager = BlockingAsyncStager(cache_staged_state_dict=self._is_gpu)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: Future[None] = Future()
+        self._pending.set_result(None)
         self._taken = 0.0
         self._ended = time.monotonic()
 
@@ -100,20 +92,16 @@ class CheckpointWriter:
             self.finish()
 
     def is_written(self) -> bool:
-        """Whether nothing is under way."""
-        return self._pending is None or self._pending.done()
+        return self._pending.done()
 
     def has_failed(self) -> bool:
         """Whether the next call raises what went wrong."""
-        pending = self._pending
-        return pending is not None and pending.done() and pending.exception() is not None
+        return self._pending.done() and self._pending.exception() is not None
 
     def is_due(self) -> bool:
         """By this process' clock."""
-        if not self.is_written():
-            return False
         pause = max(self.seconds, self._taken * (1 / self.share - 1))
-        return time.monotonic() - self._ended > pause
+        return self.is_written() and time.monotonic() - self._ended > pause
 
     def save(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
         """Begins to write; waits for the one before. All ranks call it."""
@@ -126,10 +114,8 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._write, checkpoint, tensors)
 
     def finish(self) -> None:
-        """Until what is under way is written."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        """Waits until what is under way is written."""
+        self._pending.result()
 
     def _write(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
         began = time.thread_time()
@@ -149,13 +135,10 @@ def save_checkpoint(
     keep: int = 2,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Adds a checkpoint; the last `keep` and the one with the lowest held-out loss stay.
-
-    Those of later steps go: a run that takes them again has passed them over. All ranks call it,
-    each with its own parts of the tensors.
-    """
+    """Adds a checkpoint; the last `keep` and the one with the lowest held-out loss stay, those of
+    later steps go: they are taken again. All ranks call it, each with its parts of the tensors."""
     name = f"step-{checkpoint.step:010d}"
-    place, partial = folder / name, folder / f".{name}"
+    partial = folder / f".{name}"
     if ranks.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".step-*"):
@@ -163,52 +146,45 @@ def save_checkpoint(
         partial.mkdir()
     ranks.wait()
     try:
-        files = _files_of(tensors)
         writer = HuggingFaceStorageWriter(
-            str(partial), fqn_to_index_mapping=files, save_distributed=True
+            str(partial), fqn_to_index_mapping=_files_of(tensors), save_distributed=True
         )
         with _plainly():
-            save(
-                tensors,
-                storage_writer=writer,
-                process_group=ranks.host,
-                no_dist=ranks.mesh is None,
-            )
+            alone = ranks.mesh is None
+            save(tensors, storage_writer=writer, process_group=ranks.host, no_dist=alone)
         if ranks.is_first:
-            _write(partial / STATE, {"step": checkpoint.step, "state": checkpoint.state})
+            content = {"step": checkpoint.step, "state": checkpoint.state}
+            write_text(partial / STATE, json.dumps(content))
         ranks.wait()
         sums = _checksums(partial, ranks)
         if ranks.is_first:
             manifest = {"schema": SCHEMA, "heldout": checkpoint.heldout, "files": sums}
-            _write(partial / MANIFEST, manifest)
+            write_text(partial / MANIFEST, json.dumps(manifest))
             # damaged ones, whose steps were taken again
             for passed_over in folder.glob("step-*"):
                 if passed_over.name >= name:
                     shutil.rmtree(passed_over)
-            partial.rename(place)
+            partial.rename(folder / name)
     finally:
         if ranks.is_first:
             # half a checkpoint must not go on filling a full disk
             shutil.rmtree(partial, ignore_errors=True)
     if ranks.is_first:
-        for old in _superfluous(folder, keep):
+        stay = _by_loss(folder)[:1] + sorted(folder.glob("step-*"))[-keep:]
+        for old in set(folder.glob("step-*")) - set(stay):
             shutil.rmtree(old)
     ranks.wait()
 
 
 def find_last(folder: Path, ranks: Ranks = ALONE) -> Checkpoint | None:
-    """The last whole checkpoint of the folder, None when there is none.
-
-    A truncated or changed one is passed over with a warning, and the one before it is taken.
-    """
+    """The last whole checkpoint, None when there is none: a damaged one is passed over with a
+    warning."""
     return _first_whole(sorted(folder.glob("step-*"), reverse=True), ranks)
 
 
 def find_best(folder: Path, ranks: Ranks = ALONE) -> Checkpoint | None:
-    """The whole checkpoint with the lowest held-out loss, None where none was taken.
-
-    It is the mean over the learners that the last one knows: a learner that failed is in none.
-    """
+    """The whole checkpoint with the lowest held-out loss, None where none was taken: the mean over
+    the learners that the last one knows, since a learner that failed is in none."""
     return _first_whole(_by_loss(folder), ranks)
 
 
@@ -227,9 +203,10 @@ def training_tensors(
 ) -> dict[str, Tensor]:
     """Weights and moments by parameter name; tied parameters appear once."""
     tensors = {}
+    states = {} if optimizer is None else optimizer.state
     for name, parameter in model.named_parameters():
         tensors[f"{prefix}/weight/{name}"] = parameter.detach()
-        state = {} if optimizer is None else optimizer.state.get(parameter, {})
+        state = states.get(parameter, {})
         tensors |= {f"{prefix}/{key}/{name}": state[key] for key in MOMENTS if key in state}
     return tensors
 
@@ -241,11 +218,10 @@ def updates(optimizer: torch.optim.Optimizer) -> int:
 
 def set_updates(optimizer: torch.optim.Optimizer, count: int) -> None:
     """Moments to be filled, as AdamW has them after so many steps."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
-            step = torch.tensor(float(count), device=parameter.device)
-            optimizer.state[parameter] = {"step": step, **moments}
+    for parameter in (one for group in optimizer.param_groups for one in group["params"]):
+        moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
+        step = torch.tensor(float(count), device=parameter.device)
+        optimizer.state[parameter] = {"step": step, **moments}
 
 
 @contextmanager
@@ -261,61 +237,49 @@ def _plainly() -> Iterator[None]:
 
 def _first_whole(places: list[Path], ranks: Ranks) -> Checkpoint | None:
     # one rank looks for all, or they could choose differently
-    found = None
-    for place in places if ranks.is_first else []:
-        problem = _damage(place)
-        if problem is None:
-            found = place
-            break
-        logger.warning("checkpoint %s is damaged (%s): going on from before it", place, problem)
-    found = ranks.told(found)
-    if found is None:
+    whole = ranks.told(next(filter(_is_whole, places), None) if ranks.is_first else None)
+    if whole is None:
         return None
-    content = read_json(found / STATE)
-    heldout = read_json(found / MANIFEST)["heldout"]
-    return Checkpoint(content["step"], content["state"], heldout, found)
+    content = read_json(whole / STATE)
+    heldout = read_json(whole / MANIFEST)["heldout"]
+    return Checkpoint(content["step"], content["state"], heldout, whole)
+
+
+def _is_whole(place: Path) -> bool:
+    problem = _damage(place)
+    if problem is not None:
+        logger.warning("checkpoint %s is damaged (%s): going on from before it", place, problem)
+    return problem is None
 
 
 def _by_loss(folder: Path) -> list[Path]:
     """Those whose held-out losses were taken, the lowest mean first, the later one of equals."""
-    found = []
+    taken = {}
     for place in sorted(folder.glob("step-*"), reverse=True):
         try:
             losses = read_json(place / MANIFEST, schema=SCHEMA)["heldout"]
         except (UserError, KeyError):
             continue
         if losses:
-            found.append((place, losses))
-    learners = found[0][1] if found else {}
-    means = [
-        (sum(losses[name] for name in learners) / len(learners), place)
-        for place, losses in found
-        if learners.keys() <= losses.keys()
-    ]
-    return [place for _, place in sorted(means, key=lambda one: one[0])]
-
-
-def _superfluous(folder: Path, keep: int) -> list[Path]:
-    kept = _by_loss(folder)[:1] + sorted(folder.glob("step-*"))[-keep:]
-    return [place for place in folder.glob("step-*") if place not in kept]
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w") as stream:
-        json.dump(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+            taken[place] = losses
+    learners: list[str] = list(next(iter(taken.values()), {}))
+    sums = {
+        place: sum(losses[name] for name in learners)
+        for place, losses in taken.items()
+        if losses.keys() >= set(learners)
+    }
+    return sorted(sums, key=sums.__getitem__)
 
 
 def _files_of(tensors: dict[str, Tensor]) -> dict[str, int]:
     """The number of every tensor's file, from 1: while a file is written it is twice in memory."""
-    found, file, size = {}, 1, 0
+    files, file, size = {}, 1, 0
     for name, tensor in tensors.items():
         if size > FILE_BYTES:
             file, size = file + 1, 0
         size += tensor.nbytes
-        found[name] = file
-    return found
+        files[name] = file
+    return files
 
 
 def _checksums(place: Path, ranks: Ranks = ALONE) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,6 @@ and what it gains depends on machine and sizes, so a long run tries both ways at
 """
 
 import importlib.util
-import json
 import os
 import shutil
 import sysconfig
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capgap.artifact import read_json, write_json
 from capgap.errors import UserError
 from capgap.models.parallel import Ranks
 from capgap.models.parts import Parts
@@ -27,39 +27,6 @@ WORTHWHILE_SECONDS = 600.0
 LEAST_GAIN = 0.97
 REPEATS = 3
 DECISION = "compiled.json"
-
-
-def compile_layers(models: Sequence[Parts], shapes: Collection[tuple[int, int]]) -> None:
-    """Compiles the layers for hidden states of these (rows, tokens); others they take as before.
-
-    Layers of all models are one piece of code to torch, which gives up in silence after a few
-    versions of it: its limit is raised by those that there will be. Every model has one for every
-    shape, with and without gradients, and with and without a document mask.
-    """
-    from torch._dynamo import config
-
-    config.recompile_limit += 4 * len(models) * len(shapes)
-    config.accumulated_recompile_limit += 4 * len(models) * len(shapes)
-    for layer in _layers(models):
-        layer.forward = _by_shape(
-            layer.forward, torch.compile(layer.forward, dynamic=False), shapes
-        )
-
-
-def _by_shape(
-    plain: Callable[..., Any], compiled: Callable[..., Any], shapes: Collection[tuple[int, int]]
-) -> Callable[..., Any]:
-    def forward(hidden: Tensor, *arguments: Any, **options: Any) -> Any:
-        """hidden [rows, tokens, width]"""
-        call = compiled if hidden.shape[:2] in shapes else plain
-        return call(hidden, *arguments, **options)
-
-    return forward
-
-
-def undo(models: Sequence[Parts]) -> None:
-    for layer in _layers(models):
-        del layer.forward
 
 
 def settle(
@@ -76,13 +43,13 @@ def settle(
     """Leaves the models' layers compiled or not: `on`, `off`, or `auto`, by measurement.
 
     trial: a piece of the work that changes nothing; trials_left: how many the run has before it;
-    shapes: (rows, tokens) of its micro-batches.
-    What was found is kept in the folder, so that a run that continues computes as it began. Raises
-    UserError where compiling is asked for, and what it needs is not there.
+    shapes: (rows, tokens) of its micro-batches. The decision is kept in the folder, so that a run
+    that continues computes as it began. Raises UserError where compiling is asked for, and what it
+    needs is not there.
     """
-    kept = None if folder is None else folder / DECISION
-    if asked == "auto" and kept is not None and kept.exists():
-        asked = "on" if json.loads(kept.read_text())["compiled"] else "off"
+    decision = None if folder is None else folder / DECISION
+    if asked == "auto" and decision is not None and decision.exists():
+        asked = "on" if read_json(decision)["compiled"] else "off"
     missing = _missing(device)
     if asked == "on" and missing is not None:
         raise UserError(
@@ -101,15 +68,41 @@ def settle(
         pays = ranks.told(compiled < LEAST_GAIN * plain)
         if not pays:
             undo(models)
-    if kept is not None and ranks.is_first:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        aside = kept.with_name(f".{kept.name}")
-        aside.write_text(json.dumps({"compiled": pays}))
-        os.replace(aside, kept)
+    if decision is not None and ranks.is_first:
+        write_json(decision, {"compiled": pays})
 
 
-def _layers(models: Sequence[Parts]) -> list[torch.nn.Module]:
-    return [layer for parts in models for layer in parts.layers]
+def compile_layers(models: Sequence[Parts], shapes: Collection[tuple[int, int]]) -> None:
+    """Compiles the layers for hidden states of these (rows, tokens); others they take as before.
+
+    Layers of all models are one piece of code to torch, which gives up in silence after a few
+    versions of it: its limit is raised by those that there will be. Every model has one for every
+    shape, with and without gradients, and with and without a document mask.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit += 4 * len(models) * len(shapes)
+    config.accumulated_recompile_limit += 4 * len(models) * len(shapes)
+    for parts in models:
+        for layer in parts.layers:
+            layer.forward = _by_shape(layer.forward, shapes)
+
+
+def undo(models: Sequence[Parts]) -> None:
+    for parts in models:
+        for layer in parts.layers:
+            del layer.forward
+
+
+def _by_shape(plain: Callable[..., Any], shapes: Collection[tuple[int, int]]) -> Callable[..., Any]:
+    compiled = torch.compile(plain, dynamic=False)
+
+    def forward(hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+        """hidden [rows, tokens, width]"""
+        call = compiled if hidden.shape[:2] in shapes else plain
+        return call(hidden, *arguments, **options)
+
+    return forward
 
 
 def _missing(device: torch.device) -> str | None:

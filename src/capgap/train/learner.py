@@ -1,25 +1,19 @@
-"""One model in training."""
+"""One model in training, and its optimizer."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from capgap.models.parts import Parts
 
 # What the last step of a training can do, after which no other notices
 NOT_FINITE = {"message": "non-finite held-out loss after the last step"}
-CURVE_COLUMNS = (
-    "step",
-    "tokens",
-    "ce",
-    "kl",
-    "teacher_ce",
-    "teacher_entropy",
-    "agreement",
-    "gradient_norm",
-    "learning_rate",
-)
+OF_A_TEACHER = ("kl", "teacher_ce", "teacher_entropy", "agreement")
+CURVE = ("step", "tokens", "ce", *OF_A_TEACHER, "gradient_norm", "learning_rate")
+BETAS = (0.9, 0.95)
 
 
 @dataclass
@@ -35,7 +29,7 @@ class Learner:
     learning_rate: float
     alpha: float = 0.0
     curve: dict[str, list[float | None]] = field(
-        default_factory=lambda: {column: [] for column in CURVE_COLUMNS}
+        default_factory=lambda: {column: [] for column in CURVE}
     )
     failure: dict[str, Any] | None = None
     parts: Parts = field(init=False)
@@ -45,3 +39,30 @@ class Learner:
 
     def active(self, step: int) -> bool:
         return self.failure is None and step < self.steps
+
+
+def make_optimizer(
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    decay_embeddings: bool,
+    betas: tuple[float, float] = BETAS,
+) -> torch.optim.AdamW:
+    groups = parameter_groups(model, weight_decay=weight_decay, decay_embeddings=decay_embeddings)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, decay_embeddings: bool
+) -> list[dict[str, Any]]:
+    """Weight decay on matrices alone: never on norms and biases, on embeddings only by choice."""
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    spared = set() if decay_embeddings else {id(p) for table in tables for p in table.parameters()}
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in model.parameters():
+        groups[parameter.ndim < 2 or id(parameter) in spared].append(parameter)
+    decayed, kept = groups
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]

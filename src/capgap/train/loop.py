@@ -6,20 +6,25 @@ a baseline, several with a teacher are a column, whose teacher runs once for all
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from capgap.corpus.text import Text
 from capgap.distill.divergences import Divergence
 from capgap.distill.head import HeadInput
 from capgap.distill.losses import FORWARD_KL, ColumnLoss, column_loss
-from capgap.distill.teacher import Batch, OnlineTeacher, TeacherSource
+from capgap.distill.teacher import Batch, OnlineTeacher, TeacherSource, read_batch
 from capgap.errors import Interrupted
 from capgap.models.build import checkpoint_activations
 from capgap.models.parallel import ALONE, Ranks, whole
@@ -34,19 +39,20 @@ from capgap.train.checkpoint import (
     training_tensors,
     updates,
 )
-from capgap.train.clock import StageClock
-from capgap.train.learner import Learner
+from capgap.train.learner import BETAS, Learner, make_optimizer
+from capgap.train.learning_rate import COSINE, Schedule
 from capgap.train.metrics import (
     COLUMNS,
     CurveSums,
-    HostCopy,
     Reporter,
+    StageClock,
     StepReports,
     Taken,
     column_sums,
 )
-from capgap.train.optimizer import BETAS, COSINE, Schedule, make_optimizer
-from capgap.train.reader import BatchReader, ReadBatch
+
+# Batches that are read before they are asked for
+AHEAD = 3
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """Told after every step; `learner_tokens` counts the batch once for each model that took it,
+    """After every step; `learner_tokens` counts the batch once for each model that took it,
     `tokens` those of all steps.
 
     `reports` are those of the steps that have become known since the last time: on a GPU a step
@@ -110,7 +116,7 @@ def train(
     heldout_loss: Callable[[Learner], float] | None = None,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Trains every learner to its own number of steps, in place; `on_end` is told of each.
+    """Trains every learner to its own number of steps, in place, and calls `on_end` with each.
 
     With a checkpoint folder it continues from its last whole checkpoint, saves every
     `checkpoint_seconds`, less often where that would take more than `checkpoint_share` of the time,
@@ -123,11 +129,9 @@ def train(
     device = next(learners[0].model.parameters()).device
     clock = clock or StageClock(device)
     column = _Column(learners, teacher, settings, clock, corpus.vocabulary, device, ranks)
-    step = 0
+    step, writer = 0, None
     if checkpoint_folder is not None:
         step = column.restore(checkpoint_folder)
-    writer = None
-    if checkpoint_folder is not None:
         writer = CheckpointWriter(
             checkpoint_folder,
             keep=settings.checkpoints,
@@ -139,23 +143,17 @@ def train(
     for learner in learners:
         if not learner.active(step):
             on_end(learner)
-    reader = BatchReader(
-        corpus,
-        batch_windows=settings.batch_windows,
-        seed=settings.data_seed,
-        document_mask=settings.document_mask,
-        teacher=teacher,
-        device=device,
-        last_step=max(learner.steps for learner in learners) - 1,
-        ignored_labels=settings.ignored_labels,
-        ranks=ranks,
-    )
-    with reader, writer or nullcontext():
+    steps = range(step, max(learner.steps for learner in learners))
+    batches = _batches(corpus, settings, teacher, device, steps, ranks)
+    with closing(batches), writer or nullcontext():
+        coming: Iterator[_ReadBatch] = batches
         if any(learner.active(step) for learner in learners):
-            column.settle_compiling(reader.take(step), step, checkpoint_folder)
+            first = next(batches)
+            column.settle_compiling(first, step, checkpoint_folder)
+            coming = chain([first], batches)
         while any(learner.active(step) for learner in learners):
             with clock.stage("batches"):
-                read = reader.take(step)
+                read = next(coming)
             trained = [learner for learner in learners if learner.active(step)]
             reports = column.step(step, read)
             step += 1
@@ -163,17 +161,18 @@ def train(
             losses = {}
             if heldout_loss is not None and column.is_measured(step):
                 with clock.stage("evaluation"):
-                    losses = _finite_losses(trained, heldout_loss)
-            progress = Progress(step, step * tokens, tokens * len(trained), reports, losses)
-            on_step(progress)
-            stopping = due = False
+                    losses = {one.id: heldout_loss(one) for one in trained if one.failure is None}
+                # one that is not finite is as good as not taken
+                losses = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+            on_step(Progress(step, step * tokens, tokens * len(trained), reports, losses))
+            stopping = saving = False
             if writer is not None:
                 # the first rank's clock, or the ranks would save at different steps; a rank that
                 # cannot write makes all come to where that is raised
                 due = (ranks.is_first and writer.is_due()) or writer.has_failed()
                 stopping, due = ranks.agree(should_stop(), due)
-            saving = stopping or due or bool(losses)
-            if writer is not None and saving:
+                saving = stopping or due or bool(losses)
+            if saving:
                 # a run that goes on from here does not take these steps again
                 late = column.reporter.read(all_steps=True)
                 if late:
@@ -190,14 +189,6 @@ def train(
                 raise Interrupted
 
 
-def _finite_losses(
-    learners: Sequence[Learner], heldout_loss: Callable[[Learner], float]
-) -> dict[str, float]:
-    """Of the sound learners; a loss that is not finite is as good as not taken."""
-    losses = {one.id: heldout_loss(one) for one in learners if one.failure is None}
-    return {name: loss for name, loss in losses.items() if math.isfinite(loss)}
-
-
 def restore_best(learners: Sequence[Learner], folder: Path, ranks: Ranks = ALONE) -> int | None:
     """Gives the learners the weights of the checkpoint with the lowest held-out loss, the mean over
     learners; returns its step, None where no loss was taken."""
@@ -209,54 +200,87 @@ def restore_best(learners: Sequence[Learner], folder: Path, ranks: Ranks = ALONE
     return checkpoint.step
 
 
+class _ReadBatch(NamedTuple):
+    """This rank's part of a batch, and the numbers of the windows of all ranks."""
+
+    indices: NDArray[np.int64]
+    batch: Batch
+
+
+def _batches(
+    corpus: Text,
+    settings: LoopSettings,
+    teacher: TeacherSource | None,
+    device: torch.device,
+    steps: range,
+    ranks: Ranks,
+) -> Generator[_ReadBatch, None, None]:
+    """The batches of these steps on the device, read in a thread while the steps before them are
+    at work; what could not be read is raised at its step."""
+    mine = ranks.share(settings.batch_windows)
+
+    def read(step: int) -> _ReadBatch:
+        indices = corpus.batch(
+            seed=settings.data_seed, step=step, batch_windows=settings.batch_windows
+        )
+        batch = read_batch(
+            corpus,
+            indices[mine],
+            document_mask=settings.document_mask,
+            ignored_labels=settings.ignored_labels,
+            teacher=teacher,
+        )
+        return _ReadBatch(indices, batch.pinned() if device.type == "cuda" else batch)
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    try:
+        coming = (thread.submit(read, step) for step in steps)
+        pending = deque(islice(coming, AHEAD))
+        while pending:
+            pending.extend(islice(coming, 1))
+            indices, batch = pending.popleft().result()
+            yield _ReadBatch(indices, batch.to(device))
+    finally:
+        thread.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass
 class _Column:
     """The models of one loop with their optimizers, and a step of all of them."""
 
-    def __init__(
-        self,
-        learners: Sequence[Learner],
-        teacher: TeacherSource | None,
-        settings: LoopSettings,
-        clock: StageClock,
-        vocabulary: int,
-        device: torch.device,
-        ranks: Ranks,
-    ) -> None:
-        self.learners = learners
-        self.teacher = teacher
-        self.settings = settings
-        self.clock = clock
-        self.vocabulary = vocabulary
-        self.ranks = ranks
-        if settings.activation_checkpointing:
-            for learner in learners:
+    learners: Sequence[Learner]
+    teacher: TeacherSource | None
+    settings: LoopSettings
+    clock: StageClock
+    vocabulary: int
+    device: torch.device
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self.optimizers = {}
+        self.stopped = {}
+        for learner in self.learners:
+            if settings.activation_checkpointing:
                 checkpoint_activations(learner.model)
-        for learner in learners:
             learner.parts.train()
-        self.optimizers = {
-            learner.id: make_optimizer(
+            self.optimizers[learner.id] = make_optimizer(
                 learner.model,
                 weight_decay=settings.weight_decay,
                 decay_embeddings=settings.decay_embeddings,
                 betas=settings.betas,
             )
-            for learner in learners
-        }
-        self.device = device
-        self.stopped = {
-            learner.id: torch.zeros((), dtype=torch.bool, device=self.device)
-            for learner in learners
-        }
-        self.reporter = Reporter(learners, self.device, teacher is not None)
+            self.stopped[learner.id] = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.reporter = Reporter(self.learners, self.device, self.teacher is not None)
 
-    def step(self, step: int, read: ReadBatch) -> list[StepReports]:
+    def step(self, step: int, read: _ReadBatch) -> list[StepReports]:
         """One optimizer step of every active learner; returns the reports that it made known."""
         active = [learner for learner in self.learners if learner.active(step)]
         tokens = read.batch.windows[:, 1:].numel() * self.ranks.world
         sums = torch.zeros(len(active), len(COLUMNS) - 1, dtype=torch.float64, device=self.device)
         # of all micro-batches of all ranks; a batch in which none counts has loss and gradient 0
         counted = self.ranks.total(read.batch.counted).clamp_min(1)
-        with random_state(self.settings.data_seed, step, self.ranks.rank, self.device):
+        with _random_state(self.settings.data_seed, step, self.ranks.rank, self.device):
             for batch in read.batch.micro_batches(self.settings.micro_batch_windows):
                 result = self._forward(active, batch)
                 with self.clock.stage("backward"):
@@ -272,19 +296,19 @@ class _Column:
             norm = torch.stack(norms).double().expand(self.ranks.world, -1)
             values = torch.cat([every, norm.unsqueeze(-1)], dim=-1)
             rates = [self.optimizers[learner.id].param_groups[0]["lr"] for learner in active]
-            taken = Taken(step, tokens, active, rates, read.indices, HostCopy(values))
-            self.reporter.add(taken)
+            taken = Taken(step, tokens, active, rates, read.indices, values)
+            self.reporter.unread.append(taken)
         return self.reporter.read(
             all_steps=self.is_measured(step + 1) or any(step + 1 == one.steps for one in active)
         )
 
-    def settle_compiling(self, read: ReadBatch, step: int, folder: Path | None) -> None:
+    def settle_compiling(self, read: _ReadBatch, step: int, folder: Path | None) -> None:
         """Compiles layers, or does not: see `compiling.settle`."""
         active = [learner for learner in self.learners if learner.active(step)]
         batch, *others = read.batch.micro_batches(self.settings.micro_batch_windows)
 
         def trial() -> None:
-            with random_state(self.settings.data_seed, step, self.ranks.rank, self.device):
+            with _random_state(self.settings.data_seed, step, self.ranks.rank, self.device):
                 result = self._forward(active, batch)
                 torch.autograd.backward([one.loss for one in result.students])
             for learner in active:
@@ -366,11 +390,10 @@ class _Column:
         for learner in self.learners:
             optimizer = self.optimizers[learner.id]
             tensors |= training_tensors(learner.model, optimizer, learner.id)
-            sums = self.reporter.sums[learner.id]
             state[learner.id] = {
                 "curve": learner.curve,
                 "failure": learner.failure,
-                "sums": {"steps": sums.steps, "values": sums.values},
+                "sums": vars(self.reporter.sums[learner.id]),
                 "updates": updates(optimizer),
             }
         writer.save(Checkpoint(step, state, losses), tensors)
@@ -393,7 +416,7 @@ class _Column:
 
 
 @contextmanager
-def random_state(seed: int, step: int, rank: int, device: torch.device) -> Iterator[None]:
+def _random_state(seed: int, step: int, rank: int, device: torch.device) -> Iterator[None]:
     """Dropout, where a model has it, draws by (seed, step, rank), and a run that continues draws
     what an uninterrupted one would. The caller's random state comes back at the end."""
     devices = [device] if device.type == "cuda" else []

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from capgap.section import Beta, Count, Fraction, Section
 
+# About what a file of a checkpoint has: it is twice in memory while it is written
+FILE_BYTES = 2**30
+
 
 class TrainingSection(Section):
     """What teachers, students and baselines share; alpha weighs the teacher's part of the loss."""

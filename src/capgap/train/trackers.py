@@ -1,4 +1,4 @@
-"""Trackers: what a training step reports, also told to TensorBoard, trackio or wandb.
+"""Trackers: what a training step reports goes to TensorBoard, trackio or wandb too.
 
 metrics.jsonl has everything without them; a tracker that fails is left alone and training goes on.
 """
@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from capgap.errors import UserError
-from capgap.records import write_text_atomically
+from capgap.artifact import write_text
 from capgap.scrub import scrub
+from capgap.stage import FieldError
 
 PROJECT = "capgap"
-LAST_TOLD = "last_told_step"
+LAST_LOGGED = "last_told_step"
 # A network that is gone at the end must not hold a run that is done
 FINISH_SECONDS = 60.0
 
 
 class Run(NamedTuple):
-    """What a tracker is told of a run, `folder` being its own. `continues`: an earlier process has
-    told it of steps, and `step` is the first that is told now."""
+    """What a tracker learns of a run, `folder` being its own. `continues`: an earlier process has
+    logged steps, and `step` is the first that is logged now."""
 
     folder: Path
     name: str
@@ -46,12 +46,12 @@ class Tracker(NamedTuple):
 
 
 def _tensorboard(run: Run) -> Tracker:
-    """Event files in the folder; `purge_step` hides what an earlier process told of later steps."""
+    """Event files in the folder; `purge_step` hides what an earlier process logged of later
+    steps."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer: Any = SummaryWriter(
-        str(run.folder), purge_step=run.step if run.continues else None, flush_secs=10
-    )
+    purge_step = run.step if run.continues else None
+    writer: Any = SummaryWriter(str(run.folder), purge_step=purge_step, flush_secs=10)
     if not run.continues:
         text = json.dumps({"run": run.name, **run.config}, indent=1)
         writer.add_text("config", f"```json\n{text}\n```", 0)
@@ -91,7 +91,7 @@ def _trackio(run: Run) -> Tracker:
 
 
 def _wandb(run: Run) -> Tracker:
-    """One run of wandb, the same id when it goes on; no code, command line or host is told."""
+    """One run of wandb, the same id when it goes on; it learns no code, command line or host."""
     import wandb
 
     id_file = run.folder / "run_id"
@@ -121,18 +121,13 @@ def _wandb(run: Run) -> Tracker:
     return Tracker(opened.log, opened.finish)
 
 
-OPENERS: dict[str, Callable[[Run], Tracker]] = {
-    "tensorboard": _tensorboard,
-    "trackio": _trackio,
-    "wandb": _wandb,
-}
+OPENERS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}
 
 
 class Trackers:
     """The trackers of one run; opened at its first step, closed at its end.
 
     `folder` holds what they write here, `config` what the run was asked for (secrets taken out).
-    An error of a tracker is said in one line and ends that tracker alone.
     """
 
     def __init__(
@@ -149,28 +144,24 @@ class Trackers:
         self._logged: int | None = None
 
     def begin(self, step: int, logged: int | None) -> None:
-        """`step` is the first that will be told, `logged` the last that the process before told:
-        after a kill a run takes some steps again."""
-        self._logged = self._last_told(logged)
+        """`step` is the first that will be logged, `logged` the last that the process before
+        logged: after a kill a run takes some steps again."""
+        if self._names and logged is not None:
+            # by any process: one that was killed early logged less than others
+            path = self._run.folder / LAST_LOGGED
+            logged = max(logged, int(path.read_text()) if path.exists() else 0)
+            write_text(path, str(logged))
+        self._logged = logged
         for name in dict.fromkeys(self._names):
             folder = self._run.folder / name
             run = self._run._replace(folder=folder, step=step, continues=logged is not None)
             self._guarded(name, self._begin, name, run)
 
-    def _last_told(self, logged: int | None) -> int | None:
-        """The last step that any process told; one that was killed early told less than others."""
-        path = self._run.folder / LAST_TOLD
-        if not self._names or logged is None:
-            return logged
-        last = max(logged, int(path.read_text()) if path.exists() else 0)
-        write_text_atomically(path, str(last))
-        return last
-
     def log(self, line: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""
         values, step = _flat(line), line["step"]
         for name, tracker in list(self._open.items()):
-            # TensorBoard forgets what is told again; the others would have such a step twice
+            # TensorBoard forgets what is logged again; the others would have such a step twice
             if self._logged is None or step > self._logged or name == "tensorboard":
                 self._guarded(name, tracker.log, values, step)
 
@@ -183,6 +174,7 @@ class Trackers:
         self._open[name] = OPENERS[name](run)
 
     def _guarded(self, name: str, act: Callable[..., None], *arguments: Any) -> None:
+        """An error of a tracker is said in one line and ends that tracker alone."""
         try:
             act(*arguments)
         # Whatever a library or its network raises: hours of training must not end for a picture
@@ -198,14 +190,12 @@ def check_trackers(names: tuple[str, ...]) -> None:
         if name not in OPENERS:
             near = get_close_matches(name, OPENERS, n=1)
             meant = f"did you mean {near[0]}?" if near else f"take {', '.join(OPENERS)}"
-            raise UserError(f"no tracker is called {name!r}: {meant}")
+            raise FieldError("track", f"{name!r} is no tracker: {meant}")
         if find_spec(name) is None:
-            raise UserError(f"--track {name} needs it installed: `pip install 'capgap[{name}]'`")
+            raise FieldError("track", f"{name} needs it installed: `pip install 'capgap[{name}]'`")
     if "wandb" in names and not _wandb_can_start():
-        raise UserError(
-            "--track wandb has no key: run `wandb login`, or set WANDB_MODE=offline to keep the "
-            "run here"
-        )
+        how = "run `wandb login`, or set WANDB_MODE=offline to keep the run here"
+        raise FieldError("track", f"wandb has no key: {how}")
 
 
 def _flat(line: Mapping[str, Any]) -> dict[str, float]:

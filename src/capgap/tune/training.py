@@ -36,7 +36,7 @@ from capgap.evaluate.losses import HeldoutSet, evaluate_heldout
 from capgap.evaluate.measured import HeldoutLoss
 from capgap.models.parts import Parts
 from capgap.stage import FieldError, ShouldStop
-from capgap.train.optimizer import Schedule
+from capgap.train.learning_rate import Schedule
 from capgap.tune.template import Example
 
 if TYPE_CHECKING:
