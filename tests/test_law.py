@@ -95,8 +95,8 @@ def test_the_law_is_one_value_that_is_written_and_read(tmp_path):
     ("content", "message"),
     [
         ('{"schema": 1, "laws": []}', "schema 1, and this version of capgap reads 2"),
-        ("[]", "is no law.json"),
-        ("{", "is no law.json"),
+        ("[]", "is damaged"),
+        ("{", "is damaged"),
         ('{"schema": 2}', "confidence: Field required"),
         (None, "no law"),
     ],

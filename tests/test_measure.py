@@ -19,7 +19,7 @@ from capgap.errors import UserError
 from capgap.evaluate.losses import heldout_set, measure_model, token_statistics
 from capgap.evaluate.measured import Measured, Measurement, calibration_error
 from capgap.law.advise import recommend
-from capgap.law.candidates import Candidate, candidates_of
+from capgap.law.published import Candidate, candidates_of
 from capgap.models.build import build_model, save_model
 from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape

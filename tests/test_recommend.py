@@ -9,11 +9,15 @@ import pytest
 import capgap
 import capgap.errors
 from capgap.law.advise import recommend
-from capgap.law.candidates import Candidate, candidates_of
 from capgap.law.data import cells_of
-from capgap.law.families import find_family, published_families
 from capgap.law.fit import fit
-from capgap.law.published import PUBLISHED_SURFACE
+from capgap.law.published import (
+    PUBLISHED_SURFACE,
+    Candidate,
+    candidates_of,
+    find_family,
+    published_families,
+)
 from capgap.law.rules import PUBLISHED_RULE, LineRule, own_rule, published_rule
 from capgap.records import write_json_atomically
 from capgap.report.advice import advice_sentences

@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 from capgap.cli import app
 from capgap.errors import UserError
 from capgap.law.advise import recommend
-from capgap.law.benchmarks import published_results
-from capgap.law.candidates import candidates_of
-from capgap.law.families import published_families
-from capgap.law.published import PUBLISHED_SURFACE
+from capgap.law.published import (
+    PUBLISHED_SURFACE,
+    candidates_of,
+    published_families,
+    published_results,
+)
 from capgap.report.draw import Frame, check_picture, linear_axis, log_axis, look, row, write_picture
 from capgap.report.labels import names
 from capgap.report.published_charts import (

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import sysconfig
 
+import numpy as np
 import pytest
 import torch
 
 from capgap.distill.teacher import Batch, OnlineTeacher, load_teacher
 from capgap.errors import Interrupted
+from capgap.law.table import load_cells
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.shape import ladder_shape
 from capgap.stages.distill import Train
@@ -114,6 +116,23 @@ def test_students_learn_online_and_from_a_cache_alike(typed, small_corpus, folde
     )
     assert again.code == 0
     assert len(lines_of(tmp_path / "online")) == 62
+
+
+def test_distillations_from_two_teachers_are_cells(typed, small_corpus, folder, tmp_path):
+    small = folder / "small"
+    asked = ("--corpus", small_corpus.directory, "--window", 16, "--tokens", "4k")
+    for command, name in (("distill", "teacher"), ("distill", "large"), ("train", "")):
+        models = (folder / name, small) if name else (small,)
+        out = ("--out", tmp_path / "runs" / (name or "alone"), "-s", "training.batch_tokens=256")
+        done = typed(command, *models, *asked, *out)
+        assert done.code == 0, done.err
+    cells = load_cells(tmp_path / "runs")
+    assert list(cells.frame["init"]) == ["fixed", "fixed"]
+    assert cells.frame["teacher_size"].is_monotonic_increasing
+    record = json.loads((tmp_path / "runs" / "teacher" / "distill.json").read_text())
+    assert cells.losses[1] == pytest.approx(record["after"]["small"]["heldout"]["loss"])
+    assert np.isfinite(cells.baselines).all()
+    assert np.isfinite(cells.teachers).all()
 
 
 def start_distilling(folder, corpus, out, *more):

@@ -33,7 +33,7 @@ def fit(
     seed: int = 0,
 ) -> "Law":
     """Fit the law of capacity gap (arXiv 2311.07052) to a CSV of cells, or to the output folder of
-    a sweep. `capgap.report.sentences.sentences(law)` puts it in words.
+    a sweep or of distillations. `capgap.report.sentences.sentences(law)` puts it in words.
 
     Intervals are at `confidence`. independent_errors: whether a table's `loss_stderr` is each
     cell's own noise. Raises UserError for a table that cannot be read (docs/output.md).
@@ -63,8 +63,8 @@ def recommend(
     sizes that are none.
     """
     from capgap.law.advise import recommend as advise
-    from capgap.law.candidates import candidates_of
     from capgap.law.law import read_law
+    from capgap.law.published import candidates_of
 
     own = None if law is None else read_law(law)
     return advise(student, tokens, candidates_of(family, teachers), law=own, gpus=gpus)

@@ -12,7 +12,8 @@ from capgap.errors import UserError
 @app.command()
 def fit(
     source: Annotated[
-        Path, typer.Argument(help="A CSV of cells, or the output folder of a sweep.")
+        Path,
+        typer.Argument(help="A CSV of cells, or the output folder of a sweep or of distillations."),
     ],
     out: Annotated[Path, typer.Option(help="The law as JSON.")] = Path("law.json"),
     report: Annotated[
@@ -29,7 +30,7 @@ def fit(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Fit the law of capacity gap to a table of cells, or to the records of a sweep."""
+    """Fit the law of capacity gap to a table of cells, or to the records of runs."""
     from capgap.law.fit import fit as fit_law
     from capgap.law.table import load_cells
     from capgap.records import write_json_atomically
@@ -95,8 +96,8 @@ def recommend(
 
     from capgap.cli.advice import print_advice
     from capgap.law.advise import recommend as advise
-    from capgap.law.candidates import candidates_of, sources_of
     from capgap.law.law import read_law
+    from capgap.law.published import candidates_of, sources_of
     from capgap.report.advice import advice_sentences
     from capgap.sizes import parse_count
 

@@ -121,7 +121,9 @@ def search(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="The output folder of a sweep.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The output folder of a sweep or of distillations.")
+    ],
     json_: Json = False,
 ) -> None:
     """Fit the law and draw the report again from the records of a sweep, finished or not."""

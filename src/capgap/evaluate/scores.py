@@ -175,7 +175,7 @@ def _heldout(folder: str, one: Mapping[str, Any]) -> str:
 
 def _published(tasks: Results) -> str:
     """Published scores have no errors."""
-    from capgap.law.benchmarks import published_results
+    from capgap.law.published import published_results
 
     titles = [SETS[name].title for name in tasks]
     own = (_with_error(one["score"], one["score_stderr"], 2, 100) for one in tasks.values())

@@ -1,16 +1,17 @@
-"""Which teacher for a student of this size and these tokens: what the published laws, and one's own
-sweep, say of the models at hand. Imports no torch."""
+"""Which teacher to take for a student of this size and these tokens, by published laws and by one's
+own sweep. Imports no torch."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from capgap.errors import UserError
 from capgap.evaluate.measured import Measurement
 from capgap.hardware import hours, parse_gpus
-from capgap.law.candidates import Candidate, published
-from capgap.law.families import find_family, find_model
 from capgap.law.law import Law, Value
+from capgap.law.published import Candidate, find_family, find_model, published
 from capgap.law.rules import (
-    PUBLISHED_RULE,
     SIZES_REACH,
     LineRule,
     SurfaceRule,
@@ -40,8 +41,8 @@ class Student(Value):
 
 class Measure(Value):
     """How a candidate reads the user's text (`evaluate.measured`). above_lowest: nats a byte above
-    the best of them. no_better_than: one that is no larger and reads it at least as well.
-    rank_surprisal: of the student on text that it writes, where there is a student to read it."""
+    the best of them. no_better_than: a candidate that is no larger and reads it at least as well.
+    rank_surprisal: of the student on text that the candidate writes, where a student read it."""
 
     nats_per_byte: float
     nats_per_byte_stderr: float | None
@@ -135,28 +136,76 @@ def recommend(
     gpus: str | None = None,
     measurement: Measurement | None = None,
 ) -> Advice:
-    """`advise` for sizes as people write them ("3B", "300M total", a published model's name), by
-    the law of one's own sweep, if there is one, and the published ones.
+    """The candidates for a student, best first. Sizes are as people write them: "3B", "300M total",
+    a published model's name. law: of one's own sweep, beside the published ones.
 
-    UserError for sizes that are none, and for a law that says nothing of such a student.
+    The first surface, one's own where it was read from such students, else the published one, gives
+    every candidate an expected loss. Those that it puts above the lowest by more than the noise of
+    the difference come last, if it was read from such students. Among the others those are first
+    that the line's interval holds, by one's own sweep where there is one, or that are nearest to
+    it; then those that have read much, then the cheaper. Where one's own sweep had such a student,
+    its curve counts before the surface. A candidate that is no larger than the student is never
+    taken.
+
+    With a `measurement` of all candidates their own losses on the user's text decide. One factor
+    for all puts them on the surface's scale: the best of them keeps the loss that the surface gives
+    it. A candidate whose own loss is no lower than that of one that is no larger comes after the
+    others.
+
+    UserError for sizes that are none, for next to no tokens, and for a law that says nothing of
+    such a student.
     """
     asked, read = student_of(student, candidates), parse_count(tokens)
     size = asked.non_embedding
-    rule = None if law is None else own_rule(law, size, read)
-    surfaces = surface_rules(law, size, read)
-    if law is not None and rule is None and len(surfaces) == 1:
+    own = None if law is None else own_rule(law, size, read)
+    surface, *others = surface_rules(law, size, read)
+    if law is not None and own is None and not others:
         raise UserError(_of_no_use(law, size, read))
+    if read < LEAST_TOKENS * size:
+        raise UserError(
+            f"--tokens {format_count(read)} is next to nothing for a student of "
+            f"{format_count(size)} parameters: give tokens as 126B or 400M"
+        )
     machines = None if gpus is None else parse_gpus(gpus)
-    return advise(
-        asked, read, candidates, own=rule, surfaces=surfaces, gpus=machines, measurement=measurement
+    question = _Question(asked, read, tuple(candidates), measurement, machines)
+    rule, told = own or published_rule(size), question.surface(surface)
+    rows = [question.row(one, rule, surface, told) for one in candidates]
+    most_read = max((row.teacher_tokens or 0 for row in rows if row.is_larger), default=0)
+    reaches = told.caution is None
+
+    def rank(row: Row) -> tuple[float, ...]:
+        outdone = row.measured is not None and row.measured.no_better_than is not None
+        little = (row.teacher_tokens or most_read) < LITTLE_READ * most_read
+        beyond = row.difference if row.told_worse and reaches else 0.0
+        outside = rule.distance(row.non_embedding)
+        # what was measured of such a student counts before a surface
+        measured = outside if rule.measured else 0.0
+        return (not row.is_larger, measured, beyond, outdone, outside, little, row.flops_total)
+
+    rows.sort(key=rank)
+    first = rows[0]
+    return Advice(
+        student=asked,
+        tokens=read,
+        take=first.teacher if first.is_larger else None,
+        agreed=first.is_larger and first.in_line and not (reaches and first.told_worse),
+        recommendations=tuple(rows),
+        without_teacher=question.alone(first, surface),
+        linear_law=rule,
+        surface=told,
+        other_surfaces=tuple(question.surface(other) for other in others),
+        tokenizers=_tokenizers(asked, candidates),
+        measure=None if measurement is None else measurement.as_dict(),
     )
 
 
 def _of_no_use(law: Law, student: int, tokens: int) -> str:
-    sizes = sorted({curve.student_parameters for curve in law.curves})
-    budgets = sorted({curve.tokens for curve in law.curves})
     students, read = (
-        ", ".join(dict.fromkeys(map(format_count, found))) for found in (sizes, budgets)
+        ", ".join(dict.fromkeys(map(format_count, sorted(sizes))))
+        for sizes in (
+            {curve.student_parameters for curve in law.curves},
+            {curve.tokens for curve in law.curves},
+        )
     )
     return (
         f"this law says nothing of a student of {format_count(student)} on {format_count(tokens)} "
@@ -175,111 +224,8 @@ def student_of(size: str | int, candidates: Sequence[Candidate]) -> Student:
     first = candidates[0]
     if not is_total:
         return Student(non_embedding=given, total=first.student_total(given), family=None)
-    low, high = 1, given + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if first.student_total(middle) <= given else (low, middle)
-    return Student(non_embedding=low, total=given, family=None)
-
-
-def advise(
-    student: Student,
-    tokens: int,
-    candidates: Sequence[Candidate],
-    *,
-    own: LineRule | None = None,
-    surfaces: Sequence[SurfaceRule] = (),
-    gpus: tuple[int, str] | None = None,
-    measurement: Measurement | None = None,
-) -> Advice:
-    """The candidates, best first.
-
-    The first of the surfaces, by default the published one, gives every candidate an expected loss.
-    Those that it puts above the lowest by more than the difference's own noise come last, if it was
-    read from such students. Among the others those are first that the line's interval holds, by
-    one's own sweep where there is one, or that are nearest to it; then those that have read much,
-    then the cheaper. Where one's own sweep had such a student, its curve counts before the surface.
-    One that is no larger than the student is never taken.
-
-    With a `measurement` of all candidates their own losses on the user's text decide. One factor
-    for all puts them on the surface's scale: that of the best of them, which keeps the loss that
-    the surface gives it. A candidate whose own loss is no lower than that of one that is no larger
-    comes after the others.
-    """
-    if tokens < LEAST_TOKENS * student.non_embedding:
-        raise UserError(
-            f"--tokens {format_count(tokens)} is next to nothing for a student of "
-            f"{format_count(student.non_embedding)} parameters: give tokens as 126B or 400M"
-        )
-    surface, *others = surfaces or [PUBLISHED_RULE]
-    rule, size = own or published_rule(student.non_embedding), student.non_embedding
-    told = _surface(surface, student, tokens, candidates, measurement)
-    above, losses = told.teacher_losses, told.expected_losses
-    lowest = told.nearest or min(losses, key=losses.__getitem__)
-    rows = []
-    for one in candidates:
-        error = surface.difference_error(size, tokens, (above[one.name], above[lowest]))
-        difference = losses[one.name] / losses[lowest] - 1
-        flops = training_flops(_total(student, one), tokens) + forward_flops(one.total, tokens)
-        rows.append(
-            Row(
-                teacher=one.name,
-                family=one.family,
-                year=one.year,
-                non_embedding=one.non_embedding,
-                total=one.total,
-                ratio=one.non_embedding / size,
-                teacher_tokens=one.tokens,
-                teacher_loss=above[one.name],
-                expected_loss=losses[one.name],
-                difference=difference,
-                difference_stderr=error,
-                told_worse=difference > BEYOND_NOISE * error and one.name != lowest,
-                in_line=rule.holds(one.non_embedding),
-                is_larger=one.non_embedding > size,
-                flops_total=flops,
-                hours=None if gpus is None else hours(flops, gpus),
-                measured=None if measurement is None else _measured(one, candidates, measurement),
-                cautions=tuple(_cautions(one, candidates, surface, told.anchor, measurement)),
-            )
-        )
-    most_read = max((row.teacher_tokens or 0 for row in rows if row.is_larger), default=0)
-    reaches = told.caution is None
-
-    def rank(row: Row) -> tuple[float, ...]:
-        outdone = row.measured is not None and row.measured.no_better_than is not None
-        little = (row.teacher_tokens or most_read) < LITTLE_READ * most_read
-        beyond = row.difference if row.told_worse and reaches else 0.0
-        outside = rule.distance(row.non_embedding)
-        # what was measured of such a student counts before a surface
-        measured = outside if rule.measured else 0.0
-        return (not row.is_larger, measured, beyond, outdone, outside, little, row.flops_total)
-
-    rows.sort(key=rank)
-    first = rows[0]
-    taken = next(one for one in candidates if one.name == first.teacher)
-    return Advice(
-        student=student,
-        tokens=tokens,
-        take=first.teacher if first.is_larger else None,
-        agreed=first.is_larger and first.in_line and not (reaches and first.told_worse),
-        recommendations=tuple(rows),
-        without_teacher=_alone(student, _total(student, taken), tokens, first, surface, gpus),
-        linear_law=rule,
-        surface=told,
-        other_surfaces=tuple(
-            _surface(one, student, tokens, candidates, measurement) for one in others
-        ),
-        tokenizers=_tokenizers(student, candidates),
-        measure=None if measurement is None else measurement.as_dict(),
-    )
-
-
-def _total(student: Student, teacher: Candidate) -> int:
-    """The student's parameters with the embeddings of this teacher's family, unless it has one."""
-    if teacher.embedding is None or student.family is not None:
-        return student.total
-    return teacher.student_total(student.non_embedding)
+    largest = bisect_right(range(1, given + 1), given, key=first.student_total)
+    return Student(non_embedding=max(1, largest), total=given, family=None)
 
 
 def _tokenizers(student: Student, candidates: Sequence[Candidate]) -> tuple[str, ...]:
@@ -290,141 +236,150 @@ def _tokenizers(student: Student, candidates: Sequence[Candidate]) -> tuple[str,
     return tuple(families) if len(tokenizers) > 1 else ()
 
 
-def _teacher_losses(
-    rule: SurfaceRule, candidates: Sequence[Candidate], measurement: Measurement | None
-) -> tuple[str | None, dict[str, float]]:
-    """Every candidate's own loss on a surface's scale, and whose fixes that scale if they were
-    measured: the best one keeps what the surface gives it. A text's difficulty and the length of
-    tokens fall out; what stays is by how many per cent each is above the best."""
-    losses = {one.name: rule.teacher_loss(one.non_embedding, one.tokens) for one in candidates}
-    if measurement is None:
-        return None, losses
-    measured = {name: measurement.models[name].nats_per_byte for name in losses}
-    best = min(measured, key=measured.__getitem__)
-    return best, {name: losses[best] / measured[best] * own for name, own in measured.items()}
+@dataclass(frozen=True)
+class _Question:
+    """What is asked; gpus: how many of which, for the hours."""
 
+    student: Student
+    tokens: int
+    candidates: tuple[Candidate, ...]
+    measurement: Measurement | None
+    gpus: tuple[int, str] | None
 
-def _measured(one: Candidate, candidates: Sequence[Candidate], measurement: Measurement) -> Measure:
-    models = measurement.models
-    best = min(models, key=lambda name: models[name].nats_per_byte)
-    mine = models[one.name]
-    above, error = mine.above(models[best])
-    rival = _rival(one, candidates, measurement)
-    outdone = None
-    if rival is not None:
-        lead = mine.above(models[rival.name])[0]
-        if lead > 0 or (lead == 0 and rival.total < one.total):
-            outdone = rival.name
-    return Measure(
-        **mine.as_dict(),
-        above_lowest=above,
-        # a difference to itself has no error
-        above_lowest_stderr=None if one.name == best else error,
-        no_better_than=outdone,
-        rank_surprisal=measurement.rank_surprisal.get(one.name),
-    )
-
-
-def _rival(
-    one: Candidate, candidates: Sequence[Candidate], measurement: Measurement
-) -> Candidate | None:
-    """The best reader of those that are no larger."""
-    rivals = [other for other in candidates if other is not one and other.total <= one.total]
-    models = measurement.models
-    return min(rivals, key=lambda other: models[other.name].nats_per_byte, default=None)
-
-
-def _beside(one: Candidate, rival: Candidate, measurement: Measurement) -> str | None:
-    """A caution where a model reads no better than one that is no larger, or hardly better."""
-    above, error = measurement.models[one.name].above(measurement.models[rival.name])
-    smaller = rival.total < one.total
-    size = "smaller" if smaller else "as large"
-    noise = "its noise is not known" if error is None else f"paired standard error {error:.4f}"
-    if above > 0 or (above == 0 and smaller):
-        return (
-            f"no better than {rival.name}, which is {size}: its own loss is {above:.4f} "
-            f"nats/byte higher ({noise})"
+    def surface(self, rule: SurfaceRule) -> SurfaceAdvice:
+        size = self.student.non_embedding
+        anchor = None
+        above = {
+            one.name: rule.teacher_loss(one.non_embedding, one.tokens) for one in self.candidates
+        }
+        if self.measurement is not None:
+            # a text's difficulty and the length of tokens fall out; what stays is by how many per
+            # cent each is above the best
+            measured = {name: self.measurement.models[name].nats_per_byte for name in above}
+            anchor = min(measured, key=measured.__getitem__)
+            scale = above[anchor] / measured[anchor]
+            above = {name: scale * own for name, own in measured.items()}
+        losses = {
+            name: float(rule.surface.loss(size, self.tokens, own)) for name, own in above.items()
+        }
+        larger = [one.name for one in self.candidates if one.non_embedding > size]
+        reads = rule.has_read(size, self.tokens)
+        return SurfaceAdvice(
+            name=rule.name,
+            source=rule.source,
+            error=rule.error,
+            nearest=min(larger, key=losses.__getitem__, default=None),
+            anchor=anchor,
+            caution=None if reads else "it was read from other sizes or tokens",
+            teacher_losses=above,
+            expected_losses=losses,
         )
-    if smaller and (error is None or -above <= BEYOND_NOISE * error):
-        return (
-            f"better than {rival.name}, which is smaller, by {-above:.4f} nats/byte only, "
-            f"which may be noise ({noise})"
+
+    def row(self, one: Candidate, rule: LineRule, surface: SurfaceRule, told: SurfaceAdvice) -> Row:
+        size, above, losses = self.student.non_embedding, told.teacher_losses, told.expected_losses
+        lowest = told.nearest or min(losses, key=losses.__getitem__)
+        error = surface.difference_error(size, self.tokens, (above[one.name], above[lowest]))
+        difference = losses[one.name] / losses[lowest] - 1
+        cautions = []
+        if one.tokens is None and told.anchor in (None, one.name):
+            taken = surface.teacher_tokens_name
+            cautions.append(f"its training tokens are not known: {taken} are taken")
+        low, high = surface.teachers
+        if not low / SIZES_REACH <= one.non_embedding <= high * SIZES_REACH:
+            cautions.append("its size lies outside of what the surface was read from")
+        measured, more = self._measured(one)
+        flops = training_flops(self._total(one), self.tokens)
+        return Row(
+            teacher=one.name,
+            family=one.family,
+            year=one.year,
+            non_embedding=one.non_embedding,
+            total=one.total,
+            ratio=one.non_embedding / size,
+            teacher_tokens=one.tokens,
+            teacher_loss=above[one.name],
+            expected_loss=losses[one.name],
+            difference=difference,
+            difference_stderr=error,
+            told_worse=difference > BEYOND_NOISE * error and one.name != lowest,
+            in_line=rule.holds(one.non_embedding),
+            is_larger=one.non_embedding > size,
+            measured=measured,
+            cautions=(*cautions, *more),
+            **self._cost(flops + forward_flops(one.total, self.tokens)),
         )
-    return None
 
-
-def _cautions(
-    one: Candidate,
-    candidates: Sequence[Candidate],
-    surface: SurfaceRule,
-    anchor: str | None,
-    measurement: Measurement | None,
-) -> list[str]:
-    found = []
-    if one.tokens is None and anchor in (None, one.name):
-        found.append(f"its training tokens are not known: {surface.teacher_tokens_name} are taken")
-    low, high = surface.teachers
-    if not low / SIZES_REACH <= one.non_embedding <= high * SIZES_REACH:
-        found.append("its size lies outside of what the surface was read from")
-    if measurement is None:
-        return found
-    mine, rival = measurement.models[one.name], _rival(one, candidates, measurement)
-    told = None if rival is None else _beside(one, rival, measurement)
-    found += [] if told is None else [told]
-    if mine.changed_documents:
-        found.append(
-            f"its tokenizer does not give back {mine.changed_documents} of "
-            f"{len(mine.document_bytes)} documents as they are: its loss is that of a slightly "
-            "different text"
-        )
-    return found
-
-
-def _alone(
-    student: Student,
-    total: int,
-    tokens: int,
-    first: Row,
-    surface: SurfaceRule,
-    gpus: tuple[int, str] | None,
-) -> tuple[Alone, ...]:
-    equal = round(first.flops_total / training_flops(total, 1))
-    found = []
-    for name, read in (("no teacher", tokens), ("no teacher, equal FLOPs", equal)):
-        flops = training_flops(total, read)
-        found.append(
+    def alone(self, first: Row, surface: SurfaceRule) -> tuple[Alone, ...]:
+        """The student without a teacher, beside the first row."""
+        total = self._total(next(one for one in self.candidates if one.name == first.teacher))
+        equal = round(first.flops_total / training_flops(total, 1))
+        own = surface.surface.supervised
+        return tuple(
             Alone(
                 name=name,
-                tokens=read,
-                expected_loss=float(surface.surface.supervised.loss(student.non_embedding, read)),
-                flops_total=flops,
-                hours=None if gpus is None else hours(flops, gpus),
+                tokens=tokens,
+                expected_loss=float(own.loss(self.student.non_embedding, tokens)),
+                **self._cost(training_flops(total, tokens)),
             )
+            for name, tokens in (("no teacher", self.tokens), ("no teacher, equal FLOPs", equal))
         )
-    return tuple(found)
 
+    def _cost(self, flops: int) -> dict[str, Any]:
+        return {
+            "flops_total": flops,
+            "hours": None if self.gpus is None else hours(flops, self.gpus),
+        }
 
-def _surface(
-    rule: SurfaceRule,
-    student: Student,
-    tokens: int,
-    candidates: Sequence[Candidate],
-    measurement: Measurement | None,
-) -> SurfaceAdvice:
-    anchor, above = _teacher_losses(rule, candidates, measurement)
-    size = student.non_embedding
-    losses = {name: float(rule.surface.loss(size, tokens, loss)) for name, loss in above.items()}
-    larger = [one.name for one in candidates if one.non_embedding > size]
-    caution = None
-    if not rule.has_read(size, tokens):
-        caution = "it was read from other sizes or tokens"
-    return SurfaceAdvice(
-        name=rule.name,
-        source=rule.source,
-        error=rule.error,
-        nearest=min(larger, key=losses.__getitem__, default=None),
-        anchor=anchor,
-        caution=caution,
-        teacher_losses=above,
-        expected_losses=losses,
-    )
+    def _total(self, teacher: Candidate) -> int:
+        """The student's parameters with the embeddings of this teacher's family, unless it has its
+        own."""
+        if teacher.embedding is None or self.student.family is not None:
+            return self.student.total
+        return teacher.student_total(self.student.non_embedding)
+
+    def _measured(self, one: Candidate) -> tuple[Measure | None, list[str]]:
+        """How a candidate reads the text, and cautions: where it reads no better than one that is
+        no larger, or hardly better, and where its tokenizer changes the text."""
+        if self.measurement is None:
+            return None, []
+        models, cautions, outdone = self.measurement.models, [], None
+        mine = models[one.name]
+        best = min(models, key=lambda name: models[name].nats_per_byte)
+        rivals = [
+            other for other in self.candidates if other is not one and other.total <= one.total
+        ]
+        if rivals:
+            rival = min(rivals, key=lambda other: models[other.name].nats_per_byte)
+            above, error = mine.above(models[rival.name])
+            smaller = rival.total < one.total
+            size = "smaller" if smaller else "as large"
+            noise = "its noise is not known"
+            if error is not None:
+                noise = f"paired standard error {error:.4f}"
+            if above > 0 or (above == 0 and smaller):
+                outdone = rival.name
+                cautions.append(
+                    f"no better than {rival.name}, which is {size}: its own loss is {above:.4f} "
+                    f"nats/byte higher ({noise})"
+                )
+            elif smaller and (error is None or -above <= BEYOND_NOISE * error):
+                cautions.append(
+                    f"better than {rival.name}, which is smaller, by {-above:.4f} nats/byte only, "
+                    f"which may be noise ({noise})"
+                )
+        if mine.changed_documents:
+            cautions.append(
+                f"its tokenizer does not give back {mine.changed_documents} of "
+                f"{len(mine.document_bytes)} documents as they are: its loss is that of a slightly "
+                "different text"
+            )
+        above, error = mine.above(models[best])
+        measure = Measure(
+            **mine.as_dict(),
+            above_lowest=above,
+            # a difference to itself has no error
+            above_lowest_stderr=None if one.name == best else error,
+            no_better_than=outdone,
+            rank_surprisal=self.measurement.rank_surprisal.get(one.name),
+        )
+        return measure, cautions

@@ -1,4 +1,4 @@
-"""What was found, as values: the object that `fit` returns and law.json holds.
+"""The law as values: the object that `fit` returns and law.json holds.
 
 Sizes are non-embedding parameters (T a teacher's, S a student's), losses nats per token. Intervals
 are at the law's confidence; an end that is None is open. `size` is what was asked for, `parameters`
@@ -8,7 +8,7 @@ what was reached.
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from capgap.artifact import read_json
 from capgap.errors import UserError
@@ -40,10 +40,9 @@ class Estimate(Value):
 class Point(Value):
     """One teacher of one student, a mean over seeds.
 
-    cost: what the curve says that this teacher costs above the curve's best one, with its standard
-    error; None where no curve is fitted. worse: whether that is beyond noise. gain: loss of the
-    same student without a teacher on as many tokens less its own; gain_flops, of the same student
-    without a teacher for as many FLOPs. `losses` and `seeds` are run by run.
+    cost: how far the curve is above its lowest teacher here, in nats; None where no curve is
+    fitted. worse: whether that is beyond noise. gain: loss of the same student without a teacher on
+    as many tokens less its own; gain_flops: for as many FLOPs. `losses` and `seeds` are run by run.
     """
 
     teacher_size: int
@@ -78,9 +77,9 @@ class Optimum(Value):
     status: `interior`, the smallest and the largest teacher are both worse than the best beyond
     noise; `smallest`, `largest`, that one is not, so that the best may lie beyond it; `flat`,
     neither is; `too_few_points`, no curve is fitted. `interval` of T, None for `flat`; of too few
-    points, from neighbour to neighbour of a lowest cell that both are worse than, beyond noise.
-    `best`: the size of the teacher at which the curve is lowest, without a curve of the lowest
-    cell; `neighbours`, the teachers beside it, between which a bare minimum on a grid may lie.
+    points, from neighbour to neighbour of a lowest cell if both are worse beyond noise. `best`: the
+    size of the teacher where the curve, or without one the loss, is lowest; `neighbours`: the
+    teachers beside it.
     """
 
     status: Status
@@ -93,8 +92,8 @@ class Optimum(Value):
 
 
 class Group(Value):
-    """Curves that one answer is given for: students on the same tokens, or on as many tokens for
-    each of their parameters. curves: their places among the law's."""
+    """Curves that share a law: of students on the same tokens, or on as many tokens for each of
+    their parameters. curves: indices of `Law.curves`."""
 
     architecture: str
     init: str
@@ -129,7 +128,7 @@ class Curve(Value):
 
     @property
     def gainer(self) -> Point | None:
-        """Of the teachers that will do and whose gain is known the one that costs least."""
+        """The teacher of known gain that costs least of those that will do."""
         known = [point for point in self.will_do if point.gain is not None]
         return min(known, key=lambda point: point.cost or 0.0, default=None)
 
@@ -269,7 +268,7 @@ class Excluded(Value):
 class Law(Value):
     """All that a table of cells says about teachers."""
 
-    schema_: Literal[2] = SCHEMA
+    schema_: Literal[2] = Field(default=SCHEMA, alias="schema")
     scale: Literal["non_embedding"] = "non_embedding"
     confidence: float
     curves: tuple[Curve, ...]
@@ -282,12 +281,11 @@ class Law(Value):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, the content of law.json."""
-        found = self.model_dump(mode="json")
-        return {"schema": found.pop("schema_"), **found}
+        return self.model_dump(mode="json", by_alias=True)
 
     def of(self, group: Group) -> list[Curve]:
         """The curves of a group, smallest student first."""
-        return [self.curves[place] for place in group.curves]
+        return [self.curves[index] for index in group.curves]
 
 
 def read_law(path: Path | str) -> Law:
@@ -295,7 +293,7 @@ def read_law(path: Path | str) -> Law:
     if not Path(path).is_file():
         raise UserError(f"no law {path}: it is the law.json in a sweep's output folder")
     values = read_json(path)
-    schema = values.pop("schema", None)
+    schema = values.get("schema")
     if schema != SCHEMA:
         raise UserError(
             f"{path} has schema {schema!r}, and this version of capgap reads {SCHEMA}: make it "
@@ -305,5 +303,5 @@ def read_law(path: Path | str) -> Law:
         return Law.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {place}: {first['msg']}; make it again") from None
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {key}: {first['msg']}; make it again") from None

@@ -1,19 +1,28 @@
-"""Optima over students -> the laws T* = a S + b, T* = r S and T* = k S^m.
+"""Curves -> the teachers that will do, the best one of each student, and the laws over students:
+T* = a S + b, T* = r S and T* = k S^m.
 
 T is a teacher's and S a student's size, both in non-embedding parameters.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import log_ndtr
 from scipy.stats import chi2
 
-from capgap.law.law import Band, Estimate, Group, Line, Refusal
-from capgap.law.model import Floats
+from capgap.law.law import Band, Estimate, Group, Interval, Line, Optimum, Refusal, Status
+from capgap.law.model import MIN_TEACHERS, Floats, Posterior
 
+# Status by whether the smallest and the largest teacher will do, so that the best may lie beyond
+STATUS: dict[tuple[bool, bool], Status] = {
+    (False, False): "interior",
+    (True, False): "smallest",
+    (False, True): "largest",
+    (True, True): "flat",
+}
 # A slope known to worse than this factor between the ends of its interval answers nothing: it
 # could not even tell half the published slope from twice it.
 WIDEST_SLOPE_FACTOR = 4.0
@@ -24,7 +33,7 @@ SCATTER_CONFIDENCE = 0.9
 # shape that changes with the student, moves the optima by about as much, and no scatter shows it
 UNKNOWN_SHAPE = 0.3
 Form = Literal["linear", "ratio", "power"]
-FORMS: tuple[Form, ...] = ("linear", "ratio", "power")
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,107 @@ class Best:
     is_flat: bool = False
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Teachers of one curve beside each other, arrays [teachers]: what the curve says that each
+    costs above the best in nats, its standard error, and whether that is beyond noise."""
+
+    cost: Floats
+    stderr: Floats
+    worse: NDArray[np.bool_]
+
+
+def compare_teachers(losses: Sequence[Floats], confidence: float) -> list[Comparison]:
+    """Of curves [draws, teachers] that one answer is given for.
+
+    The best of several was picked for being low, and students of the same teachers err together: a
+    difference is beyond noise where it exceeds, in its standard errors, the largest one that noise
+    alone makes anywhere among them (as in Dunnett's test), so that the whole answer has the
+    confidence.
+    """
+    largest = np.zeros(len(losses[0]))
+    found = []
+    for drawn in losses:
+        mean = drawn.mean(axis=0)
+        best = int(mean.argmin())
+        errors = drawn - mean
+        for other in {0, best, drawn.shape[1] - 1}:
+            apart = errors - errors[:, [other]]
+            spread = apart.std(axis=0)
+            held = spread > 1e-12 * max(1.0, float(np.abs(mean).max()))
+            if held.any():
+                largest = np.maximum(largest, np.abs(apart[:, held] / spread[held]).max(axis=1))
+        found.append((mean - mean[best], (errors - errors[:, [best]]).std(axis=0)))
+    limit = float(np.quantile(largest, confidence))
+    return [Comparison(cost, error, cost > limit * error) for cost, error in found]
+
+
+def find_optimum(
+    posterior: Posterior | None,
+    curve: int,
+    sizes: Sequence[int],
+    teachers: Floats,
+    student: float,
+    lowest: int,
+    comparison: Comparison | None,
+    confidence: float,
+) -> tuple[Optimum, Best | None]:
+    """Where a curve over `teachers` (in parameters; asked for: `sizes`) is lowest, for the reader
+    and for a law. lowest: the teacher at which it is; without a `comparison` nothing is known.
+
+    The interval is never narrower than half the spacing of the grid to either side: between two
+    teachers the shape of a curve is assumed, not measured.
+    """
+    logs = np.log(teachers)
+    around = (
+        float(teachers[lowest - 1]) if lowest > 0 else None,
+        float(teachers[lowest + 1]) if lowest + 1 < len(logs) else None,
+    )
+
+    def optimum(
+        status: Status, size: float | None = None, interval: Interval | None = None
+    ) -> Optimum:
+        low, high = (None if end is None else end / student for end in interval or (None, None))
+        return Optimum(
+            status=status,
+            teacher_parameters=size,
+            interval=interval,
+            ratio=None if size is None else size / student,
+            ratio_interval=None if interval is None else (low, high),
+            best=sizes[lowest],
+            neighbours=around,
+        )
+
+    if posterior is None or comparison is None:
+        return optimum("too_few_points"), None
+    if len(sizes) < MIN_TEACHERS:
+        if None in around or not comparison.worse[[lowest - 1, lowest + 1]].all():
+            return optimum("too_few_points"), None
+        # a bare minimum on the grid: anywhere between the neighbours
+        low, high = float(logs[lowest - 1]), float(logs[lowest + 1])
+        best = Best(student, logs, (low + high) / 2, None, (high - low) / 2)
+        return optimum("too_few_points", interval=around), best
+    middle = np.log(student)
+    draws = posterior.lowest(curve, (logs[0] - middle, logs[-1] - middle)) + middle
+    fine = np.linspace(logs[0], logs[-1], 401)
+    value = float(fine[posterior.losses(curve, fine - middle).mean(0).argmin()])
+    # half the distance between the teachers around it; on a teacher, the wider side
+    gaps = np.diff(logs)
+    near = (logs[:-1] <= value + 0.01 * gaps) & (value - 0.01 * gaps <= logs[1:])
+    half = float(gaps[near].max() / 2)
+    opened = not comparison.worse[0], not comparison.worse[-1]
+    status = STATUS[opened]
+    best = Best(student, logs, value, draws, half, status == "flat")
+    if status == "flat":
+        return optimum(status), best
+    low, high = (float(end) for end in interval_of(draws, confidence))
+    ends = (max(logs[0], min(low, value - half)), min(logs[-1], max(high, value + half)))
+    low_end, high_end = (
+        None if is_open else float(np.exp(end)) for is_open, end in zip(opened, ends, strict=True)
+    )
+    return optimum(status, float(np.exp(value)), (low_end, high_end)), best
+
+
 def fit_line(
     group: Group, found: Sequence[Best], *, confidence: float, rng: np.random.Generator, draws: int
 ) -> Line:
@@ -56,7 +166,7 @@ def fit_line(
     """
     evidence = gather(found, rng, draws) if found else None
     flat = np.array([one.is_flat for one in found], dtype=bool)
-    located = 0 if evidence is None else int((~evidence.ends[0] & ~flat).sum())
+    located = 0 if evidence is None else int(((evidence.side[0] == 0) & ~flat).sum())
     bounded = len(found) - located
     empty = Line(group=group, refused="too_few_students", located=located, bounded=bounded)
     if evidence is None or not located:
@@ -98,10 +208,6 @@ class Evidence:
     optima: Floats
     side: Floats
     deviation: Floats
-
-    @property
-    def ends(self) -> Floats:
-        return np.asarray(self.side != 0)
 
 
 def gather(found: Sequence[Best], rng: np.random.Generator, draws: int) -> Evidence:
@@ -238,19 +344,24 @@ def _prediction_error(evidence: Evidence, form: Form) -> float | None:
     return float(np.sqrt(np.mean(np.square(errors))))
 
 
-def to_estimate(draws: Floats, confidence: float) -> Estimate:
-    """Of [1 + draws] with the estimate first."""
+def interval_of(draws: Floats, confidence: float) -> Floats:
+    """[2, ...] the ends of the interval that holds so many of the draws [draws, ...]."""
     tail = (1 - confidence) / 2
-    low, high = np.quantile(draws[1:], [tail, 1 - tail])
-    value = float(draws[0])
+    return np.quantile(draws, [tail, 1 - tail], axis=0)
+
+
+def to_estimate(draws: Floats, confidence: float, value: float | None = None) -> Estimate:
+    """The interval of draws about a value, by default the first of them, which is no draw then."""
+    if value is None:
+        value, draws = float(draws[0]), draws[1:]
+    low, high = interval_of(draws, confidence)
     return Estimate(value=value, low=min(float(low), value), high=max(float(high), value))
 
 
 def _band(students: Floats, draws: Floats, confidence: float) -> Band:
     grid = np.geomspace(students.min(), students.max(), BAND_POINTS)
     lines = draws[:, :1] * grid + draws[:, 1:]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(lines[1:], [tail, 1 - tail], axis=0)
+    low, high = interval_of(lines[1:], confidence)
     return Band(
         student=tuple(grid.tolist()),
         low=tuple(low.tolist()),

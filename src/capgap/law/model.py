@@ -33,6 +33,7 @@ OWN = 3  # coefficients of the quadratic
 DEGREE = 6
 # Each polynomial of a departure is expected to be this much smaller than the one before it
 DECAY = 0.35
+EXPECTED = DECAY ** np.arange(DEGREE + 1 - OWN, dtype=float)
 # Of the median curve's range of losses: the departure that the curves of a kind may have in common,
 # about the most that an exponential rise on one side of an optimum makes
 COMMON = 0.2
@@ -48,7 +49,7 @@ PRIOR = {
 FLAT = 100.0  # deviation of a coefficient that nothing holds, in ranges of losses
 # Logarithms of what a deviation can be, in ranges of losses
 BOUNDS = (np.log(1e-4), np.log(30.0))
-PLACES = 161
+GRID = 161  # points on which a curve's lowest one is looked for
 LEAST_SCALE = 1e-3  # nats: below it the expected noise would lie beyond the bounds
 SAMPLES = 160  # of the standard deviations
 MIN_TEACHERS = 4  # a quadratic through three points leaves nothing to check it by
@@ -89,9 +90,18 @@ class Posterior:
         return np.asarray(self.coefficients[:, curve] @ _basis(gaps, self.domain).T)
 
     def lowest(self, curve: int, ends: tuple[float, float]) -> Floats:
-        """x [draws] where a curve is lowest between two ends."""
-        places = np.linspace(*ends, PLACES)
-        return _lowest(self.losses(curve, places), places)
+        """x [draws] where a curve is lowest between two ends, by the parabola through its lowest
+        three points."""
+        grid = np.linspace(*ends, GRID)
+        losses = self.losses(curve, grid)
+        lowest = losses.argmin(axis=1)
+        x = grid[lowest]
+        inner = np.flatnonzero((lowest > 0) & (lowest < GRID - 1))
+        before, at, after = (losses[inner, lowest[inner] + step] for step in (-1, 0, 1))
+        bend = before - 2 * at + after
+        step = np.where(bend > 0, 0.5 * (before - after) / np.where(bend > 0, bend, 1.0), 0.0)
+        x[inner] += step * (grid[1] - grid[0])
+        return np.asarray(x)
 
 
 def fit_curves(runs: Runs, *, draws: int, rng: np.random.Generator) -> Posterior | None:
@@ -103,13 +113,15 @@ def fit_curves(runs: Runs, *, draws: int, rng: np.random.Generator) -> Posterior
     points, weights = model.explore(rng)
     chosen = rng.choice(len(points), draws, p=weights)
     coefficients = np.empty((draws, len(runs.kind), DEGREE + 1))
-    for place in np.unique(chosen):
-        at = np.flatnonzero(chosen == place)
-        coefficients[at] = model.sample(points[place], len(at), rng)
+    for number in np.unique(chosen):
+        drawn = np.flatnonzero(chosen == number)
+        coefficients[drawn] = model.sample(points[number], len(drawn), rng)
     scales = np.exp(points[chosen])
+    levels = np.zeros((len(runs.kind), DEGREE + 1))
+    levels[:, 0] = model.means
     return Posterior(
         domain=model.domain,
-        coefficients=coefficients * model.scale + model.levels(),
+        coefficients=coefficients * model.scale + levels,
         noise=scales[:, :1] * model.relative[runs.kind] * model.scale,
         luck=scales[:, 1] * model.scale,
     )
@@ -120,8 +132,9 @@ class _Model:
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
-        curves = len(runs.kind)
-        self.num_curves = curves
+        self.num_curves = curves = len(runs.kind)
+        self.kinds = runs.kind[runs.curve]  # [cells]
+        self.num_kinds = int(self.kinds.max()) + 1
         number = np.bincount(runs.curve, minlength=curves)
         self.means = np.bincount(runs.curve, runs.losses, curves) / number
         points = int(runs.point.max()) + 1
@@ -134,17 +147,11 @@ class _Model:
         self.losses = (runs.losses - self.means[runs.curve]) / self.scale
         self.domain = (float(runs.gaps.min()), float(runs.gaps.max()) + 1e-12)
         basis = _basis(runs.gaps, self.domain)
-        basis[:, OWN:] *= _expected()
+        basis[:, OWN:] *= EXPECTED
         self._columns_of_curves(basis)
         self._common_columns(basis)
         self._relative_noise()
         self._products()
-
-    def levels(self) -> Floats:
-        """[curves, DEGREE + 1]: the means, which were taken off."""
-        found = np.zeros((self.num_curves, DEGREE + 1))
-        found[:, 0] = self.means
-        return found
 
     def _columns_of_curves(self, basis: Floats) -> None:
         """[cells, columns] of each curve's own: quadratic, departure, seeds, points."""
@@ -156,32 +163,30 @@ class _Model:
         present /= present.sum(axis=1, keepdims=True)
         shifts = np.eye(seeds)[runs.seed] - present[runs.curve]
         self.num_seeds = seeds if seeds > 1 else 0
-        first = np.full(self.num_curves, len(runs.known))
-        np.minimum.at(first, runs.curve, runs.point)
-        self.within = runs.point - first[runs.curve]
-        places = int(self.within.max()) + 1 if runs.known.any() else 0
-        at = np.eye(places)[self.within] if places else np.zeros((len(basis), 0))
-        self.own = np.hstack([basis, shifts[:, : self.num_seeds], at])
-        known = np.zeros((self.num_curves, places))
-        if places:
-            known[runs.curve, self.within] = runs.known[runs.point] / self.scale**2
-        self.known = known
+        self.own = np.hstack([basis, shifts[:, : self.num_seeds]])
+        self.known = np.zeros((self.num_curves, 0))
+        if runs.known.any():
+            first = np.full(self.num_curves, len(runs.known))
+            np.minimum.at(first, runs.curve, runs.point)
+            within = runs.point - first[runs.curve]
+            width = int(within.max()) + 1
+            self.own = np.hstack([self.own, np.eye(width)[within]])
+            self.known = np.zeros((self.num_curves, width))
+            self.known[runs.curve, within] = runs.known[runs.point] / self.scale**2
 
     def _common_columns(self, basis: Floats) -> None:
         """[cells, columns] of what curves share, and which deviation each column has."""
-        runs = self.runs
-        kinds = runs.kind[runs.curve]
-        several = kinds.max() > 0
+        runs, several = self.runs, self.num_kinds > 1
         self.num_trainings = int(runs.training.max()) + 1
         luck = np.eye(self.num_trainings)[runs.training]
         parts: list[Floats] = [luck]
         roles = ["luck"] * self.num_trainings
-        for kind in range(int(kinds.max()) + 1):
-            mine = kinds == kind
+        for kind in range(self.num_kinds):
+            mine = self.kinds == kind
             if several:
-                held = np.unique(runs.training[mine])
-                parts.append(luck[:, held] * mine[:, None])
-                roles += ["kind_luck"] * len(held)
+                trainings = np.unique(runs.training[mine])
+                parts.append(luck[:, trainings] * mine[:, None])
+                roles += ["kind_luck"] * len(trainings)
             parts.append(basis[:, OWN:] * mine[:, None])
             roles += ["common"] * (DEGREE + 1 - OWN)
         parts.append(runs.patterns / self.scale)
@@ -193,12 +198,12 @@ class _Model:
     def _relative_noise(self) -> None:
         """Own noise of each kind relative to all, from what is left after each curve's quadratic
         and seeds, and every training's own effect; held towards 1 where little is known."""
-        runs, kinds = self.runs, self.runs.kind[self.runs.curve]
-        left, freedom = np.zeros(int(kinds.max()) + 1), np.zeros(int(kinds.max()) + 1)
+        runs = self.runs
+        left, freedom = np.zeros(self.num_kinds), np.zeros(self.num_kinds)
         fixed = [*range(OWN), *range(DEGREE + 1, DEGREE + 1 + self.num_seeds)]
         self.freedom = 0
-        for kind in range(len(left)):
-            mine = np.flatnonzero(kinds == kind)
+        for kind in range(self.num_kinds):
+            mine = np.flatnonzero(self.kinds == kind)
             columns = [np.eye(self.num_trainings)[runs.training[mine]]]
             for curve in np.unique(runs.curve[mine]):
                 of = runs.curve[mine] == curve
@@ -223,16 +228,10 @@ class _Model:
         self.own_own = np.stack([own[i].T @ own[i] for i in ends])
         self.own_shared = np.stack([own[i].T @ shared[i] for i in ends])
         self.own_y = np.stack([own[i].T @ y[i] for i in ends])
-        kinds = runs.kind[runs.curve]
-        held = [np.flatnonzero(kinds == kind) for kind in range(len(self.relative))]
-        self.shared_shared = np.stack([shared[i].T @ shared[i] for i in held])
-        self.shared_y = np.stack([shared[i].T @ y[i] for i in held])
-        self.y_y = np.array([y[i] @ y[i] for i in held])
-
-    def start(self) -> tuple[Floats, Floats]:
-        """Prior medians (logarithms, in units of `scale`) and deviations."""
-        nats = [np.log(PRIOR[n][0] / (1 if n == "departure" else self.scale)) for n in self.names]
-        return np.array(nats), np.array([PRIOR[name][1] for name in self.names])
+        of_kind = [np.flatnonzero(self.kinds == kind) for kind in range(self.num_kinds)]
+        self.shared_shared = np.stack([shared[i].T @ shared[i] for i in of_kind])
+        self.shared_y = np.stack([shared[i].T @ y[i] for i in of_kind])
+        self.y_y = np.array([y[i] @ y[i] for i in of_kind])
 
     def solve(self, point: Floats) -> tuple[float, Any]:
         """Log of the marginal likelihood, and what the coefficients' posterior is made of."""
@@ -273,7 +272,10 @@ class _Model:
 
     def explore(self, rng: np.random.Generator) -> tuple[Floats, Floats]:
         """Samples [samples, deviations] of the logarithms, and their weights."""
-        middle, width = self.start()
+        # prior medians (logarithms, in units of `scale`) and deviations
+        units = [1.0 if name == "departure" else self.scale for name in self.names]
+        medians, width = np.array([PRIOR[name] for name in self.names]).T
+        middle = np.log(medians / units)
 
         def minus(point: Floats) -> float:
             far = (point - middle) / width
@@ -302,44 +304,26 @@ class _Model:
         own = np.linalg.solve(root.transpose(0, 2, 1), rest)[:, : DEGREE + 1]
         common = np.zeros((self.num_curves, DEGREE + 1, number))
         width = DEGREE + 1 - OWN
-        held = shared[self.roles == "common"].reshape(-1, width, number)
-        common[:, OWN:] = held[self.runs.kind]
+        departures = shared[self.roles == "common"].reshape(-1, width, number)
+        common[:, OWN:] = departures[self.runs.kind]
         coefficients = own + common
-        coefficients[:, OWN:] *= _expected()[:, None]
+        coefficients[:, OWN:] *= EXPECTED[:, None]
         return coefficients.transpose(2, 0, 1)
 
 
 def _hessian(function: Any, at: Floats, step: float = 0.1) -> Floats:
-    size = len(at)
-    found = np.empty((size, size))
+    hessian = np.empty((len(at), len(at)))
     middle = function(at)
-    steps = step * np.eye(size)
+    steps = step * np.eye(len(at))
     plus = [function(at + one) for one in steps]
-    minus = [function(at - one) for one in steps]
-    for i in range(size):
-        found[i, i] = (plus[i] - 2 * middle + minus[i]) / step**2
+    for i in range(len(at)):
+        hessian[i, i] = (plus[i] - 2 * middle + function(at - steps[i])) / step**2
         for j in range(i):
             both = function(at + steps[i] + steps[j])
-            found[i, j] = found[j, i] = (both - plus[i] - plus[j] + middle) / step**2
-    return found
-
-
-def _expected() -> Floats:
-    return DECAY ** np.arange(DEGREE + 1 - OWN, dtype=float)
+            hessian[i, j] = hessian[j, i] = (both - plus[i] - plus[j] + middle) / step**2
+    return hessian
 
 
 def _basis(gaps: Floats, domain: tuple[float, float]) -> Floats:
     low, high = domain
     return legendre.legvander(2 * (gaps - low) / (high - low) - 1, DEGREE)
-
-
-def _lowest(losses: Floats, places: Floats) -> Floats:
-    """Where each row [draws, places] is lowest, by the parabola through its lowest three."""
-    lowest = losses.argmin(axis=1)
-    found = places[lowest]
-    inner = np.flatnonzero((lowest > 0) & (lowest < len(places) - 1))
-    before, at, after = (losses[inner, lowest[inner] + step] for step in (-1, 0, 1))
-    bend = before - 2 * at + after
-    step = np.where(bend > 0, 0.5 * (before - after) / np.where(bend > 0, bend, 1.0), 0.0)
-    found[inner] += step * (places[1] - places[0])
-    return np.asarray(found)

@@ -1,18 +1,17 @@
-"""Cells -> loss surfaces of one's own.
+"""A table of cells -> loss surfaces of one's own.
 
-N and D as in `surface`. A surface is of students from scratch, as the published one: it knows a
-teacher by its loss alone, and has no term for weights that were cut out of a teacher.
+A surface is of students from scratch, as the published one: it knows a teacher by its loss alone,
+and has no term for weights that were cut out of a teacher.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 
 import numpy as np
 import pandas
 
 from capgap.law.data import Cells, per_token
-from capgap.law.law import Surface, SurfacePart
+from capgap.law.law import Surface
 from capgap.law.model import Floats
 from capgap.law.surface import SupervisedSurface, TeacherTokens
 from capgap.law.surface_fit import (
@@ -56,19 +55,19 @@ def _of_architecture(architecture: str, rows: pandas.DataFrame, seed: int) -> Su
     alone = _means(own, ["student_size", "tokens"], *names, "alone")
     taught = _means(own, ["student_size", "tokens", "teacher_size"], *names, "above", "loss")
     models = np.concatenate([teachers, alone])
+    n, d, above, losses = taught.T
     supervised, reason = _best(
         SUPERVISED_FORMS,
         models,
         "models trained without a teacher",
-        lambda form, intervals: fit_supervised(
-            *models.T, form=form, starts=STARTS, seed=seed, intervals=intervals
-        ),
+        lambda **how: fit_supervised(*models.T, **how),
+        seed,
     )
     if supervised is None:
         return Surface(architecture=architecture, reason=reason)
     surface = supervised.surface
     assert isinstance(surface, SupervisedSurface)
-    entry = Surface(architecture=architecture, reason=None, supervised=_described(supervised))
+    entry = Surface(architecture=architecture, reason=None, supervised=supervised.part)
     if not len(teachers):
         reason = "what the teachers were trained on is not known"
         return entry.model_copy(update={"reason": reason})
@@ -76,17 +75,8 @@ def _of_architecture(architecture: str, rows: pandas.DataFrame, seed: int) -> Su
         DISTILLATION_FORMS,
         taught,
         "distilled students whose teacher's loss is known",
-        lambda form, intervals: fit_distillation(
-            taught[:, 0],
-            taught[:, 1],
-            taught[:, 2],
-            taught[:, 3],
-            surface,
-            form=form,
-            starts=STARTS,
-            seed=seed,
-            intervals=intervals,
-        ),
+        lambda **how: fit_distillation(n, d, above, losses, surface, **how),
+        seed,
     )
     if distilled is None:
         return entry.model_copy(update={"reason": reason})
@@ -94,7 +84,7 @@ def _of_architecture(architecture: str, rows: pandas.DataFrame, seed: int) -> Su
     combinations = {(float(student), float(tokens)) for student, tokens in taught[:, :2]}
     return entry.model_copy(
         update={
-            "distillation": _described(distilled),
+            "distillation": distilled.part,
             "teacher_tokens": (trained.factor, trained.exponent),
             "error": distilled.deviation / float(taught[:, 3].mean()),
             "teachers": (float(teachers[:, 0].min()), float(teachers[:, 0].max())),
@@ -113,7 +103,8 @@ def _best(
     forms: Mapping[str, Mapping[str, float]],
     points: Floats,
     what: str,
-    fit: Callable[[str, bool], SurfaceFit],
+    fit: Callable[..., SurfaceFit],
+    seed: int,
 ) -> tuple[SurfaceFit | None, str]:
     """The fit with the lowest AICc, or why there is none; tokens are the second column of points.
 
@@ -122,47 +113,31 @@ def _best(
     """
     one_budget = len(np.unique(points[:, 1])) < 2
     full = 6 if forms is SUPERVISED_FORMS else 9
-    found, said = [], f"there are no {what}"
+    fits, reason = [], f"there are no {what}"
     for form, fixed in forms.items():
         if form.startswith("one_budget") != one_budget:
             continue
         free = full - len(fixed)
         # below this the correction of AICc has no meaning
         if len(points) < free + 2:
-            said = f"{len(points)} {what} are too few: the simplest form needs {free + 2}"
+            reason = f"{len(points)} {what} are too few: the simplest form needs {free + 2}"
             continue
-        result = fit(form, False)
-        if result.status == "not_converged":
-            said = f"the fit of the form {form!r} to the {what} did not converge"
+        one = fit(form=form, starts=STARTS, seed=seed)
+        if one.status == "not_converged":
+            reason = f"the fit of the form {form!r} to the {what} did not converge"
         else:
-            found.append((_aicc(result, free), result))
-    if not found:
-        return None, said
-    chosen = min(found, key=lambda pair: pair[0])[1]
-    return fit(chosen.form, True), ""
+            fits.append((_aicc(one, free), form))
+    if not fits:
+        return None, reason
+    return fit(form=min(fits)[1], starts=STARTS, seed=seed, intervals=True), ""
 
 
 def _aicc(fit: SurfaceFit, free: int) -> float:
     """Akaike's criterion for small samples; the scatter is one coefficient more."""
-    cells, k = fit.cells, free + 1
-    variance = max(fit.deviation**2 * (cells - free) / cells, 1e-30)
-    correction = 2 * k * (k + 1) / (cells - k - 1) if cells > k + 1 else math.inf
-    return cells * math.log(variance) + 2 * k + correction
-
-
-def _described(fit: SurfaceFit) -> SurfacePart:
-    coefficients = asdict(fit.surface)
-    coefficients.pop("supervised", None)
-    return SurfacePart(
-        form=fit.form,
-        status=fit.status,
-        coefficients=coefficients,
-        intervals=fit.intervals or {},
-        at_bounds=fit.at_bounds,
-        condition=fit.condition if math.isfinite(fit.condition) else None,
-        deviation=fit.deviation,
-        points=fit.cells,
-    )
+    points, k = fit.points, free + 1
+    variance = max(fit.deviation**2 * (points - free) / points, 1e-30)
+    correction = 2 * k * (k + 1) / (points - k - 1) if points > k + 1 else math.inf
+    return points * math.log(variance) + 2 * k + correction
 
 
 def _teacher_tokens(teachers: Floats) -> TeacherTokens:

@@ -1,8 +1,19 @@
-"""What is published of the capacity gap, as data to set beside what is measured."""
+"""What is published of the capacity gap, of small models' scores and of model families, and the
+teachers that could be taken: published models, folders, sizes. Imports no torch before it must."""
 
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
+from capgap.corpus.hub import HUB_NAME, looks_like_path
+from capgap.errors import UserError
 from capgap.law.surface import DistillationSurface, SupervisedSurface
+from capgap.models.shape import Shape
+from capgap.sizes import ParameterCounts, format_count, parse_count, parse_size
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,7 @@ PUBLISHED_TEACHERS = (70e6, 2.8e9)
 
 # Busbridge et al., arXiv 2502.08606: models of 143M to 12.6B parameters, about 1% error
 PUBLISHED_SURFACE = DistillationSurface(
-    supervised=SupervisedSurface(E=1.220, A=3355, B=18186, alpha=0.408, beta=0.431, gamma=0.452),
+    SupervisedSurface(E=1.220, A=3355, B=18186, alpha=0.408, beta=0.431, gamma=0.452),
     A=2243,
     B=24181,
     alpha=0.321,
@@ -38,3 +49,253 @@ PUBLISHED_SURFACE = DistillationSurface(
     f1=0.090,
     d1=1.315,
 )
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """A model on the six benchmarks of arXiv 2311.07052: scores in percent, `mean` the plain mean
+    of them, `flops` the compute that it took. distilled: from a teacher; tuned: on instructions."""
+
+    name: str
+    flops: float
+    mean: float
+    scores: dict[str, float]
+    distilled: bool = False
+    tuned: bool = False
+
+
+@cache
+def published_results() -> tuple[BenchmarkResult, ...]:
+    """The table of arXiv 2311.07052 (authors' repository), in its order."""
+    data = _read("benchmarks.toml")
+    return tuple(
+        BenchmarkResult(
+            name=model["name"],
+            flops=1e21 * model["compute"],
+            mean=fmean(model["scores"]),
+            scores=dict(zip(data["benchmarks"], model["scores"], strict=True)),
+            distilled=model.get("distilled", False),
+            tuned=model.get("tuned", False),
+        )
+        for model in data["models"]
+    )
+
+
+def _read(name: str) -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name(name).read_text())
+
+
+_DIMENSIONS = ("hidden", "layers", "heads", "kv_heads", "head_size", "ffn")
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A member of a family. `tokens` of its pre-training; None where they are not published. year:
+    month in which the family came out, as "2024-09". tokenizer: a name that families with the
+    same tokenizer share. head_norms: whether queries and keys have norms of their own."""
+
+    name: str
+    family: str
+    shape: Shape
+    tokens: int | None
+    year: str
+    tokenizer: str
+    head_norms: bool = False
+
+    def parameters(self) -> ParameterCounts:
+        """By part, from the published dimensions."""
+        counts = self.shape.parameters()
+        heads = self.shape.layers * 2 * self.shape.head_size if self.head_norms else 0
+        return replace(counts, norms=counts.norms + heads)
+
+
+@dataclass(frozen=True)
+class PublishedFamily:
+    """Models that share tokenizer and recipe, smallest first."""
+
+    name: str
+    title: str
+    source: str
+    models: tuple[PublishedModel, ...]
+
+
+@cache
+def published_families() -> dict[str, PublishedFamily]:
+    """All families, by their short name."""
+    return {name: _family(name, fields) for name, fields in _read("families.toml").items()}
+
+
+def find_family(name: str) -> PublishedFamily:
+    """The family of that short name; UserError names those that are known."""
+    families = published_families()
+    family = families.get(name.lower().replace("-", "").replace("_", ""))
+    if family is None:
+        raise UserError(f"no family {name!r}: known are {', '.join(families)}")
+    return family
+
+
+def find_model(name: str) -> PublishedModel | None:
+    """The published model of that name, None where there is none."""
+    models = (model for family in published_families().values() for model in family.models)
+    return next((one for one in models if one.name.lower() == name.strip().lower()), None)
+
+
+def _family(name: str, fields: dict[str, Any]) -> PublishedFamily:
+    models = []
+    for model in fields["models"]:
+        shape = Shape(
+            architecture=fields["architecture"],
+            vocabulary=model.get("vocabulary", fields["vocabulary"]),
+            positions=fields["positions"],
+            tied=model.get("tied", fields.get("tied", False)),
+            **dict(zip(_DIMENSIONS, model["shape"], strict=True)),
+        )
+        tokens = parse_count(model["tokens"]) if "tokens" in model else None
+        recipe = (fields["year"], fields.get("tokenizer", name), fields.get("head_norms", False))
+        models.append(PublishedModel(model["name"], name, shape, tokens, *recipe))
+    return PublishedFamily(name, fields["title"], fields["source"], tuple(models))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A teacher that could be taken. Sizes in parameters; `tokens` it was trained on, or None.
+
+    `source`: the folder, or the name on the Hub, with its weights; None where only sizes are known.
+    family, year: of a published model. width, vocabulary: of its embeddings; tables: 1 where the
+    head is tied to them, else 2; None where only a size is known.
+    """
+
+    name: str
+    non_embedding: int
+    total: int
+    tokens: int | None
+    source: str | None = None
+    family: str | None = None
+    year: str | None = None
+    embedding: tuple[int, int, int] | None = None
+
+    def student_total(self, non_embedding: int) -> int:
+        """All parameters of a student of this family and size: its width shrinks with the cube root
+        of its size, as where layers and width shrink alike."""
+        if self.embedding is None:
+            return non_embedding
+        width, vocabulary, tables = self.embedding
+        share = (non_embedding / self.non_embedding) ** (1 / 3)
+        return round(non_embedding + width * share * vocabulary * tables)
+
+
+def candidates_of(family: str | None, teachers: Sequence[str]) -> list[Candidate]:
+    """The members of a family, and teachers by their published name, a Hugging Face folder or name
+    on the Hub such as Qwen/Qwen2.5-7B (whose config is read), NAME=FOLDER, or a size such as 7B.
+
+    A published name with a folder has the published sizes and tokens, and the folder's weights; any
+    other name is what the folder is called here. UserError for names that are none, and where
+    nothing is asked for.
+    """
+    models = list(find_family(family).models) if family is not None else []
+    found = [published(model) for model in models]
+    found += [_candidate(name.strip()) for name in teachers]
+    if not found:
+        raise UserError(
+            "no teachers to choose from: give --family (" + ", ".join(published_families()) + ") "
+            "or --teachers, such as Llama-2-7B,Qwen2.5-14B or 3B,7B"
+        )
+    names = [one.name for one in found]
+    twins = sorted({name for name in names if names.count(name) > 1})
+    if twins:
+        raise UserError(
+            f"the teacher {twins[0]} is given twice: tell folders of one name apart as NAME=FOLDER"
+        )
+    return found
+
+
+def sources_of(candidates: Sequence[Candidate]) -> dict[str, str]:
+    """Where the weights of each candidate are, by its name; UserError for one without weights."""
+    found = {}
+    for one in candidates:
+        if one.source is None:
+            raise UserError(
+                f"--measure reads models, and of {one.name} there are no weights: give a folder or "
+                f"a name on the Hub in --teachers, as {one.name}=FOLDER, or leave --measure away"
+            )
+        found[one.name] = one.source
+    return found
+
+
+def published(model: PublishedModel, source: str | None = None) -> Candidate:
+    """A published model; UserError where what lies at `source` has another size."""
+    counts, shape = model.parameters(), model.shape
+    if source is not None:
+        _check_published(model, source)
+    return Candidate(
+        name=model.name,
+        non_embedding=counts.non_embedding,
+        total=counts.total,
+        tokens=model.tokens,
+        source=source,
+        family=model.family,
+        year=model.year,
+        embedding=(shape.hidden, shape.vocabulary, 1 if shape.tied else 2),
+    )
+
+
+def _candidate(given: str) -> Candidate:
+    name, mark, place = (part.strip() for part in given.partition("="))
+    known = find_model(name)
+    if not mark:
+        place = name if Path(name).is_dir() else ""
+    if known is not None:
+        return published(known, place or None)
+    if mark:
+        if not (name and place):
+            raise UserError(f"--teachers: {given!r} is not of the form NAME=FOLDER")
+        return _by_config(place, name)
+    is_hub_name = "/" in name and HUB_NAME.fullmatch(name) and not looks_like_path(name)
+    if place or is_hub_name:
+        return _by_config(name, Path(name).resolve().name)
+    return _by_size(name)
+
+
+def _check_published(model: PublishedModel, source: str) -> None:
+    from capgap.models.families import FAMILIES
+    from capgap.models.stored import read_config
+
+    if read_config(source).model_type not in FAMILIES:
+        return
+    size, expected = _by_config(source, model.name).non_embedding, model.parameters().non_embedding
+    if abs(size / expected - 1) > 0.01:
+        raise UserError(
+            f"the model in {source} has {format_count(size)} non-embedding parameters, "
+            f"{model.name} {format_count(expected)}: name it otherwise, as NAME=FOLDER"
+        )
+
+
+def _by_config(source: str, name: str) -> Candidate:
+    # the only teachers for which transformers, and with it torch, is loaded
+    from capgap.models.build import shape_of
+    from capgap.models.families import FAMILIES
+    from capgap.models.stored import empty_model, read_config
+
+    config = read_config(source)
+    if config.model_type in FAMILIES:
+        shape = shape_of(config)
+        counts = shape.parameters()
+        tables = (shape.hidden, shape.vocabulary, 1 if shape.tied else 2)
+        return Candidate(name, counts.non_embedding, counts.total, None, source, embedding=tables)
+    model = empty_model(config)
+    total = sum(weight.numel() for weight in model.parameters())
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding = sum({id(one.weight): one.weight.numel() for one in ends if one}.values())
+    return Candidate(name, total - embedding, total, None, source)
+
+
+def _by_size(name: str) -> Candidate:
+    try:
+        size, _ = parse_size(name)
+    except UserError:
+        known = ", ".join(find_family("llama2").models[i].name for i in range(2))
+        raise UserError(
+            f"--teachers: {name!r} is no published model (such as {known}), no folder, no name on "
+            "the Hub (such as Qwen/Qwen2.5-7B) and no size (such as 7B)"
+        ) from None
+    return Candidate(name, size, size, None)

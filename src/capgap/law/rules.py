@@ -1,8 +1,8 @@
 """What advice rests on: lines and loss surfaces, published ones and those of one's own sweep."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import groupby, product
 
 import numpy as np
@@ -104,57 +104,50 @@ class SurfaceRule:
         """Standard error, as a share of the loss, of the difference that two teachers make to one
         student: by the coefficients' covariance, not by the error of a loss, most of which both
         have in common."""
-        slopes = _slopes(
-            self.surface,
-            lambda surface: np.diff(np.log(surface.loss(student, tokens, teacher_losses))),
-        )
-        return float(np.sqrt(np.maximum(slopes @ _covariance(self) @ slopes.T, 0.0)).item())
 
-    def __hash__(self) -> int:
-        return id(self)
+        def difference(surface: DistillationSurface) -> Floats:
+            return np.diff(np.log(surface.loss(student, tokens, teacher_losses)))
 
+        slopes = _slopes(self.surface, difference)
+        return float(np.sqrt(np.maximum(slopes @ self._covariance @ slopes.T, 0.0)).item())
 
-@cache
-def _covariance(rule: SurfaceRule) -> Floats:
-    """Of the coefficients, as least squares leaves it where losses scatter by the rule's error:
-    every combination alone, and with five teachers."""
-    students, tokens = np.array(rule.combinations).T
-    teachers = np.geomspace(*rule.teachers, 5)
+    @cached_property
+    def _covariance(self) -> Floats:
+        """Covariance of the coefficients, as least squares leaves it where losses scatter by the
+        rule's error: every combination alone, and with five teachers."""
+        students, tokens = np.array(self.combinations).T
+        teachers = np.geomspace(*self.teachers, 5)
 
-    def losses(surface: DistillationSurface) -> Floats:
-        alone = surface.supervised
-        above = alone.loss(teachers, rule.teacher_tokens.of(teachers))
-        taught = surface.loss(students, tokens, above[:, None])
-        every = [alone.loss(students, tokens), above, taught.ravel()]
-        return np.log(np.concatenate(every))
+        def losses(surface: DistillationSurface) -> Floats:
+            alone = surface.supervised
+            above = alone.loss(teachers, self.teacher_tokens.of(teachers))
+            taught = surface.loss(students, tokens, above[:, None])
+            return np.log(np.concatenate([alone.loss(students, tokens), above, taught.ravel()]))
 
-    slopes = _slopes(rule.surface, losses)
-    known = slopes.T @ slopes / rule.error**2
-    return np.asarray(np.linalg.inv(known + np.eye(len(known)) / LOOSE**2))
+        slopes = _slopes(self.surface, losses)
+        known = slopes.T @ slopes / self.error**2
+        return np.asarray(np.linalg.inv(known + np.eye(len(known)) / LOOSE**2))
 
 
 def _slopes(
     surface: DistillationSurface, function: Callable[[DistillationSurface], Floats]
 ) -> Floats:
     """[values, coefficients] along the logarithm of every coefficient that is there (c0 itself)."""
-    step, found = 1e-4, []
-
-    def moved(part: str, name: str, value: float) -> DistillationSurface:
-        if part == "own":
-            return replace(surface, **{name: value})  # type: ignore[arg-type]
-        return replace(surface, supervised=replace(surface.supervised, **{name: value}))
-
-    own = {name: value for name, value in asdict(surface).items() if name != "supervised"}
-    for part, coefficients in (("supervised", asdict(surface.supervised)), ("own", own)):
+    step, slopes = 1e-4, []
+    own = asdict(surface)
+    alone = own.pop("supervised")
+    for coefficients in (alone, own):
         for name, value in coefficients.items():
-            if value:
-                ends = (
-                    value + sign * step if name == "c0" else value * np.exp(sign * step)
-                    for sign in (1, -1)
-                )
-                above, below = (function(moved(part, name, end)) for end in ends)
-                found.append((above - below) / (2 * step))
-    return np.stack(found, axis=-1)
+            if not value:
+                continue
+            ends = []
+            for sign in (1, -1):
+                moved = value + sign * step if name == "c0" else value * np.exp(sign * step)
+                coefficients[name] = moved
+                ends.append(function(DistillationSurface(SupervisedSurface(**alone), **own)))
+            coefficients[name] = value
+            slopes.append((ends[0] - ends[1]) / (2 * step))
+    return np.stack(slopes, axis=-1)
 
 
 PUBLISHED_RULE = SurfaceRule(
@@ -191,37 +184,32 @@ def own_rule(law: Law, student: int, tokens: int) -> LineRule | None:
     Of several curves or lines the one for students cut out of their teachers, with tokens nearest
     to those asked for.
     """
-    curves = [curve for curve in law.curves if _is_of(curve, student, tokens)]
+    curves = [
+        curve
+        for curve in law.curves
+        if all(point.cost is not None for point in curve.points)
+        and _apart(curve.student_parameters, student) <= np.log(SIZES_REACH)
+        and _apart(curve.tokens, tokens) <= np.log(TOKENS_REACH)
+    ]
     if curves:
-        curve = min(curves, key=lambda one: (one.init != "pruned", _apart(one.tokens, tokens)))
-        return _by_curve(curve)
-    lines = [line for line in law.lines if line.is_identified]
-    if not lines:
-        return None
+        return _by_curve(
+            min(curves, key=lambda one: (one.init != "pruned", _apart(one.tokens, tokens)))
+        )
 
     def read(line: Line) -> float:
         return line.group.tokens or (line.group.tokens_per_parameter or 0.0) * student
 
-    line = min(lines, key=lambda one: (one.group.init != "pruned", _apart(read(one), tokens)))
-    rule = _by_line(line, student)
-    if _apart(read(line), tokens) <= np.log(TOKENS_REACH):
-        return rule
-    other = f"{format_count(read(line))} tokens, not on {format_count(tokens)}"
-    if line.group.tokens is None:
-        ratio = line.group.tokens_per_parameter
-        other = f"{ratio:.3g} tokens a parameter, not on {tokens / student:.3g}"
-    cautions = [*filter(None, [rule.caution]), f"it was read on {other}"]
-    return rule.model_copy(update={"caution": "; ".join(cautions)})
+    lines = [line for line in law.lines if line.is_identified]
+    line = min(
+        lines,
+        key=lambda one: (one.group.init != "pruned", _apart(read(one), tokens)),
+        default=None,
+    )
+    return None if line is None else _by_line(line, student, tokens, read(line))
 
 
 def _apart(one: float, other: float) -> float:
     return abs(float(np.log(one / other)))
-
-
-def _is_of(curve: Curve, student: int, tokens: int) -> bool:
-    size, budget = _apart(curve.student_parameters, student), _apart(curve.tokens, tokens)
-    known = all(point.cost is not None for point in curve.points)
-    return known and size <= np.log(SIZES_REACH) and budget <= np.log(TOKENS_REACH)
 
 
 def _by_curve(curve: Curve) -> LineRule:
@@ -237,24 +225,34 @@ def _by_curve(curve: Curve) -> LineRule:
     )
 
 
-def _by_line(line: Line, student: int) -> LineRule:
+def _by_line(line: Line, student: int, tokens: int, read: float) -> LineRule:
+    """read: the tokens that the line was read on."""
     assert line.slope is not None
     assert line.band is not None
-    band, slope = line.band, line.slope
+    band, slope, cautions = line.band, line.slope, []
     first, last = band.student[0], band.student[-1]
-    caution = None
     if not first / SIZES_REACH <= student <= last * SIZES_REACH:
-        caution = (
+        cautions.append(
             f"it was read from students of {format_count(first)} to {format_count(last)}, so this "
             "is an extrapolation"
         )
+    if _apart(read, tokens) > np.log(TOKENS_REACH):
+        other = f"{format_count(read)} tokens, not on {format_count(tokens)}"
+        if line.group.tokens is None:
+            ratio = line.group.tokens_per_parameter
+            other = f"{ratio:.3g} tokens a parameter, not on {tokens / student:.3g}"
+        cautions.append(f"it was read on {other}")
     # beyond the band its end goes on by every slope of the interval: wider than the law's own
     beyond = student - min(max(student, first), last)
     steps = (slope.value * beyond, *sorted((slope.low * beyond, slope.high * beyond)))
     ends = (np.interp(student, band.student, end) for end in (band.mid, band.low, band.high))
     teacher, low, high = (max(1.0, float(e) + s) for e, s in zip(ends, steps, strict=True))
-    source = f"your sweep ({line.group})"
-    return LineRule(source=source, teacher=teacher, interval=(low, high), caution=caution)
+    return LineRule(
+        source=f"your sweep ({line.group})",
+        teacher=teacher,
+        interval=(low, high),
+        caution="; ".join(cautions) or None,
+    )
 
 
 def surface_rules(law: Law | None, student: int, tokens: int) -> list[SurfaceRule]:

@@ -1,8 +1,8 @@
-"""A table of cells that anybody may have published, as CSV -> cells."""
+"""Cells from elsewhere: a CSV that anybody may have published, and runs of `capgap distill`."""
 
 import csv
-import math
 import re
+from math import inf, nan
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -10,16 +10,29 @@ import numpy as np
 import pandas
 from pydantic import BaseModel, BeforeValidator, ValidationError, ValidationInfo
 
+from capgap.artifact import read_json
 from capgap.errors import UserError, check_regular
-from capgap.law.data import CURVE, FRAME, KEYS, LARGEST_VOCABULARY, LOST, Cells, cells_of
+from capgap.law.data import CURVE, FRAME, KEYS, LARGEST_VOCABULARY, Cells, cells_of
 from capgap.law.law import Excluded
+from capgap.law.model import Floats
 from capgap.records import read_records
 from capgap.sizes import format_count, parse_count
 
 # Sizes of one architecture further apart than this are taken for a mixture of units
 WIDEST_RANGE = 1e4
 SMALLEST_MODEL = 1_000
-SAME_LOSS = 1e-9  # two rows of one place may differ by rounding
+SAME_LOSS = 1e-9  # two rows of one cell may differ by rounding
+# Distilled students of one size: shapes miss the size that was asked for by up to 2%
+SAME_SIZE = 1.05
+LOSSES = ["loss", "teacher_loss", "baseline_loss"]
+# What a table may leave away, and what is not known then
+LOST = {
+    "teacher": "one training of every size is assumed to have taught all seeds",
+    "seed": "every row counts as a run of one seed",
+    "loss_stderr": "the losses' own standard errors are not known",
+    "teacher_loss": "whether the teachers improve as they grow is not known",
+    "baseline_loss": "what distilling gains is not known",
+}
 
 
 def _number(text: str) -> str:
@@ -41,17 +54,16 @@ def _count(text: str) -> int:
 
 
 def _real(text: str, info: ValidationInfo) -> float:
-    """Where commas part the fields, one in a field is none before decimals."""
-    text = text if info.context == "," else _number(text)
+    """A comma within a field is a decimal one only where other marks separate the fields."""
     try:
-        return float(text)
+        return float(text if info.context == "," else _number(text))
     except ValueError:
-        return math.nan
+        return nan
 
 
 def _loss(text: str, info: ValidationInfo) -> float:
     value = _real(text, info)
-    if not (0 < value < math.inf or (value == 0 and info.field_name == "loss_stderr")):
+    if not (0 < value < inf or (value == 0 and info.field_name == "loss_stderr")):
         raise ValueError("give a positive, finite number of nats per token, or take the row out")
     return value
 
@@ -84,10 +96,10 @@ class _Row(BaseModel):
     init: Name = "unnamed"
     teacher: str = ""
     seed: Annotated[int, BeforeValidator(_whole)] = 0
-    loss_stderr: Loss = math.nan
-    teacher_loss: Loss = math.nan
-    baseline_loss: Loss = math.nan
-    teacher_tokens: Annotated[float, BeforeValidator(_count)] = math.nan
+    loss_stderr: Loss = nan
+    teacher_loss: Loss = nan
+    baseline_loss: Loss = nan
+    teacher_tokens: Annotated[float, BeforeValidator(_count)] = nan
     tokenizer: str = ""
     vocabulary: Count = LARGEST_VOCABULARY
     student_size: Count = 0
@@ -95,18 +107,20 @@ class _Row(BaseModel):
 
 
 REQUIRED = tuple(name for name, field in _Row.model_fields.items() if field.is_required())
-# what a sweep's own grid.csv has besides
+# the sizes that were asked for, which the grid.csv of a sweep has
 _ASKED = ("student_size", "teacher_size")
 OPTIONAL = tuple(name for name in _Row.model_fields if name not in (*REQUIRED, *_ASKED))
 
 
 def load_cells(source: Path | str, *, independent_errors: bool = False) -> Cells:
-    """The cells of a sweep's output folder, or of a table (`read_table`)."""
+    """The cells of a sweep's output folder, of those of `capgap distill`, or of a table."""
     source = Path(source)
     if not source.is_dir():
         return read_table(source, independent_errors=independent_errors)
     if independent_errors:
         raise UserError("--independent-errors is for tables; records hold every document")
+    if has_distillations(source):
+        return read_distillations(source)
     return cells_of(read_records(source))
 
 
@@ -120,49 +134,53 @@ def read_table(path: Path | str, *, independent_errors: bool = False) -> Cells:
     sizes in several units, fewer than two teachers for every student.
     """
     path = Path(path)
+    check_regular(path, "a table")
     separator, columns, rows = _load(path)
     excluded: list[Excluded] = []
     own = [row for row in rows if _is_cell(row, excluded)]
     table = pandas.DataFrame([_checked(row, separator, path) for row in own])
+    missing = tuple(name for name in LOST if name not in columns)
+    return _cells(table, path, excluded, own_errors=independent_errors, missing=missing)
+
+
+def _cells(table: pandas.DataFrame, source: Path, excluded: list[Excluded], **more: Any) -> Cells:
+    """Checks the table, whose column `where` names the origin of each row, and sorts it."""
     if table.empty:
-        raise UserError(f"{path} has no row of a finished cell")
-    _check_losses(table, path)
-    _check_units(table, path)
+        raise UserError(f"{source} has no row of a finished cell")
+    _check_losses(table, source)
+    _check_units(table, source)
     for who in ("student", "teacher"):
-        size = f"{who}_size"
-        if not table[size].all():
-            table[size] = table[f"{who}_parameters"]
-    table["training"] = table["teacher"].where(
-        table["teacher"] != "", table["teacher_size"].astype(str)
-    )
-    table = _without_repeats(table, path, excluded)
-    _check_curves(table, path)
+        if not table[f"{who}_size"].all():
+            table[f"{who}_size"] = table[f"{who}_parameters"]
+    size = table["teacher_size"].astype(str)
+    table["training"] = table["teacher"].where(table["teacher"] != "", size)
+    table = _without_repeats(table, source, excluded)
+    _check_curves(table, source)
     table = table.sort_values(KEYS, ignore_index=True)
+    tokens, documents = np.ones(1), table[LOSSES].to_numpy(float)[..., None]
+    if "documents" in table:
+        # [cells, losses, documents]
+        tokens, documents = table["document_tokens"][0], np.array(table["documents"].tolist())
     return Cells(
         frame=table[FRAME],
-        cells=table[["loss"]].to_numpy(float),
-        baselines=table[["baseline_loss"]].to_numpy(float),
-        teachers=table[["teacher_loss"]].to_numpy(float),
-        document_tokens=np.ones(1),
-        own_errors=independent_errors,
+        cells=documents[:, 0],
+        teachers=documents[:, 1],
+        baselines=documents[:, 2],
+        document_tokens=tokens,
         excluded=tuple(excluded),
-        missing=tuple(name for name in LOST if name not in columns),
+        **more,
     )
 
 
 def _load(path: Path) -> tuple[str, list[str], list[dict[str, str]]]:
-    """The separator, names of columns, and rows of text with the number of their `line`."""
-    check_regular(path, "a table")
+    """The separator, names of columns, and rows of text; `where` is the number of their line."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             separator = max(",;\t", key=file.readline().count)
             file.seek(0)
             reader = csv.reader(file, delimiter=separator, skipinitialspace=True, strict=True)
-            lines = [
-                (reader.line_num, fields)
-                for row in reader
-                if any(fields := [field.strip() for field in row])
-            ]
+            stripped = ([field.strip() for field in row] for row in reader)
+            lines = [(f"line {reader.line_num}", row) for row in stripped if any(row)]
     except FileNotFoundError:
         raise UserError(f"no table {path}") from None
     except (csv.Error, UnicodeDecodeError) as error:
@@ -179,13 +197,13 @@ def _load(path: Path) -> tuple[str, list[str], list[dict[str, str]]]:
         )
     for line, fields in lines:
         if len(fields) > len(columns):
-            raise UserError(f"{path}, line {line}: more fields than column names")
-    rows = [dict(zip(columns, held, strict=False)) | {"line": str(n)} for n, held in lines]
+            raise UserError(f"{path}, {line}: more fields than column names")
+    rows = [dict(zip(columns, row, strict=False)) | {"where": line} for line, row in lines]
     return separator, columns, rows
 
 
 def _is_cell(row: dict[str, str], excluded: list[Excluded]) -> bool:
-    """Of a sweep's grid.csv the cells that finished; any other table is cells alone."""
+    """Whether a row is a finished cell: the grid.csv of a sweep has other rows too."""
     kind, status = row.get("kind", "cell"), row.get("status", "done")
     if (kind, status) == ("cell", "done"):
         return True
@@ -194,32 +212,32 @@ def _is_cell(row: dict[str, str], excluded: list[Excluded]) -> bool:
         reason = "failed"
     elif kind in ("teacher", "baseline"):
         reason = f"a {kind}: its loss is the {kind}_loss of the cells"
-    excluded.append(Excluded(id=row.get("id") or f"line {row['line']}", reason=reason))
+    excluded.append(Excluded(id=row.get("id") or row["where"], reason=reason))
     return False
 
 
 def _checked(row: dict[str, str], separator: str, path: Path) -> dict[str, Any]:
     # an empty field is one that the row leaves away, but where there must be something
     needed = (*REQUIRED, "architecture", "init", "seed")
-    held = {name: text for name, text in row.items() if text or name in needed}
+    given = {name: text for name, text in row.items() if text or name in needed}
     try:
-        found = _Row.model_validate(held, context=separator).model_dump()
+        values = _Row.model_validate(given, context=separator).model_dump()
     except ValidationError as error:
         name, why = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"]
         why = why.removeprefix("Value error, ")
-        raise UserError(f"{path}, line {row['line']}: {name} {held[name]!r}: {why}") from None
-    return found | {"line": int(row["line"])}
+        raise UserError(f"{path}, {row['where']}: {name} {given[name]!r}: {why}") from None
+    return values | {"where": row["where"]}
 
 
 def _refuse(path: Path, table: pandas.DataFrame, wrong: pandas.Series, why: str) -> NoReturn:
-    """UserError with the first line that is wrong."""
-    raise UserError(f"{path}, line {table.loc[wrong, 'line'].iloc[0]}: {why}")
+    """UserError with the first row that is wrong."""
+    raise UserError(f"{path}, {table.loc[wrong, 'where'].iloc[0]}: {why}")
 
 
 def _check_losses(table: pandas.DataFrame, path: Path) -> None:
     """Perplexities, percentages and accuracies look like numbers too."""
     limits = np.log(table["vocabulary"])
-    for name in ("loss", "teacher_loss", "baseline_loss"):
+    for name in LOSSES:
         above = table[name] > limits
         if above.any():
             value, limit = (column[above].iloc[0] for column in (table[name], limits))
@@ -257,20 +275,18 @@ def _check_units(table: pandas.DataFrame, path: Path) -> None:
 def _without_repeats(
     table: pandas.DataFrame, path: Path, excluded: list[Excluded]
 ) -> pandas.DataFrame:
-    dropped = []
-    for _, rows in table[table.duplicated(KEYS, keep=False)].groupby(KEYS, sort=False):
-        first = rows.iloc[0]
-        for index, row in rows.iloc[1:].iterrows():
-            if abs(row["loss"] - first["loss"]) > SAME_LOSS:
-                raise UserError(
-                    f"{path}, lines {first['line']} and {row['line']} are the same cell with the "
-                    f"losses {first['loss']:g} and {row['loss']:g}: keep one, or give them "
-                    "different seeds"
-                )
-            dropped.append(index)
-            reason = f"the same cell as line {first['line']}, with the same loss"
-            excluded.append(Excluded(id=f"line {row['line']}", reason=reason))
-    return table.drop(index=dropped)
+    firsts = table.drop_duplicates(KEYS).set_index(KEYS)
+    repeats = table[table.duplicated(KEYS)]
+    for _, row in repeats.iterrows():
+        first = firsts.loc[tuple(row[KEYS])]
+        if abs(row["loss"] - first["loss"]) > SAME_LOSS:
+            raise UserError(
+                f"{path}: {first['where']} and {row['where']} are the same cell with the losses "
+                f"{first['loss']:g} and {row['loss']:g}: keep one, or give them different seeds"
+            )
+        reason = f"the same cell as {first['where']}, with the same loss"
+        excluded.append(Excluded(id=row["where"], reason=reason))
+    return table.drop(index=repeats.index)
 
 
 def _check_curves(table: pandas.DataFrame, path: Path) -> None:
@@ -292,3 +308,118 @@ def _check_curves(table: pandas.DataFrame, path: Path) -> None:
             f"{path}: teacher {name!r} stands for several sizes: the column names the training "
             "that made a teacher, so every size has names of its own"
         )
+
+
+def has_distillations(folder: Path) -> bool:
+    """Whether a folder is no sweep's, and runs of `capgap distill` lie in it."""
+    return not (folder / "records").is_dir() and any(folder.rglob("distill.json"))
+
+
+def read_distillations(folder: Path) -> Cells:
+    """The students of all runs of `capgap distill` in a folder, at any depth. Those that `capgap
+    train` trained alike without a teacher are their baselines.
+
+    init: `pruned` for a student that was cut out of its teacher, else `fixed`. Students whose sizes
+    differ by at most 5% make a curve. UserError for broken records, for runs on other text or with
+    other settings, and as `read_table`.
+    """
+    excluded: list[Excluded] = []
+    rows: list[dict[str, Any]] = []
+    runs, trained = _runs(folder, "distill"), _runs(folder, "train")
+    first = next(iter(runs))
+    for where, run in runs.items():
+        if key := _difference(runs[first], run):
+            raise UserError(
+                f"{folder}: the runs {first} and {where} have another {key}, so that their losses "
+                "cannot be compared: put them into folders of their own"
+            )
+        if not run["finished"]:
+            excluded.append(Excluded(id=where, reason="not finished"))
+            continue
+        alike = [one for one in trained.values() if not _difference(one, run, "tokens", "seed")]
+        baselines = {_start(one): one["heldout"] for own in alike for one in own["after"].values()}
+        for name, student in run["after"].items():
+            if student["failure"]:
+                reason = f"failed: {student['failure']['message']}"
+                excluded.append(Excluded(id=f"{where}/{name}", reason=reason))
+                continue
+            try:
+                row = _row_of(run, student, baselines.get(_start(student)))
+            except KeyError as error:
+                raise UserError(
+                    f"{where}/distill.json has no {error}: a run of an older version has to be "
+                    "made again"
+                ) from None
+            rows.append(row | {"where": f"{where}/{name}"})
+    size, sizes = 0, {}
+    for reached in sorted({row["student_parameters"] for row in rows}):
+        size = sizes[reached] = size if reached <= SAME_SIZE * size else reached
+    for row in rows:
+        row["student_size"] = sizes[row["student_parameters"]]
+    return _cells(pandas.DataFrame(rows), folder, excluded)
+
+
+def _runs(folder: Path, command: str) -> dict[str, dict[str, Any]]:
+    """The records by the folders that they lie in; only distill.json is sure to be a record."""
+    runs = {}
+    for path in sorted(folder.rglob(f"{command}.json")):
+        try:
+            record = read_json(path)
+        except UserError:
+            if command == "train":
+                continue
+            raise
+        if command == "distill" or "after" in record:
+            runs[str(path.parent.relative_to(folder.parent))] = record
+    return runs
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any], *more: str) -> str | None:
+    """The first setting in which two runs differ."""
+    asked, others = ({**run["asked"], **run["asked"]["training"]} for run in (one, other))
+    keys = ("corpus_hash", "shares", "window", *more, *one["asked"]["training"])
+    return next((k for k in keys if k in others and asked.get(k) != others[k]), None)
+
+
+def _start(student: dict[str, Any]) -> tuple[object, ...]:
+    return tuple(student.get(key) for key in ("architecture", "non_embedding", "cut_from"))
+
+
+def _row_of(
+    run: dict[str, Any], student: dict[str, Any], baseline: dict[str, Any] | None
+) -> dict[str, Any]:
+    asked, teacher = run["asked"], run["teacher"]
+    every = [_documents(heldout) for heldout in (student["heldout"], teacher["heldout"], baseline)]
+    tokens = every[0][1]
+    documents = [np.full(len(tokens), nan) if losses is None else losses for losses, _ in every]
+    means = [losses.sum() / tokens.sum() for losses in documents]
+    unknown = {"teacher_tokens": nan, "loss_stderr": nan, "tokenizer": ""}
+    return (
+        dict(zip(LOSSES, means, strict=True))
+        | unknown
+        | {
+            "architecture": student["architecture"],
+            "init": "pruned" if student["cut_from"] == teacher["hash"] else "fixed",
+            "tokens": asked["tokens"],
+            "seed": asked["seed"],
+            "student_parameters": student["non_embedding"],
+            "teacher_parameters": teacher["non_embedding"],
+            "teacher_size": teacher["non_embedding"],
+            "teacher": teacher["hash"],
+            "vocabulary": LARGEST_VOCABULARY,
+            "documents": documents,
+            "document_tokens": tokens,
+        }
+    )
+
+
+def _documents(heldout: dict[str, Any] | None) -> tuple[Floats | None, Floats]:
+    """Summed nats and tokens [documents]; the sources of a mixture weigh as their shares."""
+    if heldout is None:
+        return None, np.zeros(0)
+    losses, tokens = [], []
+    for source in heldout.get("sources", {"": heldout}).values():
+        weight = source.get("share", 1.0) * heldout["tokens"] / source["tokens"]
+        losses += [weight * loss for loss in source["document_losses"]]
+        tokens += [weight * number for number in source["document_tokens"]]
+    return np.array(losses), np.array(tokens)

@@ -6,7 +6,7 @@ from typing import Any
 
 from capgap.corpus.given import Given, Weighted
 from capgap.errors import UserError
-from capgap.law.families import find_model
+from capgap.law.published import find_model
 from capgap.pipeline.recipe import RunRecipe
 from capgap.stage import Stage
 from capgap.stages.adapt import Adapt, AdaptSection

@@ -10,10 +10,13 @@ import numpy as np
 
 from capgap.law.advise import Advice, recommend
 from capgap.law.advise import Row as Advised
-from capgap.law.benchmarks import BenchmarkResult, published_results
-from capgap.law.candidates import candidates_of
-from capgap.law.families import published_families
-from capgap.law.published import PUBLISHED_SURFACE
+from capgap.law.published import (
+    PUBLISHED_SURFACE,
+    BenchmarkResult,
+    candidates_of,
+    published_families,
+    published_results,
+)
 from capgap.law.rules import PUBLISHED_RULE, SURFACE_SIZES, SurfaceRule
 from capgap.law.surface import DistillationSurface, TeacherTokens
 from capgap.report import draw, numbers

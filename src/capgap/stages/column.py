@@ -1,5 +1,6 @@
 """A column: models that learn from the same windows, from one teacher, a cache of it, or text."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -18,8 +19,15 @@ from capgap.machine import machine, resolve_device, versions
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.identity import model_hash
 from capgap.models.parallel import Ranks, joined, parallelize, release, whole_weights
+from capgap.models.parts import Parts
 from capgap.models.shape import Shape, ladder_shape
-from capgap.models.stored import LICENCES, copy_companions, local_folder
+from capgap.models.stored import (
+    LICENCES,
+    copy_companions,
+    empty_model,
+    local_folder,
+    read_config,
+)
 from capgap.records import write_json_atomically
 from capgap.sizes import forward_flops, training_flops
 from capgap.stage import Say, ShouldStop
@@ -135,10 +143,11 @@ class _Run:
             name = str(self.request.teacher)
             warn_of_beginning(self.teacher.parts, self.corpus, name, say, self.ranks)
         if "before" not in self.record:
-            self._record(before={one.id: self._evaluate(one).as_dict() for one in self.learners})
+            before = {one.id: self._evaluate(one.parts).as_dict() for one in self.learners}
+            self._record(before=before, teacher=self._about_teacher())
 
         def heldout_loss(learner: Learner) -> float:
-            self.last_losses[learner.id] = self._evaluate(learner)
+            self.last_losses[learner.id] = self._evaluate(learner.parts)
             return self.last_losses[learner.id].loss
 
         peak = _peak(self.settings, self.device) * self.ranks.world
@@ -166,7 +175,7 @@ class _Run:
         for one in self.learners:
             loss = None
             if one.failure is None:
-                loss = self.last_losses.get(one.id) or self._evaluate(one)
+                loss = self.last_losses.get(one.id) or self._evaluate(one.parts)
                 if not math.isfinite(loss.loss):
                     loss, one.failure = None, NOT_FINITE
             students[one.id] = {
@@ -174,6 +183,8 @@ class _Run:
                 "failure": one.failure,
                 "parameters": _total(one.model),
                 "non_embedding": _non_embedding(one.model),
+                "architecture": one.model.config.model_type,
+                "cut_from": self._cut_from(one.id),
                 "learning_rate": one.learning_rate,
                 "heldout": None if loss is None else loss.as_dict(),
                 "curve": one.curve,
@@ -202,7 +213,10 @@ class _Run:
             return None
         sound = [one for one in self.learners if one.failure is None and step < self.steps]
         students = {
-            one.id: {"folder": self._save(one, "best"), "heldout": self._evaluate(one).as_dict()}
+            one.id: {
+                "folder": self._save(one, "best"),
+                "heldout": self._evaluate(one.parts).as_dict(),
+            }
             for one in sound
         }
         return {"step": step, "students": students}
@@ -211,8 +225,31 @@ class _Run:
     def _checkpoints(self) -> Path:
         return self.request.out / "checkpoints"
 
-    def _evaluate(self, learner: Learner) -> HeldoutLoss | MixedLoss:
-        found = evaluate_heldout(learner.parts, self.heldout, self.ranks)
+    def _about_teacher(self) -> dict[str, Any] | None:
+        """Which one, its size, and its own held-out loss where it runs here."""
+        name = self.request.teacher
+        if name is None:
+            return None
+        model = empty_model(read_config(name))
+        online = self.teacher if isinstance(self.teacher, OnlineTeacher) else None
+        return {
+            # it reads all weights, and the first process alone writes
+            "hash": model_hash(name) if self.ranks.is_first else None,
+            "parameters": _total(model),
+            "non_embedding": _non_embedding(model),
+            "heldout": None if online is None else self._evaluate(online.parts).as_dict(),
+        }
+
+    def _cut_from(self, student: str) -> str | None:
+        """The hash of the model that a student was cut out of."""
+        folders = {Path(name).name: local_folder(name) for name in self.request.begun_with}
+        path = folders[student] / PROVENANCE if student in folders else None
+        if path is None or not path.is_file():
+            return None
+        return str(json.loads(path.read_text())["teacher_hash"])
+
+    def _evaluate(self, parts: Parts) -> HeldoutLoss | MixedLoss:
+        found = evaluate_heldout(parts, self.heldout, self.ranks)
         return mixed_loss(found, self.corpus.heldout_counts(), self.corpus.share_of)
 
     def _save(self, learner: Learner, name: str) -> str:

@@ -11,8 +11,9 @@ from capgap.errors import UserError
 from capgap.law.data import cells_of, write_grid
 from capgap.law.fit import fit
 from capgap.law.law import Law, read_law
+from capgap.law.table import has_distillations, read_distillations
 from capgap.records import read_records, write_json_atomically
-from capgap.report.page import write_report
+from capgap.report.page import write_law_report, write_report
 from capgap.report.sentences import answer
 from capgap.sizes import clock_time
 from capgap.sweep.context import SEARCH_FILE
@@ -69,7 +70,13 @@ def fit_tables(out: Path) -> Law:
 
 
 def refresh(out: Path) -> dict[str, Any]:
-    """Fits and draws again; returns paths and verdict. UserError where there is no sweep."""
+    """Fits and draws again; returns paths and verdict. UserError where there is neither a sweep nor
+    the runs of `capgap distill`."""
+    if not (out / "sweep.json").exists() and has_distillations(out):
+        law = fit(read_distillations(out))
+        write_json_atomically(out / "law.json", law.as_dict())
+        page = write_law_report(law, out / "report.html", title=out.name)
+        return {"report": str(page), "law": str(out / "law.json"), "verdict": verdict_of(out)}
     if not (out / "sweep.json").exists():
         raise UserError(f"{str(out)!r} is no output folder of a sweep (it has no sweep.json)")
     if not any(out.glob("records/*/record.json")):
