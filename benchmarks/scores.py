@@ -29,9 +29,8 @@ from capgap.evaluate.losses import HeldoutSet, evaluate_heldout, heldout_set
 from capgap.models.build import load_model, shape_of
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape
-from capgap.prune.importance import Importance, score
+from capgap.prune.importance import Importance, score, scoring_batches
 from capgap.prune.surgery import cut
-from capgap.prune.text import scoring_batches
 from capgap.train.learner import Learner
 from capgap.train.learning_rate import auto_learning_rate
 from capgap.train.loop import LoopSettings, train

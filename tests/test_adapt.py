@@ -30,8 +30,7 @@ from capgap.artifact import read_json
 from capgap.corpus.extend import compare_fertility, extend_tokenizer
 from capgap.corpus.tokenizer import TokenCodec, compare_tokenizers, load_tokenizer, train_tokenizer
 from capgap.errors import UserError
-from capgap.models.build import build_model, load_model, save_model
-from capgap.models.extend import extend_model, extended_rows
+from capgap.models.build import build_model, extend_model, extended_rows, load_model, save_model
 from capgap.models.shape import ARCHITECTURES, ladder_shape
 from conftest import made_up_text
 

@@ -16,12 +16,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import capgap
 from capgap.cli import main
-from capgap.export import licence
-from capgap.export.card import Benchmark, Card, Loss, card_text
-from capgap.export.from_sweep import card_of_student
-from capgap.export.licence import Licence, find_licence, front_matter
+from capgap.export import card as cards
+from capgap.export.card import (
+    Benchmark,
+    Card,
+    Licence,
+    Loss,
+    card_of_student,
+    card_text,
+    find_licence,
+    front_matter,
+)
+from capgap.export.folder import VLLM_CLASSES, check_vllm
 from capgap.export.lineage import find_lineage
-from capgap.export.vllm import ARCHITECTURES, check_vllm
 from capgap.models.build import build_model, load_model, save_model, shape_of
 from capgap.models.families import FAMILIES
 from capgap.models.shape import ladder_shape
@@ -162,7 +169,7 @@ def test_a_student_is_handed_on_with_its_story(typed, student, tmp_path):
 def test_every_family_comes_back_as_it_was(small_corpus, tmp_path, architecture):
     source = save(tmp_path / "model", small_corpus, architecture)
     found = Export(model=str(source), out=tmp_path / "out", dtype="bf16").run()
-    assert found["vllm"]["architecture"] == ARCHITECTURES[architecture]
+    assert found["vllm"]["architecture"] == VLLM_CLASSES[architecture]
     # the ladder gives so small models of these heads of 12, and of those a free width
     told = [re.split(" in |:", told)[0] for told in found["vllm"]["problems"]]
     expected = [] if FAMILIES[architecture].free_width else ["heads of size 12"]
@@ -170,7 +177,7 @@ def test_every_family_comes_back_as_it_was(small_corpus, tmp_path, architecture)
         expected = [f"vLLM takes hidden / heads for the head size of {architecture}"]
     assert told == expected
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["architectures"] == [ARCHITECTURES[architecture]]
+    assert config["architectures"] == [VLLM_CLASSES[architecture]]
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
 
     Export(model=str(source), out=tmp_path / "same").run()
@@ -282,7 +289,7 @@ def test_a_licence_from_the_hub_is_that_of_a_model_that_was_loaded(tmp_path, mon
     card = tmp_path / "README.md"
     card.write_text("---\nlicense: apache-2.0\n---\n")
     assert find_licence([("the teacher", "teachers/big")]).id is None
-    monkeypatch.setattr(licence, "is_cached", lambda name, file: True)
+    monkeypatch.setattr(cards, "is_cached", lambda name, file: True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(card))
     found = find_licence([("the teacher", "org/big")])
     assert (found.id, found.source) == ("apache-2.0", "the model card of the teacher 'org/big'")
@@ -487,7 +494,7 @@ def test_licence_and_adaptation_come_through_all_stages(small_corpus, tmp_path):
 
 
 def test_the_base_model_is_the_first_of_the_hub(small_corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(licence, "is_cached", lambda name, file: name == "org/big")
+    monkeypatch.setattr(cards, "is_cached", lambda name, file: name == "org/big")
     card = tmp_path / "card.md"
     card.write_text("---\nlicense: mit\n---\n")
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(card))

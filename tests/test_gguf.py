@@ -10,8 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from capgap.corpus.tokenizer import num_words
-from capgap.export.gguf_file import LAYOUTS
-from capgap.export.gguf_tokenizer import SPACE, missing_splits, tokenizer_keys
+from capgap.export.gguf_file import LAYOUTS, SPACE, missing_splits, tokenizer_keys
 from capgap.models.build import build_model, save_model
 from capgap.models.families import FAMILIES
 from capgap.models.shape import Shape

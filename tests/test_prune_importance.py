@@ -6,7 +6,7 @@ from capgap.errors import UserError
 from capgap.models.families import FAMILIES
 from capgap.models.shape import Shape
 from capgap.prune.importance import loss_of, score
-from capgap.prune.masks import Masks, masked
+from capgap.prune.units import Masks, masked
 from lively import in_double, lively
 
 SHAPES = {

@@ -8,8 +8,8 @@ from capgap.errors import UserError
 from capgap.models.build import build_model, load_model, save_model, shape_of
 from capgap.models.shape import Shape, ladder_shape
 from capgap.prune.importance import Importance, score
-from capgap.prune.masks import Masks, masked
 from capgap.prune.surgery import choose, cut, prune
+from capgap.prune.units import Masks, masked
 from lively import lively
 
 # teacher and what is cut out of it: every dimension shrinks

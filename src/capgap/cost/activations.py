@@ -19,7 +19,7 @@ the tests compare every figure with what autograd really saves. Widths of a toke
 
 from dataclasses import dataclass
 
-from capgap.models.shape import Shape, axis_sizes
+from capgap.models.shape import Shape
 
 FLOAT = 4
 HALF = 2
@@ -145,7 +145,7 @@ def layer_bytes(
 def cast_bytes(shape: Shape) -> int:
     """Bytes of the bf16 copies of a layer's matrices, which autocast makes."""
     counts = shape.parameters()
-    sizes = axis_sizes(shape.hidden, shape.heads, shape.kv_heads, shape.head_size, shape.ffn)
+    sizes = shape.axis_sizes
     tensors = [*shape.family.attention.values(), *shape.family.ffn.values()]
     vectors = sum(sizes[axes[0]] for axes in tensors if len(axes) == 1)
     return HALF * ((counts.attention + counts.ffn) // shape.layers - vectors)

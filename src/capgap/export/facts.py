@@ -1,14 +1,23 @@
 """The model card of a model folder, from the records of its lineage."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from capgap.export import lineage as kinds
-from capgap.export.card import Benchmark, Card, Loss, objective
+from capgap.export.card import (
+    Benchmark,
+    Card,
+    Licence,
+    Loss,
+    card_of_student,
+    find_licence,
+    is_on_hub,
+    objective,
+)
 from capgap.export.folder import Source
-from capgap.export.from_sweep import card_of_student
-from capgap.export.licence import Licence, find_licence, is_on_hub
 from capgap.export.lineage import Lineage
 from capgap.models.shape import Shape
 from capgap.models.stored import empty_model
@@ -16,10 +25,7 @@ from capgap.sizes import format_count
 
 # How the reason of a set begins that lies neither in --data nor on the Hub
 NO_COPY = "no local copy"
-_TUNED = {
-    kinds.INSTRUCTED: "instruction tuning: on conversations",
-    kinds.PREFERRED: "preferences: DPO on pairs of answers",
-}
+Record = dict[str, Any]
 
 
 def model_card(model: str, source: Source, lineage: Lineage, name: str | None = None) -> Card:
@@ -45,12 +51,17 @@ def model_card(model: str, source: Source, lineage: Lineage, name: str | None = 
 
 
 def _card(name: str, licence: Licence, source: Source, lineage: Lineage) -> Card:
-    non_embedding, total = _sizes(source)
-    tokens, losses = _losses(lineage, source.folder)
+    if source.shape is not None:
+        counts = source.shape.parameters()
+        non_embedding, total = counts.non_embedding, counts.total
+    else:
+        model = empty_model(source.config)
+        total = model.num_parameters()
+        tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+        non_embedding = total - sum(table.numel() for table in tables)
     teacher, cut = lineage.teacher, lineage.values(kinds.CUT)
-    teacher_size = None
-    if cut:
-        teacher_size = Shape(**cut["teacher_shape"]).parameters().non_embedding
+    teacher_size = Shape(**cut["teacher_shape"]).parameters().non_embedding if cut else None
+    tokens, losses = _student_losses(lineage, source.folder)
     return Card(
         name=name,
         architecture=source.config.model_type,
@@ -59,104 +70,80 @@ def _card(name: str, licence: Licence, source: Source, lineage: Lineage) -> Card
         licence=licence,
         teacher=teacher if teacher is None or is_on_hub(teacher) else Path(teacher).name,
         teacher_non_embedding=teacher_size,
-        base_model=next((place for _, place in lineage.origins if is_on_hub(place)), None),
+        base_model=next((origin for _, origin in lineage.origins if is_on_hub(origin)), None),
         made=tuple(_how_made(lineage)),
         heldout_tokens=tokens,
         losses=losses,
     )
 
 
-def _sizes(source: Source) -> tuple[int, int]:
-    """Parameters without embeddings and head, and all."""
-    if source.shape is not None:
-        counts = source.shape.parameters()
-        return counts.non_embedding, counts.total
-    model = empty_model(source.config)
-    total = sum(one.numel() for one in model.parameters())
-    tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    return total - sum(one.numel() for one in tables), total
-
-
-def _how_made(lineage: Lineage) -> list[str]:
+def _how_made(lineage: Lineage) -> Iterator[str]:
     """The lines of a card, in the order of the work."""
-    made = [*_cutting(lineage), *_training(lineage)]
-    adapted = _adaptation(lineage)
-    made = adapted + made if lineage.teacher_was_adapted else made + adapted
-    return made + _tuning(lineage)
+    stages = [kinds.CUT, kinds.DISTILLED, kinds.INSTRUCTED, kinds.PREFERRED]
+    stages.insert(0 if lineage.teacher_was_adapted else 2, kinds.ADAPTED)
+    for kind in stages:
+        record = lineage.values(kind)
+        if record:
+            yield from _LINES[kind](record, lineage)
 
 
-def _cutting(lineage: Lineage) -> list[str]:
-    cut = lineage.values(kinds.CUT)
-    if not cut:
-        return []
-    kept, scores = cut["parameters"]["non_embedding"], cut.get("scores", {})
-    lines = [
-        f"cut: out of `{Path(cut['teacher']).name}`, {_sizes_of(cut['teacher_shape'])}, to "
-        f"{_sizes_of(cut['shape'])}: {format_count(kept)} non-embedding parameters"
-    ]
+def _cutting(cut: Record, lineage: Lineage) -> Iterator[str]:
+    sizes = "{layers} layers, hidden {hidden}, {heads} heads, ffn {ffn}"
+    count = format_count(cut["parameters"]["non_embedding"])
+    yield (
+        f"cut: out of `{Path(cut['teacher']).name}`, {sizes.format(**cut['teacher_shape'])}, to "
+        f"{sizes.format(**cut['shape'])}: {count} non-embedding parameters"
+    )
+    scores = cut.get("scores", {})
     if "method" in scores:
         on = f" on {format_count(scores['tokens'])} tokens" if scores.get("tokens") else ""
-        lines.append(f"what to keep: by {scores['method']} scores{on}")
-    return lines
+        yield f"what to keep: by {scores['method']} scores{on}"
 
 
-def _sizes_of(shape: dict[str, Any]) -> str:
-    return (
-        f"{shape['layers']} layers, hidden {shape['hidden']}, {shape['heads']} heads, ffn "
-        f"{shape['ffn']}"
-    )
-
-
-def _training(lineage: Lineage) -> list[str]:
-    record = lineage.values(kinds.DISTILLED)
-    if not record:
-        return []
+def _training(record: Record, lineage: Lineage) -> Iterator[str]:
     asked, training = record["asked"], record["asked"].get("training", {})
-    lines = [f"training: {format_count(asked['tokens'])} tokens in windows of {asked['window']}"]
+    yield f"training: {format_count(asked['tokens'])} tokens in windows of {asked['window']}"
     if "alpha" in training:
         divergence = training.get("divergence", "forward_kl")
-        lines.append(objective(training["alpha"], divergence, training.get("temperature", 1)))
+        yield objective(training["alpha"], divergence, training.get("temperature", 1))
     if record.get("flops") is not None:
-        lines.append(f"compute: {record['flops']:.3g} FLOPs, of all students of the run")
-    return lines
+        yield f"compute: {record['flops']:.3g} FLOPs, of all students of the run"
 
 
-def _adaptation(lineage: Lineage) -> list[str]:
-    record = lineage.values(kinds.ADAPTED)
-    if not record:
-        return []
-    of = " of the teacher" if lineage.teacher_was_adapted else ""
-    pieces = record.get("tokenizer", {}).get("pieces", record["asked"].get("pieces", 0))
-    told = (
-        f"adaptation{of}: {pieces:,} new pieces, {format_count(record['asked']['tokens'])} tokens"
-    )
+def _adaptation(record: Record, lineage: Lineage) -> Iterator[str]:
+    of, asked = " of the teacher" if lineage.teacher_was_adapted else "", record["asked"]
+    pieces = record.get("tokenizer", {}).get("pieces", asked.get("pieces", 0))
+    line = f"adaptation{of}: {pieces:,} new pieces, {format_count(asked['tokens'])} tokens"
     for kind, measured in record.get("heldout", {}).items():
         before, after = measured.get("before"), measured.get("after") or measured.get("extended")
         if before is not None and after is not None:
             bits = f"{before['bits_per_byte']:.3f} -> {after['bits_per_byte']:.3f}"
-            told += f"; bits per byte of {kind} text {bits}"
-    return [told]
+            line += f"; bits per byte of {kind} text {bits}"
+    yield line
 
 
-def _tuning(lineage: Lineage) -> list[str]:
-    lines = []
-    for kind, line in _TUNED.items():
-        record = lineage.values(kind)
-        if not record:
-            continue
-        counted, lora = record.get("data"), record["asked"].get("lora")
-        if isinstance(counted, dict) and counted.get("training") is not None:
-            line += f", {counted['training']:,} of them"
-        if lora is not None:
-            line += f", LoRA of rank {lora.get('rank', '?')}, merged"
-        losses = [(record.get(when) or {}).get("loss") for when in ("before", "after")]
-        if None not in losses:
-            line += f"; held-out loss {losses[0]:.3f} -> {losses[1]:.3f}"
-        lines.append(line)
-    return lines
+def _tuning(line: str, record: Record, lineage: Lineage) -> Iterator[str]:
+    counted, lora = record.get("data"), record["asked"].get("lora")
+    if isinstance(counted, dict) and counted.get("training") is not None:
+        line += f", {counted['training']:,} of them"
+    if lora is not None:
+        line += f", LoRA of rank {lora.get('rank', '?')}, merged"
+    losses = [(record.get(when) or {}).get("loss") for when in ("before", "after")]
+    if None not in losses:
+        line += f"; held-out loss {losses[0]:.3f} -> {losses[1]:.3f}"
+    yield line
 
 
-def _losses(lineage: Lineage, folder: Path) -> tuple[int | None, tuple[Loss, ...]]:
+_LINES: dict[str, Callable[[Record, Lineage], Iterator[str]]] = {
+    kinds.CUT: _cutting,
+    kinds.DISTILLED: _training,
+    kinds.ADAPTED: _adaptation,
+    kinds.INSTRUCTED: partial(_tuning, "instruction tuning: on conversations"),
+    kinds.PREFERRED: partial(_tuning, "preferences: DPO on pairs of answers"),
+}
+
+
+def _student_losses(lineage: Lineage, folder: Path) -> tuple[int | None, tuple[Loss, ...]]:
     """(held-out tokens, rows) of the student before and after distilling; those of best/NAME for
     such one."""
     record = lineage.values(kinds.DISTILLED) or {"after": {}}
@@ -171,19 +158,16 @@ def _losses(lineage: Lineage, folder: Path) -> tuple[int | None, tuple[Loss, ...
     best = (record.get("best") or {}).get("students", {}).get(name)
     if best is not None and folder.parent.name == "best":
         after = best["heldout"]
-    later = {*_TUNED} if lineage.teacher_was_adapted else {*_TUNED, kinds.ADAPTED}
-    is_later = bool(later & lineage.records.keys())
+    later = {kinds.INSTRUCTED, kinds.PREFERRED}
+    if not lineage.teacher_was_adapted:
+        later.add(kinds.ADAPTED)
     rows = {
-        "after distilling" if is_later else "this student": after,
+        "after distilling" if later & lineage.records.keys() else "this student": after,
         "before distilling": record.get("before", {}).get(name),
     }
+    size = student.get("non_embedding")
     losses = tuple(
-        Loss(
-            what=what,
-            non_embedding=student.get("non_embedding"),
-            loss=heldout.get("loss"),
-            bits_per_byte=heldout.get("bits_per_byte"),
-        )
+        Loss(what, size, heldout.get("loss"), heldout.get("bits_per_byte"))
         for what, heldout in rows.items()
         if heldout is not None
     )

@@ -1,4 +1,9 @@
-"""A model folder for others: sharded safetensors, tokenizer, generation config, config, licence."""
+"""A model folder for others: sharded safetensors, tokenizer, generation config, config, licence.
+Does it compute what the model does, and would vLLM load it?
+
+What vLLM takes was read in its model registry, `config/model.py` and `v1/attention/backends` of the
+versions 0.10 to 0.12: other versions may take more or less.
+"""
 
 import json
 from dataclasses import dataclass
@@ -28,13 +33,32 @@ from capgap.sizes import format_bytes
 from capgap.stage import FieldError, Say, paced
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 DTYPES = {"stored": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Whose rotary settings by kind of layer older readers know by two names
 _TWO_ROPES = ("gemma3_text", "olmo3")
 # What a tokenizer's config may tell of the machine it was saved on
 _LOCAL = ("auto_map", "is_local", "local_files_only", "name_or_path")
+# model_type -> the class that vLLM's registry has for it
+VLLM_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+# FlashAttention takes heads of multiples of 8 up to 256, in half precision; Triton 32 and more
+FLASH_MULTIPLE, FLASH_MOST, TRITON_LEAST = 8, 256, 32
 
 
 @dataclass(frozen=True)
@@ -90,49 +114,49 @@ def write_folder(source: Source, folder: Path, *, shard_bytes: int, say: Say) ->
     _write_config(source.config, folder)
     write_weights(folder, source.skeleton, make, shard_bytes=shard_bytes)
     copy_companions(source.folder, folder)
-    _settle_tokenizer(source, folder)
-    _write_generation(source, folder)
+    _write_tokenizer(source, folder)
+    if not (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ids = {name: getattr(source.tokenizer, name) for name in names}
+        GenerationConfig(**ids).save_pretrained(folder)
 
 
 def check_logits(source: Source, folder: Path, gguf: Path | None) -> str | None:
-    """Whether what was written computes what the model does: a few tokens go through both, one
-    after the other. None where all was compared, else what was not: memory did not suffice.
-
-    UserError where logits differ by more than the dtype rounds.
+    """A few tokens go through the model and what was written, one after the other. UserError where
+    logits differ by more than the dtype rounds; returns what was not compared for lack of memory.
     """
-    count = sum(one.numel() for one in source.skeleton.values())
+    count = sum(tensor.numel() for tensor in source.skeleton.values())
     dtype = source.config.dtype
-    untried = _no_room("the folder", count * dtype.itemsize)
-    if not untried:
+    not_tried = []
+
+    def has_room(what: str, size: int) -> bool:
+        needed, free = int(1.2 * size), free_memory()
+        if needed > free:
+            amounts = f"{format_bytes(needed)} of memory needed, {format_bytes(free)} free"
+            not_tried.append(f"{what}: {amounts}")
+        return needed <= free
+
+    def computes(model: "PreTrainedModel", wanted: Tensor) -> bool:
+        logits = trial_logits(model)
+        return logits.shape == wanted.shape and equal_logits(logits, wanted)
+
+    if has_room("the folder", count * dtype.itemsize):
         wanted = trial_logits(load_model(source.folder, dtype))
-        if not _are_equal(trial_logits(load_model(folder, dtype)), wanted):
+        if not computes(load_model(folder, dtype), wanted):
             raise UserError(
                 "what was written computes other logits than the model: the weights and the config "
                 f"of {source.folder} do not fit each other"
             )
-    if gguf is not None:
+    # read in fp32, and once more while it is turned into a model
+    if gguf is not None and has_room("the GGUF file", count * 8):
         from capgap.export.gguf_file import read_gguf
 
-        # read in fp32, and once more while it is turned into a model
-        no_room = _no_room("the GGUF file", count * 8)
-        if not no_room:
-            wanted = trial_logits(load_model(folder, torch.float32))
-            if not _are_equal(trial_logits(read_gguf(gguf, read_config(folder))), wanted):
-                raise FieldError(
-                    "gguf", f"{gguf} computes other logits than the model: leave it out"
-                )
-        untried += no_room
-    return "; ".join(untried) or None
-
-
-def _no_room(what: str, size: int) -> list[str]:
-    needed, free = int(1.2 * size), free_memory()
-    told = f"{what}: {format_bytes(needed)} of memory needed, {format_bytes(free)} free"
-    return [told] if needed > free else []
-
-
-def _are_equal(made: Tensor, wanted: Tensor) -> bool:
-    return made.shape == wanted.shape and equal_logits(made, wanted)
+        wanted = trial_logits(load_model(folder, torch.float32))
+        if not computes(read_gguf(gguf, read_config(folder)), wanted):
+            raise FieldError("gguf", f"{gguf} computes other logits than the model: leave it out")
+    return "; ".join(not_tried) or None
 
 
 def copy_licence(teacher: Path, folder: Path) -> None:
@@ -142,14 +166,11 @@ def copy_licence(teacher: Path, folder: Path) -> None:
 
 
 def _checked(name: str, source: Source) -> Tensor:
-    stored = source.weights[name]
-    wanted = source.skeleton[name]
+    stored, wanted = source.weights[name], source.skeleton[name]
     where = f"{name} in {source.folder}"
     if stored.shape != wanted.shape:
-        raise UserError(
-            f"{where} has the shape {list(stored.shape)}, its config says {list(wanted.shape)}: "
-            "give the model's own config"
-        )
+        shapes = f"has the shape {list(stored.shape)}, its config says {list(wanted.shape)}"
+        raise UserError(f"{where} {shapes}: give the model's own config")
     if not torch.isfinite(stored).all():
         raise UserError(f"{where} holds NaN or infinite weights: this model is broken, train again")
     tensor = stored.to(wanted.dtype)
@@ -166,18 +187,18 @@ def _write_config(config: "PreTrainedConfig", folder: Path) -> None:
     config.save_pretrained(folder)
     path = folder / "config.json"
     fields: dict[str, Any] = json.loads(path.read_text())
+    kind, rope = fields["model_type"], fields.get("rope_parameters") or {}
     older: dict[str, Any] = {"torch_dtype": str(config.dtype).removeprefix("torch.")}
-    rope: Any = fields.get("rope_parameters")
-    if fields["model_type"] == "gemma3_text":
+    if kind == "gemma3_text":
         older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-    if fields["model_type"] in _TWO_ROPES:
+    if kind in _TWO_ROPES:
         rope = rope["full_attention"]
-    if rope is not None and "rope_theta" in rope:
-        theta, partial = rope.get("rope_theta"), rope.get("partial_rotary_factor")
-        if fields["model_type"] == "gpt_neox":
+    if "rope_theta" in rope:
+        theta, partial = rope["rope_theta"], rope.get("partial_rotary_factor")
+        if kind == "gpt_neox":
             older |= {"rotary_emb_base": theta, "rotary_pct": 1.0 if partial is None else partial}
         else:
-            older |= {"rope_theta": theta}
+            older["rope_theta"] = theta
             if partial is not None:
                 older["partial_rotary_factor"] = partial
         if rope.get("rope_type", "default") != "default":
@@ -185,27 +206,50 @@ def _write_config(config: "PreTrainedConfig", folder: Path) -> None:
     path.write_text(json.dumps(fields | older, indent=2, sort_keys=True) + "\n")
 
 
-def _settle_tokenizer(source: Source, folder: Path) -> None:
+def _write_tokenizer(source: Source, folder: Path) -> None:
     """The class of fast tokenizers under the name that older versions of transformers have too."""
     if not (folder / "tokenizer.json").is_file():
         source.tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    fields = json.loads(path.read_text()) if path.is_file() else {}
+    own = json.loads(path.read_text()) if path.is_file() else {}
+    fields = {key: value for key, value in own.items() if key not in _LOCAL}
     if fields.get("tokenizer_class") in (None, "TokenizersBackend"):
         fields["tokenizer_class"] = "PreTrainedTokenizerFast"
-    fields = {key: value for key, value in fields.items() if key not in _LOCAL}
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
 
-def _write_generation(source: Source, folder: Path) -> None:
-    """As it was, or with the tokenizer's beginning, end and padding."""
-    from transformers import GenerationConfig
+def check_vllm(shape: Shape | None, dtype: torch.dtype, config: dict[str, Any]) -> dict[str, Any]:
+    """{"architecture", "checked": what was looked at, "problems": why vLLM would refuse it}.
 
-    if (folder / "generation_config.json").is_file():
-        return
-    tokenizer = source.tokenizer
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    ).save_pretrained(folder)
+    `config` is what config.json holds, vLLM is not run; `shape` None is a model of no family, of
+    which nothing is known.
+    """
+    if shape is None:
+        return {"architecture": None, "checked": [], "problems": []}
+    kind, head, classes = shape.architecture, shape.head_size, config.get("architectures")
+    expected, precision = VLLM_CLASSES[kind], str(dtype).removeprefix("torch.")
+    is_flash = head % FLASH_MULTIPLE == 0 and head <= FLASH_MOST and dtype != torch.float32
+    is_square = shape.hidden == shape.heads * head
+    checks = {
+        "architectures names a class of vLLM's": classes == [expected]
+        or f"architectures is {classes}, vLLM knows {expected}",
+        "dtype is one it computes in": dtype in (torch.float32, torch.float16, torch.bfloat16)
+        or f"dtype {dtype}",
+        "fp16 is allowed for the family": kind != "gemma2"
+        or dtype != torch.float16
+        or f"vLLM refuses fp16 for {kind}: take bf16",
+        "an attention kernel takes the head size": is_flash
+        or head >= TRITON_LEAST
+        or f"heads of size {head} in {precision}: its kernels take {TRITON_LEAST} or more, or "
+        f"multiples of {FLASH_MULTIPLE} in bf16 or fp16",
+        "key-value heads divide the heads": shape.heads % shape.kv_heads == 0
+        or f"{shape.heads} heads, {shape.kv_heads} key-value heads",
+        "heads have the size that vLLM takes": is_square
+        or not shape.family.square
+        or f"vLLM takes hidden / heads for the head size of {kind}: {shape.hidden} / "
+        f"{shape.heads} is not {head}",
+        "no code of its own": "auto_map" not in config or "auto_map in config.json",
+        "all layers have one shape": True,
+    }
+    problems = [outcome for outcome in checks.values() if isinstance(outcome, str)]
+    return {"architecture": expected, "checked": list(checks), "problems": problems}

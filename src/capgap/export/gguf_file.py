@@ -1,14 +1,17 @@
 """A model folder as one GGUF file for llama.cpp, written tensor by tensor, read back and compared.
 
-Keys and names of tensors follow the GGUF specification and llama.cpp's own converter.
+Keys and names of tensors follow the GGUF specification and llama.cpp's own converter. Tokenizers
+are byte-level BPE, or Llama's sentencepiece-style BPE with byte fallback.
 """
 
 import functools
 import io
+import json
 import math
 import os
+import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,55 +24,70 @@ from torch import Tensor
 
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import border
-from capgap.export.gguf_tokenizer import missing_splits, refusal, tokenizer_keys
-from capgap.export.licence import Licence
+from capgap.export.card import Licence
 from capgap.models.stored import StoredWeights, empty_model, read_config
 from capgap.stage import FieldError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+# What makes each tensor as it is written, by its name in the file
+Tensors = dict[str, Callable[[], Tensor]]
 # Settings that GGUF has no key for, with the only values that llama.cpp means
-_SETTINGS: Mapping[str, tuple[Any, ...]] = {
+_SETTINGS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
+    "hidden_activation": ("gelu_pytorch_tanh",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
-}
-_GEMMA_SETTINGS: Mapping[str, tuple[Any, ...]] = {
-    "hidden_activation": ("gelu_pytorch_tanh",),
-    "attention_bias": (False,),
+    "use_bidirectional_attention": (False, None),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
-    "use_bidirectional_attention": (False, None),
 }
 # By what the rotary frequencies of Llama 3.1 are divided, one number a pair
 ROPE_FACTORS = "rope_freqs.weight"
+_KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # GGUF's number for a file whose matrices are of a dtype
 _FILE_TYPES = {torch.float64: 0, torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
-# What makes each tensor as it is written, by its name in the file
-_Tensors = dict[str, Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """How llama.cpp holds a family. `turned`: rows of queries' and keys' heads have their halves in
     turns; `norms` is added to the weights of norms; every `period`th layer sees all of the text."""
 
     architecture: str
-    settings: Mapping[str, tuple[Any, ...]]
     turned: bool = False
     norms: float = 0.0
     period: int | None = None
 
 
 LAYOUTS = {
-    "llama": _Layout("llama", _SETTINGS, turned=True),
-    "mistral": _Layout("llama", _SETTINGS, turned=True),
-    "qwen2": _Layout("qwen2", _SETTINGS),
-    "qwen3": _Layout("qwen3", _SETTINGS),
-    "gemma3_text": _Layout("gemma3", _GEMMA_SETTINGS, norms=1.0, period=6),
+    "llama": Layout("llama", turned=True),
+    "mistral": Layout("llama", turned=True),
+    "qwen2": Layout("qwen2"),
+    "qwen3": Layout("qwen3"),
+    "gemma3_text": Layout("gemma3", norms=1.0, period=6),
 }
+
+SPACE = "\u2581"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# Token types of GGUF
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+# What GGUF calls special tokens, and transformers
+_SPECIAL = {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}
+# How llama.cpp names a way of cutting text into words before BPE: the regular expressions, and
+# whether every digit is cut off, to that name. GPT-2's own is written into ByteLevel.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_SPLITS = {(): "gpt-2", (_LLAMA3,): "llama-bpe", (_QWEN2,): "qwen2", ("digits",): "smollm"}
+
+
+def _refusal(what: str) -> FieldError:
+    return FieldError("gguf", f"cannot hold {what}; leave it out")
 
 
 def check_gguf(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerFast") -> None:
@@ -79,20 +97,18 @@ def check_gguf(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerFast")
     except ImportError:
         why = "needs the gguf library: `pip install 'capgap[gguf]'`"
         raise FieldError("gguf", why) from None
-    layout = LAYOUTS.get(config.model_type)
+    kind, layout = config.model_type, LAYOUTS.get(config.model_type)
     if layout is None:
-        known = ", ".join(LAYOUTS)
-        raise FieldError(
-            "gguf", f"writes {known} models, and this is a {config.model_type}: leave it out"
-        )
-    for name, allowed in layout.settings.items():
-        value = getattr(config, name, None)
-        if name in config.to_dict() and value not in allowed:
-            raise refusal(f"{name}={value}, for which a file of this family has no key")
+        known = f"{', '.join(LAYOUTS)} models"
+        raise FieldError("gguf", f"writes {known}, and this is a {kind}: leave it out")
+    for name, allowed in _SETTINGS.items():
+        value = getattr(config, name, allowed[0])
+        if value not in allowed:
+            raise _refusal(f"{name}={value}, for which a file of this family has no key")
     for rope in _ropes(config):
         kind = rope.get("rope_type", "default")
         if kind != "default" and not (kind == "llama3" and layout.turned):
-            raise refusal(f"rotary positions of type {kind!r}")
+            raise _refusal(f"rotary positions of type {kind!r}")
     if layout.period is not None:
         _check_gemma(config, layout.period)
     tokenizer_keys(tokenizer, config.vocab_size)
@@ -100,17 +116,16 @@ def check_gguf(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerFast")
 
 def _check_gemma(config: Any, period: int) -> None:
     """llama.cpp knows the order of Gemma's layers and the scale of its scores by itself."""
-    kinds, head = config.layer_types, config.head_dim
+    kinds, scale = config.layer_types, config.query_pre_attn_scalar
     layers = [number for number, kind in enumerate(kinds, 1) if kind == "full_attention"]
     if layers != list(range(period, len(kinds) + 1, period)):
-        raise refusal(
+        raise _refusal(
             f"full attention in layers {', '.join(map(str, layers)) or 'none'} of {len(kinds)}, "
             f"for llama.cpp takes every {period}th (cut without removing layers)"
         )
-    if config.query_pre_attn_scalar != head:
-        raise refusal(
-            f"query_pre_attn_scalar={config.query_pre_attn_scalar}, for llama.cpp takes the head "
-            f"size, {head}"
+    if scale != config.head_dim:
+        raise _refusal(
+            f"query_pre_attn_scalar={scale}, for llama.cpp takes the head size, {config.head_dim}"
         )
 
 
@@ -120,8 +135,6 @@ def write_gguf(folder: Path, path: Path, *, name: str, licence: Licence) -> dict
     Matrices keep their dtype, vectors are fp32, as llama.cpp wants them. Returns what the command
     tells. FieldError as `check_gguf`, and OSError where what was read back differs.
     """
-    from gguf import GGUFWriter
-
     config: Any = read_config(folder)
     tokenizer = load_tokenizer(folder)
     check_gguf(config, tokenizer)
@@ -133,10 +146,7 @@ def write_gguf(folder: Path, path: Path, *, name: str, licence: Licence) -> dict
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        writer: Any = GGUFWriter(aside, architecture)
-        for key, value in keys.items():
-            _add(writer, key, value)
-        _write_tensors(writer, tensors)
+        _write(aside, architecture, keys, tensors)
         _compare(aside, keys, tensors)
         aside.replace(path)
     finally:
@@ -159,8 +169,7 @@ def read_gguf(path: Path, config: "PreTrainedConfig") -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if config.model_type == "mistral":
-        kind = LAYOUTS[config.model_type].architecture
-        config = AutoConfig.for_model(**config.to_dict() | {"model_type": kind})
+        config = AutoConfig.for_model(**config.to_dict() | {"model_type": "llama"})
     # its bar knows no switch
     # alone in a folder: what lies beside it would be read too
     with (
@@ -182,8 +191,7 @@ def _keys(config: Any, dtype: torch.dtype, name: str, licence: Licence) -> dict[
 
     layout = LAYOUTS[config.model_type]
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    context = config.max_position_embeddings
-    window = getattr(config, "sliding_window", None)
+    context, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
     if window is not None and layout.period is None:
         # what is further away would be seen by llama.cpp, which knows no window here
         context = min(window, context)
@@ -219,38 +227,37 @@ def _keys(config: Any, dtype: torch.dtype, name: str, licence: Licence) -> dict[
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
     """Settings of rotary positions, of full attention first."""
-    found: dict[str, Any] = config.rope_parameters
-    if "full_attention" in found:
-        return [found["full_attention"], found["sliding_attention"]]
-    return [found]
+    ropes: dict[str, Any] = config.rope_parameters
+    kinds = ("full_attention", "sliding_attention")
+    return [ropes[kind] for kind in kinds] if kinds[0] in ropes else [ropes]
 
 
-def _tensors(config: Any, weights: StoredWeights) -> _Tensors:
+def _tensors(config: Any, weights: StoredWeights) -> Tensors:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     layout = LAYOUTS[config.model_type]
     (kind,) = (one for one, name in MODEL_ARCH_NAMES.items() if name == layout.architecture)
     names: Any = get_tensor_name_map(kind, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    tensors: _Tensors = {}
-    for stored, _ in empty_model(config).named_parameters():
-        turned = heads.get(stored.split(".")[-2]) if layout.turned else None
-        norms = layout.norms if stored.endswith("norm.weight") else 0.0
-        name = names.get_name(stored, (".weight", ".bias"))
-        tensors[name] = functools.partial(_made, weights, stored, turned, norms)
+
+    def make(stored: str) -> Tensor:
+        tensor = weights[stored]
+        # vectors, and what llama.cpp has no numbers for, in fp32
+        if tensor.ndim == 1 or tensor.dtype == torch.float64:
+            tensor = tensor.float()
+        module = stored.split(".")[-2]
+        if layout.turned and module in heads:
+            tensor = _turned(tensor, heads[module])
+        is_norm = layout.norms and stored.endswith("norm.weight")
+        return tensor + layout.norms if is_norm else tensor.contiguous()
+
+    tensors: Tensors = {
+        names.get_name(stored, (".weight", ".bias")): functools.partial(make, stored)
+        for stored, _ in empty_model(config).named_parameters()
+    }
     if _ropes(config)[0].get("rope_type") == "llama3":
         tensors[ROPE_FACTORS] = functools.partial(_rope_factors, config)
     return tensors
-
-
-def _made(weights: StoredWeights, stored: str, heads: int | None, norms: float) -> Tensor:
-    """A tensor as it is written: vectors, and what llama.cpp has no numbers for, in fp32."""
-    tensor = weights[stored]
-    if tensor.ndim == 1 or tensor.dtype == torch.float64:
-        tensor = tensor.float()
-    if heads is not None:
-        tensor = _turned(tensor, heads)
-    return tensor + norms if norms else tensor.contiguous()
 
 
 def _rope_factors(config: Any) -> Tensor:
@@ -270,32 +277,21 @@ def _turned(tensor: Tensor, heads: int) -> Tensor:
     return tensor.reshape(heads, 2, rows // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
 
 
-def _add(writer: Any, key: str, value: Any) -> None:
-    most = {int: 2**32, float: math.inf}.get(type(value))
-    if most is not None and not 0 <= value < most:
-        raise refusal(f"{key} of {value} (give the model's own config)")
-    add = {
-        str: writer.add_string,
-        bool: writer.add_bool,
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        list: writer.add_array,
-    }[type(value)]
-    add(key, value)
-
-
-def _write_tensors(writer: Any, tensors: _Tensors) -> None:
+def _write(path: Path, architecture: str, keys: dict[str, Any], tensors: Tensors) -> None:
     """All names and shapes first, then one tensor after the other."""
-    from gguf import GGMLQuantizationType
+    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
-    kinds = {
-        torch.float32: GGMLQuantizationType.F32,
-        torch.float16: GGMLQuantizationType.F16,
-        torch.bfloat16: GGMLQuantizationType.BF16,
-    }
+    writer: Any = GGUFWriter(path, architecture)
+    for key, value in keys.items():
+        most = {int: 2**32, float: math.inf}.get(type(value))
+        if most is not None and not 0 <= value < most:
+            raise _refusal(f"{key} of {value} (give the model's own config)")
+        own_type = GGUFValueType.get_type(value)
+        is_count = own_type == GGUFValueType.INT32
+        writer.add_key_value(key, value, GGUFValueType.UINT32 if is_count else own_type)
     for name, make in tensors.items():
         tensor = make()
-        data, kind = _bytes(tensor), kinds[tensor.dtype]
+        data, kind = _bytes(tensor), GGMLQuantizationType[_KINDS[tensor.dtype]]
         writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -310,17 +306,137 @@ def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
     return tensor.view(torch.uint8).numpy()
 
 
-def _compare(path: Path, keys: dict[str, Any], tensors: _Tensors) -> None:
+def _compare(path: Path, keys: dict[str, Any], tensors: Tensors) -> None:
     """Reads the file with the library's own reader; OSError where anything differs."""
     from gguf import GGUFReader
 
     reader: Any = GGUFReader(path)
-    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    written = {tensor.name: tensor.data for tensor in reader.tensors}
     for name, make in tensors.items():
         wanted = make().view(torch.uint8).numpy()
-        if not np.array_equal(found[name].view(np.uint8).ravel(), wanted.ravel()):
+        if not np.array_equal(written[name].view(np.uint8).ravel(), wanted.ravel()):
             raise OSError(f"{path}: {name} was not read back as it was written")
     for key, value in keys.items():
-        told = reader.get_field(key).contents()
-        if told != (np.float32(value) if isinstance(value, float) else value):
+        wanted_value = np.float32(value) if isinstance(value, float) else value
+        if reader.get_field(key).contents() != wanted_value:
             raise OSError(f"{path}: {key} was not read back as it was written")
+
+
+def tokenizer_keys(tokenizer: "PreTrainedTokenizerFast", rows: int) -> dict[str, Any]:
+    """`tokenizer.*` keys for a table of so many rows; FieldError for other kinds of tokenizers."""
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = description["model"]
+    if model["type"] != "BPE":
+        raise _refusal(
+            f"a tokenizer that is a {model['type']} model, neither byte-level BPE nor Llama's "
+            "sentencepiece-style BPE"
+        )
+    is_llama = model.get("byte_fallback")
+    # rows behind the last token pad the table
+    pieces, types = [f"[PAD{row}]" for row in range(rows)], [UNUSED] * rows
+    for piece, row in tokenizer.get_vocab().items():
+        if row < rows:  # a token for pictures may have none
+            pieces[row] = piece
+            types[row] = BYTE if is_llama and _BYTE.fullmatch(piece) else NORMAL
+    for added in description["added_tokens"]:
+        if added["id"] < rows:
+            types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    if is_llama and tokenizer.unk_token_id is not None:
+        types[tokenizer.unk_token_id] = UNKNOWN
+    keys = _llama_keys(description, pieces) if is_llama else _gpt2_keys(description)
+    keys |= {"tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": types}
+    for name, short in _SPECIAL.items():
+        number = getattr(tokenizer, f"{short}_token_id")
+        if number is not None:
+            keys[f"tokenizer.ggml.{name}_token_id"] = int(number)
+    ids = tokenizer("a")["input_ids"]
+    keys["tokenizer.ggml.add_bos_token"] = ids[:1] == [tokenizer.bos_token_id]
+    keys["tokenizer.ggml.add_eos_token"] = ids[-1:] == [tokenizer.eos_token_id]
+    if isinstance(tokenizer.chat_template, str):
+        keys["tokenizer.chat_template"] = tokenizer.chat_template
+    return keys
+
+
+def missing_splits(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Ways to join two pieces into a third that llama.cpp takes and the tokenizer does not.
+
+    llama.cpp joins whatever gives a known piece, the likeliest first; a sentencepiece model does
+    the same, but merges that were learnt one by one may lack some. Above 0 the two may cut a word
+    differently. 0 for a byte-level tokenizer, whose merges are written out.
+    """
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if not model.get("byte_fallback"):
+        return 0
+    known, merges = model["vocab"].keys(), set(_merges(model))
+    return sum(
+        (piece[:cut], piece[cut:]) not in merges
+        for piece in {left + right for left, right in merges}
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    )
+
+
+def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
+    """Pairs, or an older file's words with a space."""
+    merges = (one.split(" ") if isinstance(one, str) else one for one in model["merges"])
+    return [(left, right) for left, right in merges]
+
+
+def _gpt2_keys(description: dict[str, Any]) -> dict[str, Any]:
+    normalizer, cutting = description["normalizer"], description["pre_tokenizer"] or {}
+    # NFC, which Qwen has, leaves nearly all text as it is, and llama.cpp reads Qwen without
+    if normalizer not in (None, {"type": "NFC"}):
+        raise _refusal(
+            "a tokenizer that changes text before it cuts it (a normalizer, "
+            f"{normalizer.get('type')})"
+        )
+    *steps, last = cutting["pretokenizers"] if cutting.get("type") == "Sequence" else [cutting]
+    kinds = []
+    for step in steps:
+        if step["type"] == "Split":
+            kinds.append(step["pattern"].get("Regex", ""))
+        else:
+            kinds.append("digits" if step.get("individual_digits") else step["type"])
+    name = _SPLITS.get(tuple(kinds))
+    # ByteLevel cuts by GPT-2's expression itself where nothing before it has cut text by another
+    by_itself = name in ("gpt-2", "smollm")
+    is_bytes = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
+    if name is None or not is_bytes or last.get("use_regex", True) != by_itself:
+        raise _refusal(
+            "a tokenizer whose way of cutting text into words has no name in llama.cpp; it must be "
+            "that of GPT-2, Llama 3, Qwen2 or SmolLM"
+        )
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(description["model"])],
+    }
+
+
+def _llama_keys(description: dict[str, Any], pieces: list[str]) -> dict[str, Any]:
+    normalizer, cutting = description["normalizer"] or {}, description["pre_tokenizer"] or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    replaced = any(step.get("type") == "Replace" and step.get("content") == SPACE for step in steps)
+    prefixed = any(step.get("type") == "Prepend" and step["prepend"] == SPACE for step in steps)
+    if cutting.get("type") == "Metaspace":
+        replaced, prefixed = True, cutting["prepend_scheme"] != "never"
+    # Gemma's is cut at spaces, of which none is left
+    is_whole = cutting.get("type") in (None, "Metaspace") or (
+        cutting.get("type") == "Split" and cutting["pattern"] == {"String": " "}
+    )
+    others = {step.get("type") for step in steps} - {"Replace", "Prepend", None}
+    if not replaced or others or not is_whole:
+        raise _refusal(
+            "a tokenizer that has byte fallback but is not written as Llama's, where spaces become "
+            f"{SPACE} and nothing else is changed or cut"
+        )
+    # what was merged first is the likeliest: minus the rank of the first merge that gives it
+    scores: dict[str, float] = {}
+    for rank, pair in enumerate(_merges(description["model"]), 1):
+        scores.setdefault("".join(pair), -float(rank))
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.add_space_prefix": prefixed,
+        "tokenizer.ggml.scores": [scores.get(piece, 0.0) for piece in pieces],
+    }

@@ -1,6 +1,8 @@
-"""Hugging Face models: build one of a shape, load, save, split into backbone and head."""
+"""Hugging Face models: build one of a shape, load, save, add rows for new tokens."""
 
+import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,15 @@ from capgap.models.families import FAMILIES
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape
 from capgap.models.stored import (
+    PAPERS,
     StoredWeights,
     auto_class,
+    copy_companions,
+    empty_model,
     local_folder,
     needs_own_code,
     read_config,
+    write_weights,
     written_beside,
 )
 
@@ -41,18 +47,19 @@ _SIZE_NAMES = {
     "positions": "max_position_embeddings",
     "tied": "tie_word_embeddings",
 }
+# A multiple of rows suits a GPU's products
+ROWS = 64
 
 
 def size_fields(shape: Shape) -> dict[str, Any]:
     """The sizes of a shape under the names that its transformers config gives them."""
     family = shape.family
     names = _SIZE_NAMES | family.size_names
-    told = set(names)
     if not family.grouped_heads:
-        told.remove("kv_heads")
+        del names["kv_heads"]
     if not family.free_width:
-        told.remove("head_size")
-    return {names[size]: getattr(shape, size) for size in names if size in told}
+        del names["head_size"]
+    return {name: getattr(shape, size) for size, name in names.items()}
 
 
 def to_config(shape: Shape) -> PreTrainedConfig:
@@ -86,12 +93,12 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     Raises UserError for an architecture or a setting that a Shape cannot describe.
     """
     architecture = config.model_type
-    if architecture not in FAMILIES:
+    family = FAMILIES.get(architecture)
+    if family is None:
         raise UserError(
             f"architecture {architecture!r} is not among {', '.join(FAMILIES)}: docs/families.md "
             "shows how to add one"
         )
-    family = FAMILIES[architecture]
     for name, supported in family.settings.items():
         if getattr(config, name) != supported:
             raise UserError(
@@ -99,12 +106,12 @@ def shape_of(config: PreTrainedConfig) -> Shape:
                 f"only {name}={supported}"
             )
     names = _SIZE_NAMES | family.size_names
-    found: dict[str, Any] = {size: getattr(config, name, None) for size, name in names.items()}
-    found["kv_heads"] = found["kv_heads"] or found["heads"]
-    found["head_size"] = found["head_size"] or found["hidden"] // found["heads"]
+    sizes: dict[str, Any] = {size: getattr(config, name, None) for size, name in names.items()}
+    sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
+    sizes["head_size"] = sizes["head_size"] or sizes["hidden"] // sizes["heads"]
     # GPT-2's way of saying four times the hidden width
-    found["ffn"] = found["ffn"] or 4 * found["hidden"]
-    return Shape(architecture=architecture, **found)
+    sizes["ffn"] = sizes["ffn"] or 4 * sizes["hidden"]
+    return Shape(architecture=architecture, **sizes)
 
 
 def build_model(shape: Shape, *, seed: int) -> PreTrainedModel:
@@ -122,13 +129,12 @@ def build_model(shape: Shape, *, seed: int) -> PreTrainedModel:
 def initialise(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Draw all weights of a model anew.
 
-    - matrices: normal, std 0.7 / sqrt(inputs), so that the scale of a layer's output does not
-      depend on the width;
+    - matrices: normal, std 0.7 / sqrt(inputs): the scale of outputs does not depend on the width;
     - the two projections that write into the residual stream: that / sqrt(2 layers), so that
       the stream does not grow with depth (as GPT-2 does);
     - tables of tokens and positions, and an untied head: normal, std 0.8 / sqrt(hidden). The
-      usual 0.02 drowns the tokens of a narrow model in what its layers add: measured on 0.1M
-      models of each architecture and a 0.4M llama it cost 0.2 to 0.5 nats after 200 steps;
+      usual 0.02 drowns the tokens of a narrow model in what its layers add, and cost models of 0.1M
+      and 0.4M 0.2 to 0.5 nats after 200 steps;
     - biases 0, norms that change no scale.
     """
     family = FAMILIES[model.config.model_type]
@@ -199,12 +205,63 @@ def save_model(
     *,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a Hugging Face folder; `path` never holds half a model.
+    """Write a Hugging Face folder; `path` never holds half a model, what is there is replaced.
 
-    The folder is written beside `path` and then renamed; a folder already at `path` is replaced.
     `weights` stand for the model's own, where those lie in parts on several ranks.
     """
     with written_beside(path) as partial:
         model.save_pretrained(partial, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+
+
+def extend_model(
+    path_or_name: str | Path,
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    first: int,
+    origins: Sequence[Sequence[int]],
+) -> int:
+    """Writes a model of one of the families with rows for new tokens, the first of id `first`, and
+    `tokenizer` as a Hugging Face folder, which appears whole at `out`; returns its rows.
+
+    The row of a new token, of the table and of a head that is not tied to it, is the mean of the
+    rows of the old tokens that it is made of, its `origins`. Rows beyond all tokens, up to a
+    multiple of 64, are what they were, or the mean of all old tokens'. All other tensors are copied
+    as they are stored; one tensor and one file are in memory at a time.
+
+    UserError: no such model, an unknown family, weights that are missing.
+    """
+    source = local_folder(path_or_name)
+    config = copy.deepcopy(read_config(path_or_name))
+    shape = shape_of(config)
+    tables = {name for name, axes in shape.family.tables.items() if "vocabulary" in axes}
+    rows = ROWS * math.ceil(max(shape.vocabulary, first + len(origins)) / ROWS)
+    config.vocab_size = rows
+    model = empty_model(config)
+    config.architectures = [type(model).__name__]
+    weights = StoredWeights(source)
+
+    def make(name: str) -> Tensor:
+        weight = weights[name]
+        return extended_rows(weight, rows, first, origins) if name in tables else weight
+
+    skeleton = {name: tensor.to(weights.dtype(name)) for name, tensor in model.named_parameters()}
+    with written_beside(out) as folder:
+        config.save_pretrained(folder)
+        write_weights(folder, skeleton, make)
+        copy_companions(source, folder, PAPERS)
+        tokenizer.save_pretrained(folder)
+    return rows
+
+
+def extended_rows(table: Tensor, rows: int, first: int, origins: Sequence[Sequence[int]]) -> Tensor:
+    """A table [old rows, width] with `rows` rows: see `extend_model`. Means are taken in fp32."""
+    mean = table[:first].float().mean(0)
+    longer = table.new_empty(rows, table.shape[1])
+    longer[:] = mean.to(table.dtype)
+    longer[: len(table)] = table
+    for row, origin in enumerate(origins, start=first):
+        longer[row] = table[torch.tensor(origin)].float().mean(0).to(table.dtype)
+    return longer

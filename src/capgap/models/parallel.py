@@ -28,8 +28,8 @@ T = TypeVar("T")
 class Ranks:
     """This process among those of a run.
 
-    host: how the hosts talk to each other; None is the way of everything else.
-    background: another way, for a thread that works beside the training.
+    host: how the hosts talk to each other, None as everything else; background: the same for a
+    thread that works beside the training.
     """
 
     rank: int = 0
@@ -51,8 +51,7 @@ class Ranks:
     def share(self, count: int, rank: int | None = None) -> slice:
         """A rank's part, by default one's own, of a batch of `count` windows.
 
-        All parts are equal, since every rank has to take part in every exchange of weights; raises
-        UserError where they cannot be.
+        UserError where parts are not equal: every rank takes part in every exchange of weights.
         """
         if count % self.world:
             raise UserError(
@@ -75,17 +74,17 @@ class Ranks:
         """A tensor of every rank, [ranks, ...]."""
         if self.mesh is None:
             return values.unsqueeze(0)
-        found = values.new_empty(self.world, *values.shape)
-        dist.all_gather(list(found.unbind()), values.contiguous())
-        return found
+        gathered = values.new_empty(self.world, *values.shape)
+        dist.all_gather(list(gathered.unbind()), values.contiguous())
+        return gathered
 
     def agree(self, *wishes: bool) -> list[bool]:
         """For each, whether any rank wishes it. Hosts talk to each other; no device waits."""
         if self.mesh is None:
             return list(wishes)
-        found = torch.tensor(wishes, dtype=torch.int32)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.host)
-        return [bool(one) for one in found.tolist()]
+        wished = torch.tensor(wishes, dtype=torch.int32)
+        dist.all_reduce(wished, dist.ReduceOp.MAX, group=self.host)
+        return wished.bool().tolist()
 
     def told(self, value: T) -> T:
         """The first rank's value, on all."""
@@ -99,9 +98,9 @@ class Ranks:
         """The values of all ranks, in their order, on all."""
         if self.mesh is None:
             return [value]
-        found: list[T] = [value] * self.world
-        dist.all_gather_object(found, value, group=self.host)
-        return found
+        values = [value] * self.world
+        dist.all_gather_object(values, value, group=self.host)
+        return values
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -142,10 +141,8 @@ def parallelize(parts: Parts, ranks: Ranks, device: torch.device) -> Parts:
     """Puts a model of the CPU on the device, sharded over all ranks where there are several.
 
     FSDP2: every rank keeps its part of every weight, gradient and moment. A layer's weights are
-    together while it computes; those outside of layers (tables, head) from the beginning of a
-    forward pass to the end of the backward pass, so that the loss finds the head whole, and until
-    `release` where there is no backward pass. Weights are gathered as they are stored; what
-    autocast makes of them is every rank's own from the forward to the backward pass. Gradients
+    together while it computes; those outside of layers (tables, head) until the end of the backward
+    pass, so that the loss finds the head whole, or until `release` where there is none. Gradients
     are sums over ranks, as losses are. Returns the parts it was given.
     """
     if ranks.mesh is None:
@@ -177,12 +174,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 def whole_weights(parts: Parts, ranks: Ranks) -> dict[str, Tensor]:
     """The model's own state dict on the CPU of the first rank, empty on the others."""
-    found: dict[str, Tensor] = {}
-    seen: dict[int, Tensor] = {}
-    for name, weight in parts.model.state_dict(keep_vars=True).items():
-        # tied weights stay one tensor
-        if id(weight) not in seen:
-            gathered = whole(weight.detach())
-            seen[id(weight)] = gathered.cpu() if ranks.is_first else gathered.new_empty(0)
-        found[name] = seen[id(weight)]
-    return found if ranks.is_first else {}
+    weights = parts.model.state_dict(keep_vars=True)
+    # tied weights stay one tensor
+    gathered: dict[int, Tensor] = {}
+    for weight in weights.values():
+        if id(weight) not in gathered:
+            full = whole(weight.detach())
+            gathered[id(weight)] = full.cpu() if ranks.is_first else full.new_empty(0)
+    return {name: gathered[id(one)] for name, one in weights.items()} if ranks.is_first else {}

@@ -1,7 +1,7 @@
 """The shape of a model: its sizes, its parameters by part, and the ladder. Imports no torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from capgap.errors import UserError
 from capgap.models.families import FAMILIES, HEAD, Family, Tensors
@@ -42,98 +42,73 @@ class Shape:
     def family(self) -> Family:
         return FAMILIES[self.architecture]
 
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """The sizes of the axes of tensors, as `capgap.models.families` names them."""
+        query, key = self.heads * self.head_size, self.kv_heads * self.head_size
+        return {
+            "hidden": self.hidden,
+            "neurons": self.ffn,
+            "gate_up": 2 * self.ffn,
+            "query": query,
+            "key": key,
+            "head_qkv": 3 * query,
+            "qkv": query + 2 * key,
+            "head": self.head_size,
+            "vocabulary": self.vocabulary,
+            "positions": self.positions,
+        }
+
     def parameters(self) -> ParameterCounts:
         """Parameters by part, exactly those of the built model."""
-        attention, ffn, norms, final_norm = layer_parameters(
-            self.architecture, self.hidden, self.heads, self.kv_heads, self.head_size, self.ffn
-        )
-        tables = dict(self.family.tables)
-        head = tables.pop(HEAD)
-        sizes = {"words": self.vocabulary, "positions": self.positions, "hidden": self.hidden}
+        family, sizes = self.family, self.axis_sizes
+        head = _count({HEAD: family.tables[HEAD]}, sizes)
         return ParameterCounts(
-            embedding=_count(tables, sizes),
-            attention=self.layers * attention,
-            ffn=self.layers * ffn,
-            norms=self.layers * norms + final_norm,
-            head=0 if self.tied else _count({HEAD: head}, sizes),
+            embedding=_count(family.tables, sizes) - head,
+            attention=self.layers * _count(family.attention, sizes),
+            ffn=self.layers * _count(family.ffn, sizes),
+            norms=self.layers * _count(family.norms(*family.layer_norms), sizes)
+            + _count(family.norms(family.final_norm), sizes),
+            head=0 if self.tied else head,
         )
+
+    def ffn_for(self, non_embedding: int, layers: int) -> float:
+        """The FFN width that gives so many layers of this shape `non_embedding` parameters; not
+        rounded, may be negative."""
+        family, sizes = self.family, self.axis_sizes
+
+        def layer(neurons: int) -> int:
+            widths = sizes | {"neurons": neurons, "gate_up": 2 * neurons}
+            return _count(family.layer_tensors, widths)
+
+        bare, final_norm = layer(0), _count(family.norms(family.final_norm), sizes)
+        return (non_embedding - layers * bare - final_norm) / (layers * (layer(1) - bare))
 
 
 def _problem(shape: Shape) -> str | None:
     if shape.architecture not in ARCHITECTURES:
         return f"the architecture must be one of {', '.join(ARCHITECTURES)}"
-    for name in ("hidden", "layers", "heads", "kv_heads", "head_size", "ffn", "vocabulary"):
-        if getattr(shape, name) < 1:
-            return f"{name} is {getattr(shape, name)}, it must be at least 1"
-    if shape.positions < 1:
-        return f"positions is {shape.positions}, it must be at least 1"
-    family = shape.family
-    if not family.learns_positions and shape.head_size % 2:
-        return f"head_size {shape.head_size} is odd, rotary positions need an even one"
-    if not family.grouped_heads and shape.heads != shape.kv_heads:
-        return f"kv_heads {shape.kv_heads} must equal heads {shape.heads}"
-    if shape.heads % shape.kv_heads:
-        return f"{shape.heads} heads do not share {shape.kv_heads} kv_heads evenly"
-    if not family.free_width and shape.hidden != shape.heads * shape.head_size:
-        return (
-            f"hidden {shape.hidden} must be heads x head_size = {shape.heads} x {shape.head_size}"
-        )
-    if shape.hidden % shape.heads:
+    for name, size in vars(shape).items():
+        if name not in ("architecture", "tied") and size < 1:
+            return f"{name} is {size}, it must be at least 1"
+    family, hidden, size = shape.family, shape.hidden, shape.head_size
+    heads, kv_heads = shape.heads, shape.kv_heads
+    if not family.learns_positions and size % 2:
+        return f"head_size {size} is odd, rotary positions need an even one"
+    if not family.grouped_heads and heads != kv_heads:
+        return f"kv_heads {kv_heads} must equal heads {heads}"
+    if heads % kv_heads:
+        return f"{heads} heads do not share {kv_heads} kv_heads evenly"
+    if not family.free_width and hidden != heads * size:
+        return f"hidden {hidden} must be heads x head_size = {heads} x {size}"
+    if hidden % heads:
         # transformers refuses it, although the head size is a field of its own
-        return f"hidden {shape.hidden} is no multiple of {shape.heads} heads"
+        return f"hidden {hidden} is no multiple of {heads} heads"
     return None
-
-
-def axis_sizes(hidden: int, heads: int, kv_heads: int, head_size: int, ffn: int) -> dict[str, int]:
-    """Of the axes of a layer's tensors, as `capgap.models.families` names them."""
-    return {
-        "hidden": hidden,
-        "neurons": ffn,
-        "gate_up": 2 * ffn,
-        "query": heads * head_size,
-        "key": kv_heads * head_size,
-        "head_qkv": 3 * heads * head_size,
-        "qkv": (heads + 2 * kv_heads) * head_size,
-        "head": head_size,
-    }
-
-
-def layer_parameters(
-    architecture: str, hidden: int, heads: int, kv_heads: int, head_size: int, ffn: int
-) -> tuple[int, int, int, int]:
-    """Parameters of one layer: attention, FFN, norms; and of the norm behind all layers."""
-    family = FAMILIES[architecture]
-    sizes = axis_sizes(hidden, heads, kv_heads, head_size, ffn)
-    norm = (2 if family.norm_bias else 1) * hidden
-    return (
-        _count(family.attention, sizes),
-        _count(family.ffn, sizes),
-        len(family.layer_norms) * norm,
-        norm,
-    )
 
 
 def _count(tensors: Tensors, sizes: dict[str, int]) -> int:
     return sum(math.prod(sizes[axis] for axis in axes) for axes in tensors.values())
-
-
-def ffn_for(
-    architecture: str,
-    non_embedding: int,
-    *,
-    hidden: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head_size: int,
-) -> float:
-    """The FFN width that gives a model `non_embedding` parameters; not rounded, may be negative."""
-    attention, bias, norms, final_norm = layer_parameters(
-        architecture, hidden, heads, kv_heads, head_size, ffn=0
-    )
-    _, one_neuron, *_ = layer_parameters(architecture, hidden, heads, kv_heads, head_size, ffn=1)
-    without = layers * (attention + bias + norms) + final_norm
-    return (non_embedding - without) / (layers * (one_neuron - bias))
 
 
 def power_of_two_within(limit: float) -> int:
@@ -156,20 +131,17 @@ def ladder_shape(
 ) -> Shape:
     """The model of a ladder with `non_embedding` parameters and tied embeddings.
 
-    The count is met within 0.5% (1% below 20k). `layers` takes the place of the rule's.
-
-    The rule, with S the wanted count:
-    - layers = 12 (S / 85M)^0.23, at least 2: 2 at 50k, 4 at 1M, 12 at 85M (GPT-2 small),
-      33 at 7B. Depth grows slowly, since few wide layers are quicker on a CPU;
+    The count is met within 0.5% (1% below 20k). The rule, with S the wanted count:
+    - layers = 12 (S / 85M)^0.23, at least 2, unless `layers` says it: 2 at 50k, 12 at 85M (GPT-2
+      small), 33 at 7B. Depth grows slowly, since few wide layers are quicker on a CPU;
     - a layer has about 12 hidden^2 parameters, so hidden* = sqrt(S / (12 layers));
     - heads of size 16 up to hidden* 192, 32 up to 512, 64 up to 2048, then 128. Their number is
       hidden* / size rounded, at least 2;
     - families whose head size is a field of its own take the multiple of heads nearest to hidden*.
       A student cut out of any teacher of the same head size then has the ladder's own shape;
     - for the others hidden = heads x size, and the size is moved in eighths of itself, so that
-      hidden stays close to hidden* and neighbours on the ladder look alike;
-    - the FFN takes what is left: about 8/3 hidden where it has a gate, or 4 hidden, rounded to a
-      power of two of at most hidden/32.
+      neighbours on the ladder look alike;
+    - the FFN takes what is left, in multiples of a power of two of at most hidden/32.
     Raises UserError if the architecture is unknown or the count too small.
     """
     if architecture not in ARCHITECTURES:
@@ -196,25 +168,18 @@ def ladder_shape(
         step = head_size // 8
         head_size = max(step, step * round(wanted_hidden / heads / step))
         hidden = heads * head_size
-    width = ffn_for(
-        architecture,
-        non_embedding,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_size=head_size,
-    )
     grain = power_of_two_within(hidden / 32)
-    return Shape(
+    shape = Shape(
         architecture=architecture,
         hidden=hidden,
         layers=layers,
         heads=heads,
         kv_heads=heads,
         head_size=head_size,
-        ffn=max(grain, grain * round(width / grain)),
+        ffn=grain,
         vocabulary=vocabulary,
         positions=positions,
         tied=True,
     )
+    width = shape.ffn_for(non_embedding, layers)
+    return replace(shape, ffn=max(grain, grain * round(width / grain)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from capgap.artifact import file_hash, folder_written, read_json, write_json
 from capgap.corpus.hub import HUB_NAME, OWN_CODE, hub_revision, is_cached, looks_like_path
-from capgap.errors import UserError, border, warn_once
+from capgap.errors import UserError, border, first_line, warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,43 +36,34 @@ LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # What belongs to a model beside its config, weights and tokenizer
 PAPERS = ("generation_config.json", *LICENCES)
 COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "*.tiktoken",
-    "*.bpe",
-    "normalizer.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    *PAPERS,
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "normalizer.json"),
+    *("vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.bpe"),
+    *("chat_template*", "additional_chat_templates/*"),
+    *("preprocessor_config.json", "processor_config.json", *PAPERS),
 )
-_FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_FLOATS = {"F64": torch.float64, "F32": torch.float32}
+_FLOATS |= {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_config(path_or_name: str | Path, *, trust_remote_code: bool = False) -> "PreTrainedConfig":
     """The transformers config of a folder or of a name on the Hub; weights are not looked at.
 
-    `trust_remote_code` runs the checkpoint's own code where nothing else describes its
-    architecture.
-    UserError in one line: nothing there, no config, quantised; no network, without waiting for it;
-    an adapter; a config that transformers does not take.
+    `trust_remote_code` runs the checkpoint's own code where only that describes its architecture.
+    UserError: nothing there, no config, quantised, an adapter, a config that transformers does not
+    take; no network, without waiting for it.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
     name = at_home(path_or_name)
-    if Path(name).is_dir():
-        _refuse_adapter(Path(name))
-        if not (Path(name) / "config.json").is_file():
+    folder = Path(name)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            # transformers would add it to what lies beside it, where the library peft is there
+            raise UserError(
+                f"{name} holds an adapter (adapter_config.json): merge it with merge_and_unload() "
+                "and give the merged model in a folder without the adapter's files"
+            )
+        if not (folder / "config.json").is_file():
             raise UserError(f"{name} is no model folder: it has no config.json")
     elif looks_like_path(name) or not HUB_NAME.fullmatch(name):
         raise UserError(f"{name} is no model folder")
@@ -83,7 +74,13 @@ def read_config(path_or_name: str | Path, *, trust_remote_code: bool = False) ->
         fields = PreTrainedConfig.get_config_dict(name)[0]
         if not isinstance(fields, dict):
             raise UserError(f"config.json of the model {name} is no object: give the model's own")
-        _refuse_foreign_code(name, fields)
+        for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+            # kernels may be named by a repository, whose code would be fetched and run
+            if "/" in str(fields.get(key)):
+                raise UserError(
+                    f"config.json of the model {name} asks for code of another repository ({key}: "
+                    f"{fields[key]!r}): take that key out"
+                )
         needs_code = needs_own_code(fields)
         if needs_code and not trust_remote_code:
             raise UserError(
@@ -91,12 +88,15 @@ def read_config(path_or_name: str | Path, *, trust_remote_code: bool = False) ->
                 f"{fields.get('model_type')!r}, which transformers does not have: {OWN_CODE}"
             )
         config = AutoConfig.from_pretrained(name, trust_remote_code=needs_code)
-    _refuse_quantised(name, config)
-    if (
-        Path(name).is_dir()
-        and getattr(config, "tie_word_embeddings", False)
-        and _has_own_head(Path(name))
-    ):
+    quantised: Any = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        settings = quantised if isinstance(quantised, dict) else vars(quantised)
+        method = settings.get("quant_method", "an unknown method")
+        raise UserError(
+            f"{name} is quantised ({method}): give the unquantised model; fp32, fp16 and bf16 are "
+            "supported"
+        )
+    if getattr(config, "tie_word_embeddings", False) and _has_own_head(folder):
         warn_once(
             f"{name}: its config ties the head to the table of tokens, its weights hold another "
             "head: that is taken"
@@ -105,40 +105,19 @@ def read_config(path_or_name: str | Path, *, trust_remote_code: bool = False) ->
     return config
 
 
-def _refuse_adapter(folder: Path) -> None:
-    """transformers would add it to whatever lies beside it, where the library peft is there."""
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{folder} holds an adapter (adapter_config.json): merge it with merge_and_unload() "
-            "and give the merged model in a folder without the adapter's files"
-        )
-
-
-def _refuse_foreign_code(name: str, fields: Mapping[str, Any]) -> None:
-    """Attention kernels may be named by a repository, whose code would be fetched and run."""
-    for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
-        value = fields.get(key)
-        if isinstance(value, str) and "/" in value:
-            raise UserError(
-                f"config.json of the model {name} asks for code of another repository ({key}: "
-                f"{value!r}): take that key out"
-            )
-
-
 def _has_own_head(folder: Path) -> bool:
-    """Whether the files hold a head that is not the table of tokens."""
+    """Whether the files, where there are some yet, hold a head that is not the table of tokens."""
     try:
         weights = StoredWeights(folder)
     except UserError:
-        return False  # a config may be asked for where weights are not there yet
+        return False
     heads = [name for name in (*STORED_AS, *STORED_AS.values()) if name in weights.names]
     if not heads:
         return False
-    tables = [one for one in weights.names if one.endswith(TABLES)]
+    tables = [name for name in weights.names if name.endswith(TABLES)]
     # of several tables (Gemma 3n's, a tower's) only one has the head's shape
-    shape = weights.shape(heads[0])
-    alike = [one for one in tables if weights.shape(one) == shape]
-    return bool(alike) and not any(weights.same(heads[0], one) for one in alike)
+    alike = [name for name in tables if weights.shape(name) == weights.shape(heads[0])]
+    return bool(alike) and not any(weights.same(heads[0], name) for name in alike)
 
 
 def at_home(path_or_name: str | Path) -> str:
@@ -148,8 +127,7 @@ def at_home(path_or_name: str | Path) -> str:
 
 
 def text_config(config: "PreTrainedConfig") -> Any:
-    """The part of a config that describes the language model: itself, but for models that also see
-    or hear."""
+    """The part of a config that describes the language model, where it also sees or hears."""
     return config.get_text_config(decoder=True)
 
 
@@ -160,8 +138,7 @@ def positions_of(config: "PreTrainedConfig") -> int | None:
 
 
 def needs_own_code(fields: Mapping[str, Any]) -> bool:
-    """Whether code of the checkpoint describes its architecture and nothing else does, by its
-    config."""
+    """Whether only code of the checkpoint describes the architecture of this config."""
     if "auto_map" not in fields:
         return False
     from transformers import CONFIG_MAPPING
@@ -169,71 +146,42 @@ def needs_own_code(fields: Mapping[str, Any]) -> bool:
     return fields.get("model_type") not in CONFIG_MAPPING
 
 
-def _refuse_quantised(name: str, config: "PreTrainedConfig") -> None:
-    """UserError for weights that are packed codes and no numbers."""
-    quantised: Any = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        fields = quantised if isinstance(quantised, dict) else vars(quantised)
-        method = fields.get("quant_method", "an unknown method")
-        raise UserError(
-            f"{name} is quantised ({method}): give the unquantised model; fp32, fp16 and bf16 are "
-            "supported"
-        )
-
-
 def local_folder(path_or_name: str | Path) -> Path:
     """A folder as it is; a model of the Hub by its folder in the cache, downloaded if need be."""
-    path_or_name = at_home(path_or_name)
-    if Path(path_or_name).is_dir():
-        return Path(path_or_name)
+    name = at_home(path_or_name)
+    if Path(name).is_dir():
+        return Path(name)
     wanted = ["*.safetensors", "*.json", *COMPANIONS]
-    # the same weights in the form of another library
-    other = ["consolidated*", "original/*"]
+    other_libraries = ["consolidated*", "original/*"]
     try:
-        return Path(
-            snapshot_download(str(path_or_name), allow_patterns=wanted, ignore_patterns=other)
-        )
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=other_libraries))
     except (OSError, ValueError) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"no folder {path_or_name}, and from the Hub: {cause}") from None
+        raise UserError(f"no folder {name}, and from the Hub: {first_line(error)}") from None
 
 
 class StoredWeights:
     """The tensors in a model folder's safetensors files, one at a time; weights[name].
 
-    UserError at once: no safetensors, a shard that the index names is missing or is cut off.
+    Names are the model's: files may leave the first part out (a bare backbone) or have GPT-NeoX's
+    name for the head. UserError at once: no safetensors, a shard that the index names is missing or
+    is cut off; later: the tensor is not stored.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = self._find_files()
+        self._files: dict[str, Path] = {}
+        for path in _weight_files(folder):
+            self._files |= dict.fromkeys(self._open(path).keys(), path)
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors, as the files call them."""
+        """All tensors, as the files call them."""
         return list(self._files)
 
     @property
     def paths(self) -> list[Path]:
         """The files, in order."""
         return sorted(set(self._files.values()))
-
-    def shape(self, name: str) -> list[int]:
-        """The shape of a tensor; UserError as `check`."""
-        stored = self._find(name)
-        with self._open(self._files[stored]) as opened:
-            return list(opened.get_slice(stored).get_shape())
-
-    def same(self, one: str, other: str) -> bool:
-        """Whether two tensors of one shape are equal, read in pieces."""
-        rows = self.shape(one)[0]
-        files = [self._files[self._find(name)] for name in (one, other)]
-        with self._open(files[0]) as first, self._open(files[1]) as second:
-            left, right = first.get_slice(self._find(one)), second.get_slice(self._find(other))
-            return all(
-                torch.equal(left[start : start + ROWS], right[start : start + ROWS])
-                for start in range(0, rows, ROWS)
-            )
 
     def verify(self) -> None:
         """UserError where a file is not as capgap wrote it; other models have no list of files."""
@@ -248,26 +196,25 @@ class StoredWeights:
                     f"{WRITTEN} beside it if the change is yours"
                 )
 
-    def check_config(self, config: "PreTrainedConfig") -> None:
-        """UserError where the config describes tensors of other shapes, or weights that are no
-        floating-point numbers, and as `verify`. Tensors that transformers stores under other names
-        are left to it.
-        """
-        self.verify()
-        for name, wanted in empty_model(config).named_parameters():
-            if not self.has(name):
-                continue
-            self.dtype(name)
-            found = self.shape(name)
-            if found != list(wanted.shape):
-                raise UserError(
-                    f"{self.folder}: config.json describes {name} as {list(wanted.shape)}, the "
-                    f"weights have {found}: give the model's own config"
-                )
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self._stored_name(name)
+        return self._open(self._files[stored]).get_tensor(stored)
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor."""
-        return any(stored in self._files for stored in _stored_names(name))
+        return self._find(name) is not None
+
+    def shape(self, name: str) -> list[int]:
+        return list(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a tensor is stored in; UserError where that is no floating-point one."""
+        kind = self._slice(name).get_dtype()
+        if kind not in _FLOATS:
+            raise UserError(
+                f"{self.folder} holds {self._stored_name(name)} as {kind}: quantised weights are "
+                "not supported, give fp32, fp16 or bf16"
+            )
+        return _FLOATS[kind]
 
     def check(self, names: Iterable[str]) -> None:
         """UserError where one of these is not there, or is no floating-point numbers, and as
@@ -276,75 +223,87 @@ class StoredWeights:
         for name in names:
             self.dtype(name)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype that a tensor is stored in; UserError as `check`."""
+    def check_config(self, config: "PreTrainedConfig") -> None:
+        """UserError where the config describes tensors of other shapes, or weights that are no
+        floating-point numbers, and as `verify`. Tensors that transformers stores under other names
+        are left to it.
+        """
+        self.verify()
+        wanted = {name: list(one.shape) for name, one in empty_model(config).named_parameters()}
+        for name in filter(self.has, wanted):
+            self.dtype(name)
+            if self.shape(name) != wanted[name]:
+                raise UserError(
+                    f"{self.folder}: config.json describes {name} as {wanted[name]}, the weights "
+                    f"have {self.shape(name)}: give the model's own config"
+                )
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors of one shape are equal, read in pieces."""
+        left, right = self._slice(one), self._slice(other)
+        return all(
+            torch.equal(left[start : start + ROWS], right[start : start + ROWS])
+            for start in range(0, self.shape(one)[0], ROWS)
+        )
+
+    def _slice(self, name: str) -> Any:
+        stored = self._stored_name(name)
+        return self._open(self._files[stored]).get_slice(stored)
+
+    def _find(self, name: str) -> str | None:
+        names = (name, name.partition(".")[2], STORED_AS.get(name))
+        return next((stored for stored in names if stored in self._files), None)
+
+    def _stored_name(self, name: str) -> str:
         stored = self._find(name)
-        with self._open(self._files[stored]) as opened:
-            kind = opened.get_slice(stored).get_dtype()
-        if kind not in _FLOATS:
-            raise UserError(
-                f"{self._files[stored]} holds {stored} as {kind}: quantised weights are not "
-                "supported, give fp32, fp16 or bf16"
-            )
-        return _FLOATS[kind]
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The tensor by its name in the model; UserError where it is not stored."""
-        stored = self._find(name)
-        # opened for every tensor: what stays open keeps the pages that were read in memory
-        with self._open(self._files[stored]) as opened:
-            return opened.get_tensor(stored)
-
-    def _find(self, name: str) -> str:
-        """What it is called in the files: checkpoints of a bare backbone leave the first word, and
-        GPT-NeoX has a name of its own for the head."""
-        for stored in _stored_names(name):
-            if stored in self._files:
-                return stored
-        raise UserError(f"the weights in {self.folder} lack {name}: give the whole model")
-
-    def _find_files(self) -> dict[str, Path]:
-        """Where every tensor lies: in the single file before those of an index, as transformers
-        reads them."""
-        index = self.folder / INDEX
-        single = self.folder / SINGLE
-        if single.is_file():
-            paths = [single]
-            if index.is_file():
-                warn_once(f"{self.folder}: {SINGLE} is read, and not the files that {INDEX} names")
-        elif index.is_file():
-            paths = sorted({self.folder / name for name in _weight_map(index).values()})
-        else:
-            paths = sorted(self.folder.glob("*.safetensors"))
-        if not paths:
-            pickles = sorted(one.name for kind in PICKLES for one in self.folder.glob(kind))
-            reason = (
-                f" ({pickles[0]} is a pickle, which can run any code when it is read)"
-                if pickles
-                else ""
-            )
-            raise UserError(
-                f"{self.folder} holds no *.safetensors weights{reason}: convert the model with "
-                "save_pretrained and try again"
-            )
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
-            raise UserError(
-                f"{self.folder} lacks {missing[0]}, {len(missing)} of {len(paths)} shards that "
-                "its index names: download the model again"
-            )
-        found = {}
-        for path in paths:
-            with self._open(path) as opened:
-                found.update(dict.fromkeys(opened.keys(), path))
-        return found
+        if stored is None:
+            raise UserError(f"the weights in {self.folder} lack {name}: give the whole model")
+        return stored
 
     def _open(self, path: Path) -> Any:
+        """Opened for every tensor: what stays open keeps the pages that were read in memory."""
         check_inside(path, self.folder)
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {path} ({error}): download it again") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The single file before those of an index, as transformers reads them."""
+    index, single = folder / INDEX, folder / SINGLE
+    if single.is_file():
+        if index.is_file():
+            warn_once(f"{folder}: {SINGLE} is read, and not the files that {INDEX} names")
+        return [single]
+    paths = sorted(folder.glob("*.safetensors"))
+    if index.is_file():
+        paths = [folder / name for name in _indexed_files(index)]
+    if not paths:
+        pickles = sorted(path.name for kind in PICKLES for path in folder.glob(kind))
+        code = "is a pickle, which can run any code when it is read"
+        why = f" ({pickles[0]} {code})" if pickles else ""
+        raise UserError(
+            f"{folder} holds no *.safetensors weights{why}: convert the model with save_pretrained "
+            "and try again"
+        )
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {missing[0]}, {len(missing)} of {len(paths)} shards that its index "
+            "names: download the model again"
+        )
+    return paths
+
+
+def _indexed_files(index: Path) -> list[str]:
+    with border(f"cannot read {index}, download it again"):
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        if not names or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{index} has no map of weights to files: download it again")
+    if any("/" in name or name.startswith(".") for name in names):
+        raise UserError(f"{index} names files outside of its folder: give another model")
+    return sorted(names)
 
 
 def write_weights(
@@ -354,10 +313,10 @@ def write_weights(
     *,
     shard_bytes: int | None = None,
 ) -> None:
-    """Writes the tensors of `skeleton` (on the meta device, by name) as transformers would.
+    """Writes the tensors of `skeleton` (on the meta device, by name) as transformers would, in
+    files of at most `shard_bytes`, by default SHARD_BYTES.
 
-    Files have at most `shard_bytes`, SHARD_BYTES if None. `make` gives each tensor when its turn
-    comes; no more than one file's are in memory.
+    `make` gives each tensor when its turn comes; no more than one file's are in memory.
     """
     plan = split_torch_state_dict_into_shards(skeleton, max_shard_size=shard_bytes or SHARD_BYTES)
     for file, names in plan.filename_to_tensors.items():
@@ -406,21 +365,6 @@ def check_inside(path: Path, folder: Path) -> None:
         raise UserError(
             f"{path} is a link out of the model's folder ({place}): put the file itself there"
         )
-
-
-def _stored_names(name: str) -> tuple[str | None, ...]:
-    return name, name.partition(".")[2], STORED_AS.get(name)
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    with border(f"cannot read {index}, download it again"):
-        found: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        names = list(found.values())
-        if not all(isinstance(name, str) for name in names) or not names:
-            raise UserError(f"{index} has no map of weights to files: download it again")
-    if any("/" in name or name.startswith(".") for name in names):
-        raise UserError(f"{index} names files outside of its folder: give another model")
-    return found
 
 
 def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":

@@ -1,7 +1,7 @@
 """Importance of heads, neurons, hidden units and layers, by several scores."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from capgap.corpus.text import Text
 from capgap.distill.head import HeadInput
 from capgap.distill.losses import column_loss
 from capgap.errors import UserError
 from capgap.models.build import shape_of
+from capgap.models.families import Axes
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape
-from capgap.prune.masks import Masks, masked
 from capgap.prune.methods import (
     Depth,
     Method,
@@ -25,10 +26,11 @@ from capgap.prune.methods import (
     reading_methods,
     scoring_flops,
 )
-from capgap.prune.units import layer_weights, sums_by_unit, unit_of_rows
+from capgap.prune.units import Masks, layer_weights, masked, unit_of_rows, unit_sizes
 
 UNITS = ("heads", "neurons", "hidden", "layers")
 Scores = dict[str, Tensor]
+_ORDER_SEED = 3_000_017
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,26 @@ class Importance:
 class ScoringState:
     """Sums over the batches read so far, by method and unit: a scoring that stops goes on from it.
 
-    The tensors have the shapes of an Importance, float32 on the model's device; hidden is [places,
-    hidden], a row for every place where it is measured (every norm for activations, else one).
+    Tensors as in an Importance, on the model's device; hidden is [norms, hidden], a row for every
+    norm where activations are measured, else one.
     """
 
     sums: dict[str, Scores] = field(default_factory=dict)
     batches: int = 0
     tokens: int = 0
+
+
+def scoring_batches(
+    corpus: Text, tokens: int, *, batch_windows: int = 8, seed: int = 0
+) -> list[Tensor]:
+    """Windows of a corpus in an order of their own, as batches [batch_windows, window + 1] of about
+    `tokens` in all, or of the whole corpus where it has fewer.
+
+    Many small batches say more than few large ones, since |gradient| is averaged over batches.
+    """
+    rows = min(max(1, tokens // corpus.window), corpus.windows)
+    indices = corpus.batch(seed=_ORDER_SEED + seed, step=0, batch_windows=rows)
+    return list(torch.from_numpy(corpus.train.windows_at(indices)).split(batch_windows))
 
 
 def loss_of(model: PreTrainedModel, windows: Tensor) -> Tensor:
@@ -82,27 +97,24 @@ def score(
 ) -> Importance:
     """Importance of every unit of `model`, from batches [batch, seq + 1] of token ids.
 
-    method, for heads, neurons and hidden units:
+    method, for heads, neurons and hidden units (docs/pruning.md compares them):
 
     - weights: mean over batches of the sum of |weight x gradient| over a unit's weights (arXiv
       2305.11627); the only one that holds gradients of all weights;
     - first_order: mean over batches of |d loss / d mask|, masks of ones sitting on the units (arXiv
-      1905.10650, as in 2311.07052); the best right after the cut;
+      1905.10650, as in 2311.07052);
     - activation: mean over tokens of a head's output norm, of |neuron|, and of |hidden unit|
-      behind the norms that read the stream (arXiv 2407.14679), each norm's over their L2 norm; what
-      serves best on models that others made (docs/pruning.md), and the cheapest that reads text;
+      behind the norms that read the stream (arXiv 2407.14679), each norm's over their L2 norm;
     - norm: root of the sum of squares of a unit's weights, without any text;
     - random: the control, drawn by `seed`.
 
     depth, for layers, by default as the method has it: `first_order`, on masks of what a layer
     adds; `influence`, 1 less the cosine of a layer's input and output (arXiv 2403.03853), which
-    `activation` takes too; `ends`, which keeps the middle: the first and last go first. `weights`
-    and `norm` sum over all of a layer's weights.
+    `activation` takes too; `ends`, which keeps the middle. `weights` and `norm` sum over a layer.
 
     Scores are divided by their L2 norm over a layer (heads, neurons) or over all. The model is left
-    as it was. `state` are the sums over batches before these, `on_batch` is told of them after
-    every batch. Raises UserError for an unknown method, for no batch where text is needed, or a
-    loss or weights that are not finite.
+    as it was. `state` are the sums over batches before these, `on_batch` gets them after every one.
+    UserError: an unknown method, no batch where text is needed, a loss or weights not finite.
     """
     check_methods(method, depth)
     shape = shape_of(model.config)
@@ -111,37 +123,39 @@ def score(
     for name, weight in model.named_parameters():
         # norms hide weights whose squares overflow: activations are 0 then, and finite
         wide = torch.promote_types(weight.dtype, torch.float32)
-        if not torch.isfinite(torch.linalg.vector_norm(weight, dtype=wide)):
-            raise UserError(
-                f"non-finite norm of {name}: the model to prune is broken, take a sound one"
-            )
+        _check_finite(torch.linalg.vector_norm(weight, dtype=wide), f"norm of {name}")
     state = state or ScoringState()
     for name in reading:
-        measured = shape.layers * len(_input_norms(shape)) if name == "activation" else 1
-        state.sums.setdefault(name, _no_scores(shape, model.device, measured))
+        norms = shape.layers * len(_input_norms(shape)) if name == "activation" else 1
+        state.sums.setdefault(name, _zeros(shape, model.device, norms))
     for windows in batches if reading else ():
         for name in reading:
-            _READERS[name](model, shape, windows.to(model.device), state)
+            result = _READERS[name](model, shape, windows.to(model.device), state.sums[name])
+            _check_finite(result, f"result of batch {state.batches}")
         state.batches += 1
         state.tokens += windows[:, 1:].numel()
         on_batch(state)
     if reading and not state.batches:
         raise UserError("importance needs at least one batch of tokens, there was none")
-    scores = dict(_scores_by(method, model, shape, state, seed))
+    scores = _scores_by(method, model, shape, state, seed)
+    by = layers_by(method, depth)
+    layers = (scores if by == method else _scores_by(by, model, shape, state, seed))["layers"]
     if depth == "ends":
-        places = torch.arange(shape.layers)
-        scores["layers"] = (torch.minimum(places, places.flip(0)) + 1).float()
-    else:
-        by = layers_by(method, depth)
-        scores["layers"] = _scores_by(by, model, shape, state, seed)["layers"]
+        numbers = torch.arange(1, shape.layers + 1)
+        layers = torch.minimum(numbers, numbers.flip(0)).float()
     return Importance(
         heads=_normalised(scores["heads"]),
         neurons=_normalised(scores["neurons"]),
         hidden=_normalised(_normalised(scores["hidden"]).sum(0)),
-        layers=_normalised(scores["layers"]),
+        layers=_normalised(layers),
         tokens=state.tokens,
         flops=scoring_flops(method, depth, shape.parameters().total, state.tokens),
     )
+
+
+def _check_finite(value: Tensor, what: str) -> None:
+    if not torch.isfinite(value):
+        raise UserError(f"non-finite {what}: the model to prune is broken, take a sound one")
 
 
 def _scores_by(
@@ -149,141 +163,106 @@ def _scores_by(
 ) -> Scores:
     if method in state.sums:
         return state.sums[method]
-    return _weight_norms(model, shape) if method == "norm" else _random(shape, seed)
+    scores = _zeros(shape, model.device)
+    if method == "norm":
+        for layer, weight, axes in layer_weights(model, shape):
+            _add_by_unit(scores, shape, layer, weight.detach().float().square(), axes)
+        return {name: total.sqrt() for name, total in scores.items()}
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(zero.shape, generator=generator) for name, zero in scores.items()}
 
 
-def _first_order(
-    model: PreTrainedModel, shape: Shape, windows: Tensor, state: ScoringState
-) -> None:
+# Readers add what a batch says to the sums, and return a number that is finite if all is well
+
+
+def _first_order(model: PreTrainedModel, shape: Shape, windows: Tensor, sums: Scores) -> Tensor:
     dtype = torch.promote_types(model.dtype, torch.float32)
     masks = Masks.ones(shape, dtype=dtype, device=model.device)
-    for mask in masks.as_list():
+    for mask in masks:
         mask.requires_grad_()
     # frozen weights: their gradients would cost a third of the work for nothing
     with _measuring(model, weights=False), masked(model, masks):
-        loss = _sound_loss(model, windows, state)
-        gradients = torch.autograd.grad(loss, masks.as_list())
+        loss = loss_of(model, windows)
+        gradients = torch.autograd.grad(loss, masks)
     for name, gradient in zip(UNITS, gradients, strict=True):
-        state.sums["first_order"][name] += gradient.abs()
+        sums[name] += gradient.abs()
+    return loss
 
 
-def _weight_gradients(
-    model: PreTrainedModel, shape: Shape, windows: Tensor, state: ScoringState
-) -> None:
+def _weights(model: PreTrainedModel, shape: Shape, windows: Tensor, sums: Scores) -> Tensor:
     with _measuring(model, weights=True):
         tensors = list(layer_weights(model, shape))
-        loss = _sound_loss(model, windows, state)
+        loss = loss_of(model, windows)
         gradients = torch.autograd.grad(loss, [weight for _, weight, _ in tensors])
     for (layer, weight, axes), gradient in zip(tensors, gradients, strict=True):
         worth = (weight.detach().float() * gradient.float()).abs()
-        _add_by_unit(state.sums["weights"], shape, layer, worth, axes)
+        _add_by_unit(sums, shape, layer, worth, axes)
+    return loss
 
 
-def _activations(
-    model: PreTrainedModel, shape: Shape, windows: Tensor, state: ScoringState
-) -> None:
-    family, scores = shape.family, state.sums["activation"]
-    handles = []
+def _activations(model: PreTrainedModel, shape: Shape, windows: Tensor, sums: Scores) -> Tensor:
+    family, norms = shape.family, _input_norms(shape)
 
-    def add(name: str, index: int, values: Tensor) -> None:
-        """values [..., units], to be summed over tokens"""
-        scores[name][index] += values.flatten(0, -2).sum(0)
+    def summed(values: Tensor) -> Tensor:
+        """[..., units] over all tokens."""
+        return values.flatten(0, -2).sum(0)
 
-    def heads(index: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            groups = inputs[0].float().unflatten(-1, (shape.kv_heads, -1))
-            add("heads", index, groups.norm(dim=-1))
+    def heads(before: Tensor, after: Any) -> Tensor:
+        return summed(before.float().unflatten(-1, (shape.kv_heads, -1)).norm(dim=-1))
 
-        return hook
+    def neurons(before: Tensor, after: Any) -> Tensor:
+        return summed(before.float().abs())
 
-    def neurons(index: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            add("neurons", index, inputs[0].float().abs())
+    def hidden(before: Tensor, after: Any) -> Tensor:
+        return summed(after.float().abs())
 
-        return hook
+    def influence(before: Tensor, after: Any) -> Tensor:
+        after = after[0] if isinstance(after, tuple) else after
+        return (1 - functional.cosine_similarity(before.float(), after.float(), dim=-1)).sum()
 
-    def hidden(place: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            add("hidden", place, output.float().abs())
+    with ExitStack() as hooks:
 
-        return hook
+        def measure(module: nn.Module, how: Callable[[Tensor, Any], Tensor], total: Tensor) -> None:
+            def add(module: nn.Module, inputs: tuple[Tensor], output: Any) -> None:
+                total.add_(how(inputs[0], output))
 
-    def influence(index: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Any) -> None:
-            after = output[0] if isinstance(output, tuple) else output
-            cosine = functional.cosine_similarity(inputs[0].float(), after.float(), dim=-1)
-            scores["layers"][index] += (1 - cosine).sum()
+            hooks.enter_context(module.register_forward_hook(add))
 
-        return hook
-
-    norms = _input_norms(shape)
-    try:
         for index, layer in enumerate(model.get_submodule(family.layers).children()):
-            module = layer.get_submodule(family.head_inputs)
-            handles.append(module.register_forward_pre_hook(heads(index)))
-            module = layer.get_submodule(family.neuron_inputs)
-            handles.append(module.register_forward_pre_hook(neurons(index)))
-            for place, name in enumerate(norms, index * len(norms)):
-                handles.append(layer.get_submodule(name).register_forward_hook(hidden(place)))
-            handles.append(layer.register_forward_hook(influence(index)))
+            measure(layer.get_submodule(family.head_inputs), heads, sums["heads"][index])
+            measure(layer.get_submodule(family.neuron_inputs), neurons, sums["neurons"][index])
+            for row, name in enumerate(norms, index * len(norms)):
+                measure(layer.get_submodule(name), hidden, sums["hidden"][row])
+            measure(layer, influence, sums["layers"][index])
         with _measuring(model, weights=False), torch.no_grad():
-            _check_sound(Parts(model)(windows[:, :-1]).sum(), state)
-    finally:
-        for handle in handles:
-            handle.remove()
+            return Parts(model)(windows[:, :-1]).sum()
 
 
-_READERS = {
-    "first_order": _first_order,
-    "weights": _weight_gradients,
-    "activation": _activations,
-}
-
-
-def _weight_norms(model: PreTrainedModel, shape: Shape) -> Scores:
-    scores = _no_scores(shape, model.device)
-    for layer, weight, axes in layer_weights(model, shape):
-        _add_by_unit(scores, shape, layer, weight.detach().float().square(), axes)
-    return {name: total.sqrt() for name, total in scores.items()}
-
-
-def _random(shape: Shape, seed: int) -> Scores:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(zeros.shape, generator=generator)
-        for name, zeros in _no_scores(shape, torch.device("cpu")).items()
-    }
+_READERS = {"first_order": _first_order, "weights": _weights, "activation": _activations}
 
 
 def _input_norms(shape: Shape) -> list[str]:
-    """A layer's norms that read the stream, or those that write into it where it has no others.
-
-    What the last layers of Gemma 3 write is hundreds of times what all others read.
-    """
+    """A layer's norms that read the stream, or those that write into it where it has no others: the
+    last ones of Gemma 3 write hundreds of times what others read."""
     norms, writes = shape.family.layer_norms, shape.family.writes
     return [name for name in norms if name not in writes] or list(norms)
 
 
-def _no_scores(shape: Shape, device: torch.device, places: int = 1) -> Scores:
-    return {
-        "heads": torch.zeros(shape.layers, shape.kv_heads, device=device),
-        "neurons": torch.zeros(shape.layers, shape.ffn, device=device),
-        "hidden": torch.zeros(places, shape.hidden, device=device),
-        "layers": torch.zeros(shape.layers, device=device),
-    }
+def _zeros(shape: Shape, device: torch.device, norms: int = 1) -> Scores:
+    sizes = unit_sizes(shape) | {"hidden": (norms, shape.hidden)}
+    return {unit: torch.zeros(size, device=device) for unit, size in sizes.items()}
 
 
-def _add_by_unit(
-    scores: Scores, shape: Shape, layer: int, values: Tensor, axes: tuple[str, ...]
-) -> None:
+def _add_by_unit(scores: Scores, shape: Shape, layer: int, values: Tensor, axes: Axes) -> None:
     """Adds what a tensor's weights are worth to the units that own its rows, and to its layer."""
     scores["layers"][layer] += values.sum()
     for axis, kind in enumerate(axes):
-        found = unit_of_rows(kind, shape)
-        if found is not None:
-            unit, rows = found
+        owners = unit_of_rows(kind, shape)
+        if owners is not None:
+            unit, rows = owners
             total = scores[unit][0 if unit == "hidden" else layer]
-            total += sums_by_unit(values, axis, rows, len(total))
+            by_row = values if values.ndim == 1 else values.sum(1 - axis)
+            total += torch.zeros_like(total).index_add_(0, rows.to(total.device), by_row)
 
 
 @contextmanager
@@ -294,7 +273,7 @@ def _measuring(model: PreTrainedModel, *, weights: bool) -> Iterator[None]:
     only there; what lies inside them does not, so that nothing is dropped.
     """
     was_training = [module.training for module in model.modules()]
-    asked = [weight.requires_grad for weight in model.parameters()]
+    had_gradients = [weight.requires_grad for weight in model.parameters()]
     try:
         model.eval().requires_grad_(weights)
         for layer in Parts(model).layers:
@@ -304,22 +283,8 @@ def _measuring(model: PreTrainedModel, *, weights: bool) -> Iterator[None]:
     finally:
         for module, training in zip(model.modules(), was_training, strict=True):
             module.training = training
-        for weight, wanted in zip(model.parameters(), asked, strict=True):
+        for weight, wanted in zip(model.parameters(), had_gradients, strict=True):
             weight.requires_grad_(wanted)
-
-
-def _sound_loss(model: PreTrainedModel, windows: Tensor, state: ScoringState) -> Tensor:
-    loss = loss_of(model, windows)
-    _check_sound(loss, state)
-    return loss
-
-
-def _check_sound(value: Tensor, state: ScoringState) -> None:
-    if not torch.isfinite(value):
-        raise UserError(
-            f"importance batch {state.batches} gives {value.item()}: the model to prune is broken, "
-            "take a sound one"
-        )
 
 
 def _normalised(scores: Tensor) -> Tensor:

@@ -35,5 +35,5 @@ def check_methods(method: str, depth: str | None) -> None:
     """UserError for a name that is none."""
     for kind, asked, known in (("method", method, METHODS), ("depth", depth, (None, *DEPTHS))):
         if asked not in known:
-            told = ", ".join(str(one) for one in known if one)
-            raise UserError(f"no importance {kind} {asked!r}: take one of {told}")
+            names = ", ".join(str(one) for one in known if one)
+            raise UserError(f"no importance {kind} {asked!r}: take one of {names}")

@@ -1,18 +1,12 @@
 """The shape of a pruned model: an exact size inside a teacher. Imports no torch."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from capgap.errors import UserError
-from capgap.models.shape import (
-    Shape,
-    ffn_for,
-    ladder_shape,
-    power_of_two_within,
-    smallest_ladder_size,
-)
+from capgap.models.shape import Shape, ladder_shape, power_of_two_within, smallest_ladder_size
 from capgap.sizes import format_count
 
 # Non-embedding parameters from which on a student is made for the kernels of GPUs
@@ -39,10 +33,6 @@ class Target:
     total: bool = False
     multiple: int | None = None
 
-    @property
-    def counted(self) -> str:
-        return "parameters" if self.total else "non-embedding parameters"
-
     def count(self, shape: Shape) -> int:
         """The parameters of `shape` that this target speaks of."""
         counts = shape.parameters()
@@ -60,21 +50,21 @@ def pruned_shape(
     vocabulary: int | None = None,
     layers: int | None = None,
 ) -> Shape:
-    """The shape inside `teacher` that has `non_embedding` parameters, nearest to the ladder's; of
-    so many layers, if they are given.
+    """The shape inside `teacher` that has `non_embedding` parameters, nearest to the ladder's.
 
-    Of the vocabulary's table the first `vocabulary` rows stay, all by default: rows that pad it
-    have no token. The ladder's own model of that size is taken where it fits into the teacher, else
-    the first of `search` that other software loads. Raises UserError as that does.
+    `vocabulary`: so many rows of its table stay, all by default, where others only pad it.
+    `layers`: of so many. The ladder's own model of that size is taken where it fits into the
+    teacher, else the first of `search` that other software loads. UserError as that raises.
     """
-    teacher = _with_words(teacher, vocabulary)
+    if vocabulary is not None:
+        teacher = replace(teacher, vocabulary=min(vocabulary, teacher.vocabulary))
     target = Target(non_embedding)
     if target.count(teacher) > non_embedding >= smallest_ladder_size(layers):
         model = _ladder_model(teacher, target, layers)
         if why_no_cut(teacher, model) is None and _suits(teacher, model, target):
             return model
-    found = search(teacher, target, layers=layers)
-    return next((shape for shape in found if _suits(teacher, shape, target)), found[0])
+    shapes = search(teacher, target, layers=layers)
+    return next((shape for shape in shapes if _suits(teacher, shape, target)), shapes[0])
 
 
 def search(
@@ -83,36 +73,46 @@ def search(
     """Shapes inside `teacher` that meet the target within 1%, the best first.
 
     Hidden width, heads (whole key-value groups), FFN width and layers are cut, the same in every
-    layer; head size, positions and tying stay; nothing exceeds the teacher. The FFN width is solved
-    for the wanted count, for every hidden width, number of heads and of layers (or `layers` alone).
-    Shapes within 0.5% come first, ordered by `distance`, by default `from_ladder`; equal ones by
-    the larger hidden width, then by fewer layers; then those within 1%, ordered by their error. The
-    teacher's own count gives the teacher's own shape alone.
+    layer; head size, positions and tying stay. The FFN width is solved for the wanted count, for
+    every hidden width, number of heads and of layers (or `layers` alone). Shapes within 0.5% come
+    first, ordered by `distance`, by default `from_ladder`; equal ones by the larger hidden width,
+    then by fewer layers; then those within 1%, ordered by their error. The teacher's own count
+    gives the teacher's own shape alone.
 
-    Raises UserError if the target is above the teacher, below the smallest cut, or if no shape of
-    the asked multiples comes near enough.
+    UserError: the target is above the teacher, below the smallest cut, or no shape of the asked
+    multiples comes near enough.
     """
     own = target.count(teacher)
     if target.parameters == own:
         return [teacher]
-    wanted = f"{target.parameters} ({format_count(target.parameters)}) {target.counted}"
+    counted = "parameters" if target.total else "non-embedding parameters"
+    wanted = f"{target.parameters} ({format_count(target.parameters)}) {counted}"
     if target.parameters > own:
+        why = f"the teacher has {own} ({format_count(own)})"
         raise UserError(
-            f"cannot prune to {wanted}: the teacher has {own} ({format_count(own)}); take a "
-            "larger teacher or a smaller student"
+            f"cannot prune to {wanted}: {why}; take a larger teacher or a smaller student"
         )
     smallest = _smallest(teacher, target)
     if target.parameters < smallest:
-        raise UserError(
-            f"cannot prune to {wanted}: the smallest cut of this teacher has {smallest} "
-            f"({format_count(smallest)})"
-        )
-    found = list(_candidates(teacher, target, layers))
-    near = [shape for shape in found if abs(target.error(shape)) <= _TOLERATED]
+        why = f"the smallest cut of this teacher has {smallest} ({format_count(smallest)})"
+        raise UserError(f"cannot prune to {wanted}: {why}")
+    shapes = {shape: abs(target.error(shape)) for shape in _candidates(teacher, target, layers)}
+    near = [shape for shape, error in shapes.items() if error <= _TOLERATED]
     if not near:
-        raise UserError(_why_none(teacher, target, found))
+        nearest = target.count(min(shapes, key=shapes.__getitem__)) if shapes else "none"
+        widths = f" with widths in multiples of {target.multiple}" if target.multiple else ""
+        raise UserError(
+            f"no cut of this teacher ({format_count(own)}){widths} comes within {_TOLERATED:.0%} "
+            f"of {wanted} (the nearest: {nearest}): take another size"
+            f"{', or a smaller multiple' if widths else ''}"
+        )
     distance = distance or from_ladder(teacher, target)
-    return sorted(near, key=lambda shape: _rank(shape, target, distance))
+
+    def rank(shape: Shape) -> tuple[float, float, int, int]:
+        error = shapes[shape]
+        return (0.0 if error <= _EXACT else error, distance(shape), -shape.hidden, shape.layers)
+
+    return sorted(near, key=rank)
 
 
 def suited(
@@ -126,27 +126,25 @@ def suited(
     """`search`, with widths in multiples that suit the kernels of such a size: from `LARGE`
     parameters on 128, below 8; smaller ones where no shape meets those. `multiple` says another.
 
-    Of the shapes those that other software loads come alone, where there are some: hidden = heads x
-    head_size in families for which that is taken for granted elsewhere; from `LARGE` on an even
-    number of key-value heads. Both only where the teacher's are so. Raises UserError as `search`.
+    Where there are some, only shapes that other software loads: as the teacher's hidden = heads x
+    head_size in families for which that is taken for granted elsewhere, and from `LARGE` on an even
+    number of key-value heads. Raises UserError as `search`.
     """
-    is_large = target.parameters >= LARGE
-    tried = (multiple,) if multiple else MULTIPLES if is_large else MULTIPLES[-4:]
-    problem: UserError | None = None
+    multiples = MULTIPLES if target.parameters >= LARGE else MULTIPLES[-4:]
+    problems: list[UserError] = []
     others: list[Shape] = []
-    for one in tried:
+    for width in (multiple,) if multiple else multiples:
         try:
-            found = search(teacher, replace(target, multiple=one), distance, layers=layers)
+            shapes = search(teacher, replace(target, multiple=width), distance, layers=layers)
         except UserError as error:
-            problem = problem or error
+            problems.append(error)
             continue
-        loads = [shape for shape in found if _suits(teacher, shape, target)]
+        loads = [shape for shape in shapes if _suits(teacher, shape, target)]
         if loads:
             return loads
-        others = others or found
+        others = others or shapes
     if not others:
-        assert problem is not None
-        raise problem
+        raise problems[0]
     return others
 
 
@@ -164,27 +162,35 @@ def _suits(teacher: Shape, shape: Shape, target: Target) -> bool:
 def from_ladder(teacher: Shape, target: Target) -> Distance:
     """Distance from the proportions of the ladder's model of that size: the sum of the squared
     logarithms of the ratios of hidden/layers, ffn/hidden and heads x head_size / hidden."""
-    model = _ladder_model(teacher, target)
 
-    def distance(shape: Shape) -> float:
-        return _squared_logarithms(_proportions(shape), _proportions(model))
+    def proportions(shape: Shape) -> tuple[float, ...]:
+        hidden, attended = shape.hidden, shape.heads * shape.head_size
+        return hidden / shape.layers, shape.ffn / hidden, attended / hidden
 
-    return distance
+    return _squared_logarithms(proportions, proportions(_ladder_model(teacher, target)))
 
 
 def from_axes(teacher: Shape, keep: float) -> Distance:
     """Distance from two axes cut alike (arXiv 2311.07052): hidden width, and heads with FFN width,
     each to sqrt(keep) of the teacher's, so that their product is `keep`."""
-    axis = math.sqrt(keep)
 
+    def axes(shape: Shape) -> tuple[float, ...]:
+        return shape.hidden, shape.kv_heads, shape.ffn
+
+    return _squared_logarithms(axes, [math.sqrt(keep) * size for size in axes(teacher)])
+
+
+def _squared_logarithms(
+    sizes: Callable[[Shape], Sequence[float]], wanted: Sequence[float]
+) -> Distance:
     def distance(shape: Shape) -> float:
-        wanted = [axis * size for size in (teacher.hidden, teacher.kv_heads, teacher.ffn)]
-        return _squared_logarithms((shape.hidden, shape.kv_heads, shape.ffn), wanted)
+        pairs = zip(sizes(shape), wanted, strict=True)
+        return sum(math.log(size / other) ** 2 for size, other in pairs)
 
     return distance
 
 
-def keep_target(teacher: Shape, keep: float, *, multiple: int | None = None) -> Target:
+def keep_target(teacher: Shape, keep: float) -> Target:
     """The target that leaves the fraction `keep` of the non-embedding parameters.
 
     Raises UserError for a fraction that is not above 0 and at most 1.
@@ -192,7 +198,7 @@ def keep_target(teacher: Shape, keep: float, *, multiple: int | None = None) -> 
     if not 0 < keep <= 1:
         raise UserError(f"keep {keep:g} is no fraction: give one above 0 and at most 1, like 0.4")
     own = teacher.parameters().non_embedding
-    return Target(own if keep == 1 else round(keep * own), multiple=multiple)
+    return Target(round(keep * own))
 
 
 def changed_shape(teacher: Shape, sizes: dict[str, int]) -> Shape:
@@ -222,17 +228,13 @@ def changed_shape(teacher: Shape, sizes: dict[str, int]) -> Shape:
 def why_no_cut(own: Shape, shape: Shape) -> str | None:
     """Why a model of shape `own` cannot be cut to `shape`; None if it can."""
     for name in ("architecture", "head_size", "positions", "tied"):
-        if getattr(shape, name) != getattr(own, name):
-            return (
-                f"cannot cut to {name} {getattr(shape, name)}: pruning keeps the model's "
-                f"{name} {getattr(own, name)}"
-            )
+        wanted, size = getattr(shape, name), getattr(own, name)
+        if wanted != size:
+            return f"cannot cut to {name} {wanted}: pruning keeps the model's {name} {size}"
     for name in ("hidden", "layers", "kv_heads", "ffn", "vocabulary"):
-        if getattr(shape, name) > getattr(own, name):
-            return (
-                f"cannot cut to {name} {getattr(shape, name)}: the model has only "
-                f"{getattr(own, name)}"
-            )
+        wanted, size = getattr(shape, name), getattr(own, name)
+        if wanted > size:
+            return f"cannot cut to {name} {wanted}: the model has only {size}"
     if shape.heads * own.kv_heads != own.heads * shape.kv_heads:
         return (
             f"cannot cut to {shape.heads} heads on {shape.kv_heads} kv_heads: the model has "
@@ -241,14 +243,8 @@ def why_no_cut(own: Shape, shape: Shape) -> str | None:
     return None
 
 
-def _with_words(teacher: Shape, vocabulary: int | None) -> Shape:
-    if vocabulary is None:
-        return teacher
-    return replace(teacher, vocabulary=min(vocabulary, teacher.vocabulary))
-
-
 def _ladder_model(teacher: Shape, target: Target, layers: int | None = None) -> Shape:
-    """The ladder's model of the target's size; in balance with it is in balance with the family."""
+    """The ladder's model of the target's size."""
     size = target.parameters
     if target.total:
         # close enough for proportions: the tables shrink as the width does
@@ -263,99 +259,48 @@ def _ladder_model(teacher: Shape, target: Target, layers: int | None = None) -> 
     )
 
 
-def _rank(shape: Shape, target: Target, distance: Distance) -> tuple[float, float, int, int]:
-    """What makes a candidate better, most important first; smaller is better."""
-    error = abs(target.error(shape))
-    return (0.0 if error <= _EXACT else error, distance(shape), -shape.hidden, shape.layers)
-
-
-def _proportions(shape: Shape) -> tuple[float, float, float]:
-    return (
-        shape.hidden / shape.layers,
-        shape.ffn / shape.hidden,
-        shape.heads * shape.head_size / shape.hidden,
-    )
-
-
-def _squared_logarithms(
-    found: "tuple[float, ...]", wanted: "tuple[float, ...] | list[float]"
-) -> float:
-    return sum(math.log(one / other) ** 2 for one, other in zip(found, wanted, strict=True))
-
-
-def _widths(teacher: Shape, multiple: int | None) -> Iterator[tuple[int, int, int]]:
-    """Every (hidden, heads, kv_heads) inside the teacher that its architecture allows."""
+def _widths(teacher: Shape, multiple: int | None) -> Iterator[Shape]:
+    """The teacher with every hidden width and number of heads that its architecture allows."""
     group = teacher.heads // teacher.kv_heads
     grain = multiple or max(2, power_of_two_within(teacher.hidden / 64))
     for kv_heads in range(1, teacher.kv_heads + 1):
         heads = kv_heads * group
-        if not teacher.family.free_width:
-            if multiple is None or heads * teacher.head_size % multiple == 0:
-                yield heads * teacher.head_size, heads, kv_heads
-            continue
-        step = math.lcm(heads, grain)
-        widths = set(range(step, teacher.hidden + 1, step))
-        # the teacher's own width stays, whatever it divides by
-        if teacher.hidden % heads == 0:
-            widths.add(teacher.hidden)
+        if teacher.family.free_width:
+            step = math.lcm(heads, grain)
+            widths = set(range(step, teacher.hidden + 1, step))
+            # the teacher's own width stays, whatever it divides by
+            if teacher.hidden % heads == 0:
+                widths.add(teacher.hidden)
+        else:
+            width = heads * teacher.head_size
+            widths = {width} if width % (multiple or 1) == 0 else set()
         for hidden in sorted(widths):
-            yield hidden, heads, kv_heads
+            yield replace(teacher, hidden=hidden, heads=heads, kv_heads=kv_heads)
 
 
 def _candidates(teacher: Shape, target: Target, layers: int | None) -> Iterator[Shape]:
     """Every shape inside the teacher, its FFN solved for the wanted count."""
     depths = range(1, teacher.layers + 1) if layers is None else (layers,)
-    for hidden, heads, kv_heads in _widths(teacher, target.multiple):
+    for shape in _widths(teacher, target.multiple):
         wanted = target.parameters
         if target.total:
-            counts = replace(teacher, hidden=hidden, heads=heads, kv_heads=kv_heads).parameters()
+            counts = shape.parameters()
             wanted -= counts.embedding + counts.head
+        # FFN widths as the hardware likes them
+        grain = target.multiple or power_of_two_within(shape.hidden / 64)
         for depth in depths:
-            width = ffn_for(
-                teacher.architecture,
-                wanted,
-                hidden=hidden,
-                layers=depth,
-                heads=heads,
-                kv_heads=kv_heads,
-                head_size=teacher.head_size,
-            )
-            ffn = _rounded(width, hidden, target.multiple)
+            width = shape.ffn_for(wanted, depth)
+            ffn = grain * round(width / grain)
+            if ffn == 0 and target.multiple is None:
+                ffn = round(width)
             if 1 <= ffn <= teacher.ffn:
-                yield replace(
-                    teacher, hidden=hidden, layers=depth, heads=heads, kv_heads=kv_heads, ffn=ffn
-                )
-
-
-def _rounded(width: float, hidden: int, multiple: int | None) -> int:
-    """An FFN width as the hardware likes it."""
-    if multiple is not None:
-        return multiple * round(width / multiple)
-    grain = power_of_two_within(hidden / 64)
-    return grain * round(width / grain) or round(width)
+                yield replace(shape, layers=depth, ffn=ffn)
 
 
 def _smallest(teacher: Shape, target: Target) -> int:
     """The parameters of the smallest cut: one layer, one key-value group, the narrowest FFN."""
     ffn = min(target.multiple or 1, teacher.ffn)
-    shapes = (
-        replace(teacher, hidden=hidden, layers=1, heads=heads, kv_heads=kv_heads, ffn=ffn)
-        for hidden, heads, kv_heads in _widths(teacher, target.multiple)
-    )
-    smallest = min((target.count(shape) for shape in shapes), default=target.count(teacher))
+    widths = _widths(teacher, target.multiple)
+    counts = (target.count(replace(shape, layers=1, ffn=ffn)) for shape in widths)
+    smallest = min(counts, default=target.count(teacher))
     return smallest if target.total else max(smallest, smallest_ladder_size())
-
-
-def _why_none(teacher: Shape, target: Target, found: list[Shape]) -> str:
-    own = format_count(target.count(teacher))
-    line = (
-        f"no cut of this teacher ({own} {target.counted}) comes within {_TOLERATED:.0%} of "
-        f"{target.parameters} ({format_count(target.parameters)})"
-    )
-    if target.multiple is not None and target.multiple > 1:
-        line += f" with widths in multiples of {target.multiple}"
-    if found:
-        nearest = min(found, key=lambda shape: abs(target.error(shape)))
-        line += f"; the nearest has {target.count(nearest)}"
-    finer = ", or a smaller multiple" if (target.multiple or 1) > 1 else ""
-    return f"{line}: take another size{finer}"

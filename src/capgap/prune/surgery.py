@@ -4,8 +4,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +14,13 @@ from capgap.errors import UserError, border
 from capgap.models.build import shape_of, size_fields
 from capgap.models.families import HEAD, Axes
 from capgap.models.shape import Shape
-from capgap.models.stored import empty_model
+from capgap.models.stored import StoredWeights, empty_model
 from capgap.prune.importance import Importance, score
 from capgap.prune.shape import Distance, pruned_shape, why_no_cut
 from capgap.prune.units import unit_of_rows
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """Indices of the units that stay, ascending.
 
     layers [kept layers]; hidden [kept hidden]; heads [kept layers, kept kv_heads] and neurons
@@ -41,37 +39,32 @@ def choose(importance: Importance, shape: Shape) -> Kept:
     Of equally important units the first stay. Heads and neurons are ranked within their layer,
     since a uniform shape keeps as many in each.
     """
-    layers = _top(importance.layers, shape.layers)
+
+    def top(scores: Tensor, number: int) -> Tensor:
+        order = torch.argsort(scores, dim=-1, descending=True, stable=True)
+        return order[..., :number].sort(dim=-1).values
+
+    layers = top(importance.layers, shape.layers)
     return Kept(
         layers=layers,
-        hidden=_top(importance.hidden, shape.hidden),
-        heads=_top(importance.heads[layers], shape.kv_heads),
-        neurons=_top(importance.neurons[layers], shape.ffn),
+        hidden=top(importance.hidden, shape.hidden),
+        heads=top(importance.heads[layers], shape.kv_heads),
+        neurons=top(importance.neurons[layers], shape.ffn),
     )
-
-
-def _top(scores: Tensor, number: int) -> Tensor:
-    """Indices of the `number` largest scores along the last axis, ascending."""
-    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
-    return order[..., :number].sort(dim=-1).values
 
 
 def score_lost(importance: Importance) -> Distance:
     """How much score a shape gives up: minus the logarithm of the share that stays, multiplied over
-    layers, hidden units, heads and neurons (of these two the mean share over layers)."""
+    layers, hidden units, heads and neurons (of these two the mean over layers)."""
 
     def shares(scores: Tensor) -> Tensor:
-        """What share of all the 0, 1, 2, ... most important units have, [units + 1]."""
+        """Share of all score that the 0, 1, 2, ... most important units have, [units + 1]."""
         ranked = scores.reshape(-1, scores.shape[-1]).double().sort(-1, descending=True).values
         kept = (ranked.cumsum(-1) / ranked.sum(-1, keepdim=True)).mean(0)
         return torch.cat([kept.new_zeros(1), kept])
 
-    by_size = {
-        "layers": shares(importance.layers),
-        "hidden": shares(importance.hidden),
-        "kv_heads": shares(importance.heads),
-        "ffn": shares(importance.neurons),
-    }
+    units = {"layers": "layers", "hidden": "hidden", "kv_heads": "heads", "ffn": "neurons"}
+    by_size = {size: shares(getattr(importance, unit)) for size, unit in units.items()}
 
     def lost(shape: Shape) -> float:
         return -sum(math.log(kept[getattr(shape, name)]) for name, kept in by_size.items())
@@ -89,6 +82,7 @@ def cut(model: PreTrainedModel, importance: Importance, shape: Shape) -> PreTrai
     own = shape_of(model.config)
     check_cut(own, importance, shape)
     kept = choose(importance, shape)
+    surgery = Surgery(own, shape, kept)
     with torch.random.fork_rng(devices=[]):
         smaller = AutoModelForCausalLM.from_config(
             cut_config(model.config, shape, kept.layers.tolist()),
@@ -97,7 +91,6 @@ def cut(model: PreTrainedModel, importance: Importance, shape: Shape) -> PreTrai
         )
     smaller.generation_config = copy.deepcopy(model.generation_config)
     weights = model.state_dict()
-    surgery = Surgery(own, shape, kept)
     with torch.no_grad():
         cuts = {name: surgery.tensor(name, weights) for name in surgery.sources}
     if own.tied:
@@ -123,13 +116,9 @@ def cut_config(config: PreTrainedConfig, shape: Shape, layers: Sequence[int]) ->
 def check_cut_config(config: PreTrainedConfig, shape: Shape) -> None:
     """UserError where transformers would not take the config of a cut: it is written, read and
     built, without weights."""
-    with (
-        border(
-            f"transformers takes no {shape.architecture} model of hidden {shape.hidden}, "
-            f"{shape.heads} heads of {shape.head_size}"
-        ),
-        tempfile.TemporaryDirectory() as folder,
-    ):
+    heads = f"{shape.heads} heads of {shape.head_size}"
+    what = f"transformers takes no {shape.architecture} model of hidden {shape.hidden}, {heads}"
+    with border(what), tempfile.TemporaryDirectory() as folder:
         cut_config(config, shape, range(shape.layers)).save_pretrained(folder)
         empty_model(AutoConfig.from_pretrained(folder))
 
@@ -139,22 +128,15 @@ def check_cut(own: Shape, importance: Importance, shape: Shape) -> None:
     problem = why_no_cut(own, shape)
     if problem:
         raise UserError(problem)
-    measured = (importance.layers.shape[0], importance.heads.shape[1], importance.neurons.shape[1])
-    if (*measured, importance.hidden.shape[0]) != (own.layers, own.kv_heads, own.ffn, own.hidden):
+    measured = (*importance.heads.shape, importance.neurons.shape[1], len(importance.hidden))
+    if measured != (own.layers, own.kv_heads, own.ffn, own.hidden):
         raise UserError(
             "the scores were measured on a model of another shape: make some of this one with "
             "`capgap score`"
         )
 
 
-class Weights(Protocol):
-    """Tensors by name: a state dict, or what is stored in files."""
-
-    def __getitem__(self, name: str, /) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Source:
+class Origin(NamedTuple):
     """Where a tensor of the cut model comes from: a name in the whole model, what its axes run
     over, and the layer of the cut model it belongs to (0 for those outside of layers)."""
 
@@ -174,17 +156,15 @@ class Surgery:
         self.shape = shape
         self.kept = kept
         family = own.family
-        self.sources = {
-            name: Source(name, axes, 0)
-            for name, axes in family.tensors.items()
-            if not (own.tied and name == HEAD)
-        }
+        self.sources = {name: Origin(name, axes, 0) for name, axes in family.tensors.items()}
+        if own.tied:
+            del self.sources[HEAD]
         for layer, old_layer in enumerate(kept.layers.tolist()):
             for name, axes in family.layer_tensors.items():
-                source = Source(f"{family.layers}.{old_layer}.{name}", axes, layer)
+                source = Origin(f"{family.layers}.{old_layer}.{name}", axes, layer)
                 self.sources[f"{family.layers}.{layer}.{name}"] = source
 
-    def tensor(self, name: str, weights: Weights) -> Tensor:
+    def tensor(self, name: str, weights: dict[str, Tensor] | StoredWeights) -> Tensor:
         """The tensor `name` of the cut model, in memory of its own."""
         source = self.sources[name]
         whole = weights[source.name]
@@ -197,12 +177,12 @@ class Surgery:
 
     def _rows(self, kind: str, layer: int) -> Tensor | None:
         """The rows that stay of an axis that runs over `kind`; None where all do."""
-        if kind == "words":
+        if kind == "vocabulary":
             return torch.arange(self.shape.vocabulary)
-        found = unit_of_rows(kind, self.own)
-        if found is None:
+        owners = unit_of_rows(kind, self.own)
+        if owners is None:
             return None
-        unit, units_of_rows = found
+        unit, units_of_rows = owners
         kept = self.kept.hidden if unit == "hidden" else getattr(self.kept, unit)[layer]
         return torch.isin(units_of_rows, kept).nonzero().squeeze(1)
 

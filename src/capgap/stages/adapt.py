@@ -230,7 +230,7 @@ class _Run:
         from capgap.corpus.excerpt import training_sample
         from capgap.corpus.extend import extend_tokenizer
         from capgap.corpus.tokenizer import load_tokenizer
-        from capgap.models.extend import extend_model
+        from capgap.models.build import extend_model
         from capgap.models.identity import model_hash
 
         if "tokenizer" in self.record:

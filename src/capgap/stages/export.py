@@ -120,11 +120,9 @@ class Export(Stage):
 
     def _finish(self, source: "Source", lineage: "Lineage", folder: Path) -> dict[str, Any]:
         """Licence, card and GGUF file beside the weights, and what `run` returns."""
-        from capgap.export.card import card_text
+        from capgap.export.card import CARD, card_text
         from capgap.export.facts import model_card
-        from capgap.export.folder import check_logits, copy_licence
-        from capgap.export.licence import CARD
-        from capgap.export.vllm import check_vllm
+        from capgap.export.folder import check_logits, check_vllm, copy_licence
 
         card = model_card(self.model, source, lineage, self.name)
         for _, origin in lineage.origins:

@@ -133,7 +133,7 @@ def _corpus(request: Score) -> "Text | None":
 
 
 def _batches(request: Score, corpus: "Text | None") -> list[Any]:
-    from capgap.prune.text import scoring_batches
+    from capgap.prune.importance import scoring_batches
 
     if corpus is None:
         return []

@@ -10,9 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from capgap.corpus.tokens import Corpus
 from capgap.errors import UserError
 from capgap.evaluate.sample import sample_text
-from capgap.export.card import card_text
-from capgap.export.from_sweep import sweep_card
-from capgap.export.licence import CARD
+from capgap.export.card import CARD, card_text, sweep_card
 from capgap.models.build import load_model
 from capgap.models.stored import positions_of
 from capgap.records import RunRecord, read_records, write_json_atomically

@@ -15,9 +15,8 @@ from capgap.evaluate.losses import HeldoutSet, evaluate_heldout, heldout_set
 from capgap.evaluate.measured import HeldoutLoss
 from capgap.machine import resolve_device
 from capgap.models.parts import Parts
-from capgap.prune.importance import score
+from capgap.prune.importance import score, scoring_batches
 from capgap.prune.scores import save_importance
-from capgap.prune.text import scoring_batches
 from capgap.sweep.context import Context
 from capgap.sweep.plan import Teacher
 from capgap.train.learner import Learner
