@@ -82,8 +82,7 @@ def measure(family: str, seed: int, kind: str, keep: float, folder: Path) -> dic
     """One column: students of one shape, chosen by every score, distilled side by side."""
     import torch
 
-    from capgap.corpus.batches import batch_indices
-    from capgap.corpus.text import Text
+    from capgap.corpus.text import Text, batch_indices
     from capgap.distill.teacher import load_teacher
     from capgap.evaluate.losses import evaluate_heldout, heldout_set
     from capgap.models.build import load_model

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from capgap.cli import leave
-from capgap.corpus.batches import batch_indices
-from capgap.corpus.text import Text
+from capgap.corpus.text import Text, batch_indices
 from capgap.distill.teacher import OnlineTeacher
 from capgap.errors import Interrupted
 from capgap.evaluate.losses import evaluate_heldout, heldout_set

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from capgap.corpus.batches import batch_indices
+from capgap.corpus.text import batch_indices
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 16, 17, 31, 63, 64, 65, 100, 127, 256, 257, 1000, 1021, 4096, 10007]
 

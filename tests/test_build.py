@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
-from capgap.corpus.hub import is_cached
+from capgap.corpus.names import is_cached
 from capgap.errors import UserError
 from capgap.models.build import (
     Parts,

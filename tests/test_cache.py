@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from capgap.corpus.text import Text
+from capgap.corpus.tokens import Corpus
 from capgap.distill.cache import CachedTeacher, CacheFormat, CacheIdentity, CacheWriter, write_cache
 from capgap.distill.teacher import OnlineTeacher
 from capgap.errors import UserError
@@ -27,7 +28,7 @@ def model_of(size, seed):
 def changed(text, **values):
     """The text with other entries in its manifest."""
     (source,) = text.sources
-    return Text.of([dataclasses.replace(source, manifest=source.manifest | values)])
+    return Text.of([Corpus(source.directory, source.manifest | values, source.window)])
 
 
 @pytest.fixture(scope="module")

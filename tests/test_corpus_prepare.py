@@ -16,13 +16,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from capgap.artifact import read_json
-from capgap.corpus import tokens, write
-from capgap.corpus.marks import Marks
+from capgap.corpus import prepare as module
+from capgap.corpus import tokens
+from capgap.corpus.excerpt import cut_text, fair_limit
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.text import Text
 from capgap.corpus.tokenizer import TokenCodec, train_tokenizer
-from capgap.corpus.tokens import Corpus, TokenWindows, check_epochs, load_corpus
-from capgap.corpus.write import cut_text, fair_limit
+from capgap.corpus.tokens import Corpus, Marks, TokenWindows, check_epochs, load_corpus
 from capgap.errors import UserError
 
 WORDS = ["the", "of", "and", "a", "to", "in", "he", "was", "that", "his", "with", "had", "not"]
@@ -512,7 +512,7 @@ def test_documents_are_encoded_in_batches_without_effect(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prepare(source, tmp_path / "whole")
-    monkeypatch.setattr(write, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(module, "BATCH_BYTES", 1000)
     assert prepare(source, tmp_path / "parts").corpus_hash == whole.corpus_hash
 
 
@@ -520,14 +520,14 @@ def test_tokenizer_sample_is_bounded(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[bytes]] = []
-    train: Callable[..., PreTrainedTokenizerFast] = write.train_tokenizer
+    train: Callable[..., PreTrainedTokenizerFast] = module.train_tokenizer
 
     def spy(documents: list[bytes], vocabulary: int) -> PreTrainedTokenizerFast:
         seen.append(documents)
         return train(documents, vocabulary)
 
-    monkeypatch.setattr(write, "train_tokenizer", spy)
-    monkeypatch.setattr(write, "SAMPLE_BYTES_PER_TOKEN", 10)
+    monkeypatch.setattr(module, "train_tokenizer", spy)
+    monkeypatch.setattr(module, "SAMPLE_BYTES_PER_TOKEN", 10)
     corpus = prepare(source, tmp_path / "corpus", heldout_fraction=0.3)
     assert 2000 < sum(map(len, seen[0])) <= 3000
     assert set(seen[0]) <= set(train_text(corpus))
@@ -563,5 +563,5 @@ def test_no_windows_in_an_almost_empty_stream(tmp_path: Path) -> None:
     np.arange(16, dtype="<u2").tofile(tmp_path / "a.bin")
     marks = Marks(0, 0, begin_windows=False)
     for window, number in ((16, 0), (15, 1)):
-        windows = TokenWindows([tmp_path / "a.bin"], np.dtype("<u2"), window, marks)
+        windows = TokenWindows([[tmp_path / "a.bin"]], np.dtype("<u2"), window, marks)
         assert len(windows) == number

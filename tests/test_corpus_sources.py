@@ -375,7 +375,7 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     [
         ("a.txt", "text in two bytes each".encode("utf-16"), "is UTF-16"),
         ("a.pdf", b"%PDF-1.7", "is PDF and no text"),
-        ("a.bin", b"\0\1\2", "bytes that are no text"),
+        ("a.bin", b"\0\1\2", "is binary and no text"),
         ("a.json", b'{"text": ' + b"[" * 100_000, "nested too deep|is not JSON"),
         ("a.parquet", b"no table", "by its name it is parquet"),
     ],

@@ -63,7 +63,7 @@ def no_hub(monkeypatch, tmp_path):
     def refuse(name, *, kind):
         raise UserError(f"cannot reach the Hugging Face hub for the {kind} {name!r} (no network)")
 
-    monkeypatch.setattr("capgap.corpus.hub.hub_revision", refuse)
+    monkeypatch.setattr("capgap.corpus.names.hub_revision", refuse)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "nothing")
 
 
@@ -376,7 +376,7 @@ def test_a_set_that_cannot_be_had_is_missing_and_the_others_go_on(student, sets,
 
 
 def test_a_set_the_hub_cannot_load_is_missing(student, tmp_path, monkeypatch):
-    monkeypatch.setattr("capgap.corpus.hub.hub_revision", lambda name, *, kind: "abc")
+    monkeypatch.setattr("capgap.corpus.names.hub_revision", lambda name, *, kind: "abc")
 
     def fail(*_, **__):
         raise RuntimeError("the loader broke\nin two lines")

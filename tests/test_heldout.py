@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from capgap.corpus.marks import Marks
-from capgap.corpus.tokens import HeldoutDocument
+from capgap.corpus.tokens import HeldoutDocument, Marks
 from capgap.distill.head import IGNORED_LABEL, token_losses
 from capgap.evaluate import losses
 from capgap.evaluate.losses import evaluate_heldout, heldout_set

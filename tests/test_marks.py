@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from capgap.artifact import read_json, write_json
 from capgap.config import find_recipe, load_recipe
-from capgap.corpus.marks import Marks
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.tokenizer import TokenCodec, load_tokenizer, tokenizer_hash, train_tokenizer
-from capgap.corpus.tokens import HeldoutDocument, load_corpus
+from capgap.corpus.tokens import HeldoutDocument, Marks, load_corpus
 from capgap.distill.cache import CachedTeacher
 from capgap.errors import UserError
 from capgap.evaluate import beginning

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from capgap.corpus.excerpt import excerpt
-from capgap.corpus.marks import Marks
 from capgap.corpus.text import Text
 from capgap.corpus.tokenizer import TokenCodec, train_tokenizer
-from capgap.corpus.tokens import HeldoutDocument
+from capgap.corpus.tokens import HeldoutDocument, Marks
 from capgap.distill.head import HeadInput
 from capgap.errors import UserError
 from capgap.evaluate.losses import heldout_set, measure_model, token_statistics

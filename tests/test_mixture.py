@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from capgap.artifact import read_json
-from capgap.corpus.batches import batch_indices
-from capgap.corpus.given import Weighted, parse_mixture
+from capgap.corpus.names import Weighted, parse_mixture
 from capgap.corpus.prepare import prepare_corpus
-from capgap.corpus.text import PATTERN, Text
+from capgap.corpus.text import PATTERN, Text, batch_indices
 from capgap.errors import UserError
 from capgap.evaluate.measured import HeldoutLoss, MixedLoss, mixed_loss
 from capgap.models.build import build_model, load_model, save_model

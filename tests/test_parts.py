@@ -11,7 +11,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from capgap.corpus.marks import Marks
+from capgap.corpus.tokens import Marks
 from capgap.distill.head import HeadInput
 from capgap.distill.losses import column_loss
 from capgap.models.build import build_model

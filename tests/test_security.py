@@ -9,7 +9,7 @@ import tarfile
 import pytest
 import torch
 
-from capgap.archives import safe_members
+from capgap.corpus.readers import safe_members
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import UserError
 from capgap.models.build import build_model, load_model, save_model

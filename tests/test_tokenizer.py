@@ -249,7 +249,7 @@ def test_missing_tokenizers_are_told_from_hub_names(tmp_path: Path) -> None:
 
 def test_importing_the_corpus_modules_is_cheap() -> None:
     script = (
-        "import sys, capgap.corpus.prepare, capgap.corpus.batches\n"
+        "import sys, capgap.corpus.prepare, capgap.corpus.text\n"
         "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

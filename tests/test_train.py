@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from capgap.corpus.batches import batch_indices
-from capgap.corpus.text import Text
+from capgap.corpus.text import Text, batch_indices
+from capgap.corpus.tokens import Corpus
 from capgap.distill.teacher import OnlineTeacher
 from capgap.errors import Interrupted
 from capgap.models.build import build_model
@@ -383,7 +383,7 @@ def test_a_document_mask_holds_for_teacher_and_student_in_every_micro_batch(smal
     end = int(np.bincount(tokens.ravel()).argmax())
     source = small_corpus.sources[0]
     manifest = source.manifest | {"marks": {"begin": end, "end": end, "begin_windows": False}}
-    corpus = Text.of([dataclasses.replace(source, manifest=manifest)])
+    corpus = Text.of([Corpus(source.directory, manifest, source.window)])
 
     def trained(**settings):
         one = learner("a", alpha=0.5, steps=4)

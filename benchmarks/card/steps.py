@@ -19,7 +19,7 @@ from capgap.corpus.tokens import Corpus
 from capgap.cost.memory import LoopMemory
 from capgap.distill.cache import CachedTeacher, CacheFormat, CacheIdentity, CacheWriter, write_cache
 from capgap.distill.teacher import OnlineTeacher, TeacherSource
-from capgap.hardware import GPUS
+from capgap.machine import GPUS
 from capgap.models.shape import Shape, ladder_shape
 from capgap.sweep.plan import make_plan
 from capgap.train.learner import Learner

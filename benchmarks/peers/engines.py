@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capgap.corpus.batches import batch_indices
-from capgap.corpus.text import Text
+from capgap.corpus.text import Text, batch_indices
 from capgap.distill.cache import CachedTeacher, CacheFormat, CacheIdentity, CacheWriter, write_cache
 from capgap.distill.teacher import OnlineTeacher, TeacherSource
 from capgap.models.parts import Parts

@@ -1,12 +1,65 @@
-"""What this machine has: device, cores, versions of what runs."""
+"""What this machine has: device, cores, memory, versions; limits of what a stranger's file makes it
+do; and GPUs by name, as their makers' data sheets say. Imports no torch before it is needed."""
 
 import os
 import platform
+import re
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from capgap import __version__
 from capgap.errors import UserError
+
+# The share of a GPU's peak that training reaches, where nothing else is stated
+UTILISATION = 0.4
+# What torchrun tells its processes, all of it
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Gpu(NamedTuple):
+    """flops: dense 16-bit floating-point operations a second; memory in bytes, a GB as 10^9: what
+    the chip has above that goes to the driver and to torch's own context."""
+
+    flops: float
+    memory: int
+    has_bf16: bool = True
+
+
+GPUS = {
+    "V100": Gpu(125e12, 32 * 10**9, has_bf16=False),
+    "A100": Gpu(312e12, 80 * 10**9),
+    "L40S": Gpu(362e12, 48 * 10**9),
+    "H100": Gpu(989e12, 80 * 10**9),
+    "H200": Gpu(989e12, 141 * 10**9),
+    "B200": Gpu(2250e12, 180 * 10**9),
+}
+
+
+def parse_gpus(text: str, *, where: str = "--gpus") -> tuple[int, str]:
+    """ "16xA100" as a number and a kind; UserError for anything else."""
+    match = re.fullmatch(r"(?:(\d+)x)?(\w+)", text.strip())
+    number, kind = (int(match[1] or 1), match[2].upper()) if match else (0, "")
+    if number < 1 or kind not in GPUS:
+        raise UserError(f"{where} {text!r}: give a number and one of {', '.join(GPUS)}: 8xA100")
+    return number, kind
+
+
+def check_utilisation(share: float, *, where: str = "--utilisation") -> float:
+    """The share itself; UserError where it is not above 0 and at most 1."""
+    if not 0 < share <= 1:
+        raise UserError(f"{where} {share:g}: give a share above 0 and at most 1, such as 0.4")
+    return share
+
+
+def hours(flops: float, gpus: tuple[int, str], utilisation: float = UTILISATION) -> float:
+    """Hours that `flops` take on the GPUs at `utilisation` of their peak."""
+    number, kind = gpus
+    return flops / (number * GPUS[kind].flops * utilisation) / 3600
 
 
 def resolve_device(asked: str) -> str:
@@ -34,10 +87,6 @@ def resolve_device(asked: str) -> str:
     if device.index >= torch.cuda.device_count():
         raise UserError(f"device {str(device)!r}, but there are {torch.cuda.device_count()} GPUs")
     return str(device)
-
-
-# What torchrun tells its processes, all of it
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def started() -> tuple[int, int]:
@@ -82,20 +131,18 @@ def versions() -> dict[str, str]:
     import torch
     import transformers
 
-    return {
-        "capgap": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-    }
+    libraries = {one.__name__: one.__version__ for one in (torch, transformers, tokenizers)}
+    return {"capgap": __version__, "python": platform.python_version()} | libraries
 
 
 def machine(device: str, threads: int | None) -> dict[str, Any]:
+    """What a record says of the machine."""
     import torch
 
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.*\S)", info.read_text() if info.exists() else "", re.M)
     described: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": usable_cores(),
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
@@ -106,22 +153,13 @@ def machine(device: str, threads: int | None) -> dict[str, Any]:
     return described
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def free_memory() -> int:
     """Bytes that this machine, or the container that this runs in, can still give; all that the
     machine has where it does not tell."""
     free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    told = Path("/proc/meminfo")
-    if told.is_file():
-        amounts = dict(line.split(":") for line in told.read_text().splitlines())
+    amounts_file = Path("/proc/meminfo")
+    if amounts_file.is_file():
+        amounts = dict(line.split(":") for line in amounts_file.read_text().splitlines())
         free.append(int(amounts["MemAvailable"].split()[0]) * 1024)
     for folder, limit, used in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
@@ -134,3 +172,37 @@ def free_memory() -> int:
         if most != "max":
             free.append(int(most) - int(taken))
     return max(0, min(free))
+
+
+@contextmanager
+def limited(what: str, *, seconds: float, memory: int) -> Iterator[None]:
+    """UserError, beginning with `what`, for work within that takes longer, or more bytes than
+    `memory` on top of what this process has.
+
+    In the main thread, where signals arrive, and on Linux, which counts memory; elsewhere nothing
+    is limited.
+    """
+    status = Path("/proc/self/statm")
+    if threading.current_thread() is not threading.main_thread() or not status.is_file():
+        yield
+        return
+    taken = int(status.read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = min(one for one in (taken + memory, soft, hard) if one != resource.RLIM_INFINITY)
+
+    def late(*_: object) -> None:
+        raise UserError(f"{what} takes more than {seconds:g} s: it may have no end")
+
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        # again and again, since what a signal raises may be swallowed where it arrives
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+        yield
+    except MemoryError:
+        raise UserError(f"{what} takes more than {memory // 10**6} MB of memory") from None
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGALRM, before)

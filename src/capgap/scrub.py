@@ -40,8 +40,12 @@ def is_secret_name(name: str) -> bool:
 
 def scrub_text(text: str, environment: Mapping[str, str] | None = None) -> str:
     """The text without its secrets; `environment` None is that of this process."""
-    for value in _secret_values(os.environ if environment is None else environment):
-        text = text.replace(value, HIDDEN)
+    variables = os.environ if environment is None else environment
+    secrets = {value for name, value in variables.items() if is_secret_name(name)}
+    # the longest first, since one may be a part of another
+    for value in sorted(secrets, key=len, reverse=True):
+        if len(value) >= _SHORTEST_VALUE:
+            text = text.replace(value, HIDDEN)
     text = _LOGIN.sub(HIDDEN, text)
     text = _QUERY.sub(rf"\g<1>{HIDDEN}", text)
     return _TOKENS.sub(HIDDEN, text)
@@ -52,23 +56,13 @@ def scrub(value: Any, environment: Mapping[str, str] | None = None) -> Any:
     whole. Keys and everything else stay as they are."""
     if isinstance(value, str):
         return scrub_text(value, environment)
-    if isinstance(value, dict):
-        return {
-            key: HIDDEN
-            if isinstance(key, str) and isinstance(one, str) and one and is_secret_name(key)
-            else scrub(one, environment)
-            for key, one in value.items()
-        }
     if isinstance(value, list | tuple):
         return type(value)(scrub(one, environment) for one in value)
-    return value
-
-
-def _secret_values(environment: Mapping[str, str]) -> list[str]:
-    """The longest first, since one may be a part of another."""
-    values = {
-        value
-        for name, value in environment.items()
-        if is_secret_name(name) and len(value) >= _SHORTEST_VALUE
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: HIDDEN
+        if isinstance(key, str) and isinstance(one, str) and one and is_secret_name(key)
+        else scrub(one, environment)
+        for key, one in value.items()
     }
-    return sorted(values, key=len, reverse=True)

@@ -1,17 +1,55 @@
-"""A source becomes a folder of token shards with a manifest: built whole or not at all, reused."""
+"""A source becomes a folder of token shards with a manifest: built whole or not at all, reused.
 
+Two passes over the source: the first removes duplicates, fixes the split and collects what the
+tokenizer learns from; the second writes tokens. Neither holds more than a bounded part of the text.
+"""
+
+import hashlib
 import logging
 import os
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capgap.artifact import difference, folder_written, only_process, plain
-from capgap.corpus.sources import DEFAULT_SEPARATOR, open_source
-from capgap.corpus.split import HELDOUT_FRACTION
-from capgap.corpus.tokenizer import check_vocabulary, load_tokenizer, tokenizer_hash
-from capgap.corpus.tokens import SCHEMA, Corpus, damage, load_corpus, read_manifest
-from capgap.corpus.write import Options, Progress, write_corpus
+import numpy as np
+
+from capgap.artifact import difference, folder_written, only_process, plain, write_json
+from capgap.corpus.excerpt import cut_for_evaluation, fit_tokens
+from capgap.corpus.sources import DEFAULT_SEPARATOR, Source, open_source
+from capgap.corpus.split import (
+    HELDOUT_FRACTION,
+    SAMPLE_BYTES,
+    Reading,
+    Scan,
+    Split,
+    scan,
+    split_for,
+)
+from capgap.corpus.tokenizer import (
+    TokenCodec,
+    check_vocabulary,
+    count_invalid_bytes,
+    grouped,
+    load_tokenizer,
+    num_words,
+    tokenizer_hash,
+    train_tokenizer,
+)
+from capgap.corpus.tokens import (
+    HELDOUT,
+    MANIFEST,
+    SCHEMA,
+    TOKENIZER,
+    Corpus,
+    Marks,
+    ShardWriter,
+    damage,
+    load_corpus,
+    read_manifest,
+    token_dtype,
+)
 from capgap.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,9 +57,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Called with a stage ("read" or "tokenize"), the bytes of text done, and all of them if known
+Progress = Callable[[str, int, int | None], None]
+
 DEFAULT_VOCABULARY = 2048
 NEW = "it is new"
 SOURCES = ("source", "heldout_source")
+# Bounds the time that training a tokenizer takes; a larger vocabulary needs more text
+SAMPLE_BYTES_PER_TOKEN = 8_000
+BATCH_BYTES = 4_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides, beside the source, what a prepared corpus contains."""
+
+    vocabulary: int | None
+    tokenizer_hash: str | None
+    heldout_fraction: float
+    heldout_tokens: int
+    max_bytes: int | None
+    max_train_tokens: int | None
+    begin_windows: bool
 
 
 def prepare_corpus(
@@ -46,17 +103,14 @@ def prepare_corpus(
     """Turn text into tokens for training and evaluation, or reuse what lies there unchanged.
 
     Exact duplicates go first. Then every document belongs to one part by its content alone, and
-    adding documents moves none. The folder is written beside its place and renamed, so it is
-    never half there; processes that prepare the same one wait for each other.
+    adding documents moves none. Processes that prepare the same folder wait for each other.
 
     Args:
-        source: what `open_source` takes.
+        source, text_column, separator: as for `open_source`.
         directory: the folder to make. A corpus in it is made anew, and a warning says so, where
             its source's files changed, it is damaged, or another version made it.
         vocabulary: tokens of the tokenizer trained on the training part; not used with `tokenizer`.
         tokenizer: one to use instead, such as a teacher's: itself, its folder or its hub name.
-        text_column: the column with the text, for JSON lines, parquet and datasets.
-        separator: the line that parts documents within a text file.
         window: tokens a training window predicts; another number needs no new preparation.
         heldout_source: text to evaluate on; the source itself is then all for training, save
             documents that this text has too.
@@ -76,18 +130,17 @@ def prepare_corpus(
         UserError: unreadable, empty or too small source; impossible options; no disk space; a
             folder of something else or of another request; not the expected text.
     """
-    _check(
-        heldout_fraction,
-        heldout_tokens=heldout_tokens,
-        max_bytes=max_bytes,
-        max_train_tokens=max_train_tokens,
-    )
+    if not 0 < heldout_fraction < 1:
+        raise UserError(f"heldout_fraction {heldout_fraction} must lie between 0 and 1")
+    limits = {"max_bytes": max_bytes, "max_train_tokens": max_train_tokens}
+    for name, limit in (limits | {"heldout_tokens": heldout_tokens}).items():
+        if limit is not None and limit < 1:
+            raise UserError(f"{name} {limit} must be 1 or more")
     if tokenizer is None:
         check_vocabulary(vocabulary)
-    opened = open_source(source, text_column=text_column, separator=separator)
-    heldout = None
-    if heldout_source is not None:
-        heldout = open_source(heldout_source, text_column=text_column, separator=separator)
+    reading = {"text_column": text_column, "separator": separator}
+    opened = open_source(source, **reading)
+    heldout = None if heldout_source is None else open_source(heldout_source, **reading)
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     options = Options(
@@ -99,30 +152,17 @@ def prepare_corpus(
         max_train_tokens=max_train_tokens,
         begin_windows=begin_windows,
     )
-    request = {
-        "options": asdict(options),
-        "source": opened.fingerprint(),
-        "heldout_source": None if heldout is None else heldout.fingerprint(),
-    }
+    writing = _Writing(opened, heldout, options, progress or (lambda stage, done, total: None))
     directory = Path(directory).expanduser().absolute()
     with only_process(directory):
-        reason = _why_prepare(directory, plain(request), replace=replace)
+        reason = _why_prepare(directory, writing.request, replace=replace)
         if reason is not None:
             if reason == NEW:
                 logger.info("preparing the corpus in %s: %s", directory, reason)
             else:
                 logger.warning("making the corpus in %s anew: %s", directory, reason)
             with folder_written(directory) as partial:
-                made = write_corpus(
-                    partial,
-                    opened,
-                    heldout,
-                    options,
-                    tokenizer=tokenizer,
-                    request=request,
-                    window=window,
-                    progress=progress or (lambda stage, done, total: None),
-                )
+                made = writing.fill(partial, tokenizer, window)
                 if expected_hash not in (None, made):
                     raise UserError(
                         f"the corpus is not the one that was used before ({source}: {reason}; its "
@@ -132,12 +172,169 @@ def prepare_corpus(
     return load_corpus(directory, window=window)
 
 
-def _check(heldout_fraction: float, **limits: int | None) -> None:
-    if not 0 < heldout_fraction < 1:
-        raise UserError(f"heldout_fraction {heldout_fraction} must lie between 0 and 1")
-    for name, limit in limits.items():
-        if limit is not None and limit < 1:
-            raise UserError(f"{name} {limit} must be 1 or more")
+class _Writing:
+    """A corpus folder in the making, and the counts of its parts; `unused` is training text beyond
+    the tokens asked for."""
+
+    def __init__(
+        self, source: Source, heldout_source: Source | None, options: Options, progress: Progress
+    ) -> None:
+        self.source = source
+        self.heldout_source = heldout_source
+        self.options = options
+        self.progress = progress
+        # as the manifest holds it: tuples are lists there
+        self.request = plain(
+            {
+                "options": asdict(options),
+                "source": source.fingerprint(),
+                "heldout_source": heldout_source and heldout_source.fingerprint(),
+            }
+        )
+        none = Counter(documents=0, bytes=0, invalid_bytes=0)
+        self.train, self.heldout, self.unused = none.copy(), none.copy(), none.copy()
+        self.in_heldout_source = 0
+
+    def fill(
+        self, directory: Path, tokenizer: "PreTrainedTokenizerFast | None", window: int
+    ) -> str:
+        """Fill an empty folder and return the corpus's hash; UserError for a source that is empty,
+        broken, or too small to split or to fill a window."""
+        first = self._scan(self.source)
+        split, candidates = self._choose_split(first)
+        if tokenizer is None:
+            tokenizer = train_tokenizer(first.training_sample(split), self.options.vocabulary or 0)
+        tokenizer.save_pretrained(str(directory / TOKENIZER))
+        codec = TokenCodec(tokenizer)
+        marks = Marks.of(tokenizer, begin_windows=self.options.begin_windows)
+        vocabulary = num_words(tokenizer)
+        dtype = token_dtype(vocabulary)
+
+        writer = ShardWriter(directory, "train", dtype)
+        self._write(writer, codec, first, split)
+        if writer.num_tokens <= window:
+            raise UserError(
+                f"corpus {self.source.name!r} is too small: {writer.num_tokens} training tokens do "
+                f"not fill one window of {window}; give more text or a smaller window"
+            )
+        evaluated, heldout_ids = cut_for_evaluation(codec, candidates, self.options.heldout_tokens)
+        heldout_data = heldout_ids.astype(dtype).tobytes()
+        (directory / HELDOUT).write_bytes(heldout_data)
+
+        identity = tokenizer_hash(tokenizer)
+        heldout_hash = hashlib.sha256(heldout_data).hexdigest()
+        content = f"{identity} {marks} {writer.sha256} {heldout_hash}"
+        corpus_hash = hashlib.sha256(content.encode()).hexdigest()
+        manifest = {
+            "schema": SCHEMA,
+            "corpus_hash": corpus_hash,
+            "tokenizer_hash": identity,
+            "vocabulary": vocabulary,
+            "marks": asdict(marks),
+            "dtype": dtype.str,
+            "invalid_bytes_kept": codec.is_byte_level,
+            "documents": {
+                "read": first.reading.documents,
+                "duplicates": first.reading.duplicates,
+                "in_heldout_source": self.in_heldout_source,
+            },
+            "train": {
+                **self.train,
+                "tokens": writer.num_tokens,
+                "sha256": writer.sha256,
+                "shards": writer.shards,
+            },
+            "heldout": {
+                **self.heldout,
+                "tokens": len(heldout_ids) - len(evaluated),
+                "sha256": heldout_hash,
+                "evaluated": evaluated,
+            },
+            "unused": self.unused,
+            "options": asdict(self.options),
+            "source": self.source.describe(),
+            "heldout_source": self.heldout_source and self.heldout_source.describe(),
+            "request": self.request,
+        }
+        write_json(directory / MANIFEST, manifest)
+        return corpus_hash
+
+    def _scan(self, source: Source) -> Scan:
+        sample = (self.options.vocabulary or 0) * SAMPLE_BYTES_PER_TOKEN
+        first = scan(
+            source,
+            max_bytes=self.options.max_bytes,
+            fraction=self.options.heldout_fraction,
+            sample_bytes=min(SAMPLE_BYTES, sample),
+            on_document=lambda num_bytes: self.progress("read", num_bytes, None),
+        )
+        if not first.digests:
+            raise UserError(f"corpus {source.name!r} is empty: it holds no text")
+        return first
+
+    def _choose_split(self, first: Scan) -> tuple[Split, list[tuple[int, bytes]]]:
+        """The split, and the documents to evaluate on."""
+        if self.heldout_source is None:
+            if len(first.digests) == 1:
+                raise UserError(
+                    f"corpus {self.source.name!r} is one document, and a document is never split "
+                    f"between training and held-out: part it by lines {self.source.separator!r} "
+                    "(or name your own separator), add documents, or give held-out text of its own"
+                )
+            split = split_for(self.options.heldout_fraction, first.digests)
+            return split, [entry for entry in first.candidates if split.is_heldout(entry[0])]
+
+        heldout = self._scan(self.heldout_source)
+        if first.digests <= heldout.digests:
+            raise UserError(
+                f"corpus {self.source.name!r} holds nothing but documents of the held-out source "
+                f"{self.heldout_source.name!r}: give other text to train on"
+            )
+        for _, document in Reading().unique(self.heldout_source, max_bytes=self.options.max_bytes):
+            _count(self.heldout, document)
+        return Split(threshold=0, excluded=heldout.digests), heldout.candidates
+
+    def _write(self, writer: ShardWriter, codec: TokenCodec, first: Scan, split: Split) -> None:
+        """Second pass: write every training document and what parts it from the next; the first one
+        begins like the others."""
+        between = codec.marks.between
+        writer.append(between[-1:])
+        limit = self.options.max_train_tokens
+        reading = Reading()
+        documents = reading.unique(self.source, max_bytes=self.options.max_bytes)
+        for batch in grouped(documents, lambda entry: len(entry[1]), BATCH_BYTES):
+            texts = []
+            for digest, document in batch:
+                if split.is_heldout(digest):
+                    _count(self.heldout, document)
+                elif digest in split.excluded:
+                    self.in_heldout_source += 1
+                elif limit is not None and writer.num_tokens >= limit:
+                    _count(self.unused, document)
+                else:
+                    texts.append(document)
+            for text, ids in zip(texts, codec.encode_many(texts), strict=True):
+                room = len(ids) + 1 if limit is None else limit - writer.num_tokens
+                if len(ids) < room:
+                    _count(self.train, text)
+                    writer.append(np.concatenate([ids, between])[: limit and room])
+                    continue
+                cut, ids = fit_tokens(codec, text, room)
+                _count(self.unused, text[len(cut) :])
+                if cut:
+                    _count(self.train, cut)
+                    writer.append(ids)
+                # a cut before a long word may leave room that no later document should fill
+                limit = writer.num_tokens
+            self.progress("tokenize", reading.num_bytes, first.reading.num_bytes)
+        if reading.content.digest() != first.reading.content.digest():
+            raise UserError(
+                f"corpus {self.source.name!r} changed while it was read; prepare it again"
+            )
+
+
+def _count(part: Counter[str], document: bytes) -> None:
+    part.update(documents=1, bytes=len(document), invalid_bytes=count_invalid_bytes(document))
 
 
 def _why_prepare(directory: Path, asked: dict[str, Any], *, replace: bool) -> str | None:

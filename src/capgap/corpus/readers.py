@@ -1,35 +1,33 @@
-"""Documents out of one file, by its bytes: text, JSON, parquet, arrow; compressed, in archives."""
+"""Documents of one file, by its bytes: text, JSON, parquet, arrow; compressed, in archives.
 
-import bz2
-import gzip
+Libraries that read whole tables of text (datasets, pandas) refuse bytes that are not UTF-8; here
+none is lost.
+"""
+
 import io
 import itertools
 import json
 import lzma
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import IO, Any, NamedTuple
 
-from capgap.errors import UserError, first_line
-
-Kind = Literal["text", "document", "json", "parquet", "arrow", "tar", "zip"]
+from capgap.errors import UserError, border, first_line
 
 # What a folder's files are called; a file or glob that is named may be called anything
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
-ARCHIVE_SUFFIXES = (".tar", ".tgz", ".zip")
-COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = tuple(
     suffix + end
-    for suffix in (*TEXT_SUFFIXES, *ROW_SUFFIXES, *ARCHIVE_SUFFIXES)
-    for end in ("", *COMPRESSIONS)
+    for suffix in (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet", ".arrow", ".tar", ".tgz", ".zip")
+    for end in ("", ".gz", ".zst", ".xz", ".bz2")
 )
 
-# A document is held in memory whole, so a file without separators must not be unlimited.
+# A document is held in memory whole, so a file without separators must not be unlimited
 MAX_DOCUMENT_BYTES = 1 << 30
 # So far a text is read on for a separator
 MAX_WHOLE_BYTES = 1 << 26
@@ -37,28 +35,38 @@ MAX_WHOLE_BYTES = 1 << 26
 # or white space behind four times as many
 PIECE_BYTES = 1 << 14
 HEAD_BYTES = 1 << 12
-_MAGIC: dict[bytes, Kind] = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
-_COMPRESSED = {
+# More than any set of benchmark data; an archive that unpacks to more is a trap or a mistake
+MOST_BYTES = 2 << 30
+MOST_MEMBERS = 1_000_000
+UTF_8_MARK = b"\xef\xbb\xbf"
+# By the first bytes; compressions as pyarrow calls them
+COMPRESSIONS = {
     b"\x1f\x8b": "gzip",
     b"\xfd7zXZ\0": "xz",
-    b"\x28\xb5\x2f\xfd": "zstandard",
-    b"BZh": "bzip2",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bz2",
 }
-_CLAIMS = {
-    ".gz": "gzip", ".tgz": "gzip", ".xz": "xz", ".zst": "zstandard", ".bz2": "bzip2",
+KINDS = {
+    b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow", b"PK\3\4": "zip",
+    b"%PDF": "PDF", b"\x89PNG": "PNG", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+}  # fmt: skip
+# What a name says of the bytes; anything else may hold anything
+CLAIMS = {
+    ".gz": "gzip", ".tgz": "gzip", ".xz": "xz", ".zst": "zstd", ".bz2": "bz2",
     ".parquet": "parquet", ".arrow": "arrow", ".tar": "tar", ".zip": "zip",
 }  # fmt: skip
-_OTHER = {b"%PDF": "PDF", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"PK\5\6": "zip"}
-_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-_UTF_8_MARK = b"\xef\xbb\xbf"
-_BROKEN = (
-    *(OSError, EOFError, UnicodeDecodeError),
-    *(lzma.LZMAError, zlib.error, tarfile.TarError, zipfile.BadZipFile),
-)
 
 
 class NoText(UserError):
     """A file that holds no text; who reads a folder may leave it out."""
+
+
+class Opened(NamedTuple):
+    """A stream without compression, and its name in lower case without the compression's ending."""
+
+    kind: str
+    name: str
+    stream: io.BufferedReader
 
 
 def read_documents(path: Path, *, text_column: str, separator: str) -> Iterator[bytes]:
@@ -74,172 +82,140 @@ def read_documents(path: Path, *, text_column: str, separator: str) -> Iterator[
             those it has).
     """
     with named(path), path.open("rb") as raw:
-        kind, stream, name = _looked_at(raw, path.name)
-        yield from _read(str(path), kind, name, stream, text_column, separator)
+        yield from _read(str(path), _opened(raw, path.name), text_column, separator)
 
 
-def kind_of(path: Path) -> Kind:
-    """What the bytes of a file are; NoText where they are no text."""
+def kind_of(path: Path) -> str:
+    """What a file holds by its bytes: text, document, json, parquet, arrow, tar or zip; NoText
+    where it is none of them."""
     with named(path), path.open("rb") as raw:
-        return _looked_at(raw, path.name)[0]
+        return _opened(raw, path.name).kind
 
 
 def has_rows(path: Path, text_column: str) -> bool:
     """Whether a JSON file's first entry has the column: not every JSON file is a data set."""
-    try:
+    with suppress(UserError):
         next(read_documents(path, text_column=text_column, separator="\0"), None)
-    except UserError:
-        return False
-    return True
+        return True
+    return False
 
 
-@contextmanager
-def named(where: object) -> Iterator[None]:
+def named(where: object) -> AbstractContextManager[None]:
     """Whatever a reader of bytes raises names the file."""
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, _BROKEN) and not type(error).__module__.startswith("pyarrow"):
-            raise
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot read {where}: {reason}; is it whole and readable?") from error
+    return border(f"cannot read {where} (is it whole and readable?)")
 
 
-def _looked_at(raw: IO[bytes], name: str) -> tuple[Kind, io.BufferedReader, str]:
-    """What the bytes are, a stream of them without compression, and the name without its ending."""
-    stream, lower = _buffered(raw), name.lower()
+def _opened(raw: IO[bytes], name: str) -> Opened:
+    stream, name = _buffered(raw), name.lower()
     for _ in range(3):
         head = stream.peek(HEAD_BYTES)
-        how = next((how for magic, how in _COMPRESSED.items() if head.startswith(magic)), None)
-        ending = PurePosixPath(lower).suffix
+        how = next((how for magic, how in COMPRESSIONS.items() if head.startswith(magic)), None)
         if how is None:
             break
-        stream = _decompressed(stream, how)
-        if _CLAIMS.get(ending) == how:
-            lower = lower.removesuffix(ending) + (".tar" if ending == ".tgz" else "")
-    kind = _kind(lower, head)
-    claimed = _CLAIMS.get(PurePosixPath(lower).suffix)
-    if claimed not in (None, kind) and head:
+        import pyarrow
+
+        # both read all members and notice a truncated one
+        unpack: Any = lzma.open if how == "xz" else partial(pyarrow.input_stream, compression=how)
+        stream = _buffered(unpack(stream))
+        ending = PurePosixPath(name).suffix
+        if CLAIMS.get(ending) == how:
+            name = name.removesuffix(ending) + (".tar" if ending == ".tgz" else "")
+    kind = _kind(name, head)
+    claimed = CLAIMS.get(PurePosixPath(name).suffix, kind)
+    if head and claimed != kind:
         raise UserError(
-            f"cannot read {name}: by its name it is {claimed}, and by its bytes it is not; is it "
-            "whole?"
+            f"cannot read {name}: by its name it is {claimed}, by its bytes {kind}; is it whole?"
         )
-    return kind, stream, lower
+    return Opened(kind, name, stream)
 
 
 def _buffered(stream: Any) -> io.BufferedReader:
-    is_buffered = isinstance(stream, io.BufferedReader)
-    return stream if is_buffered else io.BufferedReader(stream, 1 << 16)
+    return stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, 1 << 16)
 
 
-def _decompressed(stream: IO[bytes], how: str) -> io.BufferedReader:
-    if how == "zstandard":
-        import pyarrow
-
-        # Reads all frames and notices a truncated one; the zstandard package does neither unasked.
-        return _buffered(pyarrow.input_stream(stream, compression="zstd"))
-    opened: dict[str, Any] = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open}
-    return _buffered(opened[how](stream))
-
-
-def _kind(name: str, head: bytes) -> Kind:
-    for magic, kind in _MAGIC.items():
-        if head.startswith(magic):
-            return kind
-    if head.startswith(b"PK\3\4"):
-        return "zip"
+def _kind(name: str, head: bytes) -> str:
+    kind = next((kind for magic, kind in KINDS.items() if head.startswith(magic)), None)
+    if kind == "UTF-16":
+        raise UserError(f"{name} is UTF-16: turn it into UTF-8 (iconv -f utf-16 -t utf-8) first")
     if head[257:262] == b"ustar":
         return "tar"
-    for magic, what in _OTHER.items():
-        if head.startswith(magic):
-            raise NoText(f"{name} is {what} and no text: give text, JSON, parquet or arrow")
-    if head.startswith(_UTF_16):
-        raise UserError(f"{name} is UTF-16: turn it into UTF-8 (iconv -f utf-16 -t utf-8) first")
-    if b"\0" in head:
-        raise NoText(f"{name} holds bytes that are no text: give text, JSON, parquet or arrow")
+    if kind in ("PDF", "PNG") or (kind is None and b"\0" in head):
+        raise NoText(f"{name} is {kind or 'binary'} and no text: give text, JSON, parquet or arrow")
+    if kind is not None:
+        return kind
     if name.endswith((".md", ".py")):
         return "document"
-    if name.endswith((".jsonl", ".ndjson", ".json")):
+    if name.endswith(JSON_SUFFIXES):
         return "json"
-    is_json = not name.endswith(TEXT_SUFFIXES) and _is_object(head)
-    return "json" if is_json else "text"
+    line = head.removeprefix(UTF_8_MARK).lstrip().split(b"\n")[0]
+    is_text = name.endswith(TEXT_SUFFIXES) or _object(line) is None
+    return "text" if is_text else "json"
 
 
-def _is_object(head: bytes) -> bool:
-    """Whether text of an unknown name begins with a line that is a JSON object."""
-    line = head.lstrip(_UTF_8_MARK).lstrip().split(b"\n")[0]
-    if not line.startswith(b"{"):
-        return False
+def _object(line: bytes) -> dict[str, Any] | None:
+    """What a line says that is a JSON object; None for any other."""
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+        content = _json("", line)
+    except UserError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
-def _read(
-    where: str,
-    kind: Kind,
-    name: str,
-    stream: io.BufferedReader,
-    text_column: str,
-    separator: str,
-) -> Iterator[bytes]:
-    """Documents of a stream of that kind."""
+def _read(where: str, opened: Opened, text_column: str, separator: str) -> Iterator[bytes]:
+    kind, name, stream = opened
     if kind == "document":
-        yield _without_mark(stream.read())
+        yield stream.read().removeprefix(UTF_8_MARK)
     elif kind == "text":
         yield from _split(where, stream, separator.encode())
     elif kind == "json":
-        yield from _read_json(where, stream, text_column, is_lines=not name.endswith(".json"))
+        for label, row in _json_rows(where, stream, text_column, is_list=name.endswith(".json")):
+            yield from text_of_row(label, row, text_column)
     elif kind in ("parquet", "arrow"):
-        yield from _read_table(where, kind, stream, text_column)
+        for row in _table_rows(kind, stream, text_column):
+            yield from text_of_row(where, row, text_column)
     else:
-        yield from _read_archive(where, kind, stream, text_column, separator)
-
-
-def _read_archive(
-    where: str, kind: Kind, stream: io.BufferedReader, text_column: str, separator: str
-) -> Iterator[bytes]:
-    """Documents of the files in it, by their names; what is hidden or holds no text is left out."""
-    members = _tar_members(stream) if kind == "tar" else _zip_members(stream)
-    for name, content in members:
-        parts = PurePosixPath(name).parts
-        if any(part.startswith((".", "__MACOSX")) for part in parts):
-            continue
-        inside = f"{where}, {name}"
-        with named(inside):
-            try:
-                one, opened, lower = _looked_at(content, parts[-1])
-            except NoText:
+        for member, content in _members(kind, stream):
+            parts = PurePosixPath(member).parts
+            if any(part.startswith((".", "__MACOSX")) for part in parts):
                 continue
-            yield from _read(inside, one, lower, opened, text_column, separator)
+            inside = f"{where}, {member}"
+            with named(inside):
+                try:
+                    opened = _opened(content, parts[-1])
+                except NoText:
+                    continue
+                yield from _read(inside, opened, text_column, separator)
 
 
-def _tar_members(stream: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
-            content = archive.extractfile(member) if member.isfile() else None
-            if content is not None:
-                yield member.name, content
-
-
-def _zip_members(stream: io.BufferedReader) -> Iterator[tuple[str, IO[bytes]]]:
+def _members(kind: str, stream: io.BufferedReader) -> Iterator[tuple[str, IO[bytes]]]:
+    """The plain files of an archive: of a tar as they lie there, of a zip by their names."""
+    if kind == "tar":
+        with tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in tar:
+                content = tar.extractfile(member) if member.isfile() else None
+                if content is not None:
+                    yield member.name, content
+        return
     with zipfile.ZipFile(_in_any_order(stream)) as archive:
-        for member in sorted(archive.infolist(), key=lambda one: one.filename):
-            if not member.is_dir():
-                with archive.open(member) as content:
-                    yield member.filename, content
+        for name in sorted(archive.namelist()):
+            if not name.endswith("/"):
+                with archive.open(name) as content:
+                    yield name, content
+
+
+def _in_any_order(stream: io.BufferedReader) -> IO[bytes]:
+    """For libraries that begin at the end: a file as it is, anything else held in memory."""
+    return stream if isinstance(stream.raw, io.FileIO) else io.BytesIO(stream.read())
 
 
 def text_of_row(where: str, row: Any, text_column: str) -> Iterator[bytes]:
-    """The bytes of one row's text, or nothing for a null.
-
-    Raises:
-        UserError: no such column (names those that are there), or the value is no text.
-    """
+    """The bytes of one row's text, or nothing for a null; UserError: no such column (names those
+    that are there), or the value is no text."""
     if not isinstance(row, dict):
         raise UserError(f"{where} is no JSON object but {type(row).__name__}")
-    _check_column(where, text_column, row)
+    if text_column not in row:
+        names = ", ".join(map(repr, row)) or "none"
+        raise UserError(f"{where} has no column {text_column!r}; it has {names}")
     text = row[text_column]
     if text is None:
         return
@@ -249,21 +225,11 @@ def text_of_row(where: str, row: Any, text_column: str) -> Iterator[bytes]:
             "column that holds text"
         )
     try:
-        # Bytes that were invalid in the file come back as they were.
+        # bytes that were invalid in the file come back as they were
         yield text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        # JSON can spell half of a surrogate pair; its bytes are kept and count as invalid.
+        # JSON can spell half of a surrogate pair; its bytes are kept and count as invalid
         yield text.encode("utf-8", "surrogatepass")
-
-
-def _check_column(where: str, text_column: str, columns: Iterable[str]) -> None:
-    if text_column not in columns:
-        names = ", ".join(map(repr, columns)) or "none"
-        raise UserError(f"{where} has no column {text_column!r}; it has {names}")
-
-
-def _without_mark(data: bytes) -> bytes:
-    return data.removeprefix(_UTF_8_MARK)
 
 
 def _split(where: str, stream: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
@@ -271,7 +237,7 @@ def _split(where: str, stream: Iterable[bytes], separator: bytes) -> Iterator[by
     lines: list[bytes] = []
     num_bytes, is_parted = 0, False
     for number, line in enumerate(stream):
-        line = _without_mark(line) if number == 0 else line
+        line = line if number else line.removeprefix(UTF_8_MARK)
         if line.rstrip(b"\r\n") == separator:
             yield b"".join(lines)
             lines, num_bytes, is_parted = [], 0, True
@@ -308,35 +274,25 @@ def _pieces(lines: Iterable[bytes]) -> Iterator[bytes]:
     yield piece
 
 
-def _read_json(
-    where: str, stream: IO[bytes], text_column: str, *, is_lines: bool
-) -> Iterator[bytes]:
-    """One object a line; or a whole list, or an object with one, where the first line is none."""
-    line = _without_mark(stream.readline())
-    lines = [line]
-    if not is_lines:
-        following = stream.readline()
-        try:
-            row = _json(where, line)
-        except UserError:
-            row = None
-        if not isinstance(row, dict) or not (following.strip() or text_column in row):
-            yield from _read_whole_json(where, line + following + stream.read(), text_column)
-            return
-        lines = [line, following]
-    for number, one in enumerate(itertools.chain(lines, stream), start=1):
-        if one.strip():
-            place = f"{where}, line {number}"
-            yield from text_of_row(place, _json(place, one), text_column)
-
-
-def _read_whole_json(where: str, data: bytes, text_column: str) -> Iterator[bytes]:
-    found = _json(where, data)
-    if isinstance(found, dict) and text_column not in found:
-        lists = [value for value in found.values() if isinstance(value, list)]
-        found = lists[0] if len(lists) == 1 else found
-    for number, row in enumerate(found if isinstance(found, list) else [found], start=1):
-        yield from text_of_row(f"{where}, entry {number}", row, text_column)
+def _json_rows(
+    where: str, stream: IO[bytes], text_column: str, *, is_list: bool
+) -> Iterator[tuple[str, Any]]:
+    """Rows and what to call them: one a line, or, where it may be one and the first line is no row,
+    the entries of a list or of an object's only list."""
+    line, following = stream.readline().removeprefix(UTF_8_MARK), stream.readline()
+    row = _object(line)
+    if not is_list or (row is not None and (following.strip() or text_column in row)):
+        for number, one in enumerate(itertools.chain([line, following], stream), start=1):
+            if one.strip():
+                label = f"{where}, line {number}"
+                yield label, _json(label, one)
+        return
+    content = _json(where, line + following + stream.read())
+    if isinstance(content, dict) and text_column not in content:
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = lists[0] if len(lists) == 1 else content
+    for number, row in enumerate(content if isinstance(content, list) else [content], start=1):
+        yield f"{where}, entry {number}", row
 
 
 def _json(where: str, data: bytes) -> Any:
@@ -350,14 +306,8 @@ def _json(where: str, data: bytes) -> Any:
     raise UserError(f"{where} is not JSON: {reason}")
 
 
-def _in_any_order(stream: io.BufferedReader) -> IO[bytes]:
-    """For libraries that begin at the end: a file as it is, anything else held in memory."""
-    return stream if isinstance(stream.raw, io.FileIO) else io.BytesIO(stream.read())
-
-
-def _read_table(
-    where: str, kind: Kind, stream: io.BufferedReader, text_column: str
-) -> Iterator[bytes]:
+def _table_rows(kind: str, stream: io.BufferedReader, text_column: str) -> Iterator[dict[str, Any]]:
+    """The column's value of every row; where there is none, the names of those that are there."""
     import pyarrow
     import pyarrow.parquet
 
@@ -372,7 +322,52 @@ def _read_table(
     else:
         batches = pyarrow.ipc.open_stream(stream)
         names = batches.schema.names
-    _check_column(where, text_column, names)
+    if text_column not in names:
+        yield dict.fromkeys(names)
+        return
     for batch in batches:
         for value in batch.column(text_column).to_pylist():
-            yield from text_of_row(where, {text_column: value}, text_column)
+            yield {text_column: value}
+
+
+def safe_members(
+    archive: tarfile.TarFile, *, most_bytes: int = MOST_BYTES, most_members: int = MOST_MEMBERS
+) -> Iterator[tuple[str, IO[bytes]]]:
+    """The plain files of a tar archive, name by name, each open for reading until the next.
+
+    Folders are passed over. UserError before the first is given where a name leads out of the
+    archive, where a member is a link, a device or a pipe, where two have one name, and where the
+    archive tells more bytes or files than that.
+    """
+    files: dict[str, tarfile.TarInfo] = {}
+    size = 0
+    for number, member in enumerate(archive, 1):
+        path = PurePosixPath(member.name)
+        # a drive or a backslash is a path on Windows, and no honest archive needs them
+        is_outside = path.is_absolute() or ".." in path.parts or "\\" in member.name
+        faults = {
+            "outside of the archive": is_outside or ":" in "".join(path.parts[:1]),
+            "a link": member.issym() or member.islnk(),
+            "a device or a pipe": not (member.isreg() or member.isdir()),
+            "there twice": str(path) in files,
+        }
+        for fault, is_so in faults.items():
+            if is_so:
+                raise UserError(
+                    f"{archive.name!s} is refused: its member {member.name!r} is {fault}; get it "
+                    "from its publisher"
+                )
+        size += member.size
+        if size > most_bytes or number > most_members:
+            raise UserError(
+                f"{archive.name!s} is refused: it unpacks to more than {most_bytes / (1 << 30):g} "
+                f"GiB or {most_members:,} files"
+            )
+        if member.isreg():
+            files[str(path)] = member
+    for name, member in files.items():
+        # it ends at the size that was told, whatever is packed behind it
+        stream = archive.extractfile(member)
+        assert stream is not None, name
+        with stream:
+            yield name, stream

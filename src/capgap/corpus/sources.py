@@ -5,16 +5,17 @@ import os
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from capgap.artifact import file_hash
-from capgap.corpus.hub import HUB_NAME, hub_revision, looks_like_path
+from capgap.corpus.names import HUB_NAME, hub_revision, looks_like_path
 from capgap.corpus.readers import (
     SUFFIXES,
-    Kind,
     NoText,
     has_rows,
     kind_of,
@@ -29,6 +30,13 @@ PYTHON_DOCUMENTATION = "pydoc"
 # Its topics are cut at empty lines into documents of about this size
 TOPIC_CHARACTERS = 4_000
 DEFAULT_SEPARATOR = "<|endoftext|>"
+# What stands beside data in a repository of it
+PAPERS = (
+    *("readme", "license", "licence", "notice", "changelog", "contributing", "citation"),
+    *("code_of_conduct", "security", "authors"),
+)
+# What the library datasets writes beside its tables
+ABOUT = ("dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json")
 
 
 @dataclass(frozen=True)
@@ -45,67 +53,54 @@ class Source:
 
     name: str
     kind: Literal["stdlib", "pydoc", "files", "dataset"]
-    root: Path | None
-    files: tuple[Path, ...]
-    text_column: str
-    separator: str
+    root: Path | None = None
+    files: tuple[Path, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
+    text_column: str = "text"
+    separator: str = DEFAULT_SEPARATOR
 
     def documents(self) -> Iterator[bytes]:
-        """Yield every document that is more than white space, one after the other.
-
-        Raises:
-            UserError: a file or the hub cannot be read, or the text column is missing.
-        """
-        for document in self._read():
-            if document.strip():
-                yield document
+        """Every document that is more than white space, one after the other; UserError: a file or
+        the hub cannot be read, or the text column is missing."""
+        parts: Iterable[Iterator[bytes]]
+        if self.kind == "dataset":
+            parts = [_read_dataset(self.name, self.text_column)]
+        elif self.kind == "pydoc":
+            parts = [_topics()]
+        else:
+            options = {"text_column": self.text_column, "separator": self.separator}
+            parts = (read_documents(path, **options) for path in self.files)
+        return (document for part in parts for document in part if document.strip())
 
     def fingerprint(self) -> dict[str, Any]:
-        """What changes when the source changes, without reading it: sizes and times of files.
-
-        A dataset has its name alone, so that a prepared corpus can be reused without a network.
-        """
-        files = []
-        for path in self.files:
-            status = _status(path)
-            files.append([str(path), status.st_size, status.st_mtime_ns])
+        """What changes when the source changes, without reading it: sizes and times of files; of a
+        dataset the name alone, so that a prepared corpus can be reused without a network."""
+        files = [(path, _status(path)) for path in self.files]
         return {
             "name": self.name,
             "kind": self.kind,
             "text_column": self.text_column,
             "separator": self.separator,
-            "files": files,
+            "files": [[str(path), status.st_size, status.st_mtime_ns] for path, status in files],
         }
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says of the source; reads every file once for its sha256."""
-        description: dict[str, Any] = {"name": self.name, "kind": self.kind}
+        described: dict[str, Any] = {"name": self.name, "kind": self.kind}
         if self.kind == "dataset":
             dataset, _, _ = _dataset_parts(self.name)
-            description["revision"] = hub_revision(dataset, kind="dataset")
-            return description
+            return described | {"revision": hub_revision(dataset, kind="dataset")}
         if self.kind in ("stdlib", "pydoc"):
-            description["python"] = sys.version.split()[0]
-        description["files"] = [
-            {"path": self._label(path), "bytes": _status(path).st_size, "sha256": file_hash(path)}
+            described["python"] = sys.version.split()[0]
+        described["files"] = [
+            {
+                "path": str(path.relative_to(self.root) if self.root else path),
+                "bytes": _status(path).st_size,
+                "sha256": file_hash(path),
+            }
             for path in self.files
         ]
-        description["left_out"] = self.left_out
-        return description
-
-    def _label(self, path: Path) -> str:
-        return str(path if self.root is None else path.relative_to(self.root))
-
-    def _read(self) -> Iterator[bytes]:
-        if self.kind == "dataset":
-            yield from _read_dataset(self.name, self.text_column)
-            return
-        if self.kind == "pydoc":
-            yield from _topics()
-            return
-        for path in self.files:
-            yield from read_documents(path, text_column=self.text_column, separator=self.separator)
+        return described | {"left_out": self.left_out}
 
 
 def open_source(
@@ -129,48 +124,49 @@ def open_source(
         raise UserError("the corpus has no name: give a file, folder, glob, dataset or 'stdlib'")
     if not separator or "\n" in separator:
         raise UserError(f"separator {separator!r} must be the text of exactly one line")
-    options: dict[str, Any] = {"text_column": text_column, "separator": separator}
-    if source == STANDARD_LIBRARY:
-        root, files = _standard_library_files()
-        return Source(source, "stdlib", root, files, **options)
-    if source == PYTHON_DOCUMENTATION:
-        return Source(source, "pydoc", None, (_topics_file(),), **options)
+    opened = partial(Source, source, text_column=text_column, separator=separator)
+    if source in (STANDARD_LIBRARY, PYTHON_DOCUMENTATION):
+        root = Path(sysconfig.get_path("stdlib"))
+        topics = root / "pydoc_data" / "topics.py"
+        if not (topics if source == PYTHON_DOCUMENTATION else root / "os.py").is_file():
+            raise UserError(
+                f"corpus {source!r}: this Python has no {source} (no standard library as files in "
+                f"{root}); name a text file or folder instead"
+            )
+        if source == PYTHON_DOCUMENTATION:
+            return opened("pydoc", files=(topics,))
+        files, _ = _walk(root, skip=("site-packages", "dist-packages"))
+        return opened("stdlib", root, tuple(path for path in files if path.suffix == ".py"))
     path = Path(source).expanduser()
     if path.is_dir():
-        files, left_out = _folder_files(path, text_column)
-        return Source(source, "files", path, files, **options, left_out=left_out)
+        files, hidden = _walk(path)
+        files, left_out = _with_text(files, text_column=text_column)
+        left_out = ({"hidden": hidden} if hidden else {}) | left_out
+        if not files:
+            raise UserError(
+                f"folder {path} holds no text, JSON, parquet, arrow or archive of them (left out: "
+                f"{describe_left_out(left_out) or 'nothing'}); for files of other names give a "
+                f"glob such as {path}/*.log"
+            )
+        return opened("files", path, files, left_out)
     if path.exists():
         if not path.is_file():
             raise UserError(f"{source} is no file that can be read twice: give a file or a folder")
         kind_of(path)  # refuses what is no text
-        return Source(source, "files", None, (path,), **options)
+        return opened("files", files=(path,))
     if glob.has_magic(source):
-        files, left_out = _glob_files(str(path))
-        return Source(source, "files", None, files, **options, left_out=left_out)
+        matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
+        files, left_out = _with_text(match for match in matches if match.is_file())
+        if not files:
+            raise UserError(
+                f"no file matches {path} that holds text (left out: "
+                f"{describe_left_out(left_out) or 'nothing'})"
+            )
+        return opened("files", files=files, left_out=left_out)
     if looks_like_path(source, suffixes=SUFFIXES):
         raise UserError(f"no such file or folder: {source}")
     _dataset_parts(source)
-    return Source(source, "dataset", None, (), **options)
-
-
-def _standard_library_files() -> tuple[Path, tuple[Path, ...]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    _check_python(STANDARD_LIBRARY, root / "os.py", f"standard library as files in {root}")
-    found = _walk(root, Counter(), skip=("site-packages", "dist-packages"))
-    return root, tuple(path for path in found if path.suffix == ".py")
-
-
-def _topics_file() -> Path:
-    path = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
-    _check_python(PYTHON_DOCUMENTATION, path, f"documentation in {path}")
-    return path
-
-
-def _check_python(source: str, path: Path, what: str) -> None:
-    if not path.is_file():
-        raise UserError(
-            f"corpus {source!r}: this Python has no {what}; name a text file or folder instead"
-        )
+    return opened("dataset")
 
 
 def _topics() -> Iterator[bytes]:
@@ -187,69 +183,32 @@ def _topics() -> Iterator[bytes]:
         yield piece.encode()
 
 
-# What stands beside data in a repository of it
-_PAPERS = (
-    *("readme", "license", "licence", "notice", "changelog", "contributing", "citation"),
-    *("code_of_conduct", "security", "authors"),
-)
-# What the library datasets writes beside its tables
-_ABOUT = ("dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json")
-
-
-def _folder_files(folder: Path, text_column: str) -> tuple[tuple[Path, ...], dict[str, int]]:
-    """The text in a folder and how much of what else was left out."""
-    left_out: Counter[str] = Counter()
-    found = _walk(folder, left_out)
-    kinds = {path: _kind_in_folder(path, text_column) for path in found}
-    has_data = any(kind not in ("text", "document", None) for kind in kinds.values())
+def _with_text(
+    paths: Iterable[Path], *, text_column: str | None = None
+) -> tuple[tuple[Path, ...], dict[str, int]]:
+    """The files that hold text, and how many others by what they are. With a `text_column` they
+    are a folder's, and their names decide too."""
+    kinds: dict[Path, str | None] = {}
+    for path in paths:
+        name = path.name.lower()
+        kinds[path] = None
+        if text_column is not None and (not name.endswith(SUFFIXES) or name in ABOUT):
+            continue
+        with suppress(NoText):
+            kind: str | None = kind_of(path)
+            # other JSON is settings
+            if text_column is None or not name.endswith(".json") or has_rows(path, text_column):
+                kinds[path] = kind
+    has_data = text_column is not None and set(kinds.values()) - {"text", "document", None}
     files = []
+    left_out: Counter[str] = Counter()
     for path, kind in kinds.items():
-        is_paper = has_data and path.name.lower().startswith(_PAPERS)
+        is_paper = has_data and path.name.lower().startswith(PAPERS)
         if kind is None or is_paper:
             left_out[f"*{path.suffix}" if path.suffix and not is_paper else path.name] += 1
         else:
             files.append(path)
-    if not files:
-        raise UserError(
-            f"folder {folder} holds no text, JSON, parquet, arrow or archive of them"
-            f"{_told(left_out)}; for files of other names give a glob such as {folder}/*.log"
-        )
     return tuple(files), dict(left_out)
-
-
-def _kind_in_folder(path: Path, text_column: str) -> Kind | None:
-    """None for what is no text, by its name or its bytes."""
-    name = path.name.lower()
-    if not name.endswith(SUFFIXES) or name in _ABOUT:
-        return None
-    try:
-        kind = kind_of(path)
-    except NoText:
-        return None
-    is_settings = name.endswith(".json") and not has_rows(path, text_column)
-    return None if is_settings else kind
-
-
-def _glob_files(pattern: str) -> tuple[tuple[Path, ...], dict[str, int]]:
-    left_out: Counter[str] = Counter()
-    files = []
-    for match in sorted(glob.glob(pattern, recursive=True)):
-        path = Path(match)
-        if not path.is_file():
-            continue
-        try:
-            kind_of(path)
-        except NoText:
-            left_out[f"*{path.suffix}"] += 1
-            continue
-        files.append(path)
-    if not files:
-        raise UserError(f"no file matches {pattern} that holds text{_told(left_out)}")
-    return tuple(files), dict(left_out)
-
-
-def _told(left_out: Mapping[str, int]) -> str:
-    return f" (left out: {describe_left_out(left_out)})" if left_out else ""
 
 
 def describe_left_out(left_out: Mapping[str, int]) -> str:
@@ -257,29 +216,26 @@ def describe_left_out(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()))
 
 
-def _walk(root: Path, left_out: "Counter[str]", *, skip: tuple[str, ...] = ()) -> tuple[Path, ...]:
-    """All files, those of linked folders too, each folder once; hidden ones are counted alone."""
+def _walk(root: Path, *, skip: tuple[str, ...] = ()) -> tuple[tuple[Path, ...], int]:
+    """All files, those of linked folders too, each folder once, and the number of hidden names."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read folder {error.filename}: {error.strerror}") from error
 
-    files = []
+    files: list[Path] = []
+    hidden = 0
     seen = {os.path.realpath(root)}
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        left_out["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
-        kept = []
-        for name in sorted(folders):
-            place = os.path.realpath(os.path.join(folder, name))
-            if name.startswith(".") or name in skip or place in seen:
-                continue
-            seen.add(place)
-            kept.append(name)
-        folders[:] = kept
+        hidden += sum(name.startswith(".") for name in (*folders, *names))
+        targets = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(folders)}
+        folders.clear()
+        for name, target in targets.items():
+            if not (name.startswith(".") or name in skip or target in seen):
+                seen.add(target)
+                folders.append(name)
         files += [Path(folder, name) for name in names if not name.startswith(".")]
-    if not left_out["hidden"]:
-        del left_out["hidden"]
-    # A link may point nowhere; only what is there as a file is part of the text.
-    return tuple(sorted(path for path in files if path.is_file()))
+    # a link may point nowhere; only what is there as a file is part of the text
+    return tuple(sorted(path for path in files if path.is_file())), hidden
 
 
 def _status(path: Path) -> os.stat_result:

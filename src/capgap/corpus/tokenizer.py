@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from capgap.corpus.hub import HUB_NAME, OWN_CODE, hub_revision, is_cached, looks_like_path
-from capgap.corpus.marks import Marks
+from capgap.corpus.names import HUB_NAME, OWN_CODE, hub_revision, is_cached, looks_like_path
+from capgap.corpus.tokens import Marks
 from capgap.errors import UserError, border
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ GROUP_CHARACTERS = 1 << 22
 # Between a letter and white space every common pre-tokenizer makes a cut.
 PIECE_END = re.compile(r"[^\W\d_](?=[ \n])")
 # What bytes that are not UTF-8 become under the error handler "surrogateescape".
-INVALID_BYTES = re.compile("[\udc80-\udcff]+")
+INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
 
 # What a token for pictures or sound is called
 _OTHER_MEDIA = re.compile("image|audio|video|vision")
@@ -55,17 +55,18 @@ class TokenCodec:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        # A copy, because padding, truncation and the treatment of special tokens are settings of
-        # the object, which stays the caller's.
-        self._tokenizer = tokenizer
-        self._backend: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_padding()
-        self._backend.no_truncation()
-        self._backend.encode_special_tokens = True
-        self._token_bytes = _token_bytes(self._backend)
-        self._byte_ids = _byte_ids(self._backend)
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        self._backend = bare_backend(tokenizer.backend_tokenizer.to_str())
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+        ids = {byte: self._backend.token_to_id(char) for char, byte in byte_of.items()}
+        self._byte_ids = {byte: i for byte, i in ids.items() if i is not None}
+        self._token_bytes = _token_bytes(self._backend, byte_of)
         self.marks = Marks.of(tokenizer)
-        self.is_byte_level = self._comes_back("a\n b  c\u00e9\u4e2d\U0001f600 it's 12\n\n x ")
+        probe = "a\n b  c\u00e9\u4e2d\U0001f600 it's 12\n\n x "
+        written = self._backend.encode(probe, add_special_tokens=False).ids
+        comes_back = b"".join(self._token_bytes.get(i, b"") for i in written) == probe.encode()
+        self.is_byte_level = comes_back and len(self._byte_ids) == 256
         self._cuts_at_white_space = self.is_byte_level and _cuts_at_white_space(self._backend)
 
     def encode(self, data: bytes) -> NDArray[np.int64]:
@@ -76,7 +77,12 @@ class TokenCodec:
         """Token ids of every document, each int64 [num_tokens]; runs on all cores."""
         parts = [list(self._parts(document)) for document in documents]
         texts = [part for own in parts for part in own if isinstance(part, str)]
-        encoded = self._encode_texts(texts)
+        # the library's own results take some 100 bytes a token, so few are held at a time
+        encoded = (
+            np.array(encoding.ids, dtype=np.int64)
+            for group in grouped(texts, len, GROUP_CHARACTERS)
+            for encoding in self._backend.encode_batch_fast(group, add_special_tokens=False)
+        )
 
         def ids(part: str | bytes) -> NDArray[np.int64]:
             if isinstance(part, str):
@@ -97,20 +103,13 @@ class TokenCodec:
         """Pieces of text, and the runs of invalid bytes between them."""
         text = document.decode("utf-8", "surrogateescape")
         if not self.is_byte_level:
-            yield INVALID_BYTES.sub(lambda found: "\ufffd" * len(found[0]), text)
+            yield INVALID_BYTES.sub(lambda match: "\ufffd" * len(match[0]), text)
             return
-        start = 0
-        for found in INVALID_BYTES.finditer(text):
-            yield from self._pieces(text[start : found.start()])
-            yield found[0].encode("utf-8", "surrogateescape")
-            start = found.end()
-        yield from self._pieces(text[start:])
-
-    def _encode_texts(self, texts: Sequence[str]) -> Iterator[NDArray[np.int64]]:
-        # The library's own results take some 100 bytes a token, so few are held at a time.
-        for group in grouped(texts, len, GROUP_CHARACTERS):
-            for encoding in self._backend.encode_batch_fast(group, add_special_tokens=False):
-                yield np.array(encoding.ids, dtype=np.int64)
+        for number, part in enumerate(INVALID_BYTES.split(text)):
+            if number % 2:
+                yield part.encode("utf-8", "surrogateescape")
+            else:
+                yield from self._pieces(part)
 
     def _pieces(self, text: str) -> Iterator[str]:
         start = 0
@@ -122,23 +121,26 @@ class TokenCodec:
             start = end.end()
         yield text[start:]
 
-    def _comes_back(self, text: str) -> bool:
-        if len(self._byte_ids) < 256:
-            return False
-        ids = self._backend.encode(text, add_special_tokens=False).ids
-        return b"".join(self._token_bytes.get(i, b"") for i in ids) == text.encode()
+
+def bare_backend(description: str) -> Any:
+    """A tokenizer's backend from its JSON, without padding, truncation and special tokens."""
+    backend: Any = Tokenizer.from_str(description)
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    return backend
 
 
 def grouped(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
     """The items in a row, as few at a time as have `limit` in all."""
     group: list[Item] = []
-    held = 0
+    total = 0
     for item in items:
         group.append(item)
-        held += size(item)
-        if held >= limit:
+        total += size(item)
+        if total >= limit:
             yield group
-            group, held = [], 0
+            group, total = [], 0
     if group:
         yield group
 
@@ -180,15 +182,12 @@ def train_tokenizer(documents: Iterable[bytes], vocabulary: int) -> "PreTrainedT
 
 
 def check_vocabulary(vocabulary: int) -> None:
-    """UserError if so few tokens cannot hold every byte."""
-    if vocabulary > LARGEST_VOCABULARY:
+    """UserError for fewer tokens than hold every byte, or for too many to learn."""
+    if not SMALLEST_VOCABULARY <= vocabulary <= LARGEST_VOCABULARY:
+        fault = "small" if vocabulary < SMALLEST_VOCABULARY else "large"
         raise UserError(
-            f"vocabulary {vocabulary} is too large: at most {LARGEST_VOCABULARY} tokens are learnt"
-        )
-    if vocabulary < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"vocabulary {vocabulary} is too small: {SMALLEST_VOCABULARY} or more hold every byte "
-            "and the end of a document"
+            f"vocabulary {vocabulary} is too {fault}: {SMALLEST_VOCABULARY} tokens hold every byte "
+            f"and the end of a document, and at most {LARGEST_VOCABULARY} are learnt"
         )
 
 
@@ -267,10 +266,10 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     # Not the post-processor: saving and loading writes an empty one where there was none. What it
     # puts first is among the marks.
-    kept = {key: description[key] for key in ("model", "normalizer", "pre_tokenizer")}
-    kept["added_tokens"] = [[t["id"], t["content"]] for t in description["added_tokens"]]
-    kept["marks"] = asdict(Marks.of(tokenizer))
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    identity = {key: description[key] for key in ("model", "normalizer", "pre_tokenizer")}
+    identity["added_tokens"] = [[t["id"], t["content"]] for t in description["added_tokens"]]
+    identity["marks"] = asdict(Marks.of(tokenizer))
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def check_text(text: str, what: str) -> None:
@@ -286,57 +285,37 @@ def check_text(text: str, what: str) -> None:
 
 def count_invalid_bytes(data: bytes) -> int:
     """How many bytes are no part of valid UTF-8."""
-    if data.isascii():
-        return 0
-    text = data.decode("utf-8", "surrogateescape")
-    return sum(len(found[0]) for found in INVALID_BYTES.finditer(text))
+    return 0 if data.isascii() else len(data) - len(data.decode("utf-8", "ignore").encode())
 
 
 def compare_tokenizers(
     first: "PreTrainedTokenizerFast", second: "PreTrainedTokenizerFast"
 ) -> str | None:
     """The lowest token id that means different things, in words, or None if all are equal."""
-    first_tokens = {i: token for token, i in first.get_vocab().items()}
-    second_tokens = {i: token for token, i in second.get_vocab().items()}
-    for i in sorted(first_tokens.keys() | second_tokens.keys()):
-        mine, other = first_tokens.get(i), second_tokens.get(i)
+    tables = [
+        {i: repr(token) for token, i in tokenizer.get_vocab().items()}
+        for tokenizer in (first, second)
+    ]
+    for i in sorted(tables[0].keys() | tables[1].keys()):
+        mine, other = (table.get(i, "missing") for table in tables)
         if mine != other:
-            return (
-                f"token {i} is {_quote(mine)} in one and {_quote(other)} in the other "
-                f"({len(first_tokens)} and {len(second_tokens)} tokens)"
-            )
+            sizes = " and ".join(str(len(table)) for table in tables)
+            return f"token {i} is {mine} in one and {other} in the other ({sizes} tokens)"
     return None
 
 
-def _quote(token: str | None) -> str:
-    return "missing" if token is None else repr(token)
-
-
-def _byte_characters() -> dict[str, int]:
-    """Byte for every character that a byte-level tokenizer writes it as."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {character: byte for byte, character in bytes_to_unicode().items()}
-
-
-def _token_bytes(backend: Any) -> dict[int, bytes]:
-    """Bytes of every token, read as byte-level; a token that cannot be read so is left out."""
-    characters = _byte_characters()
+def _token_bytes(backend: Any, byte_of: dict[str, int]) -> dict[int, bytes]:
+    """Bytes of every token, read as byte-level (`byte_of`: by character); a token that cannot be
+    read so is left out."""
     added = backend.get_added_tokens_decoder()
     token_bytes = {}
     for token, i in backend.get_vocab(with_added_tokens=True).items():
         if i in added:
-            # Added tokens are written as plain text, and only those that are not special are text.
+            # added tokens are written as plain text, and only those that are not special are text
             token_bytes[i] = b"" if added[i].special else token.encode()
-        elif characters.keys() >= set(token):
-            token_bytes[i] = bytes(characters[character] for character in token)
+        elif byte_of.keys() >= set(token):
+            token_bytes[i] = bytes(byte_of[character] for character in token)
     return token_bytes
-
-
-def _byte_ids(backend: Any) -> dict[int, int]:
-    """Token id of every byte that has one as a byte-level tokenizer writes it."""
-    ids = {byte: backend.token_to_id(char) for char, byte in _byte_characters().items()}
-    return {byte: i for byte, i in ids.items() if i is not None}
 
 
 def _cuts_at_white_space(backend: Any) -> bool:
@@ -344,6 +323,5 @@ def _cuts_at_white_space(backend: Any) -> bool:
     if backend.pre_tokenizer is None:
         return False
     probe = "ab cd\nef  gh\n\nij"
-    words = backend.pre_tokenizer.pre_tokenize_str(probe)
-    starts = {start for _, (start, _) in words}
-    return all(found.end() in starts for found in PIECE_END.finditer(probe))
+    starts = {start for _, (start, _) in backend.pre_tokenizer.pre_tokenize_str(probe)}
+    return all(match.end() in starts for match in PIECE_END.finditer(probe))

@@ -8,7 +8,7 @@ from rich.table import Table
 from capgap.cost.memory import PARTS
 from capgap.cost.run import plan_run
 from capgap.cost.sweep import plan_sweep
-from capgap.hardware import check_utilisation
+from capgap.machine import check_utilisation
 from capgap.pipeline.recipe import RunRecipe
 from capgap.sizes import clock_time, format_bytes, format_count
 from capgap.sweep.recipe import Recipe

@@ -23,7 +23,7 @@ from capgap.cost.activations import (
     layer_bytes,
 )
 from capgap.distill import block_rows, chunk_rows, padded_rows
-from capgap.hardware import GPUS
+from capgap.machine import GPUS
 from capgap.models.shape import Shape
 from capgap.train.recipe import FILE_BYTES, RunSection, TrainingSection
 

@@ -9,8 +9,8 @@ from capgap.cost.activations import FLOAT, HALF
 from capgap.cost.memory import LoopMemory, loop_memory
 from capgap.distill import CHECKSUM_BYTES, TokenRecord
 from capgap.errors import UserError
-from capgap.hardware import GPUS, hours, parse_gpus
 from capgap.law.published import find_model, published_families
+from capgap.machine import GPUS, hours, parse_gpus
 from capgap.models.shape import Shape, ladder_shape
 from capgap.pipeline.recipe import RunRecipe
 from capgap.prune.shape import (

@@ -6,7 +6,7 @@ from typing import Any
 from capgap.cost.activations import FLOAT
 from capgap.cost.memory import LoopMemory, loop_memory
 from capgap.cost.run import CHECKPOINT_BYTES
-from capgap.hardware import GPUS, UTILISATION, hours, parse_gpus
+from capgap.machine import GPUS, UTILISATION, hours, parse_gpus
 from capgap.models.shape import Shape
 from capgap.sweep.context import resolve_workers
 from capgap.sweep.plan import Column, Plan, Teacher, expected_baselines, make_plan

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from capgap.corpus.marks import Marks
-from capgap.corpus.tokens import HeldoutDocument
+from capgap.corpus.tokens import HeldoutDocument, Marks
 from capgap.evaluate.losses import evaluate_heldout, heldout_set
 from capgap.evaluate.measured import HeldoutLoss, ratio_standard_error
 from capgap.models.parallel import ALONE, Ranks

@@ -26,7 +26,7 @@ from lm_eval.tasks import TaskManager
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
-from capgap.corpus.marks import Marks
+from capgap.corpus.tokens import Marks
 from capgap.errors import first_line
 from capgap.evaluate.code_runner import SANDBOX, run_program, sandbox_problem
 from capgap.evaluate.scores import Metrics, Part, combine

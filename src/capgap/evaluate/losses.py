@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from capgap.corpus.marks import Marks
-from capgap.corpus.tokens import HeldoutDocument
+from capgap.corpus.tokens import HeldoutDocument, Marks
 from capgap.distill import chunk_rows
 from capgap.distill.head import IGNORED_LABEL, HeadInput, chunks, likeliest, softmax_, token_losses
 from capgap.evaluate.measured import MOST_RANK, HeldoutLoss, Measured, calibration_error

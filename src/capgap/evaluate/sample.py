@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from capgap.corpus.marks import Marks
 from capgap.corpus.tokenizer import num_words
+from capgap.corpus.tokens import Marks
 from capgap.errors import UserError
 from capgap.models.stored import positions_of
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from capgap.archives import safe_members
 from capgap.artifact import file_hash
+from capgap.corpus.readers import safe_members
 from capgap.errors import UserError, first_line
 from capgap.evaluate.sets import BenchmarkSet, NotMeasured
 
@@ -46,7 +46,7 @@ def find_source(one: BenchmarkSet, folder: Path | None, parts: Sequence[str]) ->
         return SetSource({"kind": "local", "path": str(path), "sha256": _sha256(path)}, records)
     import datasets
 
-    from capgap.corpus.hub import hub_revision
+    from capgap.corpus.names import hub_revision
 
     revision = None
     try:
@@ -117,7 +117,7 @@ def read_local(folder: Path, name: str, parts: Sequence[str]) -> tuple[Path, Loc
 
 def read_copy(path: Path) -> dict[str, bytes]:
     """The contents of all files of a folder or an archive, by their path inside; an archive is not
-    unpacked. UserError for one that is damaged, or that `capgap.archives.safe_members` refuses."""
+    unpacked. UserError for one that is damaged, or that `safe_members` refuses."""
     if path.is_dir():
         files = (file for file in sorted(path.rglob("*")) if file.is_file())
         return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from capgap.corpus.hub import HUB_SECONDS, is_cached
+from capgap.corpus.names import HUB_SECONDS, is_cached
 from capgap.models.stored import LICENCES
 from capgap.records import RunRecord, read_records
 from capgap.sizes import format_count

@@ -8,7 +8,6 @@ from typing import Any
 
 from capgap.errors import UserError
 from capgap.evaluate.measured import Measurement
-from capgap.hardware import hours, parse_gpus
 from capgap.law.law import Law, Value
 from capgap.law.published import Candidate, find_family, find_model, published
 from capgap.law.rules import (
@@ -19,6 +18,7 @@ from capgap.law.rules import (
     published_rule,
     surface_rules,
 )
+from capgap.machine import hours, parse_gpus
 from capgap.sizes import format_count, forward_flops, parse_count, parse_size, training_flops
 
 # Standard errors that a difference must exceed: 95% that it is more than noise

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from capgap.corpus.hub import HUB_NAME, looks_like_path
+from capgap.corpus.names import HUB_NAME, looks_like_path
 from capgap.errors import UserError
 from capgap.law.surface import DistillationSurface, SupervisedSurface
 from capgap.models.shape import Shape

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from capgap.artifact import file_hash, folder_written, read_json, write_json
-from capgap.corpus.hub import HUB_NAME, OWN_CODE, hub_revision, is_cached, looks_like_path
+from capgap.corpus.names import HUB_NAME, OWN_CODE, hub_revision, is_cached, looks_like_path
 from capgap.errors import UserError, border, first_line, warn_once
 
 if TYPE_CHECKING:

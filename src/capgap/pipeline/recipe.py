@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from capgap.errors import UserError
-from capgap.hardware import UTILISATION, parse_gpus
+from capgap.machine import UTILISATION, parse_gpus
 from capgap.section import Architecture, Count, LearningRate, Section
 from capgap.stages.adapt import AdaptSection
 from capgap.stages.corpus import TextSection

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capgap.corpus.given import Given, Weighted
+from capgap.corpus.names import Given, Weighted
 from capgap.errors import UserError
 from capgap.law.published import find_model
 from capgap.pipeline.recipe import RunRecipe

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from capgap.artifact import read_json, write_json
-from capgap.corpus.given import Weighted
+from capgap.corpus.names import Weighted
 from capgap.errors import Interrupted, UserError
 from capgap.machine import machine, resolve_device, started, versions
 from capgap.scrub import scrub

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from capgap.corpus.given import Given
+from capgap.corpus.names import Given
 from capgap.errors import UserError
 from capgap.machine import started
 from capgap.section import Count, Dtype

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from capgap.corpus.given import Given
+from capgap.corpus.names import Given
 from capgap.corpus.text import Text
 from capgap.errors import UserError
 from capgap.section import MAX_EPOCHS

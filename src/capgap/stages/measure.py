@@ -86,7 +86,7 @@ def run_measure(
     import torch
 
     from capgap.corpus.excerpt import excerpt, prepared
-    from capgap.corpus.marks import Marks
+    from capgap.corpus.tokens import Marks
     from capgap.evaluate.beginning import better_beginning
     from capgap.evaluate.losses import heldout_set, measure_model
     from capgap.machine import resolve_device

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from capgap.artifact import difference, locked_file, plain
-from capgap.corpus.given import Given
+from capgap.corpus.names import Given
 from capgap.errors import UserError
 from capgap.prune.methods import Depth, Method, reading_methods
 from capgap.section import Count, Dtype, Section

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from capgap.corpus.given import Given
+from capgap.corpus.names import Given
 from capgap.section import Count, LearningRate
 from capgap.stage import HOW, SEVERAL, Stage
 from capgap.train.recipe import ABOUT_A_TEACHER, RunSection, TrainingSection

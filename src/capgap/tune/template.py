@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from capgap.corpus.tokenizer import check_text
 from capgap.errors import UserError, border
-from capgap.limits import limited
+from capgap.machine import limited
 from capgap.stage import FieldError
 from capgap.tune.conversations import Message
 
