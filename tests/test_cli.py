@@ -196,7 +196,7 @@ def test_where_a_sweep_goes(typed, monkeypatch, arguments, folder, quiet):
     assert asked == [("quickstart", Path(folder), quiet, None)]
 
 
-def interrupted(*_):
+def interrupted(*_, **__):
     raise KeyboardInterrupt
 
 
@@ -239,6 +239,16 @@ def test_how_a_sweep_ends_is_one_line_and_a_code(typed, here, monkeypatch, end, 
     assert (answer.code, answer.out) == (code, "")
     assert answer.err.startswith(f"capgap: {words}")
     assert answer.err.count("\n") == 1
+
+
+def test_a_command_that_leaves_no_folder_is_stopped_in_one_line(typed, monkeypatch):
+    monkeypatch.setattr("capgap.plan", interrupted)
+    answer = typed("plan", "minima-3b")
+    assert (answer.code, answer.out, answer.err) == (
+        130,
+        "",
+        "capgap: stopped; nothing was written\n",
+    )
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bug"), OSError(errno.EBADF, "bug")])

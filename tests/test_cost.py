@@ -11,11 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from capgap.config import Recipe, find_recipe, load_any_recipe, load_recipe, shipped_recipes
 from capgap.corpus.text import Text
-from capgap.cost.activations import cast_bytes, kept_bytes, layer_bytes
-from capgap.cost.estimate import estimate
-from capgap.cost.memory import PARTS, LoopMemory
-from capgap.cost.run import find_teacher, student_shape
-from capgap.cost.sweep import plan_sweep
+from capgap.cost.memory import PARTS, LoopMemory, cast_bytes, kept_bytes, layer_bytes
+from capgap.cost.plan import estimate, find_teacher, plan_sweep, student_shape
 from capgap.distill.cache import CacheFormat
 from capgap.distill.teacher import OnlineTeacher
 from capgap.errors import UserError

@@ -609,8 +609,6 @@ def test_sentences_are_few_short_and_never_contradict_the_curves():
         curves = main_curves(law.curves)
         harmful = any(curve.cursed for curve in curves)
         assert ("is harmful" in text) == harmful
-        flat = not any(point.worse for curve in curves for point in curve.points)
-        assert ("make no difference" in said[0]) <= flat
         for curve in curves:
             # whatever the answer names for a curve is one that will do
             will_do = {format_count(point.teacher_size) for point in curve.will_do}
@@ -618,6 +616,8 @@ def test_sentences_are_few_short_and_never_contradict_the_curves():
             if "; with " in where:
                 first, second = where.split("; with ")
                 where = first if curve.tokens == min(c.tokens for c in curves) else second
+            if "all teachers do alike" in where.lower():
+                assert not any(point.worse for point in curve.points)
             if found := re.search(r"take the (\S+) teacher", where):
                 assert found[1] in will_do
             if found := re.search(r"([\d.]+\w) the cheapest", where):

@@ -11,9 +11,9 @@ import altair
 import pytest
 
 from capgap.report import numbers
-from capgap.report.data import Results, cells_of_curve, load_results
 from capgap.report.draw import COLOURS, Absent, Picture, round_ticks, size_axis, spec_of
 from capgap.report.page import report_sections
+from capgap.report.results import Results, load_results
 from capgap.report.run_charts import (
     MOST_POINTS,
     block_means,
@@ -127,7 +127,7 @@ def test_training_curves_are_of_the_best_teacher_by_the_law_and_of_the_largest(
 ) -> None:
     group = full.lines[0].group
     for curve in full.law.of(group):
-        cells = cells_of_curve(full, curve)
+        cells = full.cells_of(curve)
         assert curve.optimum.best in cells
         assert MISSING not in {cell.id for cell in cells.values()}
     for measure in ("ce", "kl", "agreement"):
@@ -138,7 +138,7 @@ def test_training_curves_are_of_the_best_teacher_by_the_law_and_of_the_largest(
         best = next(row for row in ends if row["style"].get("filled"))
         size = full.law.of(group)[0].optimum.best
         assert f"distilled, teacher {numbers.size(size)}" in best["tip"]
-        cell = cells_of_curve(full, full.law.of(group)[0])[size]
+        cell = full.cells_of(full.law.of(group)[0])[size]
         means = block_means(cell.curve.tokens, getattr(cell.curve, measure))
         line = [
             (row["x"], row["y"])

@@ -18,9 +18,8 @@ from capgap.report.charts import (
     law_chart,
     ratio_chart,
 )
-from capgap.report.data import Results
 from capgap.report.draw import STAR, Absent, Picture, spec_of
-from capgap.report.tables import answer_tables
+from capgap.report.results import Results, answer_tables
 from law_surface import ladder, sweep
 from report_data import rows_of
 

@@ -16,9 +16,9 @@ from capgap.errors import UserError
 from capgap.law.data import cells_of
 from capgap.law.fit import fit
 from capgap.law.law import Law
-from capgap.report.data import NO_LAW, Results, load_results
 from capgap.report.draw import Absent
 from capgap.report.page import report_sections, write_law_report, write_report
+from capgap.report.results import NO_LAW, Results, load_results
 from capgap.report.sentences import sentences
 from law_surface import ladder, sweep
 from report_data import TEACHERS, Plan, write_output

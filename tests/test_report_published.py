@@ -18,7 +18,6 @@ from capgap.law.published import (
     published_results,
 )
 from capgap.report.draw import Frame, check_picture, linear_axis, log_axis, look, row, write_picture
-from capgap.report.labels import names
 from capgap.report.published_charts import (
     NEAR,
     VALLEY,
@@ -63,7 +62,7 @@ def test_a_name_moves_away_from_its_neighbour_and_from_a_line() -> None:
     frame = Frame(log_axis("x", (1.0, 100.0)), linear_axis("y", (0.0, 27.0)), {"a": look(0)})
 
     def sides(*rows: dict[str, Any], lines: Any = ()) -> dict[str, str]:
-        found = names(frame, list(rows), lines)
+        found = frame.name(list(rows), lines)
         return {
             one["text"]: layer.mark.align
             for layer in found

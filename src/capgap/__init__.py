@@ -84,7 +84,7 @@ def plan(
     `utilisation` is reached. UserError for a mistake in these.
     """
     from capgap.config import find_recipe, load_any_recipe
-    from capgap.cost.estimate import estimate
+    from capgap.cost.plan import estimate
 
     loaded = load_any_recipe(find_recipe(str(recipe)), overrides)
     return estimate(loaded, gpus=gpus, utilisation=utilisation)

@@ -15,31 +15,19 @@ from typing import Annotated, NoReturn
 import typer
 
 from capgap import __version__
-from capgap.cli.app import FAILED, USER_ERROR, add_stage, app, exit_with
+from capgap.cli.app import FAILED, USER_ERROR, app, exit_with
 from capgap.errors import UserError, is_disk_full
 from capgap.machine import forget_leftovers, started
-from capgap.stages.export import Export
 
 # in the order of --help
 # isort: off
-from capgap.cli import sweeps, laws, pipeline, stages, conversation
+from capgap.cli import sweeps, commands
 # isort: on
-
-add_stage(Export)
 
 # What the machine refuses, and only its user can mend
 REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
-__all__ = [
-    "app",
-    "conversation",
-    "laws",
-    "leave",
-    "main",
-    "pipeline",
-    "stages",
-    "sweeps",
-]
+__all__ = ["app", "commands", "leave", "main", "sweeps"]
 
 
 def main() -> None:

@@ -1,18 +1,17 @@
-"""What all commands share: the application, options that several have, and how a command ends."""
+"""Shared by all commands: the application, options that several have, and how a command ends."""
 
 import json
 import sys
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, ClassVar, NoReturn
 
 import typer
 
 from capgap.errors import UserError
 from capgap.machine import started
-
-if TYPE_CHECKING:
-    from capgap.stage import Stage
+from capgap.stage import FieldError, Stage, command_line, option, settings
+from capgap.stopping import Signals, Stopped
 
 USER_ERROR = 2
 FAILED = 1
@@ -30,12 +29,7 @@ Json = Annotated[
     bool, typer.Option("--json", metavar="", help="One JSON object on standard output.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="No progress.")]
-TrustCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code", metavar="", help="Run the model's own code, for other architectures."
-    ),
-]
+RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.")]
 Override = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe."),
@@ -48,55 +42,70 @@ DryRun = Annotated[
 ]
 
 
+class Answer(Stage):
+    """A stage that answers at once: it leaves no folder, and has no progress unless it says so.
+    `overrides` of a recipe, where it has them, are its `--set`."""
+
+    continues: ClassVar[bool] = False
+    saves_when_asked: ClassVar[bool] = False
+    has_progress: ClassVar[bool] = False
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        return ()
+
+
 def exit_with(line: str, code: int) -> NoReturn:
     if line:
         print(f"capgap: {line}", file=sys.stderr)
     sys.exit(code)
 
 
-def stopped(out: Path, number: int, *, continues: bool = True) -> NoReturn:
+def stopped(out: Path | None, number: int) -> NoReturn:
+    """Ends a command that was stopped; `out` holds what the same command continues, if any does."""
     kept = f"what is done is kept in {out}, the same command continues"
-    line = f"stopped; {kept if continues else 'nothing was written'}"
+    line = f"stopped; {kept if out else 'nothing was written'}"
     exit_with("" if started()[0] else line, 128 + number)
 
 
-def add_stage(kind: "type[Stage]") -> None:
+def add_stage(kind: type[Stage]) -> None:
     """The command of a stage."""
-    from capgap.stage import FieldError, command_line, option, settings
-    from capgap.stopping import Signals, Stopped
 
     def command(**given: Any) -> None:
         from rich.console import Console
 
         from capgap.sweep.progress import make_lines
 
-        quiet, as_json = given.pop("quiet"), given.pop("json_")
+        quiet, as_json = given.pop("quiet", True), given.pop("json_")
         sections = settings(kind, given.pop("set_", None) or [])
         try:
             named = {name: value for name, value in given.items() if value is not None}
             stage = kind(**named, **sections)
-            quieten_transformers()
+            if not isinstance(stage, Answer):
+                quieten_transformers()
             with Signals() as signals:
                 found = signals.run(stage, make_lines(Console(stderr=True), quiet=quiet))
         except FieldError as error:
             raise UserError(f"{option(error.field)} {error.why}") from None
         except Stopped as ended:
-            stopped(stage.writes[0], ended.number, continues=kind.continues)
-        # the first of several processes tells, or each of its own part
+            stopped(next(iter(stage.writes), None) if kind.continues else None, ended.number)
+        # the first of several processes prints, or each its own part
         if started()[0] and not kind.has_parts:
             return
-        if as_json:
-            print_json(found)
-        else:
-            print(stage.told(found))
+        print_json(found) if as_json else print(stage.told(found))
         if stage.failure(found):
             exit_with(stage.failure(found), FAILED)
 
-    shared = [
-        Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=Quiet),
-        Parameter("json_", Parameter.KEYWORD_ONLY, default=False, annotation=Json),
-    ]
-    command.__signature__ = Signature([*command_line(kind), *shared])  # type: ignore[attr-defined]
+    parameters = command_line(kind)
+    shared: dict[str, tuple[Any, Any]] = {"quiet": (Quiet, False), "json_": (Json, False)}
+    if issubclass(kind, Answer) and not kind.has_progress:
+        del shared["quiet"]
+    if "overrides" in kind.model_fields:
+        shared["overrides"] = (Override, None)
+    for name, (annotation, default) in shared.items():
+        how = {"default": default, "annotation": annotation}
+        parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, **how))
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     command.__doc__ = kind.__doc__
     app.command(kind.title())(command)
 

@@ -1,148 +1,226 @@
-"""The words of advice: which teacher to take, and what that rests on."""
+"""Advice for a person: which teacher to take, what that rests on, and the tables behind it."""
 
 from collections.abc import Iterator
 
-from capgap.law.advise import Advice, Row, SurfaceAdvice
+from capgap.law.advise import Advice, Row
 from capgap.law.rules import LineRule
-from capgap.sizes import format_count
+from capgap.sizes import format_count, format_percent
+from capgap.stage import text_table
 
 CONTESTED = (
     "Whether more tokens want a larger teacher is contested: Gemma 3 (arXiv 2503.19786) and this "
     "project's sweeps say yes, the published surface (arXiv 2502.08606) no."
 )
+RANK_SURPRISAL = (
+    "; rank-surprisal: of the student on what each teacher writes (arXiv 2601.14249), lower is "
+    "said to be better: a prior from one forward pass, which does not rank here"
+)
 
 
 def advice_sentences(advice: Advice) -> list[str]:
-    """What to take and why, the most important first."""
-    found = [*_tokenizers(advice), _verdict(advice), *_why(advice), *_alone(advice)]
+    """The teacher to take and why, the most important first."""
+    return [text[:1].upper() + text[1:] for text in _sentences(advice)]
+
+
+def _sentences(advice: Advice) -> Iterator[str]:
     line, surface = advice.linear_law, advice.surface
-    beyond = [f"{_capital(_name(line))}: {line.caution}."] if line.caution else []
+    own_line = line.source.startswith("your sweep")
+    line_name = line.source if own_line else "the linear law"
+    if advice.tokenizers:
+        who = "student and teachers have" if advice.student.family else "these have"
+        yield (
+            f"{who} different tokenizers ({', '.join(advice.tokenizers)}): a student learns only "
+            "from a teacher of its own, so choose the tokenizer first, or give the student another "
+            "with `capgap adapt`."
+        )
+    yield _verdict(advice)
+    if advice.take is not None:
+        yield from _line_against_first(advice, line_name)
+        yield from _surfaces_against_first(advice)
+        if surface.caution is None:
+            yield from _without_teacher(advice)
+    if line.caution:
+        yield f"{line_name}: {line.caution}."
     if surface.caution:
-        told = f"{surface.caution}, so its losses are extrapolated and do not rank"
-        beyond.append(f"{_capital(surface.name)}: {told}.")
-    own = advice.linear_law.source.startswith("your sweep")
-    return [*found, *beyond, *([] if own else [CONTESTED])]
-
-
-def _tokenizers(advice: Advice) -> Iterator[str]:
-    if not advice.tokenizers:
-        return
-    names = ", ".join(advice.tokenizers)
-    who = "Student and teachers have" if advice.student.family else "These have"
-    yield (
-        f"{who} different tokenizers ({names}): a student learns only from a teacher of its own, "
-        "so choose the tokenizer first, or give the student another with `capgap adapt`."
-    )
+        yield (
+            f"{surface.name}: {surface.caution}, so its losses are extrapolated and do not rank."
+        )
+    if not own_line:
+        yield CONTESTED
 
 
 def _verdict(advice: Advice) -> str:
-    rows = advice.recommendations
-    size = format_count(advice.student.non_embedding)
+    line, rows = advice.linear_law, advice.recommendations
+    look = "what size to look for is not known"
+    if line.interval is not None:
+        look = f"look for one of {_sizes(line)} parameters ({line.source})"
     if advice.take is None:
-        return (
-            f"Take none of these: no candidate is larger than the student of {size}; "
-            f"{_look_for(advice.linear_law)}."
-        )
+        size = format_count(advice.student.non_embedding)
+        return f"take none of these: no candidate is larger than the student of {size}; {look}."
+    times = f"{rows[0].ratio:.1f} times the student"
     if any(row.in_line and row.is_larger for row in rows):
-        return f"Take {advice.take}, {rows[0].ratio:.1f} times the student."
-    if advice.linear_law.interval is None:
-        return f"Take {advice.take} if it must be one of these: no line says which size is best."
+        return f"take {advice.take}, {times}."
+    if line.interval is None:
+        return f"take {advice.take} if it must be one of these: no line says which size is best."
     if advice.surface.caution is None:
         return (
-            f"Take {advice.take}, {rows[0].ratio:.1f} times the student, by the surface alone: the "
-            f"line asks for {_sizes(advice.linear_law)} parameters, which none of these has."
+            f"take {advice.take}, {times}, by the surface alone: the line asks for {_sizes(line)} "
+            "parameters, which none of these has."
         )
     return (
-        f"None of these has a good size: {_look_for(advice.linear_law)}; if it must be one of "
-        f"these, {advice.take} is nearest, {rows[0].ratio:.1f} times the student."
+        f"none of these has a good size: {look}; if it must be one of these, {advice.take} is "
+        f"nearest, {times}."
     )
 
 
-def _look_for(line: LineRule) -> str:
-    if line.interval is None:
-        return "what size to look for is not known"
-    return f"look for one of {_sizes(line)} parameters ({line.source})"
-
-
 def _sizes(line: LineRule) -> str:
-    """What a line leaves: "42k or 100k to 155k"."""
+    """The sizes that a line leaves: "42k or 100k to 155k"."""
     runs = [dict.fromkeys(map(format_count, run)) for run in line.runs]
     return " or ".join(" to ".join(run) for run in runs)
 
 
-def _why(advice: Advice) -> Iterator[str]:
-    """Line and surface, each for itself, and where they part."""
-    if advice.take is None:
-        return
+def _line_against_first(advice: Advice, name: str) -> Iterator[str]:
     first, line = advice.recommendations[0], advice.linear_law
-    if line.interval is not None:
-        within = [row for row in advice.recommendations if row.in_line and row.is_larger]
-        told = f"{_capital(_name(line))} wants {_sizes(line)} parameters"
-        if first.in_line:
-            yield f"{told}, and {first.teacher} has {format_count(first.non_embedding)}."
-        elif within:
-            other = min(within, key=lambda row: row.difference)
-            yield f"{told}: {other.teacher}, {_why_not(other, advice)}."
-    if advice.surface.caution is None:
-        yield _of_surface(first, advice)
-    elif advice.surface.anchor is not None:
-        yield f"Your text is read best by {advice.surface.anchor}."
-    for surface in advice.other_surfaces:
-        if surface.nearest is not None and surface.caution is None:
-            losses = surface.expected_losses
-            apart = losses[first.teacher] / losses[surface.nearest] - 1
-            yield (
-                f"{_capital(surface.name)} puts {surface.nearest} lowest and {first.teacher} "
-                f"{apart:.1%} above it."
-            )
+    if line.interval is None:
+        return
+    wants = f"{name} wants {_sizes(line)} parameters"
+    within = [row for row in advice.recommendations if row.in_line and row.is_larger]
+    if first.in_line:
+        yield f"{wants}, and {first.teacher} has {format_count(first.non_embedding)}."
+    elif within:
+        other = min(within, key=lambda row: row.difference)
+        yield f"{wants}: {other.teacher}, but {_why_not(other, advice)}."
 
 
 def _why_not(row: Row, advice: Advice) -> str:
     if row.measured is not None and row.measured.no_better_than is not None:
-        return f"but it reads your text no better than {row.measured.no_better_than}"
+        return f"it reads your text no better than {row.measured.no_better_than}"
     if row.told_worse and advice.surface.caution is None:
-        return (
-            f"but the surface puts it {row.difference:.1%} of the loss above the lowest "
-            f"(± {row.difference_stderr:.1%})"
-        )
-    return f"but it has read fewer tokens than {advice.take}"
+        error = f"± {row.difference_stderr:.1%}"
+        return f"the surface puts it {row.difference:.1%} of the loss above the lowest ({error})"
+    return f"it has read fewer tokens than {advice.take}"
 
 
-def _of_surface(first: Row, advice: Advice) -> str:
-    surface = advice.surface
-    measured = "" if surface.anchor is None else ", from their own losses on your text"
-    if first.teacher == surface.nearest:
-        return f"{_capital(surface.name)}{measured} gives it the lowest loss."
-    sign = "" if first.told_worse else ", within what it can tell apart"
-    return (
-        f"{_capital(surface.name)}{measured} puts {surface.nearest} lowest and {first.teacher} "
-        f"{first.difference:.2%} above it (± {first.difference_stderr:.2%}{sign})."
-    )
+def _surfaces_against_first(advice: Advice) -> Iterator[str]:
+    first, surface = advice.recommendations[0], advice.surface
+    if surface.caution is None:
+        measured = "" if surface.anchor is None else ", from their own losses on your text"
+        if first.teacher == surface.nearest:
+            yield f"{surface.name}{measured} gives it the lowest loss."
+        else:
+            within = "" if first.told_worse else ", within what it can tell apart"
+            yield (
+                f"{surface.name}{measured} puts {surface.nearest} lowest and {first.teacher} "
+                f"{first.difference:.2%} above it (± {first.difference_stderr:.2%}{within})."
+            )
+    elif surface.anchor is not None:
+        yield f"your text is read best by {surface.anchor}."
+    for other in advice.other_surfaces:
+        if other.nearest is not None and other.caution is None:
+            losses = other.expected_losses
+            apart = losses[first.teacher] / losses[other.nearest] - 1
+            yield (
+                f"{other.name} puts {other.nearest} lowest and {first.teacher} {apart:.1%} above "
+                "it."
+            )
 
 
-def _alone(advice: Advice) -> Iterator[str]:
-    if advice.take is None or advice.surface.caution is not None:
-        return
-    first = advice.recommendations[0]
-    same, equal = advice.without_teacher
+def _without_teacher(advice: Advice) -> Iterator[str]:
+    first, (same, equal) = advice.recommendations[0], advice.without_teacher
     if first.expected_loss >= same.expected_loss:
         yield (
-            f"By the surface no teacher helps: without one the loss is {same.expected_loss:.3f}, "
+            f"by the surface no teacher helps: without one the loss is {same.expected_loss:.3f}, "
             "because so many tokens teach the student as much."
         )
     elif first.expected_loss >= equal.expected_loss:
         yield (
-            "By the surface the same compute without a teacher is worth as much: "
+            "by the surface the same compute without a teacher is worth as much: "
             f"{format_count(equal.tokens)} tokens alone give {equal.expected_loss:.3f}, "
             f"{first.teacher} {first.expected_loss:.3f}."
         )
 
 
-def _name(one: LineRule | SurfaceAdvice) -> str:
-    if isinstance(one, SurfaceAdvice):
-        return one.name
-    return one.source if one.source.startswith("your sweep") else "the linear law"
+def advice_text(found: Advice) -> str:
+    """The sentences, and tables of what they rest on (docs/cli.md has the keys)."""
+    student, surface = found.student, found.surface
+    lines = [
+        *advice_sentences(found),
+        f"\nA student of {format_count(student.non_embedding)} parameters without embeddings, "
+        f"{format_count(student.total)} in all, on {format_count(found.tokens)} tokens:\n",
+        _ranking(found),
+    ]
+    if found.measure is not None:
+        lines += ["", _measurements(found)]
+    cautions: dict[str, list[str]] = {}
+    for row in found.recommendations:
+        for caution in row.cautions:
+            cautions.setdefault(caution, []).append(row.teacher)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *(f"{', '.join(names)}: {caution}" for caution, names in cautions.items()),
+            f"losses are of the text of {surface.source}, to {format_percent(surface.error)}; "
+            "above the lowest: with the standard error of that difference",
+        ]
+    )
 
 
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _ranking(found: Advice) -> str:
+    names = ["teacher", "size", "T/S", "read", "since", "expected loss", "above the lowest"]
+    names += ["FLOPs"] + (["hours"] if found.recommendations[0].hours is not None else [])
+    rows, marks = [], [""]
+    for row in found.recommendations:
+        read = "-" if row.teacher_tokens is None else format_count(row.teacher_tokens)
+        size = [format_count(row.non_embedding), f"{row.ratio:.2f}", read, row.year or "-"]
+        above = f"{row.difference:.2%} ± {row.difference_stderr:.2%}" if row.difference else ""
+        loss = [f"{row.expected_loss:.3f}", above, f"{row.flops_total:.2e}"]
+        rows.append([row.teacher, *size, *loss, "" if row.hours is None else f"{row.hours:,.0f}"])
+        own = ["size of the line"] if row.in_line else []
+        own += ["lowest on the surface"] if row.teacher == found.surface.nearest else []
+        marks.append("; ".join(own) if row.is_larger else "no larger than the student")
+    for one in found.without_teacher:
+        loss = [f"{one.expected_loss:.3f}", "", f"{one.flops_total:.2e}"]
+        hours = "" if one.hours is None else f"{one.hours:,.0f}"
+        rows.append([one.name, "", "", format_count(one.tokens), "", *loss, hours])
+        marks.append("")
+    table = text_table(names, [row[: len(names)] for row in rows], left=1).splitlines()
+    marked = zip(table, marks, strict=True)
+    return "\n".join(f"{line}  {mark}".rstrip() for line, mark in marked)
+
+
+def _measurements(found: Advice) -> str:
+    assert found.measure is not None
+    names = ["teacher", "nats/byte", "above the best", "nats/token", "entropy", "loss - entropy"]
+    names.append("calibration error")
+    rows = []
+    has_ratios = False
+    for row in found.recommendations:
+        one = row.measured
+        assert one is not None
+        above = _with_error(one.above_lowest, one.above_lowest_stderr) if one.above_lowest else ""
+        rows.append(
+            [
+                row.teacher,
+                _with_error(one.nats_per_byte, one.nats_per_byte_stderr),
+                above,
+                f"{one.nats_per_token:.3f}",
+                f"{one.entropy:.3f}",
+                f"{one.overconfidence:+.3f}",
+                f"{one.calibration_error:.1%}",
+                "" if one.rank_surprisal is None else f"{one.rank_surprisal:.2f}",
+            ]
+        )
+        has_ratios = has_ratios or one.rank_surprisal is not None
+    names += ["rank-surprisal"] if has_ratios else []
+    measure = found.measure
+    kind = "documents" if int(measure["documents"]) > 1 else "document, so no noise is known,"
+    return text_table(names, [row[: len(names)] for row in rows], left=1) + (
+        f"\non {measure['documents']} {kind} of {measure['corpus']}, {measure['bytes']:,} bytes, "
+        f"in windows of {measure['window']} tokens; ± is a standard error over documents"
+        + (RANK_SURPRISAL if has_ratios else "")
+    )
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")

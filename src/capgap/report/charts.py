@@ -1,7 +1,7 @@
 """Pictures of the law: curves, costs, contrasts, best teachers. Pure functions.
 
-What is best, what will do and what is told comes from `Curve.optimum` and `Point.worse`, never from
-the lowest cell.
+What is best, what will do and what can be told comes from `Curve.optimum` and `Point.worse`, never
+from the lowest cell.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,8 +13,8 @@ import numpy as np
 from capgap.law.law import Contrast, Curve, Group, Interval, Line, Point
 from capgap.law.published import PUBLISHED_LINE, PUBLISHED_RESOLUTION, PUBLISHED_SURFACE
 from capgap.report import draw, numbers
-from capgap.report.data import Results, place_of, safe, slug
-from capgap.report.draw import LIGHT, Absent, Frame, Look, Pair, Picture, Row, row
+from capgap.report.draw import LIGHT, Absent, Frame, Look, Pair, Picture, Row, in_words, row
+from capgap.report.results import Results, init_rank, safe, slug
 
 TEACHER = "teacher size (non-embedding parameters)"
 STUDENT = "student size (non-embedding parameters)"
@@ -49,13 +49,12 @@ def student_name(size: int | None) -> str:
 
 def student_looks(results: Results, sizes: Iterable[int]) -> dict[str, Look]:
     """The looks of these students: the same in every picture of a report."""
-    places = results.students
-    return {student_name(size): draw.look(places.index(size)) for size in sorted(set(sizes))}
+    order = results.students
+    return {student_name(size): draw.look(order.index(size)) for size in sorted(set(sizes))}
 
 
 def curve_chart(results: Results, group: Group) -> Picture:
     """Student loss over teacher size, a line for each student, with its fit and its optimum."""
-    names = f"curves-{slug(group)}", f"Student loss over teacher size: {group}"
     curves = results.law.of(group)
     frame = _frame(results, curves, f"held-out loss of the student ({LOSS})")
     measured = [
@@ -65,29 +64,32 @@ def curve_chart(results: Results, group: Group) -> Picture:
     ]
     fitted = [one for curve in curves for one in _fitted(curve)]
     stars = [star for c in curves for star in _star(c, draw.limits_of(frame.x))]
-    marks = frame.draw("bands", fitted) + frame.draw("lines", fitted)
-    marks += frame.draw("bars", measured) + frame.draw("points", measured)
-    marks += frame.draw("spans", stars) + frame.draw("points", stars, shape=draw.STAR, size=110)
+    title = f"Student loss over teacher size: {group}"
     return Picture(
-        *names,
-        "Points are what was measured, with bars of one standard error; the line is the fit with "
-        "its interval. A star is the best teacher of the fit with its interval, hollow where it "
-        "may lie beyond the teachers tried.",
-        marks,
-        f"{names[1]}. {_best_teachers(curves)}",
+        f"curves-{slug(group)}",
+        title,
+        "Points are measured, with one standard error; the line is the fit with its interval. A "
+        "star is its best teacher, hollow where that may lie beyond the teachers tried.",
+        [
+            *frame.draw("bands lines", fitted),
+            *frame.draw("bars points", measured),
+            *frame.draw("spans", stars),
+            *frame.draw("points", stars, shape=draw.STAR, size=110),
+        ],
+        f"{title}. {in_words(_best(c) for c in curves)}",
         _notes(curves),
     )
 
 
 def cost_chart(results: Results, group: Group) -> Picture | Absent:
-    """What each teacher costs above the best one of its student, by the fit."""
+    """Cost of each teacher above the best one of its student, by the fit."""
     names = f"cost-{slug(group)}", f"What each teacher costs: {group}"
     curves = [c for c in results.law.of(group) if any(p.cost is not None for p in c.points)]
     if not curves:
         return Absent(*names, "What a teacher costs is not known: nothing tells what noise is.")
     frame = _frame(results, curves, f"loss above the student's best teacher ({LOSS})")
     # bars of one teacher's students would hide one another
-    shifts = [1.012 ** (place - (len(curves) - 1) / 2) for place in range(len(curves))]
+    shifts = [1.012 ** (number - (len(curves) - 1) / 2) for number in range(len(curves))]
     rows = [
         row(_key(c), p.teacher_parameters * shift, p.cost, _point_text(c, p), p.cost_stderr)
         | {"hollow": p.worse}
@@ -95,82 +97,82 @@ def cost_chart(results: Results, group: Group) -> Picture | Absent:
         for p in c.points
         if p.cost is not None
     ]
-    marks = frame.draw("lines", rows, strokeWidth=1, opacity=0.6)
-    marks += frame.draw("bars", rows) + frame.draw("points", rows)
-    sets = [[numbers.size(p.teacher_parameters) for p in c.will_do] for c in curves]
-    told = [f"{_key(c)} {numbers.listed(held)}" for c, held in zip(curves, sets, strict=True)]
+    will_do = [
+        numbers.listed([numbers.size(p.teacher_parameters) for p in c.will_do]) for c in curves
+    ]
+    listed = "; ".join(f"{_key(c)} {own}" for c, own in zip(curves, will_do, strict=True))
     return Picture(
         *names,
         "Filled marks are teachers that will do: not worse than the best beyond noise. Hollow "
         "ones are worse. Bars are one standard error of the difference to the best.",
-        marks,
-        f"{names[1]}. Teachers that will do: {'; '.join(told)}.",
+        [*frame.draw("lines", rows, strokeWidth=1, opacity=0.6), *frame.draw("bars points", rows)],
+        f"{names[1]}. Teachers that will do: {listed}.",
         _notes(curves),
     )
 
 
 def contrast_chart(results: Results, architecture: str) -> Picture | Absent:
-    """What moves the best teacher: slopes of curves beside each other, with their intervals."""
+    """Influences on the best teacher: slopes of curves beside each other, with their intervals."""
     names = safe(f"contrasts-{architecture}"), f"What moves the best teacher: {architecture}"
     rows = [_contrast(c) for c in results.law.contrasts if c.architecture == architecture]
     if not rows:
         return Absent(*names, "No two curves share their teachers: there is nothing to compare.")
-    kinds = {key: draw.look(place) for place, key in enumerate(CONTRASTS.values())}
-    looks = {key: one for key, one in kinds.items() if key in {row["key"] for row in rows}}
+    present = {one["key"] for one in rows}
+    looks = {k: draw.look(i) for i, k in enumerate(CONTRASTS.values()) if k in present}
     # in two lines: a narrow screen has no room for the names beside the bars
     axis = altair.Axis(labelExpr="split(datum.label, ' | ')", labelLimit=200, grid=True)
     y = {"type": "nominal", "title": None, "sort": [one["y"] for one in rows], "axis": axis}
     wants = ["\u2190 larger teachers for the first", "for the second \u2192"]
     frame = Frame(draw.linear_axis(wants), y, looks)
-    marks = frame.draw("uprights", [row(rows[0]["key"], 0.0, None)], color=draw.TEXT)
-    marks += frame.draw("spans", rows) + frame.draw("points", rows, size=90)
     return Picture(
         *names,
-        "Two sets of curves over the same teachers: by how much more the loss of the first rises "
-        f"than that of the second for a teacher twice as large ({LOSS}). What lies left of zero "
-        "wants larger teachers than what it is compared with. Bars are intervals at "
-        f"{results.law.confidence:.0%}; hollow marks cannot be told from zero.",
-        marks,
-        " ".join([f"{names[1]}.", *(one["tip"].replace("\n", ", ") + "." for one in rows)]),
+        "By how much more the loss of the first set of curves rises than that of the second for a "
+        f"teacher twice as large ({LOSS}): left of zero the first wants larger teachers. Bars are "
+        f"intervals at {results.law.confidence:.0%}; hollow marks cannot be told from zero.",
+        [
+            *frame.draw("uprights", [row(rows[0]["key"], 0.0, None)], color=draw.TEXT),
+            *frame.draw("spans", rows),
+            *frame.draw("points", rows, size=90),
+        ],
+        f"{names[1]}. {in_words(rows)}",
         height=46 * len(rows) + 10,
     )
 
 
 def law_chart(results: Results, line: Line) -> Picture | Absent:
-    """The best teacher over the student's size: found, fitted and published, with what the grid
+    """The best teacher over the student's size: measured, fitted and published, with what the grid
     can resolve."""
     names = f"law-{slug(line.group)}", f"Best teacher over student size: {line.group}"
-    curves = results.law.of(line.group)
-    placed = [curve for curve in curves if curve.optimum.interval is not None]
+    all_curves = results.law.of(line.group)
+    curves = [curve for curve in all_curves if curve.optimum.interval is not None]
     refused = [REFUSED[line.refused]] if line.refused else []
-    if not placed:
+    if not curves:
         return Absent(*names, " ".join(["No student's best teacher can be told.", *refused]))
-    x = draw.size_axis(STUDENT, [curve.student_parameters for curve in placed], 1.3)
-    y = _teachers(curves, 1.3) | {"title": "best teacher (non-embedding parameters)"}
+    x = draw.size_axis(STUDENT, [curve.student_parameters for curve in curves], 1.3)
+    y = _teachers(all_curves, 1.3) | {"title": "best teacher (non-embedding parameters)"}
     across, up = draw.limits_of(x), draw.limits_of(y)
     fitted, published = _fitted_line(line), _published_line(across, up[0])
-    looks = student_looks(results, [c.student_size for c in placed])
+    looks = student_looks(results, [c.student_size for c in curves])
     looks |= {OWN_GRID: Look(LIGHT["series-5"])} | {one["key"]: Look(draw.TEXT) for one in fitted}
     looks |= {published[0]["key"]: DASHED, THEIR_GRID: WEDGE}
     frame = Frame(x, y, looks)
-    best = [_best(c, _key(c), c.student_parameters, up) for c in placed]
-    ends = [_closed(c.optimum.neighbours, up) for c in placed]
-    places = zip([c.student_parameters for c in placed], ends, strict=True)
-    resolved = [row(OWN_GRID, x, None, low=low, high=high) for x, (low, high) in places]
-    low, high = PUBLISHED_RESOLUTION
-    wedge = [row(THEIR_GRID, s, None, low=low * s, high=high * s) for s in draw.steps(across, 20)]
-    marks = frame.draw("bands", wedge) + frame.draw("bars", resolved, strokeWidth=16, opacity=0.2)
-    marks += frame.draw("bands", fitted) + frame.draw("lines", [*fitted, *published])
-    marks += _marked(frame, best)
+    ends = [(c.student_parameters, _closed(c.optimum.neighbours, up)) for c in curves]
+    resolved = [row(OWN_GRID, size, None, low=low, high=high) for size, (low, high) in ends]
+    best = [_best(c, x=c.student_parameters, limits=up) for c in curves]
     return Picture(
         *names,
-        "A mark is the best teacher of one student with its interval, hollow where it may lie "
-        "beyond the teachers tried (arrow). The wide bar behind it reaches from one neighbour of "
-        "the best teacher to the other: what the grid alone can tell. The published line was read "
-        "from teachers of 70M to 2.8B.",
-        marks,
-        " ".join([f"{names[1]}.", _best_teachers(placed), *refused]),
-        (*refused, *_notes(curves)),
+        "A mark is a student's best teacher with its interval, hollow where it may lie beyond the "
+        "teachers tried (arrow). The wide bar is what the grid alone can tell, from neighbour to "
+        "neighbour. The published line was read from teachers of 70M to 2.8B.",
+        [
+            *frame.draw("bands", _wedge(np.geomspace(*across, 20), ratios=False)),
+            *frame.draw("bars", resolved, strokeWidth=16, opacity=0.2),
+            *frame.draw("bands", fitted),
+            *frame.draw("lines", [*fitted, *published]),
+            *_marked(frame, best),
+        ],
+        " ".join([f"{names[1]}.", in_words(best), *refused]),
+        (*refused, *_notes(all_curves)),
     )
 
 
@@ -182,34 +184,38 @@ def ratio_chart(results: Results, architecture: str) -> Picture | Absent:
     if not curves:
         return Absent(*names, "No student's best teacher can be told.")
     across = draw.span([c.tokens / c.student_parameters for c in curves], 1.6)
-    tokens = draw.steps(across, 24)
-    found = [PUBLISHED_SURFACE.best_teacher(SURFACE_STUDENT, t * SURFACE_STUDENT) for t in tokens]
-    # one at the end of the ratios that are looked at is none
-    surface = [
-        row(SURFACE, t, b.ratio) for t, b in zip(tokens, found, strict=True) if b.ratio < 999
-    ]
+    surface = []
+    for tokens in np.geomspace(*across, 24).tolist():
+        best = PUBLISHED_SURFACE.best_teacher(SURFACE_STUDENT, tokens * SURFACE_STUDENT)
+        # one at the end of the ratios that are looked at is none
+        surface += [row(SURFACE, tokens, best.ratio)] if best.ratio < 999 else []
     ends = [end for c in curves for end in (c.optimum.ratio, *(c.optimum.ratio_interval or ()))]
-    low, high = PUBLISHED_RESOLUTION
-    up = draw.span([low, high, *filter(None, ends), *(one["y"] for one in surface)], 1.3)
-    inits = sorted({c.init for c in curves}, key=lambda init: (place_of(init), init))
+    ends += [*PUBLISHED_RESOLUTION, *(one["y"] for one in surface)]
+    up = draw.span(filter(None, ends), 1.3)
+    inits = sorted({c.init for c in curves}, key=lambda init: (init_rank(init), init))
     line = f"published {PUBLISHED_LINE.slope:.3g} (arXiv 2311.07052)"
-    looks = {init: draw.look(place_of(init)) for init in inits} | {line: DASHED, THEIR_GRID: WEDGE}
+    looks = {init: draw.look(init_rank(init)) for init in inits}
+    looks |= {line: DASHED, THEIR_GRID: WEDGE}
     looks |= {SURFACE: Look(draw.TEXT, dash=draw.DOTTED)} if surface else {}
     x = draw.log_axis("training tokens per student parameter", across, draw.FACTOR)
     frame = Frame(x, draw.log_axis("best teacher / student", up, draw.FACTOR), looks)
     # inits of one student would hide one another
-    places = [c.tokens / c.student_parameters * 1.03 ** inits.index(c.init) for c in curves]
-    rows = [_best(c, c.init, place, up) for c, place in zip(curves, places, strict=True)]
-    marks = frame.draw("bands", [row(THEIR_GRID, s, None, low=low, high=high) for s in across])
-    marks += frame.draw("lines", [*(row(line, s, PUBLISHED_LINE.slope) for s in across), *surface])
+    marks = [
+        _best(c, c.init, c.tokens / c.student_parameters * 1.03 ** inits.index(c.init), up)
+        for c in curves
+    ]
+    published = [row(line, end, PUBLISHED_LINE.slope) for end in across]
     return Picture(
         *names,
-        "Is it one ratio for all, or does it grow or fall with the tokens? Filled marks lie inside "
-        "the teachers tried; hollow ones are bounds, with an arrow to where the best teacher may "
-        "lie. What is published is for far larger models; the surface is for a "
+        "Filled marks lie inside the teachers tried; hollow ones are bounds, with an arrow to "
+        "where the best may lie. What is published is for far larger models; the surface is for a "
         f"{numbers.size(SURFACE_STUDENT)} student from scratch with compute-optimal teachers.",
-        marks + _marked(frame, rows),
-        f"{names[1]}. {_best_teachers(curves)}",
+        [
+            *frame.draw("bands", _wedge(across, ratios=True)),
+            *frame.draw("lines", [*published, *surface]),
+            *_marked(frame, marks),
+        ],
+        f"{names[1]}. {in_words(marks)}",
     )
 
 
@@ -228,24 +234,9 @@ def _frame(results: Results, curves: Sequence[Curve], title: str) -> Frame:
 
 
 def _notes(curves: Sequence[Curve]) -> tuple[str, ...]:
-    """What the reader must know about curves without an optimum inside the teachers tried."""
+    """Notes on curves whose optimum may lie beyond the teachers tried."""
     by_status = {s: [_key(c) for c in curves if c.optimum.status == s] for s in ENDS}
     return tuple(f"{numbers.listed(k)}: {ENDS[s]}." for s, k in by_status.items() if k)
-
-
-def _best_teachers(curves: Iterable[Curve]) -> str:
-    """The best teachers in words, for those who cannot see them."""
-    return "; ".join(_optimum_text(curve).replace("\n", ", ") for curve in curves) + "."
-
-
-def _optimum_text(curve: Curve) -> str:
-    optimum = curve.optimum
-    where = f"{_key(curve)}, {curve.init}, {numbers.size(curve.tokens)} tokens"
-    if optimum.teacher_parameters is None:
-        return f"{where}\nbest teacher cannot be told"
-    size = numbers.size_with_interval(optimum.teacher_parameters, optimum.interval)
-    ratio = numbers.with_interval(optimum.ratio, optimum.ratio_interval)
-    return f"{where}\nbest teacher {size}\nT/S {ratio}"
 
 
 def _point_text(curve: Curve, point: Point) -> str:
@@ -268,9 +259,9 @@ def _fitted(curve: Curve) -> list[Row]:
     fit, key = curve.fit, _key(curve)
     if fit is None:
         return [row(key, p.teacher_parameters, p.loss) for p in curve.points]
-    places = zip(fit.teacher_parameters, fit.loss, fit.low, fit.high, strict=True)
-    # every third place is enough for the eye
-    return [row(key, x, y, low=low, high=high) for x, y, low, high in list(places)[::3]]
+    points = zip(fit.teacher_parameters, fit.loss, fit.low, fit.high, strict=True)
+    # every third is enough for the eye
+    return [row(key, x, y, low=low, high=high) for x, y, low, high in list(points)[::3]]
 
 
 def _closed(interval: Interval | None, limits: Pair) -> Pair:
@@ -279,27 +270,30 @@ def _closed(interval: Interval | None, limits: Pair) -> Pair:
     return limits[0] / 2 if low is None else low, limits[1] * 2 if high is None else high
 
 
+def _best(curve: Curve, key: str = "", x: float = 0.0, limits: Pair = (1.0, 1.0)) -> Row:
+    """A best teacher with its interval: its T/S where the key is the init, else its parameters."""
+    optimum = curve.optimum
+    size, interval = optimum.teacher_parameters, optimum.interval
+    ratio, ratio_interval = optimum.ratio, optimum.ratio_interval
+    found = "best teacher cannot be told"
+    if size is not None:
+        found = f"best teacher {numbers.size_with_interval(size, interval)}\n"
+        found += f"T/S {numbers.with_interval(ratio, ratio_interval)}"
+    tip = f"{_key(curve)}, {curve.init}, {numbers.size(curve.tokens)} tokens\n{found}"
+    y, interval = (ratio, ratio_interval) if key == curve.init else (size, interval)
+    low, high = _closed(interval, limits)
+    hollow = optimum.status != "interior"
+    return row(key or _key(curve), x, y, tip, low=low, high=high, hollow=hollow)
+
+
 def _star(curve: Curve, limits: Pair) -> list[Row]:
     """The best teacher on the fitted curve, if it is known."""
     best, fit = curve.optimum.teacher_parameters, curve.fit
     if best is None or fit is None:
         return []
     height = float(np.interp(log(best), np.log(fit.teacher_parameters), fit.loss))
-    left, right = _closed(curve.optimum.interval, limits)
-    hollow = curve.optimum.status != "interior"
-    tip = _optimum_text(curve)
-    return [row(_key(curve), best, height, tip, left=left, right=right, hollow=hollow)]
-
-
-def _best(curve: Curve, key: str, x: float, limits: Pair) -> Row:
-    """A best teacher with its interval: its T/S where the key is the init, else its parameters."""
-    optimum = curve.optimum
-    size, interval = optimum.teacher_parameters, optimum.interval
-    if key == curve.init:
-        size, interval = optimum.ratio, optimum.ratio_interval
-    low, high = _closed(interval, limits)
-    hollow = optimum.status != "interior"
-    return row(key, x, size, _optimum_text(curve), low=low, high=high, hollow=hollow)
+    found = _best(curve, limits=limits)
+    return [found | {"x": best, "y": height, "left": found["low"], "right": found["high"]}]
 
 
 def _marked(frame: Frame, rows: list[Row]) -> list[altair.Chart]:
@@ -309,9 +303,19 @@ def _marked(frame: Frame, rows: list[Row]) -> list[altair.Chart]:
     solid = {"hollow": False}
     up = [one | solid | {"y": high / inset} for one in rows if one["high"] > high]
     down = [one | solid | {"y": low * inset} for one in rows if one["low"] < low]
-    marks = frame.draw("bars", rows, strokeWidth=2) + frame.draw("points", rows, size=100)
-    marks += frame.draw("points", up, shape="triangle-up", size=80)
-    return marks + frame.draw("points", down, shape="triangle-down", size=80)
+    return [
+        *frame.draw("bars", rows, strokeWidth=2),
+        *frame.draw("points", rows, size=100),
+        *frame.draw("points", up, shape="triangle-up", size=80),
+        *frame.draw("points", down, shape="triangle-down", size=80),
+    ]
+
+
+def _wedge(across: Iterable[float], *, ratios: bool) -> list[Row]:
+    """Between which best teachers, or their T/S, the published grid cannot tell."""
+    low, high = PUBLISHED_RESOLUTION
+    scales = [(float(x), 1.0 if ratios else float(x)) for x in across]
+    return [row(THEIR_GRID, x, None, low=low * by, high=high * by) for x, by in scales]
 
 
 def _fitted_line(line: Line) -> list[Row]:
@@ -332,8 +336,8 @@ def _published_line(students: Pair, smallest: float) -> list[Row]:
     if PUBLISHED_LINE.optimal_teacher(students[1]) < smallest:
         # an intercept of millions of parameters means nothing for students far below that
         intercept, key = 0.0, f"published slope {slope:.4g}, without its intercept"
-    placed = [(size, slope * size + intercept) for size in draw.steps(students, 20)]
-    return [row(key, x, y) for x, y in placed if y > 0]
+    points = [(size, slope * size + intercept) for size in np.geomspace(*students, 20).tolist()]
+    return [row(key, x, y) for x, y in points if y > 0]
 
 
 def _contrast(one: Contrast) -> Row:
@@ -347,6 +351,6 @@ def _contrast(one: Contrast) -> Row:
         "student": f"{large} less {small} student | {first}, {tokens} tokens",
     }.get(one.what, f"{first} less {second} | {tokens} tokens")
     value, left, right = (log(2) * end for end in (one.slope.value, one.slope.low, one.slope.high))
-    told = f"{numbers.gain(value)} ({numbers.gain(left)} to {numbers.gain(right)})"
-    tip, hollow = f"{pair.replace(' | ', ', ')}\n{told} {LOSS}", not one.is_told
+    slope = f"{numbers.gain(value)} ({numbers.gain(left)} to {numbers.gain(right)})"
+    tip, hollow = f"{pair.replace(' | ', ', ')}\n{slope} {LOSS}", not one.is_told
     return row(CONTRASTS[one.what], value, pair, tip, left=left, right=right, hollow=hollow)

@@ -1,4 +1,4 @@
-"""What every picture is made of: axes, marks with their looks, and files. One description gives the
+"""The parts of all pictures: axes, marks with their looks, and files. One description gives the
 page's chart, the SVG and the PNG.
 """
 
@@ -7,10 +7,12 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import altair
+import numpy as np
 import vl_convert
 
 from capgap.errors import UserError
@@ -53,6 +55,12 @@ _RAISED = f"['','¹','²','³'][floor({_TENS} / 10)] + '⁰¹²³⁴⁵⁶⁷⁸
 POWER = f"({_LEAD} == 1 ? '' : {_LEAD} + '\u00d7') + '10' + {_RAISED}"
 
 
+# sides of a point for its name, across and up, the better ones first, and how text stands there
+SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+ALIGN = {1: "left", 0: "center", -1: "right"}
+LETTERS, LINES = 105.0, 27.0  # the plot in letters and lines of a name
+
+
 @dataclass(frozen=True)
 class Picture:
     """A chart with its name in files and links; `alt` stands for it where it cannot be seen."""
@@ -77,7 +85,7 @@ class Absent:
 
 @dataclass(frozen=True)
 class Look:
-    """Colour, marker and dash of a series, told apart by each of the three alone."""
+    """Colour, marker and dash of a series, each of which is enough to know it by."""
 
     colour: str
     shape: str = LINE
@@ -85,19 +93,24 @@ class Look:
 
 
 def look(position: int) -> Look:
-    """Of the series at this position of its family."""
+    """The look of the series at this position of its family."""
     colour = LIGHT[f"series-{position % 6}"]
     return Look(colour, SHAPES[position % len(SHAPES)], DASHES[position % len(DASHES)])
 
 
 def row(key: str, x: Any, y: Any, tip: str = "", error: float | None = None, **more: Any) -> Row:
-    """A place in the series `key`, with an interval from `low` to `high` or `left` to `right`, and
-    what is told when it is pointed at; `hollow` marks are drawn so."""
+    """A point of the series `key`, with an interval from `low` to `high` or `left` to `right`, and
+    its text when it is pointed at; `hollow` marks are drawn so."""
     interval = {} if error is None else {"low": y - error, "high": y + error}
     return {"key": key, "x": x, "y": y, "tip": tip} | interval | more
 
 
-# kind -> mark, columns of x and y, of the other end, what tells series apart, style
+def in_words(rows: Iterable[Row]) -> str:
+    """The texts of rows, for those who cannot see them."""
+    return "; ".join(one["tip"].replace("\n", ", ") for one in rows) + "."
+
+
+# kind -> mark, columns of x and y, of the other end, channels of the series, style
 KINDS: dict[str, tuple[Any, str, str, dict[str, str], tuple[str, ...], Row]] = {
     "points": ("point", "x", "y", {}, ("color", "shape"), {"size": 75, "opacity": 1}),
     "bars": ("rule", "x", "low", {"y2": "high"}, ("color",), {"strokeWidth": 1.5}),
@@ -118,9 +131,14 @@ class Frame:
     y: Row
     looks: Mapping[str, Look]
 
-    def draw(self, kind: str, rows: Iterable[Row], more: Any = None, **style: Any) -> list[Any]:
-        """Marks of a kind, cut off at the edge of the axes; lines in the order of x."""
-        mark, x, y, other, names, own = KINDS[kind]
+    def draw(self, kinds: str, rows: Iterable[Row], more: Any = None, **style: Any) -> list[Any]:
+        """Marks of one or several kinds, parted by blanks, cut off at the edge of the axes; lines
+        in the order of x."""
+        rows = list(rows)
+        return [one for kind in kinds.split() for one in self._draw(kind, rows, more or {}, style)]
+
+    def _draw(self, kind: str, rows: Sequence[Row], more: Row, style: Row) -> list[Any]:
+        mark, x, y, other, series, own = KINDS[kind]
         parts: dict[Any, list[Row]] = {}
         for one in rows:
             if not y or one.get(y) is not None:
@@ -135,37 +153,76 @@ class Frame:
         channels |= {end: f"{column}:Q" for end, column in other.items()}
         channels |= {"text": altair.Text("text:N")} if kind == "texts" else {}
         channels |= {"tooltip": altair.Tooltip("tip:N")} if kind in ("points", "cells") else {}
-        names = names[:1] if "shape" in style else names
-        channels |= {name: self._told_apart(name) for name in names} | (more or {})
+        series = series[:1] if "shape" in style else series
+        channels |= {channel: self._series(channel) for channel in series} | more
         columns = {"key", x, y, *other.values(), "text", "tip", "gain"}
         columns -= set() if "tooltip" in channels else {"tip"}
         drawn = []
-        for part, held in parts.items():
+        for part, members in parts.items():
             looks: Row = {} if part is None else {"strokeDash": part}
             if kind == "points":
                 looks = {"fill": LIGHT["surface"]} if part else {"filled": True}
                 looks["strokeWidth"] = 2
-            values = [{c: _short(v) for c, v in one.items() if c in columns} for one in held]
+            values = [{c: _short(v) for c, v in one.items() if c in columns} for one in members]
             marks = altair.MarkDef(mark, clip=True, **own | looks | style)
-            told = {n: one for n, one in channels.items() if n not in looks}
-            drawn.append(altair.Chart(altair.InlineData(values), mark=marks).encode(**told))
+            encoding = {name: one for name, one in channels.items() if name not in looks}
+            drawn.append(altair.Chart(altair.InlineData(values), mark=marks).encode(**encoding))
         return drawn
 
-    def _told_apart(self, channel: str) -> Any:
+    def _series(self, channel: str) -> Any:
+        """The channel that tells series apart, by their looks."""
         looks = self.looks.values()
-        choices: dict[str, tuple[Any, list[Any]]] = {
-            "color": (altair.Color, [one.colour for one in looks]),
-            "shape": (altair.Shape, [one.shape for one in looks]),
-            "strokeDash": (
-                altair.StrokeDash,
-                [one.dash if one.shape == LINE else SOLID for one in looks],
-            ),
-        }
-        kind, values = choices[channel]
+        kind: Any = {"color": altair.Color, "shape": altair.Shape}.get(channel, altair.StrokeDash)
+        values: list[Any] = [one.dash if one.shape == LINE else SOLID for one in looks]
+        if channel != "strokeDash":
+            values = [one.shape if channel == "shape" else one.colour for one in looks]
         symbol: Row = {"symbolType": LINE} if {one.shape for one in looks} == {LINE} else {}
         legend = altair.Legend(symbolOpacity=1, **symbol)
         scale = altair.Scale(domain=list(self.looks), range=values)
         return kind("key:N", title=None, scale=scale, legend=legend)
+
+    def name(self, rows: Sequence[Row], lines: Sequence[Row] = ()) -> list[Any]:
+        """The `text` of each row beside its point. Each in turn takes the side on which it hides
+        least of the others, of points and of `lines`, a few times over; x is logarithmic."""
+        plot = np.array([LETTERS, LINES])
+        half = np.array([[len(one["text"]) / 2, 0.5] for one in rows])
+        points = self._positions(rows) * plot
+        marks = np.concatenate([points, self._positions(lines) * plot])
+        mark_half = np.array([(0.8, 0.5)] * len(rows) + [(0.5, 0.3)] * len(lines))
+        # [rows, sides, 2]
+        centres = points[:, None] + np.array(SIDES) * (half[:, None] + (1.4, 0.5))
+        inside = _overlap(centres, half[:, None], plot / 2, plot / 2)
+        own_cost = 2 * (2 * half[:, :1] - inside) + 0.05 * np.arange(len(SIDES))
+        chosen = np.zeros(len(rows), int)
+        for _, index in product(range(4), range(len(rows))):
+            others = np.arange(len(rows)) != index
+            around = np.concatenate([centres[others, chosen[others]], marks])
+            halves = np.concatenate([half[others], mark_half])
+            hidden = _overlap(centres[index][:, None], half[index], around, halves).sum(axis=1)
+            chosen[index] = (hidden + own_cost[index]).argmin()
+        drawn = []
+        for side in sorted(set(chosen)):
+            across, up = SIDES[side]
+            members = [one for one, own in zip(rows, chosen, strict=True) if own == side]
+            style = {"align": ALIGN[across], "dx": 9 * across, "dy": -13 * up, "fontSize": 10.5}
+            drawn += self.draw("texts", members, **style)
+        return drawn
+
+    def _positions(self, rows: Sequence[Row]) -> Any:
+        """[rows, 2] shares of the plot, from the left and from the bottom."""
+        (left, right), (low, high) = limits_of(self.x), limits_of(self.y)
+        shares = [
+            (math.log(one["x"] / left) / math.log(right / left), (one["y"] - low) / (high - low))
+            for one in rows
+        ]
+        return np.array(shares).reshape(-1, 2)
+
+
+def _overlap(centre: Any, half: Any, other: Any, other_half: Any) -> Any:
+    """The areas that boxes share, each by its centre and half its width and height [..., 2]."""
+    shared = half + other_half - abs(centre - other)
+    shared = np.minimum(shared, 2 * np.minimum(half, other_half))
+    return np.clip(shared, 0, None).prod(axis=-1)
 
 
 def _short(value: Any) -> Any:
@@ -174,7 +231,8 @@ def _short(value: Any) -> Any:
 
 
 def log_axis(title: str, limits: Pair, label: str = COUNT, ticks: Sequence[float] = ()) -> Row:
-    """With a label at every tick for which there is room, by default at round values."""
+    """A logarithmic axis with a label at every tick for which there is room, by default at round
+    values."""
     values = list(ticks or round_ticks(limits, 5 if label == POWER else 9))
     axis = altair.Axis(values=values, labelExpr=label, labelOverlap="greedy")
     scale = altair.Scale(type="log", domain=list(limits), nice=False)
@@ -182,7 +240,7 @@ def log_axis(title: str, limits: Pair, label: str = COUNT, ticks: Sequence[float
 
 
 def size_axis(title: str, sizes: Iterable[float], margin: float = 1.15) -> Row:
-    """Of parameters, with ticks at the sizes themselves; at round ones where they are many."""
+    """An axis of parameters, with ticks at the sizes, or at round ones where they are many."""
     ticks: list[float] = []
     for size in sorted(sizes):
         ticks += [] if ticks and size < 1.04 * ticks[-1] else [size]
@@ -204,8 +262,8 @@ def limits_of(axis: Row) -> Pair:
 
 def span(values: Iterable[float], margin: float = 1.15) -> Pair:
     """From the smallest to the largest of positive values, with a margin as a factor."""
-    held = list(values)
-    return min(held) / margin, max(held) * margin
+    values = list(values)
+    return min(values) / margin, max(values) * margin
 
 
 def round_ticks(limits: Pair, most: int = 9) -> list[float]:
@@ -216,31 +274,25 @@ def round_ticks(limits: Pair, most: int = 9) -> list[float]:
     return inside if len(inside) <= most else [t for t in inside if f"{t:e}"[0] == "1"]
 
 
-def steps(limits: Pair, number: int = 40) -> list[float]:
-    """Values in equal ratios from limit to limit."""
-    low, high = limits
-    return [low * (high / low) ** (i / (number - 1)) for i in range(number)]
-
-
 def spec_of(picture: Picture, width: int | str = "container") -> Row:
     """The Vega-Lite of a picture on light ground, without title and caption."""
     chart = altair.layer(*picture.marks).properties(height=picture.height, width=width)
     # only tests check against the schema: that takes ten times as long as all the rest
-    found: Row = chart.to_dict(validate=False)
-    longest, told = 9, set()
-    for name, channel in ((n, c) for one in found["layer"] for n, c in one["encoding"].items()):
-        if name in told:
+    spec: Row = chart.to_dict(validate=False)
+    longest, scaled = 9, set()
+    for name, channel in ((n, c) for one in spec["layer"] for n, c in one["encoding"].items()):
+        if name in scaled:
             # layers share scales and axes: once is enough
             for part in ("scale", "axis"):
                 channel.pop(part, None)
-        told |= {name} if "scale" in channel else set()
+        scaled |= {name} if "scale" in channel else set()
         if channel.get("field") == "key" and "scale" in channel:
             longest = max(longest, *map(len, channel["scale"]["domain"]))
     size = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 500, "titleColor": TEXT}
     lines = {"domainColor": RULE, "tickColor": RULE, "gridColor": LIGHT["grid"]}
     symbols = {"orient": "bottom", "offset": 10, "symbolSize": 100, "symbolStrokeWidth": 2}
     below = {"subtitleColor": MUTED, "subtitleFontSize": 11.5, "subtitlePadding": 6}
-    return found | {
+    return spec | {
         "autosize": {"type": "fit-x", "contains": "padding"},
         "description": picture.alt,
         "usermeta": {"entry": round(40 + 6.4 * longest)},  # pixels of one entry of the legend
@@ -272,14 +324,14 @@ def write_picture(picture: Picture, *paths: Path) -> None:
         check_picture(path)
     spec = spec_of(picture, WIDTH)
     spec["config"]["legend"]["columns"] = max(1, (WIDTH - 60) // spec["usermeta"]["entry"])
-    words = [
-        line for told in (picture.caption, *picture.notes) for line in textwrap.wrap(told, 125)
+    below = [
+        line for text in (picture.caption, *picture.notes) for line in textwrap.wrap(text, 125)
     ]
-    spec |= {"padding": 14, "title": {"text": picture.title, "subtitle": words}}
+    spec |= {"padding": 14, "title": {"text": picture.title, "subtitle": below}}
     svg = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
     # these are numbered on from picture to picture, and the same picture shall have the same bytes
-    for place, name in enumerate(dict.fromkeys(re.findall(r"clip\d+|gradient_\d+", svg))):
-        svg = re.sub(rf"{name}\b", f"part-{place}", svg)
+    for number, name in enumerate(dict.fromkeys(re.findall(r"clip\d+|gradient_\d+", svg))):
+        svg = re.sub(rf"{name}\b", f"part-{number}", svg)
     for path in paths:
         is_svg = path.suffix.lower() == ".svg"
         path.write_bytes(svg.encode() if is_svg else vl_convert.svg_to_png(svg, scale=1.5))

@@ -1,10 +1,9 @@
-"""What is published, loss surfaces, and the picture of advice. Pure functions."""
+"""Pictures of published results, of loss surfaces and of advice. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
@@ -21,9 +20,8 @@ from capgap.law.rules import PUBLISHED_RULE, SURFACE_SIZES, SurfaceRule
 from capgap.law.surface import DistillationSurface, TeacherTokens
 from capgap.report import draw, numbers
 from capgap.report.charts import LOSS, STUDENT, TEACHER, WEDGE
-from capgap.report.data import safe
-from capgap.report.draw import LIGHT, Frame, Look, Pair, Picture, Row, row
-from capgap.report.labels import names
+from capgap.report.draw import LIGHT, Frame, Look, Pair, Picture, Row, in_words, row
+from capgap.report.results import safe
 from capgap.report.run_charts import pareto_front
 
 # T/S between which the best teacher is looked for; one at an end is none
@@ -70,7 +68,7 @@ def surface_chart(
     teacher_tokens: TeacherTokens | None = None,
     notes: tuple[str, ...] = (),
 ) -> Picture:
-    """What each teacher costs above the best of each student, both sizes in parameters, with the
+    """Cost of each teacher above the best of each student, both sizes in parameters, with the
     valley of best teachers and T = 2.5 S.
 
     Students learn from `tokens`, all alike, or from `tokens_per_parameter`: one of the two.
@@ -88,8 +86,8 @@ def surface_chart(
     valley = []
     for size, own in zip(sizes.tolist(), read.tolist(), strict=True):
         best = surface.best_teacher(size, own, teacher_tokens=teacher_tokens, ratios=RATIOS)
-        told = f"student {numbers.size(size)}\nbest teacher {numbers.size(best.ratio * size)}"
-        tip = f"{told}\nT/S {best.ratio:.1f}, loss {best.loss:.3f}"
+        sizes_text = f"student {numbers.size(size)}\nbest teacher {numbers.size(best.ratio * size)}"
+        tip = f"{sizes_text}\nT/S {best.ratio:.1f}, loss {best.loss:.3f}"
         if RATIOS[0] * 1.001 < best.ratio < RATIOS[1] / 1.001:
             valley.append(row(VALLEY, size, best.ratio * size, tip))
     marks = []
@@ -103,7 +101,6 @@ def surface_chart(
     inside = [one for one in valley if teachers[0] <= one["y"] <= teachers[1]]
     if not inside:
         notes = ("The lowest loss is outside of the picture for every student.", *notes)
-    ends = [one["tip"].replace("\n", ", ") for one in (*inside[:1], *inside[-1:])]
     return Picture(
         name,
         title,
@@ -111,7 +108,7 @@ def surface_chart(
         "0.1% (darkest), 1% and 5% of the lowest loss: a wide band means that the choice matters "
         "little.",
         marks,
-        " ".join([f"{title}.", *(f"{end}." for end in ends)]),
+        f"{title}. {in_words((*inside[:1], *inside[-1:]))}",
         notes,
     )
 
@@ -178,10 +175,9 @@ def benchmark_chart(own: Sequence[OwnResult] = ()) -> Picture:
     return Picture(
         "benchmarks-published",
         "Published models: six benchmarks against compute",
-        "Up and to the left is better. The mean is the plain one of MMLU, C-Eval, DROP, HumanEval, "
-        "BBH and GSM8K. A distilled model's compute is its own and its teacher's forward passes; "
-        "the teacher's training is not counted.",
-        marks + frame.draw("points", rows, size=90) + names(frame, rows, _corners(fronts)),
+        "Up and to the left is better. The mean is of MMLU, C-Eval, DROP, HumanEval, BBH, GSM8K. "
+        "Compute counts a teacher's forward passes and not its training.",
+        marks + frame.draw("points", rows, size=90) + frame.name(rows, _corners(fronts)),
         f"Mean of six benchmarks over FLOPs of {len(models)} models; the highest is {best.name} "
         f"with {best.mean:.1f}%.",
         ("Scores and compute: arXiv 2311.07052, the authors' repository.",),
@@ -204,7 +200,7 @@ def advice_chart(found: Advice, *, name: str = "advice", title: str = "") -> Pic
     if rule is not None:
         key = "published surface"
         looks[key] = Look(draw.TEXT)
-        above = np.array(draw.steps(limits, 80))
+        above = np.geomspace(*limits, 80)
         taught = rule.surface.supervised.loss(above, rule.teacher_tokens.of(above))
         losses = rule.surface.loss(size, found.tokens, taught)
         near = [row(key, a, b) for a, b in zip(above.tolist(), losses.tolist(), strict=True)]
@@ -223,7 +219,7 @@ def advice_chart(found: Advice, *, name: str = "advice", title: str = "") -> Pic
     marks += frame.draw("uprights", upright, strokeWidth=2)
     marks += frame.draw("lines", models, strokeWidth=1, opacity=0.5) + frame.draw("bars", models)
     marks += frame.draw("points", models, size=90)
-    marks += names(frame, models, near) if len(models) <= MOST_LABELS else []
+    marks += frame.name(models, near) if len(models) <= MOST_LABELS else []
     cautions = {"line": line.caution, "surface": found.surface.caution}
     notes = [f"Of the {source}: {caution}." for source, caution in cautions.items() if caution]
     if any(one.expected_loss > edge for one in rows):
@@ -231,20 +227,14 @@ def advice_chart(found: Advice, *, name: str = "advice", title: str = "") -> Pic
     return Picture(
         name,
         title or f"Teachers of a {numbers.size(size)} student, {numbers.size(found.tokens)} tokens",
-        "Lower is better. Filled marks cannot be told from the lowest, hollow ones are worse "
-        "beyond noise. Bars are one standard error of the difference to it. The line of the "
-        "surface is for teachers trained compute-optimally; losses are those of its own text.",
+        "Filled marks cannot be told from the lowest; bars are one standard error of a difference. "
+        "Losses and line are the surface's, of its own text and compute-optimal teachers.",
         marks,
         f"Expected student loss over {len(rows)} teachers. "
         + (f"Take {found.take}." if found.take else "None of them is larger than the student."),
         tuple(notes),
         height=400,
     )
-
-
-def draw_advice(found: Advice, path: Path) -> None:
-    """Draw the advice into one file, .png or .svg; UserError where there is none to write."""
-    draw.write_picture(advice_chart(found), path)
 
 
 def families_chart() -> Picture:
@@ -270,7 +260,7 @@ def _corners(front: Sequence[Row]) -> list[Row]:
         one | {"x": x}
         for one, after in pairwise(front)
         if one["key"] == after["key"]
-        for x in draw.steps((one["x"], after["x"]), 30)
+        for x in np.geomspace(one["x"], after["x"], 30).tolist()
     ]
 
 
@@ -296,10 +286,10 @@ def _family_of() -> dict[str, tuple[int, str]]:
 def _candidates(rows: Sequence[Advised], edge: float) -> tuple[list[Row], dict[str, Look]]:
     """A mark for every candidate, those above `edge` on it, and the looks of their families, the
     same in every picture; after all families comes what belongs to none."""
-    places = [_family_of().get(one.teacher, (len(_family_of()), "your teachers")) for one in rows]
-    looks = {title: draw.look(place) for place, title in sorted(set(places))}
+    families = [_family_of().get(one.teacher, (len(_family_of()), "your teachers")) for one in rows]
+    looks = {title: draw.look(position) for position, title in sorted(set(families))}
     marks = []
-    for one, (_, title) in zip(rows, places, strict=True):
+    for one, (_, title) in zip(rows, families, strict=True):
         loss, read = one.expected_loss, one.teacher_tokens
         tip = (
             f"{one.teacher}: {numbers.size(one.non_embedding)}, T/S {one.ratio:.2f}\n"
@@ -307,6 +297,6 @@ def _candidates(rows: Sequence[Advised], edge: float) -> tuple[list[Row], dict[s
             + (f"read {numbers.size(read)} tokens" if read else "its tokens are not published")
         )
         text = one.teacher + (f" ({loss:.2f})" if loss > edge else "")
-        place, error = (one.non_embedding, min(loss, edge)), loss * one.difference_stderr
-        marks.append(row(title, *place, tip, error, hollow=one.told_worse, text=text))
+        point, error = (one.non_embedding, min(loss, edge)), loss * one.difference_stderr
+        marks.append(row(title, *point, tip, error, hollow=one.told_worse, text=text))
     return marks, looks

@@ -1,0 +1,383 @@
+"""Commands about laws, costs and models, and those of the single stages."""
+
+import contextlib
+import shlex
+import sys
+import unicodedata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+import typer
+from pydantic import model_validator
+
+from capgap.cli.app import (
+    Answer,
+    Json,
+    Override,
+    Quiet,
+    RecipeName,
+    add_stage,
+    app,
+    exit_with,
+    print_json,
+    quieten_transformers,
+    stopped,
+)
+from capgap.errors import UserError
+from capgap.section import Words
+from capgap.sizes import parse_count
+from capgap.stage import ARGUMENT, Say, Stage
+from capgap.stages.adapt import Adapt
+from capgap.stages.cache import Cache
+from capgap.stages.corpus import Prepare
+from capgap.stages.distill import Distill, Train
+from capgap.stages.evaluate import Evaluate
+from capgap.stages.export import Export
+from capgap.stages.prune import Prune
+from capgap.stages.score import Score
+from capgap.stages.tuning import Instruct, Prefer
+
+if TYPE_CHECKING:
+    from capgap.pipeline.state import Decision
+    from capgap.tune.chat import Chat
+
+STATES = {"done": "done", "continue": "would go on", "run": "would run"}
+
+
+class Fit(Answer):
+    """Fit the law of capacity gap to a table of cells, or to the records of runs."""
+
+    source: Annotated[
+        str, ARGUMENT, "A CSV of cells, or the output folder of a sweep or of distillations."
+    ]
+    out: Annotated[Path, "The law as JSON."] = Path("law.json")
+    report: Annotated[Path | None, "A page with the pictures, such as law.html."] = None
+    confidence: Annotated[float, "Of all intervals."] = 0.9
+    independent_errors: Annotated[bool, "The table's loss_stderr is each cell's own noise."] = False
+
+    def run(self, **_: Any) -> dict[str, Any]:
+        from capgap import fit
+        from capgap.artifact import write_json
+        from capgap.report.sentences import sentences
+
+        errors = self.independent_errors
+        law = fit(self.source, confidence=self.confidence, independent_errors=errors)
+        write_json(self.out, law.as_dict())
+        page = None
+        if self.report is not None:
+            from capgap.report.page import write_law_report
+
+            page = str(write_law_report(law, self.report, title=Path(self.source).stem))
+        return {"law": str(self.out), "report": page, "verdict": sentences(law)}
+
+    def told(self, found: dict[str, Any]) -> str:
+        from capgap.law.law import read_law
+
+        law = read_law(self.out)
+        lines = [*found["verdict"]]
+        lines += [f"warning, {one.where}: {one.message}" for one in law.warnings]
+        lines += [f"not used: {one.id}, {one.reason}" for one in law.excluded]
+        page = f", report: {found['report']}" if found["report"] else ""
+        return "\n".join([*lines, f"law: {self.out}{page}"])
+
+
+class Recommend(Answer):
+    """Which teacher to take for a student of this size and these tokens."""
+
+    has_progress: ClassVar[bool] = True
+
+    student: Annotated[str, "Its size: 3B without embeddings, 3.2B total, or a name."]
+    tokens: Annotated[str, "What it will be distilled on, such as 126B."]
+    family: Annotated[str | None, "Choose among its members: llama2, qwen2.5, pythia, ..."] = None
+    teachers: Annotated[
+        Words, "Choose among these: names, folders, NAME=FOLDER or sizes, parted by commas."
+    ] = ()
+    law: Annotated[Path | None, "The law.json of a sweep of your own."] = None
+    gpus: Annotated[str | None, "For the time: 16xA100."] = None
+    figure: Annotated[Path | None, "Draw the advice into this file, .png or .svg."] = None
+    measure: Annotated[str | None, "A corpus of yours: let the teachers read this text."] = None
+    student_model: Annotated[
+        str | None, "A folder with the student's weights, to read what teachers write."
+    ] = None
+    measure_bytes: Annotated[str, "Bytes of it that they read."] = "256k"
+    dtype: Annotated[str, "They read in: stored, fp32 or bf16."] = "stored"
+    device: Annotated[str, "auto, cpu, cuda or cuda:1."] = "auto"
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        names = ("measure_bytes", "dtype", "device", "student_model")
+        defaults = type(self).model_fields
+        if self.measure is None and any(getattr(self, n) != defaults[n].default for n in names):
+            raise ValueError(
+                "--measure-bytes, --dtype, --device and --student-model are of use with --measure "
+                "alone"
+            )
+        return self
+
+    def run(self, *, say: Say = lambda text: None, **_: Any) -> dict[str, Any]:
+        from capgap.law.advise import Advice, recommend
+        from capgap.law.law import read_law
+        from capgap.law.published import candidates_of, sources_of
+        from capgap.report.advice import advice_sentences
+
+        if self.figure is not None:
+            from capgap.report.draw import check_picture
+
+            check_picture(self.figure)
+        own = None if self.law is None else read_law(self.law)
+        candidates = candidates_of(self.family, self.teachers)
+
+        def advice(**more: Any) -> Advice:
+            return recommend(self.student, self.tokens, candidates, law=own, gpus=self.gpus, **more)
+
+        # mistakes are told before models are read
+        found = advice()
+        if self.measure is not None:
+            from capgap.stages.measure import MeasureRequest, run_measure
+
+            quieten_transformers()
+            num_bytes = parse_count(self.measure_bytes)
+            request = MeasureRequest(
+                self.measure, num_bytes, self.dtype, self.device, self.student_model
+            )
+            found = advice(measurement=run_measure(request, sources_of(candidates), say=say))
+        if self.figure is not None:
+            from capgap.report.draw import write_picture
+            from capgap.report.published_charts import advice_chart
+
+            write_picture(advice_chart(found), self.figure)
+        return found.model_dump(mode="json") | {"verdict": advice_sentences(found)}
+
+    def told(self, found: dict[str, Any]) -> str:
+        from capgap.law.advise import Advice
+        from capgap.report.advice import advice_text
+
+        values = {name: value for name, value in found.items() if name != "verdict"}
+        return advice_text(Advice.model_validate(values))
+
+
+class Plan(Answer):
+    """What a run or a sweep would take: parameters, steps, FLOPs, memory, time and disk."""
+
+    recipe: Annotated[str, ARGUMENT, "A recipe file, or a shipped recipe's name."]
+    gpus: Annotated[str | None, "For time and what fits: 16xA100; else the recipe's own."] = None
+    utilisation: Annotated[
+        float | None, "Share of the GPUs' peak that is reached, such as 0.4."
+    ] = None
+    overrides: tuple[str, ...] = ()
+
+    def run(self, **_: Any) -> dict[str, Any]:
+        from capgap import plan
+
+        return plan(self.recipe, self.overrides, gpus=self.gpus, utilisation=self.utilisation)
+
+    def told(self, found: dict[str, Any]) -> str:
+        from capgap.cost.plan import plan_text
+
+        return plan_text(found)
+
+
+class Sample(Answer):
+    """Let a model continue a text."""
+
+    model: Annotated[str, ARGUMENT, "A Hugging Face folder or name."]
+    text: Annotated[str, ARGUMENT, "The beginning to continue."] = ""
+    tokens: Annotated[int, "Tokens to write."] = 80
+    temperature: Annotated[float, "0 takes the likeliest token."] = 0.8
+    top_p: Annotated[float, "Share of probability to draw from."] = 0.95
+    seed: Annotated[int, "The same seed gives the same text."] = 0
+
+    def run(self, **_: Any) -> dict[str, Any]:
+        if Path(self.model, "sweep.json").exists():
+            best = f"{self.model}/student"
+            raise UserError(f"{self.model} is the folder of a sweep: its best student is in {best}")
+        from capgap.corpus.tokenizer import check_text, load_tokenizer
+        from capgap.evaluate.sample import Sampling, sample_text
+        from capgap.models.build import load_model
+
+        how = {"temperature": self.temperature, "top_p": self.top_p}
+        Sampling(**how, seed=self.seed)
+        check_text(self.text, "the text")
+        quieten_transformers()
+        # first, because it tells a missing network or a wrong name at once
+        tokenizer = load_tokenizer(self.model)
+        model = load_model(self.model).eval()
+        written = sample_text(
+            model, tokenizer, self.text, max_new_tokens=self.tokens, seed=self.seed, **how
+        )
+        return {"model": self.model, "prompt": self.text, "text": written}
+
+    def told(self, found: dict[str, Any]) -> str:
+        return str(found["prompt"] + found["text"])
+
+
+stage: type[Stage]
+# in the order of --help
+for stage in (Fit, Recommend, Plan):
+    add_stage(stage)
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    out: Annotated[Path | None, typer.Option(help="Output folder; runs/NAME if none.")] = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="STEP", help="This step and all later anew.")
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="STEP", help="Stop when this step is done.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", metavar="", help="Tell each step, why it would run, and its command."
+        ),
+    ] = False,
+    set_: Override = None,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Run all stages of a recipe, from the teacher to a student that answers."""
+    from rich.console import Console
+
+    from capgap.config import find_recipe, load_any_recipe
+    from capgap.pipeline.recipe import RunRecipe
+    from capgap.pipeline.runner import StepFailed, plan_pipeline, run_pipeline
+    from capgap.stopping import Stopped
+    from capgap.sweep.progress import make_lines
+
+    loaded = load_any_recipe(find_recipe(recipe), set_ or [])
+    if not isinstance(loaded, RunRecipe):
+        raise UserError(f"{recipe} is the recipe of a sweep, not of a run: see `capgap sweep`")
+    folder = out or Path("runs") / loaded.name
+    if dry_run:
+        steps = list(map(_described, plan_pipeline(loaded, folder, again_from=from_, until=until)))
+        if json_:
+            print_json({"name": loaded.name, "steps": steps})
+            return
+        for number, step in enumerate(steps, 1):
+            why = f" ({step['why']})" if step["why"] else ""
+            print(f"{number}. {step['step']}: {STATES[step['state']]}{why}")
+            print(f"   {shlex.join(step['command'])}")
+        return
+    quieten_transformers()
+    say = make_lines(Console(stderr=True), quiet=quiet)
+    try:
+        found = run_pipeline(loaded, folder, again_from=from_, until=until, quiet=quiet, say=say)
+    except Stopped as ended:
+        stopped(folder, ended.number)
+    except StepFailed as failed:
+        exit_with(f"{failed}; what is done is kept in {folder}", failed.code)
+    if json_:
+        print_json(found)
+        return
+    width = max(len(name) for name in found["steps"])
+    for name, step in found["steps"].items():
+        print(f"{name:{width}}  {step.get('result') or step['status']}")
+    print(f"run: {folder}")
+
+
+def _described(decision: "Decision") -> dict[str, Any]:
+    return {
+        "step": decision.step.name,
+        "state": decision.state,
+        "why": decision.why or None,
+        "command": ["capgap", *decision.step.stage.command()],
+    }
+
+
+for stage in (Prepare, Cache, Score, Prune, Distill, Train, Adapt, Sample):
+    add_stage(stage)
+for stage in (Evaluate, Instruct, Prefer):
+    add_stage(stage)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or name.")],
+    once: Annotated[str | None, typer.Option(help="Answer this question and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    template: Annotated[str, typer.Option(help="The tokenizer's own, or minichat.")] = "own",
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Share of probability to draw from.")] = 0.95,
+    tokens: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = 512,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", metavar="", help="Run the model's own code.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Talk to a model: /reset forgets what was said, /quit or Ctrl-D ends."""
+    if json_ and once is None:
+        raise UserError("--json goes with --once QUESTION")
+    quieten_transformers()
+    from capgap.evaluate.sample import Sampling
+    from capgap.machine import resolve_device
+    from capgap.tune.chat import load_chat
+
+    talk = load_chat(
+        model,
+        template=template,
+        system=system,
+        sampling=Sampling(temperature, top_p, tokens, seed),
+        device=resolve_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+    if once is None:
+        _converse(talk)
+    elif json_:
+        answer = "".join(talk.answer(once))
+        told = {"model": model, "question": once, "answer": answer}
+        print_json(told | {"tokens": talk.num_tokens, "ended": talk.ended})
+    else:
+        _print_answer(talk, once)
+
+
+def _converse(talk: "Chat") -> None:
+    """Questions from standard input, one a line, until it ends."""
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        # arrow keys and earlier questions, where the system has them
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
+        print("/reset forgets what was said, /quit ends", file=sys.stderr)
+    said_dropped = False
+    while True:
+        try:
+            question = input("> " if on_terminal else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if question == "/quit":
+            break
+        if question == "/reset":
+            talk.reset()
+        elif question.startswith("/"):
+            print(f"{question} is no command: /reset or /quit", file=sys.stderr)
+        elif question:
+            try:
+                _print_answer(talk, question)
+            except UserError as error:
+                print(error, file=sys.stderr)
+            if talk.num_dropped and not said_dropped:
+                said_dropped = True
+                dropped = "(the oldest turns no longer fit; the model does not see them)"
+                print(dropped, file=sys.stderr)
+    if on_terminal:
+        print()
+
+
+def _print_answer(talk: "Chat", question: str) -> None:
+    """As it comes; Ctrl-C ends the answer and not the conversation."""
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in talk.answer(question):
+            # without what would steer a terminal: a model writes anything
+            harmless = (c for c in piece if c in "\n\t" or unicodedata.category(c) != "Cc")
+            print("".join(harmless), end="", flush=True)
+    print()
+    if talk.ended in ("tokens", "context"):
+        limit = "as --tokens says" if talk.ended == "tokens" else "the model reads no more"
+        print(f"(cut after {talk.num_tokens} tokens: {limit})", file=sys.stderr)
+
+
+add_stage(Export)
