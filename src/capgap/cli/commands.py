@@ -48,7 +48,7 @@ class Fit(Answer):
     """Fit the law of capacity gap to a table of cells, or to the records of runs."""
 
     source: Annotated[
-        str, ARGUMENT, "A CSV of cells, or the output folder of a sweep or of distillations."
+        str, ARGUMENT, "A CSV of cells, or the folder of a sweep or of distillations."
     ]
     out: Annotated[Path, "The law as JSON."] = Path("law.json")
     report: Annotated[Path | None, "A page with the pictures, such as law.html."] = None
@@ -196,7 +196,7 @@ class Sample(Answer):
         from capgap.models.build import load_model
 
         how = {"temperature": self.temperature, "top_p": self.top_p}
-        Sampling(**how, seed=self.seed)
+        Sampling(self.temperature, self.top_p, seed=self.seed)
         check_text(self.text, "the text")
         quieten_transformers()
         # first, because it tells a missing network or a wrong name at once
