@@ -12,14 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from capgap.config import Recipe, find_recipe, load_recipe
 from capgap.law.law import read_law
 from capgap.report.sentences import main_curves, sentences
 from capgap.sizes import clock_time, format_count
-from capgap.sweep.progress import Display
-from capgap.sweep.runner import run_sweep
+from capgap.sweep.stages import Quickstart
 
 
 def recipe_of(seed: int) -> Recipe:
@@ -28,7 +25,7 @@ def recipe_of(seed: int) -> Recipe:
 
 def one_seed(seed: int, out: Path) -> dict[str, Any]:
     recipe = recipe_of(seed)
-    result = run_sweep(recipe, out, Display(Console(quiet=True)))
+    result = Quickstart(out=out, set=[f"seeds=[{seed}]"]).run()
     law = read_law(out / "law.json")
     curves = main_curves(law.curves)
     left_out = {}
@@ -45,8 +42,8 @@ def one_seed(seed: int, out: Path) -> dict[str, Any]:
         "headline": sentences(law)[0],
         "left_out": left_out,
         "per_log_tokens": None if slope is None else slope.model_dump(),
-        "minutes": result.wall_seconds / 60,
-        "memory_gb": result.peak_memory_bytes / 1e9,
+        "minutes": result["wall_seconds"] / 60,
+        "memory_gb": result["peak_memory_bytes"] / 1e9,
     }
 
 

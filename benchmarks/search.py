@@ -22,8 +22,16 @@ import numpy as np
 from capgap.errors import UserError
 from capgap.law.model import Floats
 from capgap.law.published import PUBLISHED_SURFACE
-from capgap.sweep.search_grid import Choice, Decision, History, Round, SearchGrid, Settings
-from capgap.sweep.search_model import decide, rule_choices
+from capgap.sweep.recipe import SearchSettings
+from capgap.sweep.search_model import (
+    Choice,
+    Decision,
+    History,
+    Round,
+    SearchGrid,
+    decide,
+    rule_choices,
+)
 from search_strategies import at_random, by_halving
 
 STUDENTS = np.geomspace(0.3e9, 0.6e9, 5)
@@ -48,14 +56,16 @@ class Played:
     spent: float
 
 
-def next_by(name: str, grid: SearchGrid, rounds: list[Round], settings: Settings) -> Decision:
+def next_by(name: str, grid: SearchGrid, rounds: list[Round], settings: SearchSettings) -> Decision:
     if name == "model":
         return decide(grid, rounds, settings)
     history = History(grid, rounds, settings.budget)
     return {"halving": by_halving, "random": at_random}[name](history, settings)
 
 
-def play(name: str, grid: SearchGrid, seen: Floats, truth: Floats, settings: Settings) -> Played:
+def play(
+    name: str, grid: SearchGrid, seen: Floats, truth: Floats, settings: SearchSettings
+) -> Played:
     """A search whose runs show `seen` [S, T, R, N]; `truth` [S, T] judges the choices."""
     rounds: list[Round] = []
     while (decision := next_by(name, grid, rounds, settings)).runs:
@@ -121,7 +131,9 @@ def simulate(replicates: int, budget: float) -> Iterator[str]:
                 seen = truth[..., None] + drawn
                 whole.append(Played(whole_grid(seen, full), 1.0))
                 for name in STRATEGIES:
-                    found[name].append(play(name, grid, seen, full, Settings(budget, seed=seed)))
+                    found[name].append(
+                        play(name, grid, seen, full, SearchSettings(budget=budget, seed=seed))
+                    )
             for name, played in (found | {"the whole grid": whole}).items():
                 yield row(design, f"{noise:g}", name, played)
 
@@ -221,7 +233,7 @@ def replay(table: Path, replicates: int, ladder_tokens: float) -> Iterator[str]:
                 try:
                     for seed in range(replicates):
                         order = np.roll(np.arange(grid.seeds), seed)[:seeds]
-                        settings = Settings(budget, seed=seed)
+                        settings = SearchSettings(budget=budget, seed=seed)
                         own = replace(asked, seeds=seeds)
                         played.append(play(name, own, losses[..., order], truth, settings))
                 except UserError as error:

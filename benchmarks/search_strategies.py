@@ -5,14 +5,14 @@ from itertools import product
 
 import numpy as np
 
-from capgap.sweep.search_grid import (
+from capgap.sweep.recipe import SearchSettings
+from capgap.sweep.search_model import (
     MIN_TEACHERS,
     Choice,
     Decision,
     History,
     Run,
     SearchGrid,
-    Settings,
     spread,
     too_small,
 )
@@ -44,12 +44,14 @@ def measured_choices(history: History) -> tuple[Choice, ...]:
             if means:
                 best = min(means, key=means.__getitem__)
                 loss = means[best] if rung == grid.last else None
-                choices.append(Choice(student, best, loss, runs=history.count(student, best)))
+                full = (student, best, history.grid.last)
+                seeds = sum(run[:3] == full for run in history.losses)
+                choices.append(Choice(student, best, loss, runs=seeds))
                 break
     return tuple(choices)
 
 
-def at_random(history: History, settings: Settings) -> Decision:
+def at_random(history: History, settings: SearchSettings) -> Decision:
     """Columns at full tokens (all students of one teacher and seed) in an order drawn once."""
     grid, last = history.grid, history.grid.last
     columns = [
@@ -83,7 +85,7 @@ class _Halving:
     kept: tuple[int, ...]
 
 
-def by_halving(history: History, settings: Settings) -> Decision:
+def by_halving(history: History, settings: SearchSettings) -> Decision:
     """Successive halving, student by student but in step: all teachers on the shortest rung, on
     every later rung a share of them, the best of the rung before. A rung that takes k times the
     tokens keeps one teacher in k, or more where the budget allows it."""
@@ -116,12 +118,12 @@ def _halving_plan(grid: SearchGrid, budget: float) -> _Halving:
     total = len(grid.teachers)
     for reach in range(total, MIN_TEACHERS - 1, -1):
         for number in range(reach, max(MIN_TEACHERS, (reach + 1) // 2) - 1, -1):
-            first = spread(reach, number)
+            first = tuple(spread(reach, number))
             for seeds, wider in product(range(grid.seeds, 0, -1), WIDER):
                 plan = _Halving(first, seeds, _kept(grid, number, wider))
                 if _dearest(grid, plan) <= allowed:
                     return plan
-    smallest = _Halving(spread(MIN_TEACHERS, MIN_TEACHERS), 1, _kept(grid, MIN_TEACHERS, 1))
+    smallest = _Halving(tuple(spread(MIN_TEACHERS, MIN_TEACHERS)), 1, _kept(grid, MIN_TEACHERS, 1))
     raise too_small(grid, _dearest(grid, smallest), budget)
 
 

@@ -21,12 +21,13 @@ import pytest
 from capgap.config import load_recipe, parse_recipe
 from capgap.corpus import tokens as tokens_module
 from capgap.corpus.tokenizer import train_tokenizer
+from capgap.errors import Interrupted, WorkerDied
 from capgap.models.build import build_model, save_model
 from capgap.models.shape import ladder_shape
 from capgap.records import read_records
-from capgap.sweep import checks, progress, runner, schedule, summary, tasks, worker
+from capgap.sweep import checks, progress, results, runner, tasks, workers
+from capgap.sweep.cells import Context
 from capgap.sweep.checks import claimed
-from capgap.sweep.context import Context
 from capgap.sweep.plan import make_plan
 from conftest import Answer, made_up_text
 
@@ -59,8 +60,9 @@ class OwnWorkers(IdleWorkers):
             on_start(0, task)
             messages: Any = queue.Queue()
             stop: Any = threading.Event()
-            ended = worker._run(0, self.context, task, messages, stop, os.getppid())
+            ended = workers._run(0, self.context, task, messages, stop, os.getppid())
             assert ended.outcome == "done", ended.message
+            assert ended.peak_memory > 0
             on_end(task, ended)
             finished.add(task.id)
             OwnWorkers.ran.append(task.id)
@@ -87,7 +89,7 @@ def use_own_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "Workers", OwnWorkers)
     # drawing takes longer than all the rest
     monkeypatch.setattr(runner, "write_report", page)
-    monkeypatch.setattr(summary, "write_report", page)
+    monkeypatch.setattr(results, "write_report", page)
 
 
 def as_toml(recipe: dict[str, Any]) -> str:
@@ -468,8 +470,7 @@ def finished(text_file, tmp_path_factory) -> tuple[Path, Path]:
     (folder / "small.toml").write_text(as_toml(recipe))
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_own_workers(monkeypatch)
-        display = progress.make_display(progress.Console(stderr=True), quiet=True)
-        runner.run_sweep(parse_recipe(recipe), folder / "out", display)
+        runner.run_sweep(parse_recipe(recipe), folder / "out", progress.Display(str))
     return folder / "small.toml", folder / "out"
 
 
@@ -605,7 +606,7 @@ def test_a_disk_that_fills_up_at_the_report(typed, copied, monkeypatch, own):
     def full(path: Path, value: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(summary, "write_json_atomically", full)
+    monkeypatch.setattr(results, "write_json", full)
     assert_refused_at_once(typed("sweep", recipe, "--out", out, "-q"), "no disk space left")
     assert (out / "law.json").read_text() == before
 
@@ -624,7 +625,7 @@ def test_a_disk_that_fills_up_in_a_worker(copied, monkeypatch):
     context = Context(plan.recipe, out, "cpu", 1, training)
     messages: Any = queue.Queue()
     stop: Any = threading.Event()
-    ended = worker._run(0, context, column, messages, stop, os.getppid())
+    ended = workers._run(0, context, column, messages, stop, os.getppid())
     assert ended.outcome == "user_error"
     assert "no disk space left" in ended.message
     assert not (out / "records" / CELL).exists()
@@ -700,14 +701,14 @@ def test_a_hub_name_without_a_network_is_told_at_once(typed, monkeypatch, recipe
 
 
 def test_a_worker_without_a_parent_waits_no_longer(monkeypatch):
-    monkeypatch.setattr(worker, "PARENT_CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(workers, "PARENT_CHECK_SECONDS", 0.01)
     empty: Any = queue.Queue()
-    assert worker._next_task(empty, parent=os.getpid()) is None
+    assert workers._next_task(empty, parent=os.getpid()) is None
     filled: Any = queue.Queue()
     filled.put("task")
     threading.Timer(0.05, empty.put, ["late"]).start()
-    assert worker._next_task(filled, parent=os.getppid()) == "task"
-    assert worker._next_task(empty, parent=os.getppid()) == "late"
+    assert workers._next_task(filled, parent=os.getppid()) == "task"
+    assert workers._next_task(empty, parent=os.getppid()) == "late"
 
 
 def test_a_dead_worker_is_noticed_while_others_talk(tiny_recipe):
@@ -718,15 +719,23 @@ def test_a_dead_worker_is_noticed_while_others_talk(tiny_recipe):
             return False
 
     plan = make_plan(parse_recipe(tiny_recipe))
-    workers = schedule.Workers(Context(plan.recipe, Path("out"), "cpu", 1, plan.recipe.training), 1)
+    context = Context(plan.recipe, Path("out"), "cpu", 1, plan.recipe.training)
+    pool = workers.Workers(context, 1)
     process: Any = Dead()
-    workers.workers = [schedule._Worker(process, queue.Queue(), plan.teachers[0])]
-    workers.messages = queue.Queue()
+    pool.workers = [workers._Worker(process, queue.Queue(), plan.teachers[0])]
+    pool.messages = queue.Queue()
     for _ in range(1000):
-        workers.messages.put(worker.StepMessage(0, plan.teachers[0].id, 1, 1.0, None))
+        pool.messages.put(workers.StepMessage(0, plan.teachers[0].id, 1, 1.0, None))
     told: list[object] = []
-    with pytest.raises(schedule.WorkerDied, match=r"llama-t14k-seed0 ended with code -9"):
-        workers.run(
-            [], finished=set(), on_step=told.append, on_end=told.append, on_start=told.append
-        )
+    with pytest.raises(WorkerDied, match=r"llama-t14k-seed0 ended with code -9"):
+        pool.run([], finished=set(), on_step=told.append, on_end=told.append, on_start=told.append)
     assert len(told) < 1000
+    with pytest.raises(Interrupted):
+        pool.run(
+            [],
+            finished=set(),
+            should_stop=lambda: True,
+            on_step=told.append,
+            on_end=told.append,
+            on_start=told.append,
+        )

@@ -33,7 +33,7 @@ def test_a_chain_has_the_flops_of_the_direct_cut(tiny_recipe, share):
     for cell in chains:
         other = direct[cell.teacher.size]
         assert (cell.budget, other.budget, other.tokens) == (51_200,) * 3
-        ours, theirs = (sum(one.flops(plan.recipe, 0).values()) for one in (cell, other))
+        ours, theirs = (sum(one.work.flops(plan.recipe, 0).values()) for one in (cell, other))
         assert ours == pytest.approx(theirs, rel=0.02)  # half a batch of either leg
         above, between, own = (
             one.shape.parameters() for one in (cell.teacher, cell.assistant, cell)
@@ -45,7 +45,7 @@ def test_a_chain_has_the_flops_of_the_direct_cut(tiny_recipe, share):
         assert first == pytest.approx(share * theirs, rel=0.03)
         # by part, by hand
         tokens = plan.recipe.scoring_tokens
-        flops = cell.flops(plan.recipe, 0)
+        flops = cell.work.flops(plan.recipe, 0)
         assert flops["student"] == 6 * (
             between.total * cell.assistant.tokens + own.total * cell.tokens
         )
@@ -59,7 +59,7 @@ def test_a_chain_has_the_flops_of_the_direct_cut(tiny_recipe, share):
 
 def test_chains_are_counted_once_in_the_whole(tiny_recipe):
     plan = plan_of(tiny_recipe, students=CHAINS)
-    alone = [cell.flops(plan.recipe, plan.recipe.corpus.heldout_tokens) for cell in plan.cells]
+    alone = [cell.work.flops(plan.recipe, plan.recipe.corpus.heldout_tokens) for cell in plan.cells]
     whole = plan.flops([])
     for part in ("student", "teacher_forward"):
         assert whole[part] == sum(flops[part] for flops in alone)

@@ -2,6 +2,7 @@
 
 import errno
 import importlib.metadata
+import io
 import json
 import os
 import signal
@@ -10,16 +11,26 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from capgap.config import Recipe, find_recipe, load_any_recipe, load_recipe, shipped_recipes
+from capgap.config import (
+    Recipe,
+    find_recipe,
+    load_any_recipe,
+    load_recipe,
+    parse_recipe,
+    shipped_recipes,
+)
 from capgap.corpus.text import Text
+from capgap.errors import WorkerDied
 from capgap.law.law import read_law
 from capgap.models.build import build_model, save_model
 from capgap.models.shape import ladder_shape
 from capgap.report.sentences import sentences
 from capgap.sweep import preview, progress, runner
-from capgap.sweep.plan import FLOP_PARTS
-from capgap.sweep.schedule import Speed, WorkerDied
+from capgap.sweep.cells import FLOP_PARTS
+from capgap.sweep.plan import make_plan
+from capgap.sweep.workers import EndMessage, Speed, StepMessage
 from report_data import Plan, write_output
 
 COMMANDS = ("quickstart", "sweep", "report", "corpus", "sample")
@@ -187,13 +198,16 @@ def test_a_folder_called_like_a_recipe_does_not_hide_it(typed, here, monkeypatch
 def test_where_a_sweep_goes(typed, monkeypatch, arguments, folder, quiet):
     asked = []
 
-    def run_sweep(recipe, out, shown):
-        asked.append((recipe.name, out, shown.console.quiet, shown.live))
+    def run_sweep(recipe, out, shown, should_stop):
+        asked.append((recipe.name, out, shown.is_live))
+        shown.say("at work")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "run_sweep", run_sweep)
-    assert typed(*arguments).code == 130
-    assert asked == [("quickstart", Path(folder), quiet, None)]
+    answer = typed(*arguments)
+    assert answer.code == 130
+    assert asked == [("quickstart", Path(folder), False)]
+    assert ("at work" in answer.err) != quiet
 
 
 def interrupted(*_, **__):
@@ -320,11 +334,29 @@ def test_corpus_stopped_by_the_user_leaves_nothing(typed, text_file, tmp_path, m
 
 def test_progress_keeps_brackets_of_names(capsys):
     """`data/[ab]*.txt` is a glob, not markup."""
-    from rich.console import Console
-
     for quiet in (False, True):
         progress.make_display(Console(stderr=True), quiet=quiet).say("the corpus data/[ab]*.txt")
     assert capsys.readouterr().err == "the corpus data/[ab]*.txt\n"
+
+
+def test_bars_on_a_terminal_say_what_runs_and_how_far_it_is(tiny_recipe):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=200, color_system=None)
+    display = progress.make_display(console, quiet=False)
+    teacher, *_ = make_plan(parse_recipe(tiny_recipe)).teachers
+    with display:
+        display.expect([teacher], [])
+        display.started(0, teacher)
+        display.step(StepMessage(0, teacher.id, teacher.tokens // 2, 1000.0, 3.5))
+        display.bars.refresh()
+        assert display.share == pytest.approx(0.5)
+        display.ended(teacher, EndMessage(0, teacher.id, "done", "a warning", busy=61.0))
+    shown = screen.getvalue()
+    assert f"teacher {teacher.id}" in shown
+    assert "2.56k of 5.12k tokens, 1,000 tokens/s, loss 3.500" in shown
+    assert "0 of 1 tasks, 0:00 so far, about --:-- to go" in shown
+    assert "a warning" in shown
+    assert f"done teacher {teacher.id} in 1:01" in shown
 
 
 def test_sample_continues_a_text(typed, model_folder):

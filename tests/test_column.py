@@ -4,15 +4,11 @@ import itertools
 import json
 
 import pytest
-from rich.console import Console
 
 from capgap.artifact import locked
-from capgap.config import load_recipe
 from capgap.errors import Interrupted, UserError
 from capgap.records import read_records
-from capgap.sweep import runner
-from capgap.sweep.column import Column
-from capgap.sweep.progress import make_display
+from capgap.sweep.stages import Column, Sweep
 from test_bad_input import OwnWorkers, as_toml, use_own_workers
 
 
@@ -36,9 +32,8 @@ def results(out):
 
 def test_tasks_one_by_one_are_the_sweep(recipe, tmp_path, monkeypatch, typed):
     use_own_workers(monkeypatch)
-    display = make_display(Console(), quiet=True)
     whole, out = tmp_path / "whole", tmp_path / "one by one"
-    runner.run_sweep(load_recipe(recipe), whole, display)
+    Sweep(recipe=str(recipe), out=whole).run()
 
     def column(task=None):
         return Column(recipe=str(recipe), task=task, out=out)
@@ -69,8 +64,8 @@ def test_tasks_one_by_one_are_the_sweep(recipe, tmp_path, monkeypatch, typed):
     told = typed("column", recipe, "--out", out)
     assert told.out.count("done") == len(listed)
     OwnWorkers.ran.clear()
-    found = runner.run_sweep(load_recipe(recipe), out, display)
+    found = Sweep(recipe=str(recipe), out=out).run()
     assert OwnWorkers.ran == []
     assert results(out) == results(whole)
-    assert (out / "report.html").exists() or found.best
-    assert json.loads((out / "sweep.json").read_text())["best"]["cell"] == found.best
+    assert (out / "report.html").exists() or found["best"]
+    assert json.loads((out / "sweep.json").read_text())["best"]["cell"] == found["best"]

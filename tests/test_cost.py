@@ -21,7 +21,8 @@ from capgap.models.families import FAMILIES
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape, ladder_shape
 from capgap.stages.prune import Prune
-from capgap.sweep.plan import expected_baselines, make_plan
+from capgap.sweep.cells import expected_baselines
+from capgap.sweep.plan import make_plan
 from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, train
 

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "capgap"
 COUNTED = (".py", ".j2", ".js", ".css")
 CEILINGS = {
-    "lines": 32_352,
-    "files": 198,
-    "longest file": 537,
-    "closure of a sweep's worker": 9_424,
-    "closure of capgap quickstart": 20_872,
+    "lines": 31_170,
+    "files": 171,
+    "longest file": 516,
+    "closure of a sweep's worker": 9_140,
+    "closure of capgap quickstart": 20_360,
 }
 # What a room may import besides itself; rooms below stand in BELOW
 BELOW = {"archives", "artifact", "errors", "hardware", "limits", "machine", "records", "scrub"}
@@ -99,8 +99,8 @@ def sizes():
         "lines": sum(lengths),
         "files": len(files),
         "longest file": max(lengths),
-        "closure of a sweep's worker": closure("capgap.sweep.worker", {"sweep"}),
-        "closure of capgap quickstart": closure("capgap.cli.sweeps", {"cli", "sweep"}),
+        "closure of a sweep's worker": closure("capgap.sweep.workers", {"sweep"}),
+        "closure of capgap quickstart": closure("capgap.sweep.stages", {"sweep"}),
     }
 
 

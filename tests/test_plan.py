@@ -4,7 +4,8 @@ import pytest
 
 from capgap.config import parse_recipe
 from capgap.errors import UserError
-from capgap.sweep.plan import make_plan, select_baselines
+from capgap.sweep.cells import select_baselines
+from capgap.sweep.plan import make_plan
 
 
 def plan_of(data, **changes):
@@ -91,7 +92,7 @@ def test_baselines_of_equal_flops_read_more(full_recipe):
     assert {one.equal_flops_to for one in longer} == set(cells)
     for one in longer:
         cell = cells[one.equal_flops_to]
-        mine, its = (c.flops(plan.recipe, 0) for c in (one, cell))
+        mine, its = (c.work.flops(plan.recipe, 0) for c in (one, cell))
         batch = 6 * one.shape.parameters().total * plan.recipe.training.batch_tokens
         assert mine["teacher_forward"] == 0
         assert abs(mine["student"] - its["student"] - its["teacher_forward"]) <= batch
@@ -143,7 +144,7 @@ def test_flops_by_part_count_shared_work_once(tiny_recipe):
     assert flops["teacher_training"] == sum(
         6 * one.shape.parameters().total * 5120 for one in plan.teachers
     )
-    alone = sum(cell.flops(plan.recipe, 1000)["teacher_forward"] for cell in plan.cells)
+    alone = sum(cell.work.flops(plan.recipe, 1000)["teacher_forward"] for cell in plan.cells)
     assert alone == 2 * forwards  # two students a column
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from capgap.errors import UserError
-from capgap.sweep.search_grid import History, Round, Run, SearchGrid, Settings
-from capgap.sweep.search_model import decide, rule_choices
+from capgap.sweep.recipe import SearchSettings
+from capgap.sweep.search_model import History, Round, Run, SearchGrid, decide, rule_choices
+from capgap.sweep.stages import Search
 
 STUDENTS = np.array([1e6, 1.5e6, 2e6])
 TEACHERS = np.geomspace(2.4e6, 2e7, 8)
@@ -61,7 +62,7 @@ def regrets(choices, truth):
 @pytest.mark.parametrize("budget", [0.2, 0.35, 1.0])
 def test_the_budget_is_never_exceeded_and_no_run_is_made_twice(budget):
     grid = made_grid(seeds=2, teacher_flops=1.5e6 * TEACHERS, own_teachers=True)
-    rounds, last = search(grid, noisy(true_losses(), 0.005, seeds=2), Settings(budget))
+    rounds, last = search(grid, noisy(true_losses(), 0.005, seeds=2), SearchSettings(budget=budget))
     runs = [run for one in rounds for run in one.runs]
     assert len(set(runs)) == len(runs)
     assert 0 < History(grid, rounds, budget).spent <= budget * grid.full_flops
@@ -71,7 +72,7 @@ def test_the_budget_is_never_exceeded_and_no_run_is_made_twice(budget):
 
 def test_decisions_are_a_function_of_grid_rounds_and_settings():
     grid, losses = made_grid(), noisy(true_losses(), 0.003)
-    settings = Settings(0.35, seed=3)
+    settings = SearchSettings(budget=0.35, seed=3)
     rounds, last = search(grid, losses, settings)
     for number in range(len(rounds)):
         assert decide(grid, rounds[:number], settings).runs == rounds[number].runs
@@ -86,7 +87,7 @@ def test_the_model_chooses_well_on_a_third_of_the_flops(noise, bound):
     assert worst_teacher > 0.015
     found = []
     for seed in range(3):
-        _, last = search(made_grid(), noisy(truth, noise, seed=seed), Settings(0.35))
+        _, last = search(made_grid(), noisy(truth, noise, seed=seed), SearchSettings(budget=0.35))
         found += regrets(last.choices, truth)
     assert max(found) <= 0.005
     assert np.mean(found) <= bound
@@ -94,21 +95,23 @@ def test_the_model_chooses_well_on_a_third_of_the_flops(noise, bound):
 
 def test_the_model_stops_early_where_the_choice_is_clear():
     grid = made_grid()
-    rounds, last = search(grid, noisy(true_losses(curvature=0.3), 0.001), Settings(0.9))
+    rounds, last = search(
+        grid, noisy(true_losses(curvature=0.3), 0.001), SearchSettings(budget=0.9)
+    )
     assert last.stop == "safe"
     assert all(one.safe_probability >= 0.9 for one in last.choices)
     assert History(grid, rounds, 0.9).spent < 0.75 * grid.full_flops
 
 
 def test_what_is_chosen_was_run_at_full_tokens():
-    _, last = search(made_grid(), noisy(true_losses(), 0.003), Settings(0.4))
+    _, last = search(made_grid(), noisy(true_losses(), 0.003), SearchSettings(budget=0.4))
     assert all(one.runs > 0 for one in last.choices)
 
 
 def test_expected_losses_are_as_uncertain_as_they_say():
     truth, misses = true_losses(), []
     for seed in range(6):
-        _, last = search(made_grid(), noisy(truth, 0.005, seed=seed), Settings(0.35))
+        _, last = search(made_grid(), noisy(truth, 0.005, seed=seed), SearchSettings(budget=0.35))
         misses += [
             (one.loss - truth[one.student, one.teacher, -1]) / one.loss_stderr
             for one in last.choices
@@ -146,7 +149,7 @@ def test_what_failed_is_not_chosen_nor_run_again():
     truth = true_losses()
     best = int(truth[0, :, -1].argmin())
     failed = {Run(0, best, rung, 0) for rung in range(3)}
-    rounds, last = search(made_grid(), truth[..., None], Settings(0.6), failed=failed)
+    rounds, last = search(made_grid(), truth[..., None], SearchSettings(budget=0.6), failed=failed)
     tried = [run for one in rounds for run in one.runs]
     assert len(set(tried)) == len(tried)
     if set(tried) & failed:
@@ -159,9 +162,9 @@ def test_a_student_whose_runs_all_fail_gets_no_choice_and_the_others_do():
         return {Run(student, teacher, rung, 0) for student, teacher, rung in places}
 
     losses = true_losses()[..., None]
-    _, last = search(made_grid(), losses, Settings(1.0), failed=failing(1))
+    _, last = search(made_grid(), losses, SearchSettings(budget=1.0), failed=failing(1))
     assert [one.student for one in last.choices] == [0, 2]
-    _, last = search(made_grid(), losses, Settings(1.0), failed=failing(0, 1, 2))
+    _, last = search(made_grid(), losses, SearchSettings(budget=1.0), failed=failing(0, 1, 2))
     assert last.choices == ()
 
 
@@ -174,27 +177,27 @@ def test_one_rung_and_two_teachers_are_enough():
         teacher_flops=np.zeros(2),
     )
     losses = true_losses()[:, :2, -1:, None]
-    _, last = search(grid, losses, Settings(1.0))
+    _, last = search(grid, losses, SearchSettings(budget=1.0))
     assert [one.teacher for one in last.choices] == list(losses[:, :, 0, 0].argmin(axis=1))
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, 1.5, float("nan")])
 def test_a_budget_that_is_no_share_is_refused(budget):
-    with pytest.raises(UserError, match="more than 0, at most 1"):
-        Settings(budget)
+    with pytest.raises(UserError, match=r"budget .* (greater than 0|less than or equal to 1)"):
+        Search(recipe="laptop", budget=budget)
 
 
 @pytest.mark.parametrize("tolerance", [0, 1, -1])
 def test_a_tolerance_that_is_no_share_is_refused(tolerance):
     with pytest.raises(UserError, match="tolerance"):
-        Settings(0.35, tolerance=tolerance)
+        Search(recipe="laptop", tolerance=tolerance)
 
 
 def test_a_budget_below_the_first_runs_and_a_single_teacher_are_refused():
     with pytest.raises(
         UserError, match=r"too small for this grid: the search needs at least 0\.\d"
     ):
-        decide(made_grid(), [], Settings(0.0005))
+        decide(made_grid(), [], SearchSettings(budget=0.0005))
     one = made_grid(
         teachers=TEACHERS[:1],
         run_flops=np.ones((3, 1, 3)),
@@ -202,4 +205,4 @@ def test_a_budget_below_the_first_runs_and_a_single_teacher_are_refused():
         teacher_flops=np.zeros(1),
     )
     with pytest.raises(UserError, match="two teachers or more"):
-        decide(one, [], Settings(0.35))
+        decide(one, [], SearchSettings(budget=0.35))

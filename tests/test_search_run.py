@@ -13,9 +13,10 @@ import pytest
 from capgap.config import parse_recipe
 from capgap.errors import UserError
 from capgap.records import read_records
-from capgap.sweep.plan import Plan, make_plan
-from capgap.sweep.search import Search, grid_of, sub_plan, with_rungs
-from capgap.sweep.search_grid import Settings
+from capgap.sweep.cells import Plan
+from capgap.sweep.plan import make_plan
+from capgap.sweep.recipe import SearchSettings
+from capgap.sweep.search import GridSearch, grid_of, sub_plan, with_rungs
 from test_docs import assert_told, keys
 
 TOML = """
@@ -177,13 +178,13 @@ def test_rungs_are_thirds_in_whole_batches(tiny_recipe):
 def test_what_a_search_cannot_look_at_is_refused(tiny_recipe):
     def search(**changes):
         data = tiny_recipe | {name: tiny_recipe.get(name, {}) | v for name, v in changes.items()}
-        return Search(parse_recipe(data), Settings(0.7), rungs=2)
+        return GridSearch(parse_recipe(data), SearchSettings(budget=0.7, rungs=2))
 
     with pytest.raises(UserError, match=r"one init.*not at pruned, fixed.*--set"):
         search(students={"inits": ["pruned", "fixed"]})
     with pytest.raises(UserError, match=r"one token budget, not at 2\.56k, 5\.12k"):
         search(students={"tokens": [2560, 5120]})
-    with pytest.raises(UserError, match=r"--rungs 2: the shortest.*fewer rungs"):
+    with pytest.raises(UserError, match=r"rungs 2: the shortest.*fewer rungs"):
         search(students={"tokens": [256]})
     with pytest.raises(UserError, match="two teachers or more"):
         search(teachers={"sizes": ["20k"]})
@@ -193,9 +194,9 @@ def test_mistakes_are_told_in_one_line(typed, tmp_path, text_file):
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(TOML.format(source=text_file))
     for options, told in (
-        (("--budget", "35"), "budget 35 is no share"),
+        (("--budget", "35"), "--budget '35': Input should be less than or equal to 1"),
         (("--budget", "0.001"), "too small for this grid"),
-        (("--rungs", "0"), "rungs 0 must be 1 or more"),
+        (("--rungs", "0"), "--rungs '0': Input should be greater than or equal to 1"),
     ):
         answer = typed("search", recipe, *options, "--out", tmp_path / "out")
         assert answer.code == 2

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from capgap.stages.score import Score as Score
     from capgap.stages.tuning import Instruct as Instruct
     from capgap.stages.tuning import Prefer as Prefer
-    from capgap.sweep.column import Column as Column
+    from capgap.sweep.stages import Column as Column
+    from capgap.sweep.stages import Quickstart as Quickstart
+    from capgap.sweep.stages import Search as Search
+    from capgap.sweep.stages import Sweep as Sweep
 
 __version__ = "0.1.0"
 
@@ -90,49 +93,11 @@ def plan(
     return estimate(loaded, gpus=gpus, utilisation=utilisation)
 
 
-def run_sweep(
-    recipe: Path | str, out: Path | str, overrides: Sequence[str] = (), *, quiet: bool = False
-) -> dict[str, Any]:
-    """Run a grid of teachers and students in the folder `out`, or go on with it; returns what
-    `capgap sweep --json` prints. UserError for a mistake in the recipe, or another sweep's folder.
-    """
-    from rich.console import Console
-
-    from capgap.config import find_recipe, load_recipe
-    from capgap.sweep.progress import make_display
-    from capgap.sweep.runner import run_sweep as run
-
-    loaded = load_recipe(find_recipe(str(recipe)), overrides)
-    return run(loaded, Path(out), make_display(Console(stderr=True), quiet=quiet)).as_dict()
-
-
-def run_search(
-    recipe: Path | str,
-    out: Path | str,
-    overrides: Sequence[str] = (),
-    *,
-    budget: float = 0.35,
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """Find every student's best teacher for the share `budget` of what the whole grid would cost;
-    returns what `capgap search --json` prints. UserError as `run_sweep`."""
-    from rich.console import Console
-
-    from capgap.config import find_recipe, load_recipe
-    from capgap.sweep.progress import make_display
-    from capgap.sweep.search import run_search as run
-    from capgap.sweep.search_grid import Settings
-
-    loaded = load_recipe(find_recipe(str(recipe)), overrides)
-    display = make_display(Console(stderr=True), quiet=quiet)
-    return run(loaded, Path(out), display, Settings(budget=budget)).as_dict()
-
-
 # Where the stages are defined; they are loaded when they are asked for
 STAGES = {
     "Adapt": "stages.adapt",
     "Cache": "stages.cache",
-    "Column": "sweep.column",
+    "Column": "sweep.stages",
     "Distill": "stages.distill",
     "Evaluate": "stages.evaluate",
     "Export": "stages.export",
@@ -140,7 +105,10 @@ STAGES = {
     "Prefer": "stages.tuning",
     "Prepare": "stages.corpus",
     "Prune": "stages.prune",
+    "Quickstart": "sweep.stages",
     "Score": "stages.score",
+    "Search": "sweep.stages",
+    "Sweep": "sweep.stages",
     "Train": "stages.distill",
 }
 _ELSEWHERE = STAGES | {"open_text": "stages.inputs"}

@@ -22,6 +22,10 @@ class Interrupted(Exception):
     """Work was asked to stop; its state is saved, and the same call goes on with it."""
 
 
+class WorkerDied(RuntimeError):
+    """A worker process ended on its own, mostly because the system ran out of memory."""
+
+
 @contextmanager
 def border(what: str) -> Iterator[None]:
     """Around a call of another library with what the user gave: whatever that raises becomes one

@@ -234,7 +234,8 @@ def _parameter(name: str, field: FieldInfo, told: str) -> Parameter:
         default = Parameter.empty
     elif field.default in (None, ()):
         kind, default = kind | None, None
-    made: Any = typer.Option(option(name), help=told, metavar=_metavar(field))
+    short = ["-s"] if name == "set" else []
+    made: Any = typer.Option(option(name), *short, help=told, metavar=_metavar(field))
     if ARGUMENT in field.metadata:
         made = typer.Argument(help=told, metavar=_metavar(field))
     annotation = Annotated[kind, made]

@@ -15,19 +15,15 @@ from typing import Annotated, NoReturn
 import typer
 
 from capgap import __version__
+from capgap.cli import commands
 from capgap.cli.app import FAILED, USER_ERROR, app, exit_with
-from capgap.errors import UserError, is_disk_full
+from capgap.errors import UserError, WorkerDied, is_disk_full
 from capgap.machine import forget_leftovers, started
-
-# in the order of --help
-# isort: off
-from capgap.cli import sweeps, commands
-# isort: on
 
 # What the machine refuses, and only its user can mend
 REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
-__all__ = ["app", "commands", "leave", "main", "sweeps"]
+__all__ = ["app", "commands", "leave", "main"]
 
 
 def main() -> None:
@@ -71,6 +67,8 @@ def _run() -> None:
         # what all processes of torchrun meet alike, the first one tells
         told = error.rank is not None or started()[0] == 0
         exit_with(f"{where}{error}" if told else "", USER_ERROR)
+    except WorkerDied as error:
+        exit_with(str(error), FAILED)
     except OSError as error:
         if is_disk_full(error):
             exit_with("no disk space left: free some and run the same command again", USER_ERROR)

@@ -74,7 +74,7 @@ def add_stage(kind: type[Stage]) -> None:
     def command(**given: Any) -> None:
         from rich.console import Console
 
-        from capgap.sweep.progress import make_lines
+        from capgap.sweep.progress import make_display
 
         quiet, as_json = given.pop("quiet", True), given.pop("json_")
         sections = settings(kind, given.pop("set_", None) or [])
@@ -84,7 +84,7 @@ def add_stage(kind: type[Stage]) -> None:
             if not isinstance(stage, Answer):
                 quieten_transformers()
             with Signals() as signals:
-                found = signals.run(stage, make_lines(Console(stderr=True), quiet=quiet))
+                found = signals.run(stage, make_display(Console(stderr=True), quiet=quiet))
         except FieldError as error:
             raise UserError(f"{option(error.field)} {error.why}") from None
         except Stopped as ended:

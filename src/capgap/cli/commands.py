@@ -36,12 +36,27 @@ from capgap.stages.export import Export
 from capgap.stages.prune import Prune
 from capgap.stages.score import Score
 from capgap.stages.tuning import Instruct, Prefer
+from capgap.sweep.stages import Column, Quickstart, Search, Sweep
 
 if TYPE_CHECKING:
     from capgap.pipeline.state import Decision
     from capgap.tune.chat import Chat
 
 STATES = {"done": "done", "continue": "would go on", "run": "would run"}
+
+
+class Report(Answer):
+    """Fit the law and draw the report again from the records of a sweep, finished or not."""
+
+    folder: Annotated[Path, ARGUMENT, "The output folder of a sweep or of distillations."]
+
+    def run(self, **_: Any) -> dict[str, Any]:
+        from capgap.sweep.results import refresh
+
+        return refresh(self.folder)
+
+    def told(self, found: dict[str, Any]) -> str:
+        return "\n".join([*found["verdict"], f"report: {found['report']}"])
 
 
 class Fit(Answer):
@@ -213,7 +228,7 @@ class Sample(Answer):
 
 stage: type[Stage]
 # in the order of --help
-for stage in (Fit, Recommend, Plan):
+for stage in (Quickstart, Sweep, Search, Report, Fit, Recommend, Plan):
     add_stage(stage)
 
 
@@ -244,7 +259,7 @@ def run(
     from capgap.pipeline.recipe import RunRecipe
     from capgap.pipeline.runner import StepFailed, plan_pipeline, run_pipeline
     from capgap.stopping import Stopped
-    from capgap.sweep.progress import make_lines
+    from capgap.sweep.progress import make_display
 
     loaded = load_any_recipe(find_recipe(recipe), set_ or [])
     if not isinstance(loaded, RunRecipe):
@@ -261,7 +276,7 @@ def run(
             print(f"   {shlex.join(step['command'])}")
         return
     quieten_transformers()
-    say = make_lines(Console(stderr=True), quiet=quiet)
+    say = make_display(Console(stderr=True), quiet=quiet)
     try:
         found = run_pipeline(loaded, folder, again_from=from_, until=until, quiet=quiet, say=say)
     except Stopped as ended:
@@ -286,7 +301,7 @@ def _described(decision: "Decision") -> dict[str, Any]:
     }
 
 
-for stage in (Prepare, Cache, Score, Prune, Distill, Train, Adapt, Sample):
+for stage in (Column, Prepare, Cache, Score, Prune, Distill, Train, Adapt, Sample):
     add_stage(stage)
 for stage in (Evaluate, Instruct, Prefer):
     add_stage(stage)

@@ -17,8 +17,8 @@ from capgap.prune.shape import Target, changed_shape, from_axes, from_ladder, ke
 from capgap.sizes import clock_time, format_bytes, format_count, forward_flops, training_flops
 from capgap.stage import text_table
 from capgap.stages.prune import PruneSection
-from capgap.sweep.context import resolve_workers
-from capgap.sweep.plan import Column, Plan, Teacher, expected_baselines, make_plan
+from capgap.sweep.cells import Column, Plan, Teacher, expected_baselines, resolve_workers
+from capgap.sweep.plan import make_plan
 from capgap.sweep.recipe import Recipe
 from capgap.train.learning_rate import auto_learning_rate
 
@@ -57,7 +57,7 @@ def estimate(
     given = []
     if recipe.teachers.models:
         # looks at their tokenizers, and so loads transformers
-        from capgap.sweep.given import given_teachers
+        from capgap.sweep.plan import given_teachers
 
         given = given_teachers(recipe)
     return plan_sweep(recipe, given, gpus=gpus, utilisation=utilisation)
@@ -354,8 +354,7 @@ def _sweep_hours(
     plan: Plan, columns: Sequence[Column], total: int, gpus: tuple[int, str], share: float
 ) -> float:
     """All work shared out evenly, but no less than the longest task with the teachers it needs."""
-    heldout = plan.recipe.corpus.heldout_tokens
-    alone = {one.id: sum(one.flops(heldout).values()) for one in plan.teachers}
+    alone = {one.id: sum(one.work.flops(plan.recipe).values()) for one in plan.teachers}
     longest = max(
         max((alone[name] for name in column.teachers), default=0)
         + column.work.training_flops

@@ -1,25 +1,22 @@
-"""A column: models that learn from the same windows, from one teacher, a cache of it, or text."""
+"""The work of `train` and `distill`: one column, with its record and metrics."""
 
-import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from capgap.artifact import read_json, write_json
 from capgap.corpus.text import Text
 from capgap.distill.cache import CachedTeacher
-from capgap.distill.teacher import OnlineTeacher, TeacherSource, load_teacher
+from capgap.distill.teacher import OnlineTeacher, TeacherSource
 from capgap.errors import UserError
-from capgap.evaluate.losses import evaluate_heldout, heldout_set
-from capgap.evaluate.measured import HeldoutLoss, MixedLoss, mixed_loss
-from capgap.machine import machine, resolve_device, versions
-from capgap.models.build import build_model, load_model, save_model
+from capgap.machine import machine, resolve_device
+from capgap.models.build import build_model, load_model, shape_of
 from capgap.models.identity import model_hash
-from capgap.models.parallel import Ranks, joined, parallelize, release, whole_weights
-from capgap.models.parts import Parts
+from capgap.models.parallel import joined
 from capgap.models.shape import Shape, ladder_shape
 from capgap.models.stored import (
     LICENCES,
@@ -28,26 +25,19 @@ from capgap.models.stored import (
     local_folder,
     read_config,
 )
-from capgap.records import write_json_atomically
 from capgap.sizes import forward_flops, training_flops
 from capgap.stage import Say, ShouldStop
-from capgap.stages.inputs import (
-    check_model,
-    open_text,
-    warn_of_beginning,
-    warn_of_epochs,
-)
+from capgap.stages.inputs import check_model, open_text, warn_of_beginning, warn_of_epochs
 from capgap.stages.prune import PROVENANCE
 from capgap.stages.run_folder import begin_together
 from capgap.stages.step_lines import MetricsFile, StepLines
+from capgap.stages.trainer import STUDENT_SEED, Loss, Trainer
 from capgap.stages.training import Training
-from capgap.train.learner import NOT_FINITE, Learner
+from capgap.train.learner import Learner
 from capgap.train.learning_rate import auto_learning_rate
-from capgap.train.loop import LoopSettings, restore_best, train
-from capgap.train.settings import loop_settings, matrix_peak, resolved_precision
+from capgap.train.loop import restore_best
+from capgap.train.settings import matrix_peak, resolved_precision
 from capgap.train.trackers import check_trackers
-
-DATA_SEED = 2_000_003
 
 
 def train_column(request: Training, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
@@ -58,35 +48,39 @@ def train_column(request: Training, say: Say, should_stop: ShouldStop) -> dict[s
     """
     device = resolve_device(request.running.device)
     check_trackers(request.track)
-    corpus = open_text(request.corpus, request.window)
+    text = open_text(request.corpus, request.window)
     for name in (request.teacher, *request.begun_with):
         if name is not None:
-            check_model(name, corpus)
-    shape = _new_shape(request, corpus)
-    identity = request.identity() | corpus.identity
+            check_model(name, text)
+    shape = None
+    if request.size is not None:
+        # reads one window and no more
+        limits = {"vocabulary": text.vocabulary, "positions": request.window}
+        shape = ladder_shape(request.architecture, request.size, **limits)
+    identity = request.identity() | text.identity
     # its hash tells more than its folder, which may move
     del identity["corpus"]
-    settings = _settings(request, corpus, device)
-    with joined(device, settings.batch_windows) as ranks:
+    trainer = Trainer(text, request.training, request.running, device, should_stop=should_stop)
+    data_seed = STUDENT_SEED + request.seed
+    with joined(device, trainer.settings(data_seed).batch_windows) as ranks:
+        trainer.ranks = ranks
         record = begin_together(request.record_file, identity, ranks)
         if not record["finished"]:
             # what `auto` became when it began holds on every machine that it goes on with
             resolved = record.setdefault(
                 "resolved", resolved_precision(request.training, request.running, device)
             )
-            training = request.training.model_copy(update=resolved)
-            request = request.model_copy(update={"training": training})
-            settings = _settings(request, corpus, device)
-            say = say if ranks.is_first else _say_nothing
-            warn_of_epochs(corpus, request.tokens, say)
-            run = _Run(request, corpus, shape, settings, device, ranks, record)
+            trainer.training = request.training.model_copy(update=resolved)
+            if ranks.is_first:
+                trainer.say = say
+            warn_of_epochs(text, request.tokens, trainer.say)
+            run = _Run(request, trainer, record, shape)
             try:
-                run.train(say, should_stop)
+                run.train()
             except UserError as error:
                 # a damaged window of a cache, say: one rank may meet it alone
                 error.rank = ranks.rank
                 raise
-            run.finish()
         return record
 
 
@@ -94,267 +88,200 @@ class _Run:
     """One call's models, and what it adds to the record."""
 
     def __init__(
-        self,
-        request: Training,
-        corpus: Text,
-        shape: Shape | None,
-        settings: LoopSettings,
-        device: str,
-        ranks: Ranks,
-        record: dict[str, Any],
+        self, request: Training, trainer: Trainer, record: dict[str, Any], shape: Shape | None
     ) -> None:
         self.request = request
-        self.corpus = corpus
-        self.settings = settings
-        self.device = device
-        self.ranks = ranks
+        self.trainer = trainer
         self.record = record
-        self.heldout = heldout_set(
-            corpus.heldout_documents(), corpus.marks, corpus.window, corpus.vocabulary
-        )
-        self.teacher, self.teacher_parameters = None, 0
-        if request.teacher is not None:
-            found = _teacher(request, request.teacher, corpus, device, ranks)
-            self.teacher, self.teacher_parameters = found
-        self.steps = request.tokens // request.training.batch_tokens
-        self.learners: list[Learner] = []
+        self.checkpoints = request.out / "checkpoints"
+        self.sources = {Path(model).name: model for model in request.begun_with}
+        self.teacher = _teacher(request, trainer)
         models = [load_model(path, dtype=torch.float32) for path in request.begun_with]
         if shape is not None:
-            models.append(_new_model(shape, corpus, request.seed))
+            models.append(_new_model(shape, trainer.text, request.seed))
+        alpha = 0.0 if self.teacher is None else request.training.alpha
+        self.learners = []
         for name, model in zip(request.names, models, strict=True):
             rate = request.learning_rate
             if rate == "auto":
-                rate = _auto_rate(model, is_new=name == request.new)
-            alpha = 0.0 if self.teacher is None else request.training.alpha
-            learner = Learner(name, model, self.steps, rate, alpha)
-            parallelize(learner.parts, ranks, torch.device(device))
-            self.learners.append(learner)
-        self.last_losses: dict[str, HeldoutLoss | MixedLoss] = {}
+                rate = auto_learning_rate(_non_embedding(model), is_cut=name != request.new)
+            self.learners.append(trainer.learner(name, model, request.tokens, rate, alpha))
 
-    def train(self, say: Say, should_stop: ShouldStop) -> None:
+    def train(self) -> None:
+        request, trainer = self.request, self.trainer
         if self.teacher is not None:
-            say(f"teacher: computes in {self.teacher.dtype}")
-        if self.settings.document_mask:
-            online = [self.teacher.parts] if isinstance(self.teacher, OnlineTeacher) else []
-            for parts in (*online, *(one.parts for one in self.learners)):
-                parts.check_documents()
-                release(parts)
+            trainer.say(f"teacher: computes in {self.teacher.dtype}")
         if isinstance(self.teacher, OnlineTeacher):
-            name = str(self.request.teacher)
-            warn_of_beginning(self.teacher.parts, self.corpus, name, say, self.ranks)
+            name = str(request.teacher)
+            warn_of_beginning(self.teacher.parts, trainer.text, name, trainer.say, trainer.ranks)
         if "before" not in self.record:
-            before = {one.id: self._evaluate(one.parts).as_dict() for one in self.learners}
+            before = {one.id: trainer.evaluate(one.parts).as_dict() for one in self.learners}
             self._record(before=before, teacher=self._about_teacher())
-
-        def heldout_loss(learner: Learner) -> float:
-            self.last_losses[learner.id] = self._evaluate(learner.parts)
-            return self.last_losses[learner.id].loss
-
-        peak = _peak(self.settings, self.device) * self.ranks.world
-        request = self.request
-        with MetricsFile(request.out, request.track, request.identity(), say) as metrics:
+        data_seed = STUDENT_SEED + request.seed
+        dtype = trainer.settings(data_seed).autocast_dtype or torch.float32
+        peak = matrix_peak(torch.device(trainer.device), dtype) * trainer.ranks.world
+        with MetricsFile(request.out, request.track, request.identity(), trainer.say) as metrics:
             lines = StepLines(
-                metrics, tokens=request.tokens, flops=self._token_flops(), peak=peak, say=say
+                metrics,
+                tokens=request.tokens,
+                flops=self._token_flops(),
+                peak=peak,
+                say=trainer.say,
             )
-            train(
+            losses = trainer.train(
                 self.learners,
-                self.corpus,
-                self.settings,
-                teacher=self.teacher,
-                checkpoint_folder=self._checkpoints,
-                should_stop=should_stop,
-                on_step=lines.add if self.ranks.is_first else lambda progress: None,
-                heldout_loss=None if self.settings.heldout_steps is None else heldout_loss,
-                ranks=self.ranks,
+                self.teacher,
+                data_seed=data_seed,
+                checkpoints=self.checkpoints,
+                on_step=lines.add if trainer.ranks.is_first else lambda progress: None,
+                heldout_steps=request.heldout_steps,
             )
+        self._finish(losses)
 
-    def finish(self) -> None:
+    def _finish(self, losses: dict[str, Loss | None]) -> None:
         """The students as folders, and the record."""
-        students = {}
+        request, trainer = self.request, self.trainer
         trained = "models" if self.teacher is None else "students"
-        for one in self.learners:
-            loss = None
-            if one.failure is None:
-                loss = self.last_losses.get(one.id) or self._evaluate(one.parts)
-                if not math.isfinite(loss.loss):
-                    loss, one.failure = None, NOT_FINITE
-            students[one.id] = {
+        students = {
+            one.id: {
                 "folder": None if one.failure else self._save(one, trained),
                 "failure": one.failure,
                 "parameters": _total(one.model),
                 "non_embedding": _non_embedding(one.model),
+                "parameters_by_part": _by_part(one.model.config),
                 "architecture": one.model.config.model_type,
                 "cut_from": self._cut_from(one.id),
                 "learning_rate": one.learning_rate,
-                "heldout": None if loss is None else loss.as_dict(),
+                "alpha": one.alpha,
+                "heldout": _as_dict(losses[one.id]),
                 "curve": one.curve,
             }
-        batch_tokens = self.request.training.batch_tokens
+            for one in self.learners
+        }
+        steps = request.tokens // request.training.batch_tokens
+        tokens = steps * request.training.batch_tokens
         self._record(
+            **trainer.facts(),
             finished=True,
-            steps=self.steps,
-            flops=self._token_flops() * self.steps * batch_tokens,
-            sources=self.corpus.read_of_sources(self.steps * batch_tokens),
+            steps=steps,
+            tokens=tokens,
+            flops=self._token_flops() * tokens,
+            sources=trainer.text.read_of_sources(tokens),
             after=students,
-            best=self._best(),
+            best=self._best(steps),
             teacher_dtype=None if self.teacher is None else self.teacher.dtype,
-            processes=self.ranks.world,
-            versions=versions(),
-            machine=machine(self.device, None),
+            processes=trainer.ranks.world,
+            machine=machine(trainer.device, None),
         )
-        if self.ranks.is_first:
-            shutil.rmtree(self._checkpoints, ignore_errors=True)
+        if trainer.ranks.is_first:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-    def _best(self) -> dict[str, Any] | None:
+    def _best(self, steps: int) -> dict[str, Any] | None:
         """The students of the checkpoint with the lowest held-out loss, where it is not the last;
         None where no loss was taken on the way."""
-        step = restore_best(self.learners, self._checkpoints, self.ranks)
+        step = restore_best(self.learners, self.checkpoints, self.trainer.ranks)
         if step is None:
             return None
-        sound = [one for one in self.learners if one.failure is None and step < self.steps]
         students = {
             one.id: {
                 "folder": self._save(one, "best"),
-                "heldout": self._evaluate(one.parts).as_dict(),
+                "heldout": self.trainer.evaluate(one.parts).as_dict(),
             }
-            for one in sound
+            for one in self.learners
+            if one.failure is None and step < steps
         }
         return {"step": step, "students": students}
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.request.out / "checkpoints"
 
     def _about_teacher(self) -> dict[str, Any] | None:
         """Which one, its size, and its own held-out loss where it runs here."""
         name = self.request.teacher
         if name is None:
             return None
-        model = empty_model(read_config(name))
-        online = self.teacher if isinstance(self.teacher, OnlineTeacher) else None
+        config = read_config(name)
+        model = empty_model(config)
+        heldout = None
+        if isinstance(self.teacher, OnlineTeacher):
+            heldout = self.trainer.evaluate(self.teacher.parts)
         return {
             # it reads all weights, and the first process alone writes
-            "hash": model_hash(name) if self.ranks.is_first else None,
+            "hash": model_hash(name) if self.trainer.ranks.is_first else None,
             "parameters": _total(model),
             "non_embedding": _non_embedding(model),
-            "heldout": None if online is None else self._evaluate(online.parts).as_dict(),
+            "parameters_by_part": _by_part(config),
+            "heldout": _as_dict(heldout),
         }
 
     def _cut_from(self, student: str) -> str | None:
         """The hash of the model that a student was cut out of."""
-        folders = {Path(name).name: local_folder(name) for name in self.request.begun_with}
-        path = folders[student] / PROVENANCE if student in folders else None
-        if path is None or not path.is_file():
+        folder = local_folder(self.sources[student]) if student in self.sources else None
+        if folder is None or not (folder / PROVENANCE).is_file():
             return None
-        return str(json.loads(path.read_text())["teacher_hash"])
-
-    def _evaluate(self, parts: Parts) -> HeldoutLoss | MixedLoss:
-        found = evaluate_heldout(parts, self.heldout, self.ranks)
-        return mixed_loss(found, self.corpus.heldout_counts(), self.corpus.share_of)
+        return str(read_json(folder / PROVENANCE)["teacher_hash"])
 
     def _save(self, learner: Learner, name: str) -> str:
         folder = self.request.out / name / learner.id
-        weights = whole_weights(learner.parts, self.ranks)
-        if self.ranks.is_first:
-            save_model(learner.model, folder, self.corpus.tokenizer, weights=weights)
+        self.trainer.save(learner, folder)
+        if self.trainer.ranks.is_first and learner.id in self.sources:
             # where it comes from, and on what terms, goes with it
-            given = {Path(student).name: student for student in self.request.begun_with}
-            if learner.id in given:
-                copy_companions(local_folder(given[learner.id]), folder, (PROVENANCE, *LICENCES))
+            source = local_folder(self.sources[learner.id])
+            copy_companions(source, folder, (PROVENANCE, *LICENCES))
         return str(folder)
 
     def _token_flops(self) -> int:
         students = sum(training_flops(_total(one.model), 1) for one in self.learners)
         # who learns from the text alone has no use for the teacher's passes
-        taught = any(one.alpha > 0 for one in self.learners)
-        return students + (forward_flops(self.teacher_parameters, 1) if taught else 0)
+        if isinstance(self.teacher, OnlineTeacher) and self.learners[0].alpha > 0:
+            return students + forward_flops(self.teacher.parameters, 1)
+        return students
 
     def _record(self, **values: Any) -> None:
         self.record |= values
-        if self.ranks.is_first:
-            write_json_atomically(self.request.record_file, self.record)
+        if self.trainer.ranks.is_first:
+            write_json(self.request.record_file, self.record)
 
 
-def _settings(request: Training, corpus: Text, device: str) -> LoopSettings:
-    return loop_settings(
-        request.training,
-        request.running,
-        corpus,
-        data_seed=DATA_SEED + request.seed,
-        device=device,
-        heldout_steps=request.heldout_steps,
+def _teacher(request: Training, trainer: Trainer) -> TeacherSource | None:
+    """UserError for a cache of another teacher, text or loss, and as `Trainer.teacher`."""
+    if request.teacher is None or request.cache is None:
+        return None if request.teacher is None else trainer.teacher(request.teacher)
+    training = trainer.training
+    cached = CachedTeacher(
+        request.cache,
+        trainer.text,
+        document_mask=training.document_mask,
+        teacher_hash=model_hash(request.teacher),
     )
+    cached.check(training.temperature, training.divergence)
+    return cached
 
 
-def _say_nothing(text: str) -> None:
-    """For all ranks but the first."""
-
-
-def _new_shape(request: Training, corpus: Text) -> Shape | None:
-    """Of the new model, which reads one window and no more; UserError as `ladder_shape`."""
-    if request.size is None:
-        return None
-    return ladder_shape(
-        request.architecture,
-        request.size,
-        vocabulary=corpus.vocabulary,
-        positions=request.window,
-    )
-
-
-def _new_model(shape: Shape, corpus: Text, seed: int) -> Any:
+def _new_model(shape: Shape, text: Text, seed: int) -> PreTrainedModel:
     model = build_model(shape, seed=seed)
     for config in (model.config, model.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, name, getattr(corpus.tokenizer, name))
+            setattr(config, name, getattr(text.tokenizer, name))
     return model
 
 
-def _auto_rate(model: Any, *, is_new: bool) -> float:
-    return auto_learning_rate(_non_embedding(model), is_cut=not is_new)
+def _as_dict(loss: Loss | None) -> dict[str, Any] | None:
+    return None if loss is None else loss.as_dict()
 
 
-def _teacher(
-    request: Training, name: str, corpus: Text, device: str, ranks: Ranks
-) -> tuple[TeacherSource, int]:
-    """The teacher, and the parameters that work while students learn: none where it is cached."""
-    training, run = request.training, request.running
-    if request.cache is not None:
-        cached = CachedTeacher(
-            request.cache,
-            corpus,
-            document_mask=training.document_mask,
-            teacher_hash=model_hash(name),
-        )
-        cached.check(training.temperature, training.divergence)
-        return cached, 0
-    if ranks.world > 1 and run.teacher_device != "same":
-        raise UserError(
-            f"run.teacher_device {run.teacher_device!r}: with several processes the teacher is "
-            "sharded over the devices of its students; leave it at 'same'"
-        )
-    place = device if run.teacher_device == "same" else resolve_device(run.teacher_device)
-    teacher = load_teacher(
-        name,
-        place,
-        dtype=training.teacher_dtype,
-        offload=run.teacher_offload,
-        ranks=ranks,
-    )
-    return teacher, teacher.parameters
-
-
-def _peak(settings: LoopSettings, device: str) -> float:
-    return matrix_peak(torch.device(device), settings.autocast_dtype or torch.float32)
-
-
-def _total(model: Any) -> int:
+def _total(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _non_embedding(model: Any) -> int:
+def _non_embedding(model: PreTrainedModel) -> int:
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     weights = {
         id(one.weight): one.weight.numel() for one in (*tables, model.get_output_embeddings())
     }
     return _total(model) - sum(weights.values())
+
+
+def _by_part(config: PreTrainedConfig) -> dict[str, int] | None:
+    """By part, as `records.Parameters`; None for an architecture that is not known so well."""
+    try:
+        return shape_of(config).parameters().as_dict()
+    except UserError:
+        return None

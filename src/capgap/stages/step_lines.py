@@ -1,12 +1,12 @@
-"""metrics.jsonl: one JSON line a step, told to trackers too, and now and then a line for people."""
+"""metrics.jsonl: one JSON line a step, for trackers too, and now and then a line for people."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capgap.artifact import write_text
 from capgap.machine import versions
-from capgap.records import write_text_atomically
 from capgap.stage import Say, paced
 from capgap.train.trackers import Trackers
 
@@ -19,8 +19,8 @@ TRACKERS = "trackers"
 
 
 class MetricsFile:
-    """OUT/metrics.jsonl, and the trackers of these names, which are told the same lines and what
-    was `asked` for. A context manager; nothing is opened before the first line."""
+    """OUT/metrics.jsonl, and the trackers of these names, which get the same lines and what was
+    `asked` for. A context manager; nothing is opened before the first line."""
 
     def __init__(
         self, out: Path, names: tuple[str, ...], asked: Mapping[str, Any], say: Say
@@ -48,7 +48,7 @@ class MetricsFile:
 
 
 class StepLines:
-    """Tells what the loop reports of a run of so many tokens, in `metrics` and now and then aloud.
+    """What the loop reports of a training on so many tokens, in `metrics` and now and then aloud.
 
     `flops` a token by 6 S + 2 T; `peak` FLOPs a second of all devices.
     """
@@ -58,63 +58,55 @@ class StepLines:
     ) -> None:
         self.metrics = metrics
         self.tokens = tokens
-        self.flops = flops
-        self.peak = peak
+        self.share_of_peak = flops / peak
         self.tell = paced(say)
 
     def add(self, progress: "Progress") -> None:
-        for number, step in enumerate(progress.reports):
-            is_last = number == len(progress.reports) - 1
+        for step in progress.reports:
             # no learner has a report where all have failed
             if step.learners:
-                self._add(step, progress.heldout if is_last else {})
+                self._add(step, progress.heldout if step is progress.reports[-1] else {})
 
     def _add(self, found: "StepReports", heldout: dict[str, float]) -> None:
         reports = {name: dict(vars(report)) for name, report in found.learners.items()}
-        first = next(iter(reports.values()))
-        step, tokens = first["step"], first["tokens"]
-        rate = None if found.seconds is None else tokens / found.seconds
         for name, report in reports.items():
-            del report["step"], report["tokens"]
+            step, tokens = report.pop("step"), report.pop("tokens")
             if name in heldout:
                 report["heldout"] = heldout[name]
+        rate = None if found.seconds is None else tokens / found.seconds
         line = {
             "step": step,
             "tokens": (step + 1) * tokens,
             "tokens_per_second": rate,
-            "utilisation": None if rate is None else rate * self.flops / self.peak,
+            "utilisation": None if rate is None else rate * self.share_of_peak,
             "students": reports,
         }
         self.metrics.add(line)
         self.tell(lambda: self._sentence(line))
 
     def _sentence(self, line: dict[str, Any]) -> str:
-        rate = line["tokens_per_second"]
+        rate, speed = line["tokens_per_second"], ""
+        if rate is not None:
+            speed = f", {rate:,.0f} tokens/s ({line['utilisation']:.0%} of peak)"
         losses = ", ".join(
             f"{name}: CE {report['ce']:.3f}"
             + ("" if report["kl"] is None else f" KL {report['kl']:.3f}")
             for name, report in line["students"].items()
         )
-        speed = (
-            "" if rate is None else f", {rate:,.0f} tokens/s ({line['utilisation']:.0%} of peak)"
-        )
         return f"{line['tokens'] / self.tokens:.0%}{speed}; {losses}"
 
 
 def _keep_before(path: Path, step: int) -> int | None:
-    """A run that goes on from a checkpoint takes some steps again: their lines are cut off. Returns
-    the last step that was taken, None where there is none."""
-    if not path.exists():
-        return None
-    kept = []
-    last = None
-    for text in path.read_text().splitlines():
+    """A training that goes on from a checkpoint takes some steps again: their lines are cut off.
+    Returns the last step that was taken, None where there is none."""
+    kept, last = [], None
+    for text in path.read_text().splitlines() if path.exists() else ():
         try:
-            line = json.loads(text)
+            last = json.loads(text)["step"]
         except ValueError:
             break  # cut off by a kill
-        last = line["step"]
         if last < step:
             kept.append(text + "\n")
-    write_text_atomically(path, "".join(kept))
+    if path.exists():
+        write_text(path, "".join(kept))
     return last

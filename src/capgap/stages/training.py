@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 
 from capgap.corpus.names import Given
 from capgap.section import Count, LearningRate
-from capgap.stage import HOW, SEVERAL, Stage
+from capgap.sizes import format_count
+from capgap.stage import HOW, SEVERAL, Say, ShouldStop, Stage
 from capgap.train.recipe import ABOUT_A_TEACHER, RunSection, TrainingSection
 
 Tokens = Annotated[Count, "Training tokens, such as 10M."]
@@ -67,8 +68,6 @@ class Training(TrainingStage):
     @property
     def new(self) -> str | None:
         """The name of the new model, where one is asked for."""
-        from capgap.sizes import format_count
-
         return None if self.size is None else f"{self.architecture}-{format_count(self.size)}"
 
     @property
@@ -99,3 +98,49 @@ class Training(TrainingStage):
             for name in ABOUT_A_TEACHER:
                 del found["training"][name]
         return found
+
+    def run(
+        self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
+    ) -> dict[str, Any]:
+        """Trains the models and writes each as a Hugging Face folder; returns the record.
+
+        Started by torchrun, all its processes share the work; the first one writes and says.
+        """
+        from capgap.stages.column import train_column
+
+        return train_column(self, say, should_stop)
+
+    def told(self, found: dict[str, Any]) -> str:
+        lines = []
+        for name, student in found["after"].items():
+            before = found["before"][name]
+            if student["failure"]:
+                step = student["failure"].get("step")
+                where = "" if step is None else f" at step {step}"
+                lines.append(f"{name}: failed{where}, {student['failure']['message']}")
+                continue
+            after = student["heldout"]
+            change = f"{before['loss']:.4f} -> {after['loss']:.4f}"
+            lines.append(f"{name}: held-out loss {change}, {student['folder']}")
+            for source, one in after.get("sources", {}).items():
+                change = f"{before['sources'][source]['loss']:.4f} -> {one['loss']:.4f}"
+                lines.append(f"    {source} ({one['share']:.0%}): {change}")
+        best = found["best"] or {"students": {}}
+        for name, student in best["students"].items():
+            loss = student["heldout"]["loss"]
+            lines.append(
+                f"{name}: held-out loss {loss:.4f} at step {best['step']}, {student['folder']}"
+            )
+        return "\n".join(lines)
+
+    def result(self, found: dict[str, Any]) -> str:
+        told = []
+        for name, after in found["after"].items():
+            loss = after["heldout"] and after["heldout"]["loss"]
+            before = found["before"][name]["loss"]
+            told.append("failed" if loss is None else f"held-out loss {before:.3f} -> {loss:.3f}")
+        return "; ".join(told)
+
+    def failure(self, found: dict[str, Any]) -> str:
+        failed = all(student["failure"] for student in found["after"].values())
+        return "no model was finished" if failed else ""

@@ -14,8 +14,8 @@ from capgap.corpus.sources import open_source
 from capgap.errors import UserError
 from capgap.records import RECORD_FILE, RunRecord, read_record, read_records
 from capgap.scrub import scrub
-from capgap.sweep.context import SEARCH_FILE, Context
-from capgap.sweep.plan import Assistant, Cell, Column, Plan, Teacher, make_plan
+from capgap.sweep.cells import SEARCH_FILE, Assistant, Cell, Column, Context, Plan, Teacher
+from capgap.sweep.plan import make_plan
 from capgap.sweep.recipe import Recipe, identity
 
 # Keys that say which runs there are, and not what a run is: they may change in one folder as long

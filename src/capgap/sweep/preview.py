@@ -1,29 +1,29 @@
-"""What a sweep would do and cost, before anything is spent."""
+"""What a sweep would do and cost, before anything is spent, at a speed that is measured here."""
 
+import statistics
+import time
+from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from capgap.distill.head import HeadInput
+from capgap.distill.losses import column_loss
 from capgap.machine import resolve_device
-from capgap.sizes import clock_time, format_count
+from capgap.models.build import build_model
+from capgap.models.parts import Parts
+from capgap.models.shape import Shape
+from capgap.sweep.cells import Cell, Plan, Teacher, Work, expected_baselines, resolve_workers
 from capgap.sweep.checks import check_sources
-from capgap.sweep.context import resolve_workers
-from capgap.sweep.given import plan_of
-from capgap.sweep.plan import FLOP_PARTS, Cell, Plan, Teacher, Work, expected_baselines
-from capgap.sweep.progress import table
+from capgap.sweep.plan import plan_of
 from capgap.sweep.recipe import Recipe
-from capgap.sweep.schedule import Speed
-from capgap.sweep.speed import LARGEST_PROBE, measure_speed
+from capgap.sweep.workers import Speed
+from capgap.train.learner import make_optimizer
 from capgap.train.settings import autocast_dtype, teacher_dtype
 
-SHORT_PARTS = {
-    "teacher_training": "T train",
-    "teacher_forward": "T forward",
-    "pruning": "prune",
-    "student": "S train",
-    "evaluation": "evaluate",
-}
+# Larger models are not built for an estimate: their speed follows from the larger of the two.
+LARGEST_PROBE = 3_000_000
+REPEATS = 5
 
 
 def preview(recipe: Recipe) -> dict[str, Any]:
@@ -39,9 +39,7 @@ def preview(recipe: Recipe) -> dict[str, Any]:
     speed = _speed(plan, device)
     torch.set_num_threads(before)
     cells = [cell for column in (*plan.columns, *baselines) for cell in column.cells]
-    heldout = recipe.corpus.heldout_tokens
-    runs = [_row(one, "teacher", one.flops(heldout), speed) for one in plan.teachers]
-    runs += [_row(cell, cell.kind, cell.flops(recipe, heldout), speed) for cell in cells]
+    runs: list[Teacher | Cell] = [*plan.teachers, *cells]
     seconds = sum(speed.seconds(task.work) for task in plan.tasks(baselines))
     return {
         "name": recipe.name,
@@ -49,12 +47,26 @@ def preview(recipe: Recipe) -> dict[str, Any]:
         "teachers": len(plan.teachers),
         "cells": len(plan.cells),
         "baselines": len(cells) - len(plan.cells),
-        "runs": runs,
+        "runs": [_row(recipe, run, speed) for run in runs],
         "flops": plan.flops(baselines),
         "workers": workers,
         "device": device,
         "teacher_dtype": teacher_dtype(training.teacher_dtype, training.precision, device),
         "expected_seconds": round(seconds / workers, 1),
+    }
+
+
+def _row(recipe: Recipe, run: Teacher | Cell, speed: Speed) -> dict[str, Any]:
+    """One run; the seconds are those of its training."""
+    return {
+        "id": run.id,
+        "kind": "teacher" if isinstance(run, Teacher) else run.kind,
+        "parameters": run.shape.parameters().as_dict(),
+        "shape": vars(run.shape),
+        "tokens": run.tokens,
+        "learning_rate": run.learning_rate,
+        "flops": run.work.flops(recipe),
+        "expected_seconds": round(speed.seconds(Work(students=run.work.trained)), 1),
     }
 
 
@@ -74,51 +86,51 @@ def _speed(plan: Plan, device: str) -> Speed:
     )
 
 
-def _row(run: Teacher | Cell, kind: str, flops: dict[str, int], speed: Speed) -> dict[str, Any]:
-    """One run; the seconds are those of its training."""
-    return {
-        "id": run.id,
-        "kind": kind,
-        "parameters": run.shape.parameters().as_dict(),
-        "shape": vars(run.shape),
-        "tokens": run.tokens,
-        "learning_rate": run.learning_rate,
-        "flops": flops,
-        "expected_seconds": round(speed.seconds(Work(run.work.trained, [])), 1),
-    }
-
-
-def print_preview(found: dict[str, Any], console: Console) -> None:
-    """The same for a person."""
-    sizes = ("layers", "hidden", "heads", "ffn", "size", "vocab", "tokens", "rate")
-    parts = [SHORT_PARTS[part] for part in FLOP_PARTS]
-    shown = table(f"{found['name']}: what would be run", "run", *sizes, *parts, "time")
-    for run in found["runs"]:
-        shape, parameters = run["shape"], run["parameters"]
-        rate = run["learning_rate"]
-        shown.add_row(
-            run["id"],
-            *(str(shape[name]) for name in ("layers", "hidden", "heads", "ffn")),
-            format_count(parameters["non_embedding"]),
-            format_count(parameters["embedding"] + parameters["head"]),
-            format_count(run["tokens"]) if run["tokens"] else "-",
-            "-" if rate is None else f"{rate:g}",
-            *(f"{run['flops'][part]:.1e}" if run["flops"][part] else "-" for part in FLOP_PARTS),
-            clock_time(run["expected_seconds"]),
-        )
-    # a narrower terminal breaks lines, which beats a table with every word cut short
-    console.width = max(console.width, 120 + max(len(run["id"]) for run in found["runs"]))
-    console.print(shown)
-    console.print("size: non-embedding parameters; vocab: embedding and head; FLOPs by part\n")
-    flops, precision = found["flops"], found["teacher_dtype"]
-    if precision == "stored":
-        precision = "the precision of their weights"
-    told = ", ".join(f"{part.replace('_', ' ')} {flops[part]:.2g}" for part in FLOP_PARTS)
-    console.print(
-        f"{found['teachers']} teachers, {found['cells']} cells, {found['baselines']} baselines; "
-        f"{sum(flops.values()):.3g} FLOPs with shared work counted once ({told})\n"
-        f"expected {clock_time(found['expected_seconds'])} on {found['device']} with "
-        f"{found['workers']} worker{'s' if found['workers'] > 1 else ''}, at the speed of two "
-        f"models measured just now; teachers compute in {precision}",
-        highlight=False,
+def measure_speed(
+    small: Shape,
+    large: Shape,
+    *,
+    batch_tokens: int,
+    window: int,
+    device: str,
+    dtype: torch.dtype | None,
+) -> Speed:
+    """Distils each shape for a few steps of one batch; the median counts."""
+    small_seconds, large_seconds = (
+        _seconds_a_token(shape, max(1, batch_tokens // window), window, device, dtype)
+        for shape in (small, large)
     )
+    small_flops, large_flops = (6.0 * shape.parameters().total for shape in (small, large))
+    if large_flops <= small_flops * 1.2 or large_seconds <= small_seconds:
+        return Speed(0.0, large_flops / large_seconds)
+    per_flop = (large_seconds - small_seconds) / (large_flops - small_flops)
+    overhead = max(0.0, small_seconds - small_flops * per_flop)
+    return Speed(overhead, 1 / per_flop)
+
+
+def _seconds_a_token(
+    shape: Shape, rows: int, window: int, device: str, dtype: torch.dtype | None
+) -> float:
+    model = build_model(shape, seed=0).to(device)
+    parts = Parts(model)
+    optimizer = make_optimizer(model, weight_decay=0.1, decay_embeddings=False)
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(0, shape.vocabulary, (rows, window + 1), generator=generator)
+    windows = windows.to(device)
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
+            student = HeadInput.of(parts, windows[:, :-1])
+            # the soft term is a good part of a small model's step; the student is its own teacher
+            teacher = replace(student, hidden=student.hidden.detach())
+            result = column_loss(
+                [student], windows[:, 1:].reshape(-1), alphas=[0.5], teacher=teacher
+            )
+        (result.students[0].loss / (rows * window)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]) / (rows * window)  # the first warms up

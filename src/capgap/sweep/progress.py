@@ -4,189 +4,140 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from capgap.sizes import clock_time, format_count
-from capgap.stage import paced
-from capgap.sweep.plan import Column, Teacher
-from capgap.sweep.schedule import relative_cost
-from capgap.sweep.worker import EndMessage, StepMessage
+from capgap.stage import Say, paced
+from capgap.sweep.cells import Column, Task, Teacher
+from capgap.sweep.workers import EndMessage, StepMessage, relative_cost
 
 LINE_EVERY = 10.0  # seconds between two lines of a running task where there is no terminal
 
 
 @dataclass
 class _Running:
-    task: Teacher | Column
+    task: Task
     tell: Callable[[Callable[[], str]], None]
-    message: StepMessage | None = None
-
-    @property
-    def share(self) -> float:
-        return self.message.tokens / max(1, self.task.tokens) if self.message else 0.0
+    bar: TaskID
+    share: float = 0.0
 
 
-class Ledger:
-    """Work done and to do, in the units of `relative_cost`, and the time left."""
+class Display:
+    """Where a sweep says what it does: in lines, and on a `live` console in bars, one a worker and
+    one for the whole sweep. It counts work in the units of `relative_cost`."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Say, live: Console | None = None) -> None:
+        self.say = say
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            TextColumn("{task.fields[state]}"),
+        )
+        self.bars = Progress(*columns, console=live, disable=live is None)
+        self.is_live = live is not None
+        self.whole = TaskID(0)
         self.start = time.monotonic()
         self.work_began: float | None = None
         self.running: dict[int, _Running] = {}
         self.known = self.later = 0.0
         self.before = self.finished = 0.0
-        self.tasks = self.ended = 0
+        self.tasks = self.ended_tasks = 0
+
+    def __call__(self, text: str) -> None:
+        self.say(text)
+
+    def __enter__(self) -> "Display":
+        self.bars.start()
+        self.whole = self.bars.add_task("sweep", state="")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bars.stop()
 
     def expect(
-        self,
-        tasks: Sequence[Teacher | Column],
-        done: Sequence[str],
-        later: Sequence[Column] = (),
+        self, tasks: Sequence[Task], done: Sequence[str], later: Sequence[Column] = ()
     ) -> None:
         """`later` are tasks that will come but are not settled yet; the next call replaces them."""
-        costs_before = [relative_cost(task) for task in tasks if task.id in done]
+        before = [relative_cost(task) for task in tasks if task.id in done]
         self.tasks += len(tasks)
-        self.ended += len(costs_before)
-        self.known += sum(relative_cost(task) for task in tasks)
-        self.later = sum(relative_cost(task) for task in later)
-        self.before += sum(costs_before)
-        self.finished += sum(costs_before)
+        self.ended_tasks += len(before)
+        self.known += sum(map(relative_cost, tasks))
+        self.later = sum(map(relative_cost, later))
+        self.before += sum(before)
+        self.finished += sum(before)
 
-    def end(self, worker: int) -> None:
-        self.finished += relative_cost(self.running.pop(worker).task)
-        self.ended += 1
+    def started(self, worker: int, task: Task) -> None:
+        self.work_began = self.work_began or time.monotonic()
+        bar = self.bars.add_task(describe(task), total=max(1, task.tokens), state="")
+        self.running[worker] = _Running(task, paced(self.say, LINE_EVERY), bar)
+        if not self.is_live:
+            self.say(f"start {describe(task)}")
 
-    @property
-    def total(self) -> float:
-        return self.known + self.later
+    def step(self, message: StepMessage) -> None:
+        running = self.running[message.worker]
+        task = running.task
+        running.share = message.tokens / max(1, task.tokens)
+        loss = "" if message.loss is None else f", loss {message.loss:.3f}"
+        state = (
+            f"{format_count(message.tokens)} of {format_count(task.tokens)} tokens, "
+            f"{message.tokens_per_second:,.0f} tokens/s{loss}"
+        )
+        to_go = f"about {clock_time(self.eta())} to go"
+        if not self.is_live:
+            running.tell(lambda: f"{task.id}: {state}; sweep {self.share:.0%}, {to_go}")
+            return
+        spent = clock_time(time.monotonic() - self.start)
+        whole = f"{self.ended_tasks} of {self.tasks} tasks, {spent} so far, {to_go}"
+        self.bars.update(running.bar, completed=message.tokens, state=state)
+        self.bars.update(self.whole, completed=100 * self.share, state=whole)
+
+    def ended(self, task: Task, message: EndMessage) -> None:
+        running = self.running.pop(message.worker)
+        self.bars.update(running.bar, visible=False)
+        self.finished += relative_cost(task)
+        self.ended_tasks += 1
+        if message.outcome == "done":
+            for warning in message.message.splitlines():
+                self.say(warning)
+            self.say(f"done {describe(task)} in {clock_time(message.busy)}")
 
     @property
     def done(self) -> float:
         running = self.running.values()
         return self.finished + sum(one.share * relative_cost(one.task) for one in running)
 
+    @property
+    def share(self) -> float:
+        """Of the whole sweep's work."""
+        return self.done / (self.known + self.later)
+
     def eta(self) -> float | None:
         """Seconds to go at the speed so far; None before anything can be said."""
         if self.work_began is None:
             return None
-        now = self.done - self.before
+        total, now = self.known + self.later, self.done - self.before
         # the corpus took its time before, and says nothing of the time to train
         elapsed = time.monotonic() - self.work_began
-        if elapsed < 5 or now < 0.02 * self.total:
+        if elapsed < 5 or now < 0.02 * total:
             return None
-        return elapsed * (self.total - self.done) / now
+        return elapsed * (total - self.done) / now
 
 
-def describe(task: Teacher | Column) -> str:
+def describe(task: Task) -> str:
     if isinstance(task, Teacher):
         return f"teacher {task.id}"
-    names = f"{len(task.cells)} {'baseline' if task.teacher is None else 'student'}"
-    names += "s" if len(task.cells) > 1 else ""
-    return f"{task.id} ({names})"
-
-
-class Display:
-    """Where a sweep tells what it does: in lines, or `live` in a table that is drawn anew, with one
-    row a worker and the whole sweep below. A console that is quiet shows neither."""
-
-    def __init__(self, console: Console, *, live: bool = False) -> None:
-        self.console = console
-        self.ledger = Ledger()
-        self.live = None
-        if live:
-            self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
-
-    def __enter__(self) -> "Display":
-        if self.live is not None:
-            self.live.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.live is not None:
-            self.live.stop()
-
-    def say(self, text: str) -> None:
-        """Tell a line."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=self.live is None)
-
-    def expect(
-        self,
-        tasks: Sequence[Teacher | Column],
-        done: Sequence[str],
-        later: Sequence[Column] = (),
-    ) -> None:
-        self.ledger.expect(tasks, done, later)
-
-    def started(self, worker: int, task: Teacher | Column) -> None:
-        self.ledger.work_began = self.ledger.work_began or time.monotonic()
-        self.ledger.running[worker] = _Running(task, paced(self.say, LINE_EVERY))
-        if self.live is None:
-            self.say(f"start {describe(task)}")
-
-    def step(self, message: StepMessage) -> None:
-        running = self.ledger.running[message.worker]
-        running.message = message
-        if self.live is None:
-            running.tell(lambda: self._line(message, running.task))
-
-    def ended(self, task: Teacher | Column, message: EndMessage) -> None:
-        self.ledger.end(message.worker)
-        if message.outcome == "done":
-            for warning in message.message.splitlines():
-                self.say(warning)
-            self.say(f"done {describe(task)} in {clock_time(message.busy)}")
-
-    def _line(self, message: StepMessage, task: Teacher | Column) -> str:
-        loss = "" if message.loss is None else f", loss {message.loss:.3f}"
-        return (
-            f"{message.task}: {format_count(message.tokens)} of {format_count(task.tokens)} "
-            f"tokens, {message.tokens_per_second:,.0f} tokens/s{loss}; sweep "
-            f"{self.ledger.done / self.ledger.total:.0%}, "
-            f"about {clock_time(self.ledger.eta())} to go"
-        )
-
-    def _render(self) -> RenderableType:
-        ledger = self.ledger
-        if not ledger.total:
-            return Text("")
-        table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")
-        for name in ("running", "", "tokens", "tokens/s", "loss"):
-            table.add_column(name, justify="left" if name in ("running", "") else "right")
-        for _, one in sorted(ledger.running.items()):
-            message = one.message
-            table.add_row(
-                describe(one.task),
-                ProgressBar(total=1.0, completed=one.share, width=20),
-                f"{format_count(message.tokens) if message else 0}/{format_count(one.task.tokens)}",
-                f"{message.tokens_per_second:,.0f}" if message else "",
-                f"{message.loss:.3f}" if message and message.loss is not None else "",
-            )
-        total = Text(
-            f" {ledger.ended} of {ledger.tasks} tasks, {ledger.done / ledger.total:.0%} of the "
-            f"work, {clock_time(time.monotonic() - ledger.start)} so far, "
-            f"about {clock_time(ledger.eta())} to go"
-        )
-        return Group(table, total)
-
-
-def make_lines(console: Console, *, quiet: bool) -> Callable[[str], None]:
-    """Where a single stage tells what it does: plain lines, or nothing if `quiet`."""
-    return Display(Console(quiet=True) if quiet else console).say
+    kind = "baselines" if task.teacher is None else "students"
+    return f"{task.id} ({kind}: {len(task.cells)})"
 
 
 def make_display(console: Console, *, quiet: bool) -> Display:
-    """A live table on a terminal, lines elsewhere, nothing if `quiet`."""
-    return Display(Console(quiet=True)) if quiet else Display(console, live=console.is_terminal)
+    """Bars on a terminal, lines elsewhere, nothing if `quiet`. Called with a text, it says that."""
+    if quiet:
+        return Display(lambda text: None)
+    live = console if console.is_terminal else None
 
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=live is None)
 
-def table(title: str, first: str, *others: str) -> Table:
-    """Without lines; all columns but the first are numbers."""
-    made = Table(title=title, box=None, title_justify="left")
-    made.add_column(first)
-    for name in others:
-        made.add_column(name, justify="right", no_wrap=True)
-    return made
+    return Display(say, live)

@@ -113,3 +113,24 @@ def identity(recipe: dict[str, Any]) -> dict[str, Any]:
     students = {k: v for k, v in recipe["students"].items() if v or k != "control_tokens"}
     added = ("layers", "equal_flops")
     return {k: v for k, v in content.items() if v or k not in added} | {"students": students}
+
+
+class SearchSettings(Section):
+    """How a recipe's grid is searched: a choice is safe when it is within `tolerance` of the best
+    teacher with probability `confidence`."""
+
+    budget: Annotated[
+        float,
+        Field(gt=0, le=1),
+        "Share of the full grid's FLOPs that may be spent, at most 1; it is never exceeded.",
+    ] = 0.35
+    rungs: Annotated[
+        int, Field(ge=1), "Token budgets to run on: the recipe's, a third of it, a ninth."
+    ] = 3
+    tolerance: Annotated[
+        float,
+        Field(gt=0, lt=1),
+        "Share of the loss by which, at 90%, no other teacher is better than a safe choice.",
+    ] = 0.0025
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    seed: int = 0

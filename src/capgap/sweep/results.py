@@ -5,29 +5,59 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from capgap.artifact import folder_written, read_json, write_json
 from capgap.corpus.tokens import Corpus
 from capgap.errors import UserError
-from capgap.evaluate.sample import sample_text
-from capgap.export.card import CARD, card_text, sweep_card
-from capgap.models.build import load_model
-from capgap.models.stored import positions_of
-from capgap.records import RunRecord, read_records, write_json_atomically
-from capgap.sweep.context import Context
-from capgap.sweep.plan import Plan
-from capgap.sweep.summary import fit_tables
+from capgap.law.data import cells_of, write_grid
+from capgap.law.fit import fit
+from capgap.law.law import read_law
+from capgap.law.table import has_distillations, read_distillations
+from capgap.records import RunRecord, read_records
+from capgap.report.page import write_law_report, write_report
+from capgap.report.sentences import answer
+from capgap.sweep.cells import SEARCH_FILE, Context, Plan
 
 SAMPLES = 3
 PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 80
 
 
+def refresh(out: Path) -> dict[str, Any]:
+    """Fits and draws again; returns paths and verdict. UserError where there is neither a sweep nor
+    the runs of `capgap distill`."""
+    if not (out / "sweep.json").exists() and has_distillations(out):
+        law = fit(read_distillations(out))
+        write_json(out / "law.json", law.as_dict())
+        page = write_law_report(law, out / "report.html", title=out.name)
+        return {"report": str(page), "law": str(out / "law.json"), "verdict": verdict_of(out)}
+    if not (out / "sweep.json").exists():
+        raise UserError(f"{str(out)!r} is no output folder of a sweep (it has no sweep.json)")
+    if not any(out.glob("records/*/record.json")):
+        raise UserError(f"no run of the sweep in {out} is finished yet: try again later")
+    fit_tables(out)
+    page = write_report(out)
+    return {"report": str(page), "law": str(out / "law.json"), "verdict": verdict_of(out)}
+
+
+def fit_tables(out: Path) -> list[RunRecord]:
+    """Writes grid.csv and law.json from the records, which it returns."""
+    records = read_records(out)
+    write_grid(records, out / "grid.csv")
+    write_json(out / "law.json", fit(cells_of(records)).as_dict())
+    return records
+
+
+def verdict_of(out: Path) -> list[str]:
+    """The answer of an output folder in sentences."""
+    search = out / SEARCH_FILE
+    trace = read_json(search) if search.exists() else None
+    return answer(read_law(out / "law.json"), trace)
+
+
 def best_of(context: Context, plan: Plan, corpus: Corpus) -> dict[str, str] | None:
     """Writes grid.csv, law.json, and of the cell with the lowest held-out loss student/ and
     samples.json. Returns the ids of that cell and its teacher; None if no cell was finished."""
-    fit_tables(context.out)
-    records = read_records(context.out)
+    records = fit_tables(context.out)
     losses = {
         record.id: record.heldout.loss
         for record in records
@@ -43,39 +73,33 @@ def best_of(context: Context, plan: Plan, corpus: Corpus) -> dict[str, str] | No
     return {"cell": best.id, "teacher": best.teacher}
 
 
-def clear_work(context: Context) -> None:
-    """What is not needed any more: weights of the other students, states of killed runs."""
-    for name in ("students", "checkpoints"):
-        shutil.rmtree(context.out / "work" / name, ignore_errors=True)
-
-
 def _export_student(context: Context, best: RunRecord, records: Sequence[RunRecord]) -> None:
+    from capgap.export.card import CARD, card_text, sweep_card
+
     trained = context.student_folder(best.id)
     target = context.out / "student"
-    if not trained.exists():
-        if not target.exists():
-            raise UserError(
-                f"{target} was deleted, and with it the weights of the best student: delete "
-                f"{context.record_folder(best.id)} too, and the same command makes it again"
-            )
-        return  # exported by an earlier call
-    partial = context.out / ".student.partial"
-    for leftover in (partial, target):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    shutil.copytree(trained, partial)
-    card = sweep_card(context.recipe.model_dump(mode="json"), best, records)
-    (partial / CARD).write_text(card_text(card))
-    partial.rename(target)
+    if trained.exists():
+        with folder_written(target) as partial:
+            shutil.copytree(trained, partial, dirs_exist_ok=True)
+            card = sweep_card(context.recipe.model_dump(mode="json"), best, records)
+            (partial / CARD).write_text(card_text(card))
+    elif not target.exists():  # else exported by an earlier call
+        raise UserError(
+            f"{target} was deleted, and with it the weights of the best student: delete "
+            f"{context.record_folder(best.id)} too, and the same command makes it again"
+        )
 
 
 def _write_samples(context: Context, plan: Plan, corpus: Corpus, best: RunRecord) -> None:
     """Continuations of the beginnings of held-out documents, by the student and its teacher."""
+    from capgap.evaluate.sample import sample_text
+    from capgap.models.build import load_model
+    from capgap.models.stored import positions_of
+
     teacher = next(one for one in plan.teachers if one.id == best.teacher)
-    source = teacher.source or context.teacher_folder(teacher.id)
+    source = context.weights_of(teacher)
     if not Path(source).exists() and teacher.source is None:
         return  # deleted since an earlier call, which has written the samples
-    tokenizer = corpus.tokenizer
     writers = [
         ("student", best.id, load_model(context.out / "student").eval()),
         ("teacher", teacher.id, load_model(source).eval()),
@@ -83,6 +107,13 @@ def _write_samples(context: Context, plan: Plan, corpus: Corpus, best: RunRecord
     positions = min(positions_of(model.config) or PROMPT_TOKENS * 8 for _, _, model in writers)
     prompt_tokens = min(PROMPT_TOKENS, positions // 2)
     length = min(SAMPLE_TOKENS, positions - prompt_tokens - 1)
+    tokenizer = corpus.tokenizer
+    documents: list[Any] = [
+        one.tokens for one in corpus.heldout_documents() if len(one.tokens) > 2 * prompt_tokens
+    ]
+    prompts = [
+        tokenizer.decode(tokens[1 : prompt_tokens + 1].tolist()) for tokens in documents[:SAMPLES]
+    ]
     texts = [
         {
             "who": who,
@@ -90,17 +121,7 @@ def _write_samples(context: Context, plan: Plan, corpus: Corpus, best: RunRecord
             "prompt": prompt,
             "text": sample_text(model, tokenizer, prompt, max_new_tokens=length),
         }
-        for prompt in _prompts(corpus, tokenizer, prompt_tokens)
+        for prompt in prompts
         for who, name, model in writers
     ]
-    write_json_atomically(context.out / "samples.json", {"texts": texts})
-
-
-def _prompts(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int) -> list[str]:
-    documents: list[Any] = [
-        document for document in corpus.heldout_documents() if len(document.tokens) > 2 * length
-    ]
-    return [
-        tokenizer.decode(document.tokens[1 : length + 1].tolist())
-        for document in documents[:SAMPLES]
-    ]
+    write_json(context.out / "samples.json", {"texts": texts})

@@ -1,6 +1,6 @@
 """A recipe, an output folder: what is missing is done, and the results are written."""
 
-import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,43 +9,57 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from capgap.artifact import read_json, write_json
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.tokens import Corpus, check_epochs
-from capgap.errors import UserError
+from capgap.errors import Interrupted, UserError
 from capgap.machine import machine, resolve_device, versions
-from capgap.records import RunRecord, read_records, write_json_atomically
+from capgap.records import RunRecord, read_records
 from capgap.report.page import write_report
 from capgap.sizes import format_count
-from capgap.stage import Say
+from capgap.stage import Say, ShouldStop
 from capgap.stages.corpus import corpus_progress
-from capgap.sweep.checks import check_disk, check_records, check_sources, claimed, lost_teachers
-from capgap.sweep.context import Context, resolve_workers
-from capgap.sweep.given import plan_of
-from capgap.sweep.plan import (
+from capgap.sweep.cells import (
     Cell,
     Column,
+    Context,
     Plan,
+    Task,
     Teacher,
     expected_baselines,
+    resolve_workers,
     select_baselines,
 )
+from capgap.sweep.checks import check_disk, check_records, check_sources, claimed, lost_teachers
+from capgap.sweep.plan import plan_of
 from capgap.sweep.progress import Display
 from capgap.sweep.recipe import Recipe
-from capgap.sweep.results import best_of, clear_work
-from capgap.sweep.schedule import Workers
-from capgap.sweep.summary import SweepResult, verdict_of
-from capgap.sweep.worker import EndMessage, peak_memory
+from capgap.sweep.results import best_of, verdict_of
+from capgap.sweep.workers import EndMessage, Workers, peak_memory
 from capgap.train.settings import resolved_precision
 
 
-def run_sweep(recipe: Recipe, out: Path, display: Display) -> SweepResult:
-    """Runs what is not recorded yet, then fits the law and writes the report.
+def run_sweep(
+    recipe: Recipe, out: Path, display: Display, should_stop: ShouldStop = lambda: False
+) -> dict[str, Any]:
+    """Runs what is not recorded yet, then fits the law and writes the report; returns what `capgap
+    sweep --json` prints.
 
     Stopped or killed at any moment, the same call continues: finished runs are never computed
     again, half-done ones go on from their checkpoints. So does a recipe that has grown. UserError
     for the user's mistakes, before any work where they can be known.
     """
-    return run_folder(plan_of(recipe), out, display, _run_everything, is_whole=True)
+    plan = plan_of(recipe)
+
+    def everything(runner: Runner) -> None:
+        if recipe.baselines == "all":
+            runner.run(plan.teachers, [*plan.columns, *plan.baselines])
+            return
+        runner.run(plan.teachers, plan.columns, later=expected_baselines(plan))
+        best = best_cells(plan, read_records(runner.context.out))
+        runner.run(plan.teachers, select_baselines(plan, best))
+
+    return run_folder(plan, out, display, everything, should_stop, is_whole=True)
 
 
 def run_folder(
@@ -53,96 +67,93 @@ def run_folder(
     out: Path,
     display: Display,
     work: Callable[["Runner"], None],
+    should_stop: ShouldStop = lambda: False,
     *,
     is_whole: bool = False,
-) -> SweepResult:
+) -> dict[str, Any]:
     """Everything around the runs: checks, corpus, workers, results. `work` asks for runs of the
     plan. `is_whole`: for all of them, so that there must be disk space for them, and the folder may
     hold some of a smaller plan."""
-    number, threads = resolve_workers(
-        plan.recipe.run.workers, resolve_device(plan.recipe.run.device), most=plan.width
-    )
-    with opened(plan, out, threads, grows=is_whole) as (context, earlier):
-        records = check_records(context, plan, earlier)
-        if is_whole:
-            check_disk(context, plan)
-        log = _Log(context, plan, earlier)
+    asked = plan.recipe.run
+    number, threads = resolve_workers(asked.workers, resolve_device(asked.device), most=plan.width)
+    with _begun(plan, out, threads, is_whole=is_whole) as folder:
+        context = folder.context
         # the workers load torch while the corpus is prepared
         with display, Workers(context, number) as workers:
-            with log.stage("corpus"):
-                corpus = _prepare(plan, context, records, display.say)
-            _check_corpus(plan, corpus)
-            # a recipe that has grown is noted before there is a run of it
-            log.write(corpus=_corpus_summary(corpus))
+            corpus = folder.prepare(display.say)
             try:
-                work(Runner(context, plan, workers, log, display))
-            except (KeyboardInterrupt, SystemExit):
+                work(Runner(folder, workers, display, should_stop))
+            except (KeyboardInterrupt, SystemExit, Interrupted):
                 display.say("stopping: every worker saves its state")
                 raise
         display.say("fitting the law and writing the report")
-        log.write(finished=datetime.now(UTC).isoformat(timespec="seconds"))
-        with log.stage("report"):
+        folder.write(finished=datetime.now(UTC).isoformat(timespec="seconds"))
+        with folder.stage("report"):
             best = best_of(context, plan, corpus)
             # the report reads it there
-            log.write(best=best)
-            write_report(context.out)
-            clear_work(context)
-        log.write()
-        return _result(out, log)
-
-
-@contextmanager
-def opened(
-    plan: Plan, out: Path, threads: int | None, *, grows: bool
-) -> Iterator[tuple[Context, list[str]]]:
-    """The folder is this process's while inside: what all runs there share, and the hashes of the
-    recipes that this one has grown out of. UserError as `claimed`."""
-    recipe = plan.recipe
-    check_sources(recipe, out)
-    with claimed(out, recipe, grown=plan if grows else None) as earlier:
-        yield context_of(recipe, out, threads), earlier
-
-
-def context_of(recipe: Recipe, out: Path, threads: int | None) -> Context:
-    """What all runs of the sweep in this folder share, on this machine."""
-    device = resolve_device(recipe.run.device)
-    resolved = _began_with(out) or resolved_precision(recipe.training, recipe.run, device)
-    training = recipe.training.model_copy(update=resolved)
-    return Context(recipe, out.resolve(), device, threads, training)
+            folder.write(best=best)
+            report = write_report(context.out)
+            # not needed any more: the other students' weights, the states of killed runs
+            for name in ("students", "checkpoints"):
+                shutil.rmtree(context.out / "work" / name, ignore_errors=True)
+        folder.write()
+        student = out / "student"
+        return {
+            "out": str(out),
+            "report": str(out / report.name),
+            "student": str(student) if student.exists() else None,
+            "best": best and best["cell"],
+            "verdict": verdict_of(out),
+            "stages": {name: round(seconds, 3) for name, seconds in folder.stages.items()},
+            "wall_seconds": round(folder.wall_seconds, 3),
+            "peak_memory_bytes": folder.peak_memory,
+            "failed": [one.id for one in read_records(out) if one.status == "failed"],
+        }
 
 
 def prepare(plan: Plan, out: Path, say: Say) -> None:
     """What is needed before any task: the folder's record of the recipe, and the corpus."""
-    with opened(plan, out, None, grows=True) as (context, earlier):
+    with _begun(plan, out, None, is_whole=True) as folder:
+        folder.prepare(say)
+
+
+@contextmanager
+def _begun(plan: Plan, out: Path, threads: int | None, *, is_whole: bool) -> Iterator["_Folder"]:
+    """The output folder, checked, and this process's alone while inside. UserError as `claimed`."""
+    check_sources(plan.recipe, out)
+    with claimed(out, plan.recipe, grown=plan if is_whole else None) as earlier:
+        context = context_of(plan.recipe, out, threads)
         records = check_records(context, plan, earlier)
-        check_disk(context, plan)
-        log = _Log(context, plan, earlier)
-        corpus = _prepare(plan, context, records, say)
-        _check_corpus(plan, corpus)
-        log.write(corpus=_corpus_summary(corpus))
+        if is_whole:
+            check_disk(context, plan)
+        yield _Folder(plan, context, records, earlier)
 
 
-def _began_with(out: Path) -> dict[str, str] | None:
-    """What `auto` became when the sweep in this folder began; None where it begins now."""
+def context_of(recipe: Recipe, out: Path, threads: int | None) -> Context:
+    """What all runs of the sweep in this folder share, on this machine. What `auto` became when the
+    sweep began stays."""
+    device = resolve_device(recipe.run.device)
     path = out / "sweep.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found.get("resolved")
+    began: dict[str, Any] = read_json(path) if path.exists() else {}
+    resolved = began.get("resolved") or resolved_precision(recipe.training, recipe.run, device)
+    training = recipe.training.model_copy(update=resolved)
+    return Context(recipe, out.resolve(), device, threads, training)
 
 
 class Runner:
     """Runs teachers and columns of one plan, as often as asked; what is recorded is left alone."""
 
     def __init__(
-        self, context: Context, plan: Plan, workers: Workers, log: "_Log", display: Display
+        self, folder: "_Folder", workers: Workers, display: Display, should_stop: ShouldStop
     ) -> None:
-        self.context = context
-        self.plan = plan
+        self.plan = folder.plan
+        self.context = folder.context
         self.display = display
+        self._folder = folder
         self._workers = workers
-        self._log = log
+        self._should_stop = should_stop
         self._expected: set[str] = set()
-        self._finished = {one.id for one in plan.teachers if context.is_recorded(one.id)}
-        self._finished.update(column.id for column in plan.columns if self._is_done(column))
+        self._finished = {task.id for task in self.plan.tasks(()) if self._is_recorded(task)}
 
     def run(
         self,
@@ -152,41 +163,29 @@ class Runner:
     ) -> None:
         """`teachers` are all that the columns need; `later` are columns that will come, but are not
         settled yet."""
-        left = [column for column in columns if not self._is_done(column)]
+        left = [column for column in columns if not self._is_recorded(column)]
         lost = lost_teachers(self.context, self.plan, left)
         self._finished.difference_update(teacher.id for teacher in lost)
         own = [one for one in teachers if one in lost or one.id not in self._expected]
         self._expected.update(teacher.id for teacher in own)
-        tasks: list[Teacher | Column] = [*own, *columns]
-        done = [task.id for task in tasks if self._is_done(task)]
+        tasks: list[Task] = [*own, *columns]
+        done = [task.id for task in tasks if self._is_recorded(task) and task not in lost]
         self.display.expect(tasks, done, later)
         self._workers.run(
             [task for task in tasks if task.id not in done],
             finished=self._finished,
+            should_stop=self._should_stop,
+            on_start=self.display.started,
             on_step=self.display.step,
             on_end=self._ended,
-            on_start=self.display.started,
         )
 
-    def _is_done(self, task: Teacher | Column) -> bool:
-        if isinstance(task, Teacher):
-            return task.id in self._finished
-        return all(self.context.is_recorded(cell.id) for cell in task.cells)
+    def _is_recorded(self, task: Task) -> bool:
+        return all(map(self.context.is_recorded, task.runs))
 
-    def _ended(self, task: Teacher | Column, message: EndMessage) -> None:
+    def _ended(self, task: Task, message: EndMessage) -> None:
         self.display.ended(task, message)
-        self._log.add(message)
-
-
-def _run_everything(runner: Runner) -> None:
-    """Every teacher, cell and baseline that is not recorded yet."""
-    plan = runner.plan
-    if plan.recipe.baselines == "all":
-        runner.run(plan.teachers, [*plan.columns, *plan.baselines])
-        return
-    runner.run(plan.teachers, plan.columns, later=expected_baselines(plan))
-    records = read_records(runner.context.out)
-    runner.run(plan.teachers, select_baselines(plan, best_cells(plan, records)))
+        self._folder.add(message)
 
 
 def best_cells(plan: Plan, records: Sequence[RunRecord]) -> list[Cell]:
@@ -202,14 +201,24 @@ def best_cells(plan: Plan, records: Sequence[RunRecord]) -> list[Cell]:
     return best
 
 
-class _Log:
-    """`sweep.json`: what the sweep is, and seconds by stage over all its sessions."""
+class _Folder:
+    """The output folder of a plan with its corpus, and with `sweep.json`: what the sweep is, and
+    seconds by stage over all its sessions. `records` are those that are there."""
 
-    def __init__(self, context: Context, plan: Plan, earlier: Sequence[str]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        context: Context,
+        records: Sequence[RunRecord],
+        earlier: Sequence[str],
+    ) -> None:
+        self.plan = plan
+        self.context = context
+        self.records = records
         self.path = context.out / "sweep.json"
-        before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        before = read_json(self.path) if self.path.exists() else {}
         # what has grown is not finished
-        is_same = before.get("recipe_hash") == context.recipe.hash()
+        ended = before if before.get("recipe_hash") == context.recipe.hash() else {}
         self.fields: dict[str, Any] = {
             "recipe": context.recipe.model_dump(mode="json"),
             "recipe_hash": context.recipe.hash(),
@@ -222,15 +231,15 @@ class _Log:
             "versions": versions(),
             "flops": plan.flops(expected_baselines(plan)),
             "started": before.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
-            "finished": before.get("finished") if is_same else None,
+            "finished": ended.get("finished"),
             "corpus": before.get("corpus"),
-            "best": before.get("best") if is_same else None,
+            "best": ended.get("best"),
         }
         self.stages: dict[str, float] = before.get("stages", {})
-        self.peaks: dict[int, int] = {}
-        self.memory_before: int = before.get("peak_memory_bytes", 0)
-        self.wall_before: float = before.get("wall_seconds", 0.0)
-        self.start = time.monotonic()
+        self._peaks: dict[int, int] = {}
+        self._peak_before: int = before.get("peak_memory_bytes", 0)
+        self._wall_before: float = before.get("wall_seconds", 0.0)
+        self._start = time.monotonic()
         if not before:
             self.write()
 
@@ -242,7 +251,7 @@ class _Log:
 
     def add(self, message: EndMessage) -> None:
         """What a task spent outside all stages is `python`: the overhead of our own code."""
-        self.peaks[message.worker] = message.peak_memory
+        self._peaks[message.worker] = message.peak_memory
         for name, seconds in message.seconds.items():
             self._spent(name, seconds)
         self._spent("python", max(0.0, message.busy - sum(message.seconds.values())))
@@ -254,11 +263,11 @@ class _Log:
     @property
     def peak_memory(self) -> int:
         """Bytes: the sum of all processes' peaks, which the true peak cannot exceed."""
-        return max(self.memory_before, peak_memory() + sum(self.peaks.values()))
+        return max(self._peak_before, peak_memory() + sum(self._peaks.values()))
 
     @property
     def wall_seconds(self) -> float:
-        return self.wall_before + time.monotonic() - self.start
+        return self._wall_before + time.monotonic() - self._start
 
     def write(self, **changed: Any) -> None:
         self.fields |= changed
@@ -267,71 +276,46 @@ class _Log:
             "wall_seconds": self.wall_seconds,
             "peak_memory_bytes": self.peak_memory,
         }
-        write_json_atomically(self.path, self.fields | measured)
+        write_json(self.path, self.fields | measured)
 
-
-def _prepare(plan: Plan, context: Context, records: Sequence[RunRecord], say: Say) -> Corpus:
-    """The corpus of the sweep; once something is recorded, no other text may take its place."""
-    asked = plan.recipe.corpus
-    given = [teacher.source for teacher in plan.teachers if teacher.source is not None]
-    say(f"preparing the corpus {asked.source}")
-    corpus = prepare_corpus(
-        asked.source,
-        context.corpus_folder,
-        vocabulary=asked.vocabulary,
-        tokenizer=asked.tokenizer or next(iter(given), None),
-        text_column=asked.text_column,
-        separator=asked.separator,
-        window=asked.window,
-        heldout_source=asked.heldout_source,
-        heldout_fraction=asked.heldout_fraction,
-        heldout_tokens=asked.heldout_tokens,
-        begin_windows=asked.begin_windows,
-        max_bytes=asked.max_bytes,
-        expected_hash=records[0].corpus_hash if records else None,
-        # the folder is this recipe's, so what it holds besides is of one that did nothing yet
-        replace=True,
-        progress=corpus_progress(say),
-    )
-    say(
-        f"corpus: {format_count(corpus.train_tokens)} training tokens, vocabulary "
-        f"{corpus.vocabulary}"
-    )
-    return corpus
-
-
-def _check_corpus(plan: Plan, corpus: Corpus) -> None:
-    recipe = plan.recipe
-    tasks = plan.tasks(plan.baselines)
-    longest = max(tokens for task in tasks for _, tokens in task.work.trained)
-    check_epochs(corpus, longest, recipe.corpus.max_epochs)
-    if recipe.teachers.sizes and corpus.vocabulary != recipe.corpus.vocabulary:
-        raise UserError(
-            f"corpus.vocabulary = {recipe.corpus.vocabulary}, but the text gives a tokenizer of "
-            f"{corpus.vocabulary} tokens: set corpus.vocabulary={corpus.vocabulary}"
+    def prepare(self, say: Say) -> Corpus:
+        """The corpus of the sweep; once something is recorded, no other text may take its place."""
+        asked = self.plan.recipe.corpus
+        models = [one.source for one in self.plan.teachers if one.source is not None]
+        say(f"preparing the corpus {asked.source}")
+        with self.stage("corpus"):
+            corpus = prepare_corpus(
+                asked.source,
+                self.context.corpus_folder,
+                tokenizer=asked.tokenizer or next(iter(models), None),
+                expected_hash=self.records[0].corpus_hash if self.records else None,
+                # the folder is this recipe's, so what it holds besides is of one that did nothing
+                replace=True,
+                progress=corpus_progress(say),
+                **asked.model_dump(exclude={"source", "tokenizer", "max_epochs"}),
+            )
+        say(
+            f"corpus: {format_count(corpus.train_tokens)} training tokens, vocabulary "
+            f"{corpus.vocabulary}"
         )
+        tasks = self.plan.tasks(self.plan.baselines)
+        longest = max(tokens for task in tasks for _, tokens in task.work.trained)
+        check_epochs(corpus, longest, asked.max_epochs)
+        if not models and corpus.vocabulary != asked.vocabulary:
+            raise UserError(
+                f"corpus.vocabulary = {asked.vocabulary}, but the text gives a tokenizer of "
+                f"{corpus.vocabulary} tokens: set corpus.vocabulary={corpus.vocabulary}"
+            )
+        # a recipe that has grown is noted before there is a run of it
+        self.write(corpus=_summary(corpus.manifest))
+        return corpus
 
 
-def _corpus_summary(corpus: Corpus) -> dict[str, Any]:
-    """The manifest without its long lists, which stay in corpus/manifest.json."""
+def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Without its long lists, which stay in corpus/manifest.json."""
     long = {"source": "files", "heldout_source": "files", "heldout": "evaluated"}
-    kept = {key: value for key, value in corpus.manifest.items() if key != "request"}
+    kept = {key: value for key, value in manifest.items() if key != "request"}
     for part, name in long.items():
         if kept[part] is not None:
             kept[part] = {key: value for key, value in kept[part].items() if key != name}
     return kept
-
-
-def _result(out: Path, log: _Log) -> SweepResult:
-    student = out / "student"
-    return SweepResult(
-        out=out,
-        report=out / "report.html",
-        student=student if student.exists() else None,
-        best=log.fields["best"] and log.fields["best"]["cell"],
-        verdict=verdict_of(out),
-        stages=log.stages,
-        wall_seconds=log.wall_seconds,
-        peak_memory_bytes=log.peak_memory,
-        failed=[record.id for record in read_records(out) if record.status == "failed"],
-    )

@@ -1,4 +1,5 @@
-"""The search's model of a grid: a Gaussian process over teachers, students and tokens.
+"""A grid that can be searched, and a search's model of it: a Gaussian process over teachers,
+students and tokens.
 
 A loss is the level of its student and rung, which is left free, plus the effect of the teacher: a
 quadratic in ln T, smooth deviations from it and a deviation of each teacher's own, all of which
@@ -6,12 +7,13 @@ change slowly with ln S and ln tokens. So short runs speak for long ones as far 
 and students speak for each other. The scales are not chosen but averaged over, each by how likely
 it makes what was measured.
 
-S students, T teachers, R rungs; places are the S T R cells, rung fastest.
+S students, T teachers, R rungs (token budgets, the last is the one asked for), and S T R cells.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_solve, cholesky
@@ -19,19 +21,9 @@ from scipy.special import ndtr
 
 from capgap.errors import UserError
 from capgap.law.model import Floats, Integers
-from capgap.sweep.search_grid import (
-    MIN_TEACHERS,
-    Choice,
-    Decision,
-    History,
-    Round,
-    Run,
-    SearchGrid,
-    Settings,
-    spread,
-    too_small,
-)
+from capgap.sweep.recipe import SearchSettings
 
+MIN_TEACHERS = 2
 RULE_RATIO = 2.5  # arXiv 2311.07052
 LEVEL_DEVIATION = 2.0  # of the common level and its trends, nats per token
 OWN_LEVEL_DEVIATION = 0.05  # of a student's level on a rung from the trends
@@ -46,18 +38,162 @@ COLUMNS_A_ROUND = 2
 DRAWS = 512
 
 
+class Run(NamedTuple):
+    """One run of the grid, by indices: a student distilled from a teacher on a rung's tokens."""
+
+    student: int
+    teacher: int
+    rung: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class SearchGrid:
+    """What can be run and what it costs, in FLOPs.
+
+    A batch of runs costs the runs' own work, one pass of a teacher for all its runs of one seed
+    (as long as the longest of them), and once for every teacher that was not used before its
+    training and scoring. `own_teachers`: every seed has teachers of its own. `base_teacher`: one
+    that every run needs, because students start from its weights.
+    """
+
+    students: Floats  # [S] parameters
+    teachers: Floats  # [T] parameters, ascending
+    tokens: Integers  # [R] ascending
+    seeds: int
+    run_flops: Floats  # [S, T, R]
+    pass_flops: Floats  # [T, R]
+    teacher_flops: Floats  # [T]
+    own_teachers: bool = False
+    base_teacher: int | None = None
+
+    @property
+    def last(self) -> int:
+        """The rung of the tokens that were asked for."""
+        return len(self.tokens) - 1
+
+    def cells(self, runs: Iterable[Run]) -> Integers:
+        """Numbers of the runs' cells, the rung fastest: [runs]."""
+        found = np.array([run[:3] for run in runs], dtype=np.int64).reshape(-1, 3)
+        return np.asarray(np.ravel_multi_index(tuple(found.T), self.run_flops.shape))
+
+    def runs(self, rung: int) -> list[Run]:
+        """All runs of a rung."""
+        return [
+            Run(student, teacher, rung, seed)
+            for seed in range(self.seeds)
+            for teacher in range(len(self.teachers))
+            for student in range(len(self.students))
+        ]
+
+    def used_teachers(self, runs: Collection[Run]) -> set[tuple[int, int]]:
+        """(teacher, seed) of all that must be trained and scored for these runs."""
+        found = {(run.teacher, run.seed if self.own_teachers else 0) for run in runs}
+        if self.base_teacher is not None:
+            found |= {(self.base_teacher, seed) for _, seed in found}
+        return found
+
+    def flops(self, runs: Collection[Run], before: Collection[Run] = ()) -> float:
+        """Of one batch of runs, after those `before`."""
+        new = self.used_teachers(runs) - self.used_teachers(before)
+        longest: dict[tuple[int, int], int] = {}
+        for run in runs:
+            fed = run.teacher, run.seed
+            longest[fed] = max(run.rung, longest.get(fed, 0))
+        return float(
+            sum(self.teacher_flops[teacher] for teacher, _ in new)
+            + sum(self.pass_flops[teacher, rung] for (teacher, _), rung in longest.items())
+            + sum(self.run_flops[run.student, run.teacher, run.rung] for run in runs)
+        )
+
+    @property
+    def full_flops(self) -> float:
+        """Of the whole grid at its full tokens, all seeds, without baselines."""
+        return self.flops(self.runs(self.last))
+
+
+@dataclass(frozen=True)
+class Round:
+    """Runs made together, with their held-out losses in nats per token; None for a failed one."""
+
+    runs: tuple[Run, ...]
+    losses: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The teacher chosen for a student, and how good its student is expected to be.
+
+    `loss` at full tokens in nats per token, its standard deviation, the loss that choosing it
+    instead of the true best is expected to cost, and the probability that this is at most the
+    tolerance; None where nothing is expected. `runs`: how many of its runs had full tokens.
+    """
+
+    student: int
+    teacher: int
+    loss: float | None
+    loss_stderr: float | None = None
+    expected_regret: float | None = None
+    safe_probability: float | None = None
+    runs: int = 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to run next and why; no runs, but a reason to stop, at the end."""
+
+    runs: tuple[Run, ...]
+    reason: str
+    choices: tuple[Choice, ...]
+    stop: Literal["safe", "budget", "exhausted"] | None = None
+
+
+class History:
+    """What the rounds so far have cost and shown."""
+
+    def __init__(self, grid: SearchGrid, rounds: Sequence[Round], budget: float) -> None:
+        self.grid = grid
+        self.losses: dict[Run, float] = {}
+        self.failed: set[Run] = set()
+        self.done: list[Run] = []
+        self.spent = 0.0
+        for one in rounds:
+            self.spent += grid.flops(one.runs, self.done)
+            self.done += one.runs
+            for run, loss in zip(one.runs, one.losses, strict=True):
+                if loss is None:
+                    self.failed.add(run)
+                else:
+                    self.losses[run] = loss
+        self.left = budget * grid.full_flops - self.spent
+        self.tried = set(self.done)
+
+    def fits(self, runs: Collection[Run], reserved: float = 0.0) -> bool:
+        return self.grid.flops(runs, self.done) + reserved <= self.left
+
+    def is_broken(self, student: int, teacher: int) -> bool:
+        """Whether a run of this student from this teacher has failed: it is not chosen then."""
+        return any(run[:2] == (student, teacher) for run in self.failed)
+
+    def is_possible(self, student: int, teacher: int) -> bool:
+        """Whether the teacher was tried for the student, or could still be, and did not fail."""
+        tried = any(run[:2] == (student, teacher) for run in self.done)
+        full = Run(student, teacher, self.grid.last, 0)
+        return not self.is_broken(student, teacher) and (tried or self.fits([full]))
+
+
 @dataclass(frozen=True)
 class Beliefs:
     """What is known of the losses without the noise of a run, under each of K settings of the
-    scales: how likely the setting is, and mean and covariance of all places under it."""
+    scales: how likely the setting is, and mean and covariance of all cells under it."""
 
     weights: Floats  # [K], their sum is 1
     noises: Floats  # [K]
-    means: Floats  # [K, places]
-    covariances: Floats  # [K, places, places]
+    means: Floats  # [K, cells]
+    covariances: Floats  # [K, cells, cells]
 
 
-def decide(grid: SearchGrid, rounds: Sequence[Round], settings: Settings) -> Decision:
+def decide(grid: SearchGrid, rounds: Sequence[Round], settings: SearchSettings) -> Decision:
     """The next batch of runs, or the end, after these rounds: a pure function of both, so that a
     search that was stopped takes the same decisions again.
 
@@ -75,17 +211,33 @@ def decide(grid: SearchGrid, rounds: Sequence[Round], settings: Settings) -> Dec
     beliefs = fit(history)
     choices = _choices(history, beliefs, settings)
     unsafe = [one.student for one in choices if (one.safe_probability or 0) < settings.confidence]
-    unmeasured = _affordable(history, _confirmation(history, choices))
+    unmeasured: list[Run] = []
+    for run in _confirmation(history, choices):
+        if history.fits([*unmeasured, run]):
+            unmeasured.append(run)
     if unsafe:
         runs = _most_telling(history, beliefs, choices, unsafe)
         if runs:
             return Decision(runs, f"tells most per FLOP about {len(unsafe)} open students", choices)
     if unmeasured:
-        return Decision(unmeasured, "the chosen teachers at full tokens", choices)
+        return Decision(tuple(unmeasured), "the chosen teachers at full tokens", choices)
     if not unsafe:
         return Decision((), "", choices, "safe")
     everything = all(set(grid.runs(rung)) <= history.tried for rung in range(len(grid.tokens)))
     return Decision((), "", choices, "exhausted" if everything else "budget")
+
+
+def too_small(grid: SearchGrid, needed: float, budget: float) -> UserError:
+    """The budget does not even pay for what a search needs at least."""
+    return UserError(
+        f"budget {budget:g} is too small for this grid: the search needs at least "
+        f"{needed / grid.full_flops:.4f} of the full grid's FLOPs; give more, or more rungs"
+    )
+
+
+def spread(total: int, number: int) -> list[int]:
+    """`number` of `total` indices, evenly, with both ends."""
+    return sorted({round(index) for index in np.linspace(0, total - 1, number).tolist()})
 
 
 def rule_choices(grid: SearchGrid) -> tuple[Choice, ...]:
@@ -97,10 +249,9 @@ def rule_choices(grid: SearchGrid) -> tuple[Choice, ...]:
 def fit(history: History) -> Beliefs:
     """The likeliest settings of the scales, given the losses so far."""
     grid = history.grid
-    runs = list(history.losses)
-    where = np.array([_place(grid, run) for run in runs], dtype=np.int64)
-    losses = np.array([history.losses[run] for run in runs])
-    level = losses.mean() if runs else 0.0
+    where = grid.cells(history.losses)
+    losses = np.array(list(history.losses.values()))
+    level = losses.mean() if len(losses) else 0.0
     found = []
     for prior, noise in _priors(grid):
         seen = prior[np.ix_(where, where)] + noise**2 * np.eye(len(where))
@@ -122,9 +273,15 @@ def fit(history: History) -> Beliefs:
 
 
 def _priors(grid: SearchGrid) -> Iterator[tuple[Floats, float]]:
-    """Covariance of the losses [places, places] and the noise of a run, for all scales."""
-    x, z, w = _coordinates(grid)
-    students, teachers, rungs = _indices(grid)
+    """Covariance of the losses [cells, cells] and the noise of a run, for all scales."""
+    students, teachers, rungs = np.indices(grid.run_flops.shape).reshape(3, -1)
+    # ln T and ln S on one scale, on which teachers reach from -1 to 1, ln tokens from -1 to 0
+    logs, student_logs = np.log(grid.teachers), np.log(grid.students)
+    half = max(1e-9, (logs[-1] - logs[0]) / 2)
+    x = ((logs - (logs[0] + logs[-1]) / 2) / half)[teachers]
+    z = ((student_logs - student_logs.mean()) / half)[students]
+    w = np.log(grid.tokens / grid.tokens[-1])
+    w = (w / max(1e-9, -w[0]))[rungs]
     own_level = np.equal.outer(students, students) & np.equal.outer(rungs, rungs)
     trends = np.outer(w, w) + np.outer(z, z) + 0.1 * (np.outer(w**2, w**2) + np.outer(w * z, w * z))
     level = LEVEL_DEVIATION**2 * (1 + trends) + OWN_LEVEL_DEVIATION**2 * own_level
@@ -139,36 +296,7 @@ def _priors(grid: SearchGrid) -> Iterator[tuple[Floats, float]]:
             yield level + effect**2 * shape, noise
 
 
-def _coordinates(grid: SearchGrid) -> tuple[Floats, Floats, Floats]:
-    """ln T and ln S on one scale, on which the teachers reach from -1 to 1, and ln tokens from -1
-    to 0: each [places]."""
-    students, teachers, rungs = _indices(grid)
-    logs = np.log(grid.teachers)
-    half = max(1e-9, (logs[-1] - logs[0]) / 2)
-    x = (logs - (logs[0] + logs[-1]) / 2) / half
-    z = (np.log(grid.students) - np.log(grid.students).mean()) / half
-    w = np.log(grid.tokens / grid.tokens[-1])
-    return x[teachers], z[students], (w / max(1e-9, -w[0]))[rungs]
-
-
-def _indices(grid: SearchGrid) -> tuple[Integers, Integers, Integers]:
-    counts = (len(grid.students), len(grid.teachers), len(grid.tokens))
-    students, teachers, rungs = np.indices(counts).reshape(3, -1)
-    return students, teachers, rungs
-
-
-def _place(grid: SearchGrid, run: Run) -> int:
-    return (run.student * len(grid.teachers) + run.teacher) * len(grid.tokens) + run.rung
-
-
-def _at_full_tokens(grid: SearchGrid, student: int) -> Integers:
-    """Places of one student's cells: [T]."""
-    return np.array(
-        [_place(grid, Run(student, teacher, grid.last, 0)) for teacher in range(len(grid.teachers))]
-    )
-
-
-def _start(grid: SearchGrid, settings: Settings) -> tuple[Run, ...]:
+def _start(grid: SearchGrid, settings: SearchSettings) -> tuple[Run, ...]:
     """All students on the shortest rung, from as many as five teachers that are spread over the
     grid, fewer or smaller ones where those are too dear."""
     students = range(len(grid.students))
@@ -189,17 +317,16 @@ def _start(grid: SearchGrid, settings: Settings) -> tuple[Run, ...]:
     return tuple(first)
 
 
-def _choices(history: History, beliefs: Beliefs, settings: Settings) -> tuple[Choice, ...]:
+def _choices(history: History, beliefs: Beliefs, settings: SearchSettings) -> tuple[Choice, ...]:
     """Each student's teacher with the lowest expected loss at full tokens, among those that were
     tried or could still be."""
     grid = history.grid
     draws = np.random.default_rng(settings.seed).standard_normal((DRAWS, len(grid.teachers)))
     choices = []
     for student in range(len(grid.students)):
-        where = _at_full_tokens(grid, student)
-        possible = np.array(
-            [_is_possible(history, student, teacher) for teacher in range(len(grid.teachers))]
-        )
+        teachers = range(len(grid.teachers))
+        where = grid.cells(Run(student, teacher, grid.last, 0) for teacher in teachers)
+        possible = np.array([history.is_possible(student, teacher) for teacher in teachers])
         if not possible.any():
             continue
         means = beliefs.means[:, where]
@@ -208,26 +335,17 @@ def _choices(history: History, beliefs: Beliefs, settings: Settings) -> tuple[Ch
         variance, regret, safe = 0.0, 0.0, 0.0
         for weight, mean, whole in zip(beliefs.weights, means, beliefs.covariances, strict=True):
             own = whole[np.ix_(where, where)]
-            drawn = mean + draws @ _root(own).T
+            values, vectors = np.linalg.eigh(own)
+            # rounding may have made it slightly indefinite
+            drawn = mean + draws @ (vectors * np.sqrt(np.maximum(values, 0.0))).T
             lost = drawn[:, teacher] - drawn[:, possible].min(axis=1)
             variance += weight * (own[teacher, teacher] + (mean[teacher] - loss) ** 2)
             regret += weight * float(lost.mean())
             safe += weight * float((lost <= settings.tolerance * loss).mean())
-        choices.append(
-            Choice(
-                student, teacher, loss, float(np.sqrt(variance)), regret, safe,
-                history.count(student, teacher),
-            )
-        )  # fmt: skip
+        seeds = sum(run[:3] == (student, teacher, grid.last) for run in history.losses)
+        error = float(np.sqrt(variance))
+        choices.append(Choice(student, teacher, loss, error, regret, safe, seeds))
     return tuple(choices)
-
-
-def _is_possible(history: History, student: int, teacher: int) -> bool:
-    if history.is_broken(student, teacher):
-        return False
-    grid = history.grid
-    tried = any((one.student, one.teacher) == (student, teacher) for one in history.done)
-    return tried or history.fits([Run(student, teacher, grid.last, 0)])
 
 
 def _confirmation(history: History, choices: Sequence[Choice]) -> list[Run]:
@@ -236,15 +354,6 @@ def _confirmation(history: History, choices: Sequence[Choice]) -> list[Run]:
     return [
         Run(one.student, one.teacher, history.grid.last, 0) for one in open_first if one.runs == 0
     ]
-
-
-def _affordable(history: History, runs: Sequence[Run]) -> tuple[Run, ...]:
-    """As many of the runs as the budget still pays for, in their order."""
-    taken: list[Run] = []
-    for run in runs:
-        if history.fits([*taken, run]):
-            taken.append(run)
-    return tuple(taken)
 
 
 def _most_telling(
@@ -300,19 +409,19 @@ def _improvement(
 ) -> float:
     """Expected improvement of the choices, relative to their losses, by the runs' results: the
     knowledge gradient, summed over pairs of the chosen and another teacher."""
-    at = np.array([_place(grid, run) for run in runs])
+    at = grid.cells(runs)
     students = [choice.student for choice in choices]
     teachers = [choice.teacher for choice in choices]
     losses = np.array([choice.loss for choice in choices])
-    last = len(grid.tokens) - 1
-    across = beliefs.covariances[:, at, last :: len(grid.tokens)]
+    full = slice(grid.last, None, len(grid.tokens))
+    across = beliefs.covariances[:, at, full]
     across = np.linalg.solve(np.linalg.cholesky(_noisy(beliefs, at)), across)
     across = across.reshape(*across.shape[:2], len(grid.students), len(grid.teachers))
     across = across[:, :, students]  # [K, runs, choices, T]
     chosen = np.arange(len(choices)), teachers
     apart = across - across[:, :, *chosen][..., None]
     moved = np.maximum(np.sqrt((apart**2).sum(axis=1)), 1e-12)  # [K, choices, T]
-    means = beliefs.means[:, last :: len(grid.tokens)]
+    means = beliefs.means[:, full]
     means = means.reshape(len(means), len(grid.students), len(grid.teachers))[:, students]
     behind = (means - means[:, *chosen][..., None]) / moved
     density = np.exp(-0.5 * behind**2) / np.sqrt(2 * np.pi)
@@ -323,19 +432,13 @@ def _improvement(
 
 def _after(grid: SearchGrid, beliefs: Beliefs, runs: Sequence[Run]) -> Beliefs:
     """The beliefs once the runs are made: what is uncertain follows without their losses."""
-    at = np.array([_place(grid, run) for run in runs])
+    at = grid.cells(runs)
     across = beliefs.covariances[:, at]
     less = across.transpose(0, 2, 1) @ np.linalg.solve(_noisy(beliefs, at), across)
     return replace(beliefs, covariances=beliefs.covariances - less)
 
 
 def _noisy(beliefs: Beliefs, at: Integers) -> Floats:
-    """Covariance of what runs at these places show: [K, runs, runs]."""
+    """Covariance of what runs of these cells show: [K, runs, runs]."""
     noise = beliefs.noises[:, None, None] ** 2 * np.eye(len(at))
     return beliefs.covariances[:, at[:, None], at] + noise
-
-
-def _root(covariance: Floats) -> Floats:
-    """A square root of a covariance that rounding may have made slightly indefinite."""
-    values, vectors = np.linalg.eigh(covariance)
-    return vectors * np.sqrt(np.maximum(values, 0.0))

@@ -5,223 +5,288 @@ is already recorded is left alone.
 """
 
 import math
+import shutil
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from capgap.distill.divergences import Divergence
+from capgap.artifact import read_json, write_json
+from capgap.corpus.text import Text
 from capgap.errors import UserError
-from capgap.evaluate.measured import HeldoutLoss
-from capgap.machine import machine, versions
-from capgap.models.build import build_model, load_model, save_model
-from capgap.models.parts import Parts
-from capgap.records import AfterCut, read_record, record_from_dict, write_record
+from capgap.machine import machine
+from capgap.models.build import build_model, load_model
+from capgap.models.shape import Shape
+from capgap.prune.importance import score, scoring_batches
+from capgap.prune.scores import load_importance, save_importance
+from capgap.prune.surgery import cut
+from capgap.records import read_record, record_from_dict, write_record
 from capgap.stages.inputs import warn_of_beginning
-from capgap.sweep.chain import assistant_run, cut_from, failed_assistant, make_assistant
-from capgap.sweep.context import Context
-from capgap.sweep.plan import Cell, Column, Teacher
-from capgap.sweep.task import Task, teacher_path
-from capgap.train.learner import NOT_FINITE, Learner
+from capgap.stages.trainer import STUDENT_SEED, TEACHER_SEED, Loss, Trainer
+from capgap.sweep.cells import Assistant, Cell, Column, Context, Task, Teacher
+from capgap.train.learner import Learner
+from capgap.train.loop import Progress
+from capgap.train.metrics import StageClock
+
+LOSSES = ("loss", "loss_stderr")
 
 
-def run_teacher(task: Task, teacher: Teacher) -> None:
-    """Trains the teacher (or takes it as it is), measures it, and scores its units for the cuts."""
-    context, recipe = task.context, task.context.recipe
-    run = _Run(task)
-    curve: dict[str, Any] = {}
-    failure = None
-    if teacher.source is not None:
-        model = load_model(teacher.source).to(context.device)
-        warn_of_beginning(Parts(model), task.corpus, teacher.source, task.warnings.append)
-    else:
-        assert teacher.learning_rate is not None
-        model = build_model(teacher.shape, seed=teacher.seed).to(context.device)
-        steps = teacher.tokens // recipe.training.batch_tokens
-        learner = Learner(teacher.id, model, steps, teacher.learning_rate)
-        task.run([learner], teacher.id, task.settings("teacher", teacher.seed))
-        curve, failure = learner.curve, learner.failure
-    heldout = None if failure else task.evaluate(model)
-    if heldout is not None and not math.isfinite(heldout.loss):
-        heldout, failure = None, NOT_FINITE
-    if failure is None:
-        try:
-            task.score(model, teacher.id)
-        except UserError as error:
-            if teacher.source is not None:
-                raise
-            # a ladder's teacher is not the user's: it diverged in its last step
-            heldout, failure = None, {"message": str(error)}
-    if failure is None and teacher.source is None:
-        save_model(model, context.teacher_folder(teacher.id), task.corpus.tokenizer)
-    run.record(
-        kind="teacher",
-        id=teacher.id,
-        architecture=teacher.architecture,
-        seed=teacher.seed,
-        teacher_size=teacher.size,
-        parameters=teacher.shape.parameters().as_dict(),
-        shape=vars(teacher.shape),
-        tokens=teacher.tokens,
-        steps=teacher.tokens // recipe.training.batch_tokens,
-        learning_rate=teacher.learning_rate,
-        alpha=0.0,
-        flops=teacher.flops(task.heldout.tokens),
-        heldout=heldout,
-        failure=failure,
-        curve=curve,
-    )
+class TaskRun:
+    """One task of a sweep; `warnings` are for its user."""
 
-
-def run_column(task: Task, column: Column) -> None:
-    """Trains all cells of the column that are not recorded yet, side by side."""
-    context, recipe = task.context, task.context.recipe
-    cells = {cell.id: cell for cell in column.cells if not context.is_recorded(cell.id)}
-    if not cells:
-        return
-    run = _Run(task)
-    lost = _failed_teacher(context, column)
-    if lost is None and column.assistant is not None:
-        make_assistant(task, column)
-    after_cuts: dict[str, HeldoutLoss | None] = {}
-    learners = []
-    for cell in cells.values():
-        problem = lost or failed_assistant(context, cell)
-        if problem is not None:
-            failure = {"message": problem, "step": None, "windows": None}
-            _record_cell(task, run, cell, _Unstarted(failure))
-            continue
-        model = _student(task, cell)
-        after_cuts[cell.id] = task.evaluate(model) if cell.cut_from is not None else None
-        steps = cell.tokens // recipe.training.batch_tokens
-        learners.append(Learner(cell.id, model, steps, cell.learning_rate, cell.alpha))
-    if not learners:
-        return
-
-    def finish(learner: Learner) -> None:
-        cell = cells[learner.id]
-        if context.is_recorded(cell.id):
-            return
-        heldout = None if learner.failure else task.evaluate(learner.model)
-        if heldout is not None and not math.isfinite(heldout.loss):
-            heldout, learner.failure = None, NOT_FINITE
-        if learner.failure is None and cell.kind == "cell":
-            save_model(learner.model, context.student_folder(cell.id), task.corpus.tokenizer)
-        _record_cell(
-            task,
-            run,
-            cell,
-            learner,
-            heldout=heldout,
-            after_cut=after_cuts[cell.id],
-            teacher_dtype=None if teacher is None or learner.alpha == 0 else teacher.dtype,
+    def __init__(
+        self,
+        context: Context,
+        clock: StageClock,
+        should_stop: Callable[[], bool],
+        on_step: Callable[[Progress], None],
+    ) -> None:
+        self.context = context
+        self.recipe = context.recipe
+        self.on_step = on_step
+        self.warnings: list[str] = []
+        self.trainer = Trainer(
+            Text.open([(context.corpus_folder, None)], context.recipe.corpus.window),
+            context.training,
+            context.recipe.run,
+            context.device,
+            say=self.warnings.append,
+            should_stop=should_stop,
+            clock=clock,
         )
-
-    teacher = None
-    if column.assistant is not None:
-        teacher = task.load_teacher(context.assistant_folder(column.assistant.id))
-    elif column.teacher is not None:
-        teacher = task.load_teacher(teacher_path(context, column.teacher))
-    settings = task.settings("student", column.seed)
-    task.run(learners, column.id, settings, teacher=teacher, on_end=finish)
-
-
-@dataclass(frozen=True)
-class _Unstarted:
-    """Stands for a learner that could not begin."""
-
-    failure: dict[str, Any]
-    curve: dict[str, list[float | None]] = field(default_factory=dict)
-
-
-def _failed_teacher(context: Context, column: Column) -> str | None:
-    for teacher in sorted(column.teachers):
-        if read_record(context.record_folder(teacher)).status == "failed":
-            return f"its teacher {teacher} failed"
-    return None
-
-
-def _student(task: Task, cell: Cell) -> PreTrainedModel:
-    context = task.context
-    if cell.cut_from is None:
-        return build_model(cell.shape, seed=cell.seed).to(context.device)
-    if cell.assistant is not None:
-        place: Path | str = context.assistant_folder(cell.assistant.id)
-        return cut_from(task, place, cell.assistant.id, cell.shape)
-    return cut_from(task, teacher_path(context, cell.cut_from), cell.cut_from.id, cell.shape)
-
-
-def _record_cell(
-    task: Task,
-    run: "_Run",
-    cell: Cell,
-    learner: "Learner | _Unstarted",
-    *,
-    heldout: HeldoutLoss | None = None,
-    after_cut: HeldoutLoss | None = None,
-    teacher_dtype: str | None = None,
-) -> None:
-    teacher = cell.teacher
-    run.record(
-        kind=cell.kind,
-        id=cell.id,
-        architecture=cell.architecture,
-        seed=cell.seed,
-        init=cell.init,
-        student_size=cell.student_size,
-        teacher_size=None if teacher is None else teacher.size,
-        teacher=None if teacher is None else teacher.id,
-        parameters=cell.shape.parameters().as_dict(),
-        teacher_parameters=None if teacher is None else teacher.shape.parameters().as_dict(),
-        shape=vars(cell.shape),
-        tokens=cell.budget,
-        steps=cell.tokens // task.context.recipe.training.batch_tokens,
-        learning_rate=cell.learning_rate,
-        alpha=cell.alpha,
-        flops=cell.flops(task.context.recipe, task.heldout.tokens),
-        teacher_dtype=teacher_dtype,
-        heldout=heldout,
-        failure=learner.failure,
-        curve=learner.curve,
-        assistant=None if cell.assistant is None else assistant_run(task.context, cell.assistant),
-        equal_flops_to=cell.equal_flops_to,
-        after_cut=None
-        if after_cut is None or not math.isfinite(after_cut.loss)
-        else vars(AfterCut(loss=after_cut.loss, loss_stderr=after_cut.loss_stderr)),
-    )
-
-
-class _Run:
-    """Writes records with what all records share."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
         self.started = datetime.now(UTC)
         self.start = time.monotonic()
 
-    def record(self, *, id: str, heldout: HeldoutLoss | None, failure: Any, **fields: Any) -> None:
-        context, recipe = self.task.context, self.task.context.recipe
+    def run(self, task: Task) -> None:
+        if isinstance(task, Teacher):
+            self._run_teacher(task)
+        else:
+            self._run_column(task)
+        shutil.rmtree(self.context.checkpoint_folder(task.id), ignore_errors=True)
+
+    def _run_teacher(self, teacher: Teacher) -> None:
+        """Trains the teacher (or takes it as it is), measures it, and scores its units."""
+        trainer, source = self.trainer, teacher.source
+        if source is None:
+            model = build_model(teacher.shape, seed=teacher.seed)
+        else:
+            model = load_model(source)
+        rate = teacher.learning_rate or 0.0
+        learner = trainer.learner(teacher.id, model, teacher.tokens, rate)
+        if source is None:
+            seed = TEACHER_SEED + teacher.seed
+            heldout = self._train([learner], teacher.id, seed)[teacher.id]
+        else:
+            warn_of_beginning(learner.parts, trainer.text, source, trainer.say)
+            heldout = trainer.measured(learner)
+        if heldout is not None:
+            try:
+                self._score(learner.model, teacher.id)
+            except UserError as error:
+                if source is not None:
+                    raise
+                # a ladder's teacher is not the user's: it diverged in its last step
+                heldout, learner.failure = None, {"message": str(error)}
+        if learner.failure is None and source is None:
+            trainer.save(learner, self.context.teacher_folder(teacher.id))
+        self._record(
+            teacher,
+            heldout,
+            kind="teacher",
+            teacher_size=teacher.size,
+            alpha=0.0,
+            flops=teacher.work.flops(self.recipe, trainer.heldout.tokens),
+            failure=learner.failure,
+            curve=learner.curve,
+        )
+
+    def _run_column(self, column: Column) -> None:
+        """Trains all cells of the column that are not recorded yet, side by side."""
+        context, trainer = self.context, self.trainer
+        cells = {cell.id: cell for cell in column.cells if not context.is_recorded(cell.id)}
+        problem = self._failed_teacher(column)
+        if cells and problem is None and column.assistant is not None:
+            self._make_assistant(column, column.assistant)
+        after_cuts: dict[str, Loss | None] = {}
+        learners = []
+        for cell in cells.values():
+            failure = problem or self._failed_assistant(cell)
+            if failure is not None:
+                self._record_cell(cell, None, failure={"message": failure}, curve={})
+                continue
+            learner = trainer.learner(
+                cell.id, self._student(cell), cell.tokens, cell.learning_rate, cell.alpha
+            )
+            is_cut = cell.cut_from is not None
+            after_cuts[cell.id] = trainer.evaluate(learner.parts) if is_cut else None
+            learners.append(learner)
+        if not learners:
+            return
+        teacher = None
+        if column.teacher is not None:
+            teacher = trainer.teacher(context.weights_of(column.assistant or column.teacher))
+
+        def end(learner: Learner, heldout: Loss | None) -> None:
+            cell, after_cut = cells[learner.id], after_cuts[learner.id]
+            if context.is_recorded(cell.id):
+                return
+            if heldout is not None and cell.kind == "cell":
+                trainer.save(learner, context.student_folder(cell.id))
+            losses = {name: _finite(getattr(after_cut, name, None)) for name in LOSSES}
+            self._record_cell(
+                cell,
+                heldout,
+                failure=learner.failure,
+                curve=learner.curve,
+                after_cut=None if losses["loss"] is None else losses,
+                teacher_dtype=None if teacher is None or learner.alpha == 0 else teacher.dtype,
+            )
+
+        self._train(learners, column.id, STUDENT_SEED + column.seed, teacher=teacher, on_end=end)
+
+    def _make_assistant(self, column: Column, assistant: Assistant) -> None:
+        """Cuts the assistant between teacher and student out of the teacher, distils it, scores its
+        units. What happened is written last, failures too."""
+        context, trainer, teacher = self.context, self.trainer, column.teacher
+        assert teacher is not None
+        if context.assistant_outcome(assistant.id).exists():
+            return
+        model = self._cut(teacher, assistant.shape)
+        learner = trainer.learner(
+            assistant.id, model, assistant.tokens, assistant.learning_rate, assistant.alpha
+        )
+        outcome: dict[str, Any] = {"after_cut": _finite(trainer.evaluate(learner.parts).loss)}
+        source = trainer.teacher(context.weights_of(teacher))
+        seed = STUDENT_SEED + column.seed
+        heldout = self._train([learner], assistant.id, seed, teacher=source)[assistant.id]
+        if heldout is not None:
+            outcome |= {name: getattr(heldout, name) for name in LOSSES}
+            try:
+                self._score(learner.model, assistant.id)
+            except UserError as error:
+                learner.failure = {"message": str(error)}
+            trainer.save(learner, context.assistant_folder(assistant.id))
+        if learner.failure is not None:
+            outcome["failure"] = learner.failure["message"]
+        write_json(context.assistant_outcome(assistant.id), outcome)
+        shutil.rmtree(context.checkpoint_folder(assistant.id), ignore_errors=True)
+
+    def _train(
+        self, learners: list[Learner], name: str, data_seed: int, **more: Any
+    ) -> dict[str, Loss | None]:
+        """As `Trainer.train`."""
+        return self.trainer.train(
+            learners,
+            more.pop("teacher", None),
+            data_seed=data_seed,
+            checkpoints=self.context.checkpoint_folder(name),
+            on_step=self.on_step,
+            **more,
+        )
+
+    def _score(self, model: PreTrainedModel, name: str) -> None:
+        """Keeps the importance of a model's units under that name; UserError where the model's loss
+        is not finite."""
+        recipe = self.recipe
+        with self.trainer.clock.stage("pruning"):
+            importance = score(
+                model,
+                scoring_batches(self.trainer.text, recipe.scoring_tokens),
+                method=recipe.scoring_method,
+                depth=recipe.scoring_depth,
+            )
+        save_importance(self.context.importance_file(name), importance)
+
+    def _student(self, cell: Cell) -> PreTrainedModel:
+        if cell.cut_from is None:
+            return build_model(cell.shape, seed=cell.seed)
+        return self._cut(cell.assistant or cell.cut_from, cell.shape)
+
+    def _cut(self, source: Teacher | Assistant, shape: Shape) -> PreTrainedModel:
+        """A model of `shape` from one whose units are scored."""
+        with self.trainer.clock.stage("pruning"):
+            whole = load_model(self.context.weights_of(source), dtype=torch.float32)
+            return cut(whole, load_importance(self.context.importance_file(source.id)), shape)
+
+    def _failed_teacher(self, column: Column) -> str | None:
+        for teacher in sorted(column.teachers):
+            if read_record(self.context.record_folder(teacher)).status == "failed":
+                return f"its teacher {teacher} failed"
+        return None
+
+    def _failed_assistant(self, cell: Cell) -> str | None:
+        """Why the cell cannot begin, if its assistant could not be made."""
+        if cell.assistant is None:
+            return None
+        outcome = self._outcome(cell.assistant)
+        if outcome is None:
+            return "its assistant was not made"
+        return f"its assistant failed: {outcome['failure']}" if "failure" in outcome else None
+
+    def _outcome(self, assistant: Assistant) -> dict[str, Any] | None:
+        path = self.context.assistant_outcome(assistant.id)
+        return read_json(path) if path.exists() else None
+
+    def _record_cell(self, cell: Cell, heldout: Loss | None, **fields: Any) -> None:
+        teacher, assistant = cell.teacher, None
+        if cell.assistant is not None:
+            outcome = self._outcome(cell.assistant) or {}
+            outcome.pop("failure", None)
+            assistant = {
+                "parameters": cell.assistant.shape.parameters().as_dict(),
+                "shape": vars(cell.assistant.shape),
+                "tokens": cell.assistant.tokens,
+                "learning_rate": cell.assistant.learning_rate,
+                **outcome,
+            }
+        if teacher is not None:
+            fields |= {
+                "teacher": teacher.id,
+                "teacher_size": teacher.size,
+                "teacher_parameters": teacher.shape.parameters().as_dict(),
+            }
+        self._record(
+            cell,
+            heldout,
+            kind=cell.kind,
+            init=cell.init,
+            student_size=cell.student_size,
+            tokens=cell.budget,
+            alpha=cell.alpha,
+            flops=cell.work.flops(self.recipe, self.trainer.heldout.tokens),
+            assistant=assistant,
+            equal_flops_to=cell.equal_flops_to,
+            **fields,
+        )
+
+    def _record(self, run: Teacher | Cell, heldout: Loss | None, **fields: Any) -> None:
+        context, training = self.context, self.recipe.training
         values = {
             "schema": 1,
-            "id": id,
-            "status": "failed" if failure else "done",
-            "failure": failure,
-            "batch_tokens": recipe.training.batch_tokens,
-            "temperature": recipe.training.temperature,
-            "divergence": str(
-                Divergence(recipe.training.divergence, recipe.training.divergence_mix)
-            ),
-            "recipe_hash": recipe.hash(),
-            "corpus_hash": self.task.corpus.corpus_hash,
+            "id": run.id,
+            "status": "failed" if fields["failure"] else "done",
+            "architecture": run.architecture,
+            "seed": run.seed,
+            "parameters": run.shape.parameters().as_dict(),
+            "shape": vars(run.shape),
+            "tokens": run.tokens,
+            "steps": run.tokens // training.batch_tokens,
+            "learning_rate": run.learning_rate,
+            "recipe_hash": self.recipe.hash(),
+            "corpus_hash": self.trainer.text.corpus_hash,
             "heldout": None if heldout is None else heldout.as_dict(),
             "wall_seconds": time.monotonic() - self.start,
-            "versions": versions(),
             "machine": machine(context.device, context.threads),
             "started": self.started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            **self.trainer.facts(),
             **fields,
         }
-        write_record(context.record_folder(id), record_from_dict(values, source=id))
+        write_record(context.record_folder(run.id), record_from_dict(values, source=run.id))
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

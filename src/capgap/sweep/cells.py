@@ -1,0 +1,378 @@
+"""What a sweep is made of: teachers, cells and columns with their FLOPs, and where files lie.
+
+Pure: nothing is read, trained or timed here, and torch is not imported.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from capgap.machine import usable_cores
+from capgap.models.shape import Shape
+from capgap.prune.methods import scoring_flops
+from capgap.sizes import format_count, forward_flops, training_flops
+from capgap.sweep.recipe import Recipe
+from capgap.train.recipe import TrainingSection
+
+SEARCH_FILE = "search.json"
+FLOP_PARTS = ("teacher_training", "teacher_forward", "pruning", "student", "evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a task or a run computes: models with the tokens that each takes (teachers and students
+    that are trained, teachers that `read` for them), models whose units are `scored`, and models
+    whose held-out loss is `measured`."""
+
+    teachers: Sequence[tuple[Shape, int]] = ()
+    students: Sequence[tuple[Shape, int]] = ()
+    read: Sequence[tuple[Shape, int]] = ()
+    scored: Sequence[Shape] = ()
+    measured: Sequence[Shape] = ()
+
+    @property
+    def trained(self) -> list[tuple[Shape, int]]:
+        return [*self.teachers, *self.students]
+
+    @property
+    def training_flops(self) -> int:
+        return _total(training_flops, self.trained)
+
+    @property
+    def forward_flops(self) -> int:
+        return _total(forward_flops, self.read)
+
+    def flops(self, recipe: Recipe, heldout_tokens: int | None = None) -> dict[str, int]:
+        """By part; the held-out tokens are the recipe's if none are given."""
+        heldout = recipe.corpus.heldout_tokens if heldout_tokens is None else heldout_tokens
+        return {
+            "teacher_training": _total(training_flops, self.teachers),
+            "teacher_forward": self.forward_flops,
+            "pruning": scores_flops(recipe, self.scored),
+            "student": _total(training_flops, self.students),
+            "evaluation": _total(forward_flops, [(shape, heldout) for shape in self.measured]),
+        }
+
+
+def _total(flops: Callable[[int, int], int], models: Sequence[tuple[Shape, int]]) -> int:
+    return sum(flops(shape.parameters().total, tokens) for shape, tokens in models)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A rung of the ladder to train, or with `source` a model that exists (then no tokens), whose
+    table may have more rows than the `vocabulary` of its tokenizer."""
+
+    id: str
+    architecture: str
+    size: int
+    seed: int
+    shape: Shape
+    vocabulary: int
+    source: str | None
+    tokens: int
+    learning_rate: float | None
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """Ids of what is recorded of it."""
+        return (self.id,)
+
+    @property
+    def teachers(self) -> set[str]:
+        """Ids of the teachers that it needs: none."""
+        return set()
+
+    needs = teachers
+
+    @property
+    def label(self) -> str:
+        """Its name within those of cells."""
+        return size_label(self.size) if self.source is None else self.id
+
+    @property
+    def work(self) -> Work:
+        """Without its scores, which columns need."""
+        return Work(teachers=[(self.shape, self.tokens)], measured=[self.shape])
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """The model between in a chain (arXiv 1902.03393): cut out of the cell's teacher and distilled
+    from it for `tokens`; then the student is cut out of it and distilled from it."""
+
+    id: str
+    shape: Shape
+    tokens: int
+    learning_rate: float
+    alpha: float
+
+    @property
+    def column_id(self) -> str:
+        """Of the column that makes it."""
+        return f"column-{self.id}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student's run.
+
+    A baseline has alpha 0 and, for inits that are the same for every teacher, no teacher.
+    `cut_from`: the teacher whose weights the student starts from, by way of the `assistant` of a
+    chain. `asked_tokens` are the recipe's, `budget` the same in whole batches; a chain has the
+    FLOPs of a direct cell with as many, and its student sees `tokens`. `equal_flops_to`: id of the
+    cell whose FLOPs a baseline has in place of its tokens.
+    """
+
+    kind: Literal["cell", "baseline"]
+    architecture: str
+    student_size: int
+    shape: Shape
+    init: str
+    asked_tokens: int
+    budget: int
+    tokens: int
+    seed: int
+    learning_rate: float
+    alpha: float
+    teacher: Teacher | None
+    cut_from: Teacher | None
+    assistant: Assistant | None = None
+    equal_flops_to: str | None = None
+
+    @property
+    def id(self) -> str:
+        if self.equal_flops_to is not None:
+            return f"baseline-flops-{self.equal_flops_to}"
+        teacher = "" if self.teacher is None else f"-t{self.teacher.label}"
+        name = f"{self.architecture}-s{size_label(self.student_size)}{teacher}-{self.init}"
+        name += f"-{size_label(self.asked_tokens)}-seed{self.seed}"
+        return name if self.kind == "cell" else f"baseline-{name}"
+
+    @property
+    def curve(self) -> tuple[str, str, int, int]:
+        """What the cells of one curve have in common."""
+        return self.architecture, self.init, self.budget, self.student_size
+
+    @property
+    def work(self) -> Work:
+        """Alone, with its assistant and the scores that both need; the cells of a column share
+        teacher passes."""
+        students, read = [(self.shape, self.tokens)], []
+        above: Teacher | Assistant | None = self.teacher
+        if self.assistant is not None:
+            students.append((self.assistant.shape, self.assistant.tokens))
+            if above is not None and self.assistant.alpha > 0:
+                read.append((above.shape, self.assistant.tokens))
+            above = self.assistant
+        if above is not None and self.alpha > 0:
+            read.append((above.shape, self.tokens))
+        scored = [one.shape for one in (self.cut_from, self.assistant) if one is not None]
+        return Work(students=students, read=read, scored=scored, measured=[self.shape])
+
+
+@dataclass(frozen=True)
+class Column:
+    """Cells that are trained together on the same batches, fed by one teacher or by none."""
+
+    id: str
+    teacher: Teacher | None
+    seed: int
+    cells: tuple[Cell, ...]
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """Ids of what is recorded of it."""
+        return tuple(cell.id for cell in self.cells)
+
+    @property
+    def teachers(self) -> set[str]:
+        """Ids of the teachers that the column takes."""
+        models = [self.teacher, *(cell.cut_from for cell in self.cells)]
+        return {teacher.id for teacher in models if teacher is not None}
+
+    @property
+    def needs(self) -> set[str]:
+        """Ids of what must be there before the column starts: teachers, and for the baseline of a
+        chain the column that makes its assistant."""
+        assistants = (cell.assistant for cell in self.cells if cell.kind == "baseline")
+        return self.teachers | {one.column_id for one in assistants if one is not None}
+
+    @property
+    def assistant(self) -> Assistant | None:
+        """What the column makes first."""
+        return None if self.teacher is None else self.cells[0].assistant
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the longest cell, after those of the assistant: what the column reads."""
+        longest = max(cell.tokens for cell in self.cells)
+        return longest + (0 if self.assistant is None else self.assistant.tokens)
+
+    @property
+    def work(self) -> Work:
+        """The teacher reads once for all cells; of a chain nothing is shared. Without the scores of
+        its teachers."""
+        if self.assistant is not None:
+            return replace(self.cells[0].work, scored=[self.assistant.shape])
+        reads = self.teacher is not None and any(cell.alpha > 0 for cell in self.cells)
+        return Work(
+            students=[(cell.shape, cell.tokens) for cell in self.cells],
+            read=[(self.teacher.shape, self.tokens)] if reads and self.teacher else [],
+            measured=[cell.shape for cell in self.cells],
+        )
+
+
+# What a worker is given
+Task = Teacher | Column
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`baselines` are all that could be asked for; see `Recipe.baselines`."""
+
+    recipe: Recipe
+    teachers: tuple[Teacher, ...]
+    columns: tuple[Column, ...]
+    baselines: tuple[Column, ...]
+
+    @property
+    def width(self) -> int:
+        """How many tasks can run at once, at most."""
+        return max(len(self.teachers), len(self.columns) + len(self.baselines))
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for column in self.columns for cell in column.cells]
+
+    @property
+    def baseline_cells(self) -> list[Cell]:
+        return [cell for column in self.baselines for cell in column.cells]
+
+    @property
+    def runs(self) -> dict[str, Teacher | Cell]:
+        """Everything that could be recorded, by id."""
+        runs: list[Teacher | Cell] = [*self.teachers, *self.cells, *self.baseline_cells]
+        return {run.id: run for run in runs}
+
+    def tasks(self, baselines: Sequence[Column]) -> list[Task]:
+        """All, with these of the baselines."""
+        return [*self.teachers, *self.columns, *baselines]
+
+    def flops(self, baselines: Sequence[Column]) -> dict[str, int]:
+        """Of the whole sweep by part, shared work counted once."""
+        counted = [task.work.flops(self.recipe) for task in self.tasks(baselines)]
+        total = {part: sum(parts[part] for parts in counted) for part in FLOP_PARTS}
+        total["pruning"] += scores_flops(self.recipe, [one.shape for one in self.teachers])
+        return total
+
+
+def select_baselines(plan: Plan, best: Iterable[Cell]) -> list[Column]:
+    """The baselines matched to the `best` cells and, where the recipe says so, to each curve's
+    largest teacher."""
+    wanted = list(best)
+    if plan.recipe.baselines == "best_and_largest":
+        largest: dict[tuple[object, ...], Cell] = {}
+        for cell in sorted(plan.cells, key=lambda cell: cell.teacher.size if cell.teacher else 0):
+            largest[*cell.curve, cell.seed] = cell
+        wanted += largest.values()
+    ids = {baseline_of(cell).id for cell in wanted}
+    of_cells = {cell.id for cell in wanted}
+    columns = []
+    for column in plan.baselines:
+        own = [cell for cell in column.cells if cell.id in ids or cell.equal_flops_to in of_cells]
+        if own:
+            columns.append(replace(column, cells=tuple(own)))
+    return columns
+
+
+def expected_baselines(plan: Plan) -> Sequence[Column]:
+    """The baselines that will be run, as far as can be known before the cells are.
+
+    Where the best teachers get some, the second largest stands for the best: whichever it turns
+    out to be, its baselines cost about the same.
+    """
+    if plan.recipe.baselines == "all":
+        return plan.baselines
+    sizes = sorted({teacher.size for teacher in plan.teachers})
+    stand_in = sizes[-2] if len(sizes) > 1 else sizes[0]
+    best = [cell for cell in plan.cells if cell.teacher and cell.teacher.size == stand_in]
+    return select_baselines(plan, best)
+
+
+def baseline_of(cell: Cell) -> Cell:
+    """Same init, same tokens, cross-entropy only."""
+    teacher = cell.teacher if cell.init in ("pruned", "chain") else None
+    return replace(cell, kind="baseline", alpha=0.0, teacher=teacher)
+
+
+def scores_flops(recipe: Recipe, shapes: Sequence[Shape]) -> int:
+    """Of the units of these models."""
+    asked = recipe.scoring_method, recipe.scoring_depth
+    return sum(
+        scoring_flops(*asked, shape.parameters().total, recipe.scoring_tokens) for shape in shapes
+    )
+
+
+def size_label(count: int) -> str:
+    return format_count(count).replace(".", "p")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Paths are functions of ids, so that a restart finds what is there. `training`: the recipe's,
+    with the precision that the sweep began with."""
+
+    recipe: Recipe
+    out: Path
+    device: str
+    threads: int | None
+    training: TrainingSection
+
+    @property
+    def corpus_folder(self) -> Path:
+        return self.out / "corpus"
+
+    def record_folder(self, run_id: str) -> Path:
+        return self.out / "records" / run_id
+
+    def teacher_folder(self, teacher_id: str) -> Path:
+        return self.out / "teachers" / teacher_id
+
+    def importance_file(self, teacher_id: str) -> Path:
+        return self.out / "work" / "importance" / f"{teacher_id}.safetensors"
+
+    def weights_of(self, model: Teacher | Assistant) -> Path | str:
+        """Where a model that others are cut out of or learn from lies."""
+        if isinstance(model, Assistant):
+            return self.assistant_folder(model.id)
+        return model.source or self.teacher_folder(model.id)
+
+    def student_folder(self, cell_id: str) -> Path:
+        return self.out / "work" / "students" / cell_id
+
+    def assistant_folder(self, assistant_id: str) -> Path:
+        return self.out / "work" / "assistants" / assistant_id
+
+    def assistant_outcome(self, assistant_id: str) -> Path:
+        return self.out / "work" / "assistants" / f"{assistant_id}.json"
+
+    def checkpoint_folder(self, task_id: str) -> Path:
+        return self.out / "work" / "checkpoints" / task_id
+
+    def is_recorded(self, run_id: str) -> bool:
+        return (self.record_folder(run_id) / "record.json").exists()
+
+
+def resolve_workers(asked: int | str, device: str, *, most: int) -> tuple[int, int | None]:
+    """(worker processes, torch threads of each); `most` tasks can run at once.
+
+    Small models gain more from one thread a process on every core than from many threads in one.
+    A GPU is given to a single worker.
+    """
+    if device != "cpu":
+        return (1 if asked == "auto" else min(most, int(asked))), None
+    cores = usable_cores()
+    workers = min(most, cores if asked == "auto" else int(asked))
+    return workers, max(1, cores // workers)
