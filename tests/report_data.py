@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capgap.artifact import write_json
 from capgap.law.data import cells_of
 from capgap.law.fit import fit
-from capgap.records import read_records, record_from_dict, write_json_atomically, write_record
+from capgap.records import read_records, record_from_dict, write_record
 from capgap.report.draw import spec_of
 
 TEACHERS = (60_000, 100_000, 160_000, 250_000, 400_000, 640_000)
@@ -214,7 +215,7 @@ def write_output(folder: Path, plan: Plan | None = None) -> Path:
         best = next(record for record in records if record["kind"] == "cell")
         sweep["best"] = {"cell": best["id"], "teacher": best["teacher"]}
         beginning = "def read_all(path):\n"
-        write_json_atomically(
+        write_json(
             folder / "samples.json",
             {
                 "prompt": beginning,
@@ -230,10 +231,10 @@ def write_output(folder: Path, plan: Plan | None = None) -> Path:
                 ],
             },
         )
-    write_json_atomically(folder / "sweep.json", sweep)
+    write_json(folder / "sweep.json", sweep)
     if plan.law:
         law = fit(cells_of(read_records(folder)), draws=200)
-        write_json_atomically(folder / "law.json", law.as_dict())
+        write_json(folder / "law.json", law.as_dict())
     return folder
 
 

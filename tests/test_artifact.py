@@ -11,7 +11,7 @@ import pytest
 from capgap.artifact import (
     Damaged,
     InUse,
-    begin,
+    begun,
     check_empty,
     difference,
     digest,
@@ -78,17 +78,24 @@ def test_the_first_difference_is_told_by_its_whole_key():
     assert difference(here, dict(reversed(here.items()))) is None
 
 
+def begin(record, asked):
+    with begun(record, asked) as found:
+        return found
+
+
 def test_a_run_goes_on_only_with_what_it_was_asked_for(tmp_path):
     record = tmp_path / "run" / "record.json"
-    assert begin(record, {"seed": 1, "path": tmp_path}) == begin(
-        record, {"seed": 1, "path": tmp_path}
-    )
+    asked = {"seed": 1, "path": tmp_path}
+    assert begin(record, asked) == begin(record, asked)
     with pytest.raises(UserError, match=r"holds another run \(seed is 2, was 1"):
-        begin(record, {"seed": 2, "path": tmp_path})
+        begin(record, asked | {"seed": 2})
+    with begun(record, asked), pytest.raises(InUse, match="another process is at work"):
+        begin(record, asked)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
     with pytest.raises(UserError, match="holds something else"):
         begin(tmp_path / "other" / "record.json", {})
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["mine.txt"]
     with pytest.raises(UserError, match="holds something else"):
         check_empty(tmp_path / "other" / "mine.txt")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from capgap.artifact import begin, read_json, write_json
+from capgap.artifact import begun, read_json, write_json
 from capgap.corpus.tokenizer import tokenizer_hash
 from capgap.corpus.tokens import load_corpus
 from capgap.distill.cache import CachedTeacher, CacheFormat, CacheIdentity, CacheWriter, write_cache
@@ -47,8 +47,8 @@ def read_model(folder):
 
 
 def read_run(folder):
-    found = begin(folder / "run.json", {"seed": 1})
-    return found["asked"], found["finished"]
+    with begun(folder / "run.json", {"seed": 1}) as found:
+        return found["asked"], found["finished"]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def made(small_corpus, tmp_path_factory):
     identity = CacheIdentity.of("t", "abc", "float32", small_corpus, document_mask=False)
     writer = CacheWriter(root / "cache", identity, CacheFormat(300))
     write_cache(writer, OnlineTeacher(model), small_corpus, device=torch.device("cpu"))
-    begin(root / "run" / "run.json", {"seed": 1})
+    read_run(root / "run")
     heldout = {"document_losses": [3.0, 3.5], "document_tokens": [100, 200]}
     (root / "record").mkdir()
     teacher = run("teacher", "t", size=100, seed=0, teacher_size=100, **heldout)

@@ -355,7 +355,7 @@ def test_a_tuned_model_tells_the_whole_way(student, tmp_path):
         place = tmp_path / name
         shutil.copytree(before, place / "model")
         for record in place.glob("model/*.json"):
-            if record.name in ("pruning.json", "evaluate.json"):
+            if record.name in ("pruning.json", "evaluate.json", "distill.json"):
                 record.unlink()
         counted = {"training": 1200}
         losses = {"before": {"loss": 2.0}, "after": {"loss": 1.5}}
@@ -654,3 +654,13 @@ def test_a_name_with_markup_is_text_in_the_card():
     assert headings[1:] == ["## How it was made", "## Held-out loss", "## Use", "## Licence"]
     assert "| x/y z |" in text
     assert f"folder = {json.dumps(name)}" in text
+
+
+def test_a_folder_that_was_moved_by_itself_tells_where_it_comes_from(student, tmp_path):
+    shutil.copytree(student, tmp_path / "renamed")
+    (tmp_path / "renamed/evaluate.json").unlink(missing_ok=True)
+    found = Export(model=str(tmp_path / "renamed"), out=tmp_path / "out").run()
+    assert [Path(path).name for path in found["records"]] == ["distill.json", "pruning.json"]
+    text = (tmp_path / "out/README.md").read_text()
+    assert "training: 2.05k tokens in windows of 16" in text
+    assert "| this student |" in text

@@ -13,13 +13,14 @@ from scipy.optimize import minimize
 from scipy.stats import norm
 
 import capgap
+from capgap.artifact import write_json
 from capgap.errors import UserError
 from capgap.law.data import Cells, cells_of
 from capgap.law.fit import fit
 from capgap.law.law import Law, read_law
 from capgap.law.lines import _regress
 from capgap.law.published import PUBLISHED_LINE
-from capgap.records import TrainingCurve, record_from_dict, write_json_atomically
+from capgap.records import TrainingCurve, record_from_dict
 from capgap.report.sentences import answer, main_curves, sentences
 from capgap.sizes import format_count
 from law_surface import ladder, sweep
@@ -80,7 +81,7 @@ def table(losses, *, seeds=1, own=False, **columns) -> Cells:
 
 def test_the_law_is_one_value_that_is_written_and_read(tmp_path):
     law = law_of(small())
-    write_json_atomically(tmp_path / "law.json", law.as_dict())
+    write_json(tmp_path / "law.json", law.as_dict())
     assert read_law(tmp_path / "law.json") == law == law_of(small())
     assert json.loads((tmp_path / "law.json").read_text())["schema"] == 2
     point = law.curves[0].points[2]

@@ -8,6 +8,7 @@ import pytest
 
 import capgap
 import capgap.errors
+from capgap.artifact import write_json
 from capgap.law.advise import recommend
 from capgap.law.data import cells_of
 from capgap.law.fit import fit
@@ -19,7 +20,6 @@ from capgap.law.published import (
     published_families,
 )
 from capgap.law.rules import PUBLISHED_RULE, LineRule, own_rule, published_rule
-from capgap.records import write_json_atomically
 from capgap.report.advice import advice_sentences
 from law_surface import ladder, sweep
 
@@ -201,7 +201,7 @@ def test_a_law_of_ones_own_takes_the_place_of_the_published(tmp_path):
     step = 10**7 - line.band.student[-1]
     assert beyond.interval[0] == pytest.approx(line.band.low[-1] + line.slope.low * step)
     assert beyond.interval[1] == pytest.approx(line.band.high[-1] + line.slope.high * step)
-    write_json_atomically(tmp_path / "law.json", law.as_dict())
+    write_json(tmp_path / "law.json", law.as_dict())
     found = capgap.recommend(
         80_000, 1_600_000, teachers=["100k", "250k", "480k", "2M"], law=tmp_path / "law.json"
     )

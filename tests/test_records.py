@@ -8,15 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capgap.artifact import read_json
+from capgap.artifact import read_json, write_json
 from capgap.errors import UserError
-from capgap.records import (
-    read_record,
-    read_records,
-    record_from_dict,
-    write_json_atomically,
-    write_record,
-)
+from capgap.records import read_record, read_records, record_from_dict, write_record
 from law_surface import run, sweep
 
 TOKENS = [100, 200]
@@ -85,7 +79,7 @@ def test_what_is_not_finite_is_refused_or_becomes_null_with_its_failure():
 )
 def test_a_wrong_record_is_named_with_its_mistake(tmp_path, values, message):
     folder = tmp_path / "records" / "r"
-    write_json_atomically(folder / "record.json", values)
+    write_json(folder / "record.json", values)
     with pytest.raises(UserError, match=message) as caught:
         read_records(tmp_path)
     assert str(folder / "record.json") in str(caught.value)
@@ -111,13 +105,13 @@ def test_documents_need_a_loss_each():
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
-    write_json_atomically(path, {"array": np.arange(3), "number": np.int64(7), "path": Path("x")})
+    write_json(path, {"array": np.arange(3), "number": np.int64(7), "path": Path("x")})
     before = path.read_text()
     assert read_json(path) == {"array": [0, 1, 2], "number": 7, "path": "x"}
     with pytest.raises(ValueError, match="JSON"):
-        write_json_atomically(path, {"loss": math.nan})
+        write_json(path, {"loss": math.nan})
     with pytest.raises(UserError, match="cannot write into"):
-        write_json_atomically(path / "below-a-file.json", {})
+        write_json(path / "below-a-file.json", {})
     assert path.read_text() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 

@@ -9,13 +9,13 @@ import tarfile
 import pytest
 import torch
 
+from capgap.artifact import write_json
 from capgap.corpus.readers import safe_members
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import UserError
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.identity import model_hash
 from capgap.models.shape import ladder_shape
-from capgap.records import write_json_atomically
 from capgap.scrub import is_secret_name, scrub, scrub_text
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
@@ -261,7 +261,7 @@ def test_records_keep_their_form(tmp_path):
         "list": ["***", 1.5, None],
         "pair": ("a", "***"),
     }
-    write_json_atomically(tmp_path / "record.json", record)
+    write_json(tmp_path / "record.json", record)
     assert TOKEN not in (tmp_path / "record.json").read_text()
 
 

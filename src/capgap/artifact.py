@@ -241,13 +241,17 @@ def find_run(record: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def begin(record: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The record that `find_run` finds, or else a new one, written."""
-    found = find_run(record, asked)
-    if found is None:
-        found = {"schema": 1, "finished": False, "asked": plain(asked)}
-        write_json(record, found)
-    return found
+@contextmanager
+def begun(record: Path, asked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The record that `find_run` finds, or else a new one, written; its folder is this process's
+    while inside."""
+    find_run(record, asked)  # what it refuses gets no lock either
+    with locked(record.parent):
+        found = find_run(record, asked)
+        if found is None:
+            found = {"schema": 1, "finished": False, "asked": plain(asked)}
+            write_json(record, found)
+        yield found
 
 
 def check_empty(out: Path, ours: Iterable[str] = ()) -> None:

@@ -18,11 +18,10 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from capgap.artifact import read_json, write_json, write_text
+from capgap.artifact import read_json, write_json
 from capgap.errors import UserError
 
 SCHEMA: Literal[1] = 1
-write_json_atomically, write_text_atomically = write_json, write_text
 RECORD_FILE = "record.json"
 
 # a misspelt key and a NaN are both refused when a record is made, not when it is read
@@ -232,7 +231,7 @@ def write_record(folder: Path | str, record: RunRecord) -> Path:
     """Write `record` as folder/record.json in one atomic step and return that path."""
     path = Path(folder) / RECORD_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomically(path, dataclasses.asdict(record))
+    write_json(path, dataclasses.asdict(record))
     return path
 
 

@@ -5,11 +5,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from capgap.artifact import read_json
+from capgap.artifact import read_json, write_json, write_text
 from capgap.errors import UserError
 from capgap.evaluate.scores import six_mean
 from capgap.evaluate.sets import SIX
-from capgap.records import write_json_atomically, write_text_atomically
 
 # Whether another call would measure the same
 _SAME = ("schema", "model_hash", "tokenizer_hash", "dtype_asked", "limit")
@@ -65,7 +64,7 @@ class Record:
         """Leaves the lines of sets that are kept; what a stopped call wrote of others goes."""
         if self.samples is not None:
             lines = (line for name, line in _lines(self.samples) if self.tasks.get(name))
-            write_text_atomically(self.samples, "".join(lines))
+            write_text(self.samples, "".join(lines))
 
     def add_task(self, name: str, result: Result, samples: Iterable[Mapping[str, Any]]) -> None:
         if self.samples is not None:
@@ -92,7 +91,7 @@ class Record:
             "mean_missing": why,
         }
         if self.out is not None:
-            write_json_atomically(self.out, record)
+            write_json(self.out, record)
         return record
 
 

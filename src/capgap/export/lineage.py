@@ -66,8 +66,10 @@ class Record:
         """Whether it names the model, or lies as its stage left the two: a whole run may have been
         moved, and folders above a model may hold records of others."""
         place, own = self.path.parent.resolve(), model.resolve()
+        if place == own and self.kind != EVALUATED:
+            return True
         if self.kind == CUT:
-            lies_there = place == own
+            lies_there = False
         elif self.kind == EVALUATED:
             lies_there = self.values.get("model") is None and place in (own, own.parent)
         elif self.kind == DISTILLED:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pandas
 
+from capgap.artifact import write_text
 from capgap.errors import UserError
 from capgap.law.law import Excluded
 from capgap.law.model import Floats
-from capgap.records import RunRecord, write_text_atomically
+from capgap.records import RunRecord
 
 LARGEST_VOCABULARY = 1_000_000
 
@@ -173,7 +174,7 @@ def grid_table(records: Sequence[RunRecord]) -> pandas.DataFrame:
 
 def write_grid(records: Sequence[RunRecord], path: Path | str) -> None:
     """Write `grid_table(records)` as CSV in one atomic step; a missing value is an empty field."""
-    write_text_atomically(path, grid_table(records).to_csv(index=False, lineterminator="\n"))
+    write_text(path, grid_table(records).to_csv(index=False, lineterminator="\n"))
 
 
 def _row(

@@ -22,6 +22,7 @@ from capgap.models.parts import Parts
 from capgap.models.shape import Shape
 from capgap.models.stored import (
     PAPERS,
+    RECORDS,
     StoredWeights,
     auto_class,
     copy_companions,
@@ -251,7 +252,7 @@ def extend_model(
     with written_beside(out) as folder:
         config.save_pretrained(folder)
         write_weights(folder, skeleton, make)
-        copy_companions(source, folder, PAPERS)
+        copy_companions(source, folder, (*PAPERS, *RECORDS))
         tokenizer.save_pretrained(folder)
     return rows
 

@@ -33,6 +33,8 @@ TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddin
 # Weights as pickles, which run code when they are read
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+# What stages say of a model they made; it goes along with what is made of that model
+RECORDS = ("pruning.json", "distill.json", "adapt.json", "instruct.json", "prefer.json")
 # What belongs to a model beside its config, weights and tokenizer
 PAPERS = ("generation_config.json", *LICENCES)
 COMPANIONS = (

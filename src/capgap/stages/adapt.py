@@ -15,7 +15,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from capgap.artifact import read_json, write_json
+from capgap.artifact import begun, read_json, write_json
 from capgap.corpus.names import Weighted
 from capgap.errors import Interrupted, UserError
 from capgap.machine import machine, resolve_device, started, versions
@@ -24,7 +24,6 @@ from capgap.section import Count, LearningRate, Section
 from capgap.sizes import format_bytes, parse_count
 from capgap.stage import ARGUMENT, Mark, Say, ShouldStop
 from capgap.stages.distill import Train
-from capgap.stages.run_folder import begin
 from capgap.stages.training import TrainingStage
 from capgap.train.recipe import ABOUT_A_TEACHER
 
@@ -133,24 +132,24 @@ class Adapt(_Extension, TrainingStage):
         _check(self)
         if started()[0]:
             return _follow(self, say, should_stop)
-        record = begin(self.record_file, self.identity())
-        if record["finished"]:
+        with begun(self.record_file, self.identity()) as record:
+            if record["finished"]:
+                return record
+            run = _Run(self, record, say)
+            parts = [
+                run.extend,
+                run.prepare,
+                lambda: run.measure("before", self.model),
+                lambda: run.measure("extended", str(run.extended)),
+                lambda: run.train(should_stop),
+                lambda: run.measure("after", str(run.model)),
+            ]
+            for part in parts if self.tokens else parts[:4]:
+                part()
+                if should_stop():
+                    raise Interrupted
+            run.finish()
             return record
-        run = _Run(self, record, say)
-        parts = [
-            run.extend,
-            run.prepare,
-            lambda: run.measure("before", self.model),
-            lambda: run.measure("extended", str(run.extended)),
-            lambda: run.train(should_stop),
-            lambda: run.measure("after", str(run.model)),
-        ]
-        for part in parts if self.tokens else parts[:4]:
-            part()
-            if should_stop():
-                raise Interrupted
-        run.finish()
-        return record
 
     def told(self, found: dict[str, Any]) -> str:
         tokenizer = found["tokenizer"]
@@ -354,6 +353,7 @@ class _Run:
             versions=versions(),
             machine=machine(resolve_device(self.request.running.device), None),
         )
+        shutil.copyfile(self.request.record_file, self.model / self.request.record_file.name)
 
     def _record(self, **values: Any) -> None:
         self.record |= values

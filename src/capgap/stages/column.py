@@ -1,6 +1,7 @@
 """The work of `train` and `distill`: one column, with its record and metrics."""
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from capgap.artifact import read_json, write_json
+from capgap.artifact import begun, read_json, write_json
 from capgap.corpus.text import Text
 from capgap.distill.cache import CachedTeacher
 from capgap.distill.teacher import OnlineTeacher, TeacherSource
@@ -16,10 +17,11 @@ from capgap.errors import UserError
 from capgap.machine import machine, resolve_device
 from capgap.models.build import build_model, load_model, shape_of
 from capgap.models.identity import model_hash
-from capgap.models.parallel import joined
+from capgap.models.parallel import Ranks, joined
 from capgap.models.shape import Shape, ladder_shape
 from capgap.models.stored import (
     LICENCES,
+    RECORDS,
     copy_companions,
     empty_model,
     local_folder,
@@ -29,7 +31,6 @@ from capgap.sizes import forward_flops, training_flops
 from capgap.stage import Say, ShouldStop
 from capgap.stages.inputs import check_model, open_text, warn_of_beginning, warn_of_epochs
 from capgap.stages.prune import PROVENANCE
-from capgap.stages.run_folder import begin_together
 from capgap.stages.step_lines import MetricsFile, StepLines
 from capgap.stages.trainer import STUDENT_SEED, Loss, Trainer
 from capgap.stages.training import Training
@@ -62,9 +63,9 @@ def train_column(request: Training, say: Say, should_stop: ShouldStop) -> dict[s
     del identity["corpus"]
     trainer = Trainer(text, request.training, request.running, device, should_stop=should_stop)
     data_seed = STUDENT_SEED + request.seed
-    with joined(device, trainer.settings(data_seed).batch_windows) as ranks:
+    with joined(device, trainer.settings(data_seed).batch_windows) as ranks, ExitStack() as stack:
         trainer.ranks = ranks
-        record = begin_together(request.record_file, identity, ranks)
+        record = _begin(request.record_file, identity, ranks, stack)
         if not record["finished"]:
             # what `auto` became when it began holds on every machine that it goes on with
             resolved = record.setdefault(
@@ -82,6 +83,20 @@ def train_column(request: Training, say: Say, should_stop: ShouldStop) -> dict[s
                 error.rank = ranks.rank
                 raise
         return record
+
+
+def _begin(record: Path, asked: dict[str, Any], ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
+    """What the first rank finds in the folder, which it keeps locked, on all; its UserError too."""
+    outcome: dict[str, Any] | UserError = {}
+    if ranks.is_first:
+        try:
+            outcome = stack.enter_context(begun(record, asked))
+        except UserError as error:
+            outcome = error
+    outcome = ranks.told(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 class _Run:
@@ -174,7 +189,19 @@ class _Run:
             machine=machine(trainer.device, None),
         )
         if trainer.ranks.is_first:
+            self._tell_lineage()
             shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def _tell_lineage(self) -> None:
+        """The record in every model's folder, which may leave this one: of that model alone."""
+        best = (self.record["best"] or {}).get("students", {})
+        for models in (self.record["after"], best):
+            for name, one in models.items():
+                if one["folder"] is not None:
+                    own = {when: {name: self.record[when][name]} for when in ("before", "after")}
+                    write_json(
+                        Path(one["folder"]) / self.request.record_file.name, self.record | own
+                    )
 
     def _best(self, steps: int) -> dict[str, Any] | None:
         """The students of the checkpoint with the lowest held-out loss, where it is not the last;
@@ -224,7 +251,7 @@ class _Run:
         if self.trainer.ranks.is_first and learner.id in self.sources:
             # where it comes from, and on what terms, goes with it
             source = local_folder(self.sources[learner.id])
-            copy_companions(source, folder, (PROVENANCE, *LICENCES))
+            copy_companions(source, folder, (*RECORDS, *LICENCES))
         return str(folder)
 
     def _token_flops(self) -> int:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
@@ -15,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from capgap.artifact import locked_file
 from capgap.errors import UserError
 from capgap.evaluate.sets import (
     CODE,
@@ -131,7 +133,8 @@ class Evaluate(EvaluateSection, Stage):
         and benchmarks without the harness.
         """
         flops = _check(self)
-        found = _run(self, say)
+        with locked_file(self.out) if self.out else nullcontext():
+            found = _run(self, say)
         if self.figure is not None and flops is not None and found["mean_percent"] is not None:
             from capgap.report.draw import write_picture
             from capgap.report.published_charts import OwnResult, benchmark_chart

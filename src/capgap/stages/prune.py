@@ -172,6 +172,7 @@ class _Plan:
 
 
 def _run(request: Prune, say: Say) -> dict[str, Any]:
+    from capgap.artifact import write_json
     from capgap.models.build import load_model
     from capgap.models.identity import model_hash
     from capgap.models.stored import (
@@ -183,7 +184,6 @@ def _run(request: Prune, say: Say) -> dict[str, Any]:
         written_beside,
     )
     from capgap.prune.surgery import Surgery, check_cut, choose, cut_config
-    from capgap.records import write_json_atomically
 
     if request.out.exists():
         raise UserError(f"{request.out} exists: choose another out, or delete it")
@@ -225,7 +225,7 @@ def _run(request: Prune, say: Say) -> dict[str, Any]:
         config.save_pretrained(folder)
         write_weights(folder, skeleton, make)
         copy_companions(source, folder)
-        write_json_atomically(folder / PROVENANCE, _provenance(request, plan, kept, teacher_hash))
+        write_json(folder / PROVENANCE, _provenance(request, plan, kept, teacher_hash))
         if sum(one.nbytes for one in skeleton.values()) <= TRIED_BYTES:
             load_model(folder)  # refuses a model whose logits are not those of its parts
     return _told(request, plan) | {"written": True, "seconds": time.monotonic() - began}

@@ -4,6 +4,7 @@ answers to a prompt the better one becomes the likelier (DPO)."""
 import random
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from capgap.artifact import begin, file_hash, find_run
+from capgap.artifact import begun, file_hash, find_run, write_json
 from capgap.errors import UserError
-from capgap.records import write_json_atomically
 from capgap.section import Count, Section, Words
 from capgap.stage import ARGUMENT, HOW, FieldError, Mark, Say, ShouldStop, Stage, paced
 from capgap.stages.step_lines import MetricsFile
@@ -157,20 +157,23 @@ class Tuning(TuningSection, Stage):
     def run(
         self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
     ) -> dict[str, Any]:
-        """Tunes the model, writes OUT/model; returns the record, OUT/instruct.json or
-        OUT/prefer.json."""
-        from capgap.models.build import DTYPES, load_model
-        from capgap.tune.training import Job, score_answers, tune
-
+        """Tunes the model, writes OUT/model and beside it the record, which it returns."""
         run = _Run(self, say)
         if run.record["finished"]:
             return run.record
-        training, heldout = run.prepare()
+        with ExitStack() as stack:
+            self._tune(run, stack, should_stop)
+        return run.record
+
+    def _tune(self, run: "_Run", stack: ExitStack, should_stop: ShouldStop) -> None:
+        from capgap.models.build import DTYPES, load_model
+        from capgap.tune.training import Job, score_answers, tune
+
+        training, heldout = run.prepare(stack)
         # fp32; as it is stored where adapters alone learn, on a GPU
         dtype = "stored" if self.lora and run.device != "cpu" else "fp32"
         model = load_model(self.model, dtype=DTYPES[dtype]).to(run.device)
-        tell = paced(say)
-        steps = run.steps(len(training))
+        tell = paced(run.say)
 
         def scores(model: "PreTrainedModel", before: Scores | None) -> Scores | None:
             """None where nothing is held out."""
@@ -180,17 +183,16 @@ class Tuning(TuningSection, Stage):
 
         def on_step(line: dict[str, Any]) -> None:
             metrics.add(line)
-            done = f"{self.title()}: step {line['step'] + 1} of {steps}"
+            done = f"{self.title()}: step {line['step'] + 1} of {run.steps}"
             tell(lambda: f"{done}, loss {line['loss']:.4f}")
 
         if "before" not in run.record:
             run.keep(before=scores(model, None))
-        with MetricsFile(self.out, self.track, run.asked, say) as metrics:
+        with MetricsFile(self.out, self.track, run.asked, run.say) as metrics:
             rows, folder = [sample.row for sample in training], run.checkpoints
             job = Job(model, run.tokenizer, rows, self, folder, run.bf16, on_step, should_stop)
             tuned = tune(job)
         run.finish(tuned, scores(tuned.model, run.record["before"]))
-        return run.record
 
 
 class _Run:
@@ -257,11 +259,11 @@ class _Run:
 
     def keep(self, **values: Any) -> None:
         self.record |= values
-        write_json_atomically(self.path, self.record)
+        write_json(self.path, self.record)
 
-    def prepare(self) -> tuple[list[Sample], list[Sample]]:
-        """(for training, held out), drawn by the seed. Begins the record and says what was found in
-        the data; UserError where there is too little."""
+    def prepare(self, stack: ExitStack) -> tuple[list[Sample], list[Sample]]:
+        """(for training, held out), drawn by the seed. Begins the record, keeps its folder locked
+        and says what was found in the data; UserError where there is too little."""
         from capgap.tune.template import special_in
 
         stage, samples = self.stage, []
@@ -287,7 +289,7 @@ class _Run:
         heldout = [samples[i] for i in sorted(drawn)]
         for sentence in reading.sentences():
             self.say(f"{self.name}: {sentence}")
-        self.record = begin(self.path, self.asked)
+        self.record = stack.enter_context(begun(self.path, self.asked))
         texts = [text for sample in training for text in sample.texts]
         data = {
             "lines": reading.num_lines,
@@ -298,20 +300,18 @@ class _Run:
             "problems": reading.problems(),
         }
         self.keep(data=data, window=self.window)
+        self.steps = stage.epochs * -(-len(training) // stage.batch)
         self.say(
             f"{self.name}: {len(training):,} for training, {len(heldout):,} held out; "
-            f"{self.steps(len(training))} steps of {min(stage.batch, len(training))}"
+            f"{self.steps} steps of {min(stage.batch, len(training))}"
         )
         return training, heldout
-
-    def steps(self, num_training: int) -> int:
-        return self.stage.epochs * -(-num_training // self.stage.batch)
 
     def finish(self, tuned: "Tuned", after: Scores | None) -> None:
         """The model as a folder, in the dtype that it came in, with its licence, tokenizer and
         template; and the rest of the record."""
         from capgap.machine import machine, versions
-        from capgap.models.stored import copy_companions, local_folder, written_beside
+        from capgap.models import stored
 
         model, folder = tuned.model, self.stage.out / "model"
         end, padding = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
@@ -320,8 +320,9 @@ class _Run:
             config.eos_token_id = end
             config.pad_token_id = end if padding is None else padding
         model.config.use_cache = True
-        with written_beside(folder) as partial:
-            copy_companions(local_folder(self.stage.model), partial)
+        source = stored.local_folder(self.stage.model)
+        with stored.written_beside(folder) as partial:
+            stored.copy_companions(source, partial, (*stored.COMPANIONS, *stored.RECORDS))
             model.to(self.config.dtype or model.dtype).save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
         self.keep(
@@ -336,6 +337,7 @@ class _Run:
             versions=versions() | {name: version(name) for name in LIBRARIES},
             machine=machine(self.device, None),
         )
+        shutil.copyfile(self.path, folder / self.path.name)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
