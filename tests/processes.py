@@ -3,6 +3,7 @@ Python with torch and transformers takes seconds."""
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,8 @@ class Started:
 
     def __init__(self, *words: object, env: dict[str, str] | None = None) -> None:
         self.args = ["capgap", *map(str, words)]
-        self._folder = tempfile.TemporaryDirectory()
-        self._paths = [Path(self._folder.name) / name for name in ("out", "err")]
+        folder = Path(tempfile.mkdtemp(prefix="capgap-test-"))
+        self._paths = [folder / name for name in ("out", "err")]
         asked = (self.args, self._paths, dict(os.environ if env is None else env), os.getcwd())
         self._process = _SERVER.Process(target=_run, args=asked)
         self._process.start()
@@ -43,6 +44,7 @@ class Started:
         """Standard output and standard error."""
         self.wait(timeout)
         out, err = (path.read_text(encoding="utf-8") for path in self._paths)
+        shutil.rmtree(self._paths[0].parent, ignore_errors=True)
         return out, err
 
     def send_signal(self, number: int) -> None:

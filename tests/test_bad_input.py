@@ -18,6 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from capgap.artifact import read_json, write_json
 from capgap.config import load_recipe, parse_recipe
 from capgap.corpus import tokens as tokens_module
 from capgap.corpus.tokenizer import train_tokenizer
@@ -60,7 +61,7 @@ class OwnWorkers(IdleWorkers):
             on_start(0, task)
             messages: Any = queue.Queue()
             stop: Any = threading.Event()
-            ended = workers._run(0, self.context, task, messages, stop, os.getppid())
+            ended = workers._run(0, self.context, task, messages, stop)
             assert ended.outcome == "done", ended.message
             assert ended.peak_memory > 0
             on_end(task, ended)
@@ -189,12 +190,12 @@ def test_recipes_that_are_none(typed, out, name, words):
 def test_places_that_cannot_be_an_output_folder(typed, recipe, tmp_path, idle):
     file = tmp_path / "file"
     file.write_text("precious")
-    assert_refused_at_once(typed("sweep", recipe, "--out", file), file, "another --out")
+    assert_refused_at_once(typed("sweep", recipe, "--out", file), file, "another folder")
     assert_refused_at_once(typed("sweep", recipe, "--out", file / "in" / "it"), file, "Not a dir")
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("precious")
-    assert_refused_at_once(typed("sweep", recipe, "--out", mine), mine, "another --out")
+    assert_refused_at_once(typed("sweep", recipe, "--out", mine), mine, "another folder")
     # nobody may make a folder there, not even root
     assert_refused_at_once(typed("sweep", recipe, "--out", "/proc/self/x"), "cannot write")
     assert contents(mine) == {str(mine / "thesis.tex"): b"precious"}
@@ -555,21 +556,21 @@ def break_marker(out: Path) -> None:
 def change_rate(out: Path) -> None:
     """As if another version of capgap, with another rule for the rate, had made the record."""
     path = out / "records" / CELL / "record.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"learning_rate": record["learning_rate"] / 2}))
+    record = read_json(path)
+    write_json(path, record | {"learning_rate": record["learning_rate"] / 2})
 
 
 def add_record(out: Path) -> None:
     shutil.copytree(out / "records" / CELL, out / "records" / "mine")
     path = out / "records" / "mine" / "record.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"id": "mine"}))
+    write_json(path, read_json(path) | {"id": "mine"})
 
 
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
         (break_record, [CELL, "is damaged", "delete it"]),
-        (break_marker, ["sweep.json", "another --out"]),
+        (break_marker, ["sweep.json", "is damaged", "bring it back"]),
         (change_rate, [CELL, "learning rate", "another --out"]),
         (add_record, ["mine", "another recipe", "another --out"]),
     ],

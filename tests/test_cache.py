@@ -144,9 +144,9 @@ def test_a_cache_serves_nothing_but_what_it_is_of(small_corpus, cache):
         CachedTeacher(cache, Text.open([(small_corpus.directory, None)], 8))
     with pytest.raises(UserError, match="holds no teacher cache"):
         CachedTeacher(cache.parent, small_corpus)
-    with pytest.raises(UserError, match=r"another cache \(teacher_hash is xyz, was .*another out"):
+    with pytest.raises(UserError, match=r"another cache \(teacher_hash is xyz, was .*folder"):
         writer_of(cache, small_corpus, teacher_hash="xyz")
-    with pytest.raises(UserError, match=r"another cache \(top_k is 4, was .*another out"):
+    with pytest.raises(UserError, match=r"another cache \(top_k is 4, was .*folder"):
         writer_of(cache, small_corpus, CacheFormat(300, 4, 4))
     with pytest.raises(UserError, match="holds something else"):
         writer_of(small_corpus.directory / "tokenizer", small_corpus)

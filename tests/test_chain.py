@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
+import processes
 from capgap.config import parse_recipe
 from capgap.errors import UserError
 from capgap.law.data import cells_of
@@ -116,13 +115,13 @@ checkpoint_share = 0.9
 
 
 def command(recipe, out):
-    return [sys.executable, "-m", "capgap", "sweep", str(recipe), "--out", str(out), "--json"]
+    return ["sweep", str(recipe), "--out", str(out), "--json"]
 
 
 def test_a_sweep_with_chains_killed_and_continued(text_file, tmp_path):
     recipe = tmp_path / "chains.toml"
     recipe.write_text(RECIPE.format(source=text_file))
-    whole = subprocess.run(command(recipe, tmp_path / "whole"), capture_output=True, text=True)
+    whole = processes.run(*command(recipe, tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     assert json.loads(whole.stdout)["verdict"]
     records = {record.id: record for record in read_records(tmp_path / "whole")}
@@ -140,9 +139,7 @@ def test_a_sweep_with_chains_killed_and_continued(text_file, tmp_path):
         direct = records[record.id.replace("chain", "pruned")]
         assert record.flops.total == pytest.approx(direct.flops.total, rel=0.1)  # whole batches
 
-    process = subprocess.Popen(
-        command(recipe, tmp_path / "again"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = processes.Started(*command(recipe, tmp_path / "again"))
     deadline = time.monotonic() + 120
     # in the middle of a chain
     while not list((tmp_path / "again").glob("work/assistants/*.json")):
@@ -152,7 +149,7 @@ def test_a_sweep_with_chains_killed_and_continued(text_file, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     time.sleep(3)
-    done = subprocess.run(command(recipe, tmp_path / "again"), capture_output=True, text=True)
+    done = processes.run(*command(recipe, tmp_path / "again"))
     assert done.returncode == 0, done.stderr
     again = {record.id: record for record in read_records(tmp_path / "again")}
     assert again.keys() == records.keys()
@@ -167,7 +164,7 @@ def test_a_chain_whose_teacher_fails_is_recorded(text_file, tmp_path):
         "= 5120\n[st", "= 5120\nlearning_rate = 1e12\n[st"
     )
     recipe.write_text(text)
-    done = subprocess.run(command(recipe, tmp_path / "out"), capture_output=True, text=True)
+    done = processes.run(*command(recipe, tmp_path / "out"))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     records = read_records(tmp_path / "out")
@@ -183,7 +180,7 @@ def test_a_chain_whose_assistant_fails_is_recorded(text_file, tmp_path):
     recipe = tmp_path / "chains.toml"
     text = RECIPE.format(source=text_file).replace('"chain"]', '"chain"]\nlearning_rate = 1e12')
     recipe.write_text(text)
-    done = subprocess.run(command(recipe, tmp_path / "out"), capture_output=True, text=True)
+    done = processes.run(*command(recipe, tmp_path / "out"))
     assert done.returncode == 1
     chains = [one for one in read_records(tmp_path / "out") if one.init == "chain"]
     assert len(chains) == 4

@@ -4,14 +4,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import typer
 
+import processes
 from capgap.cli import app
 from capgap.config import find_recipe, load_any_recipe
 from capgap.errors import UserError
@@ -216,7 +215,7 @@ def test_a_step_s_mistake_ends_the_run_with_its_line(tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("too short\n")
     arguments = ["run", "minima-tiny", "--out", str(tmp_path / "out"), "-s"]
-    found = capgap(*arguments, f'teacher.source="{text}"')
+    found = processes.run(*arguments, f'teacher.source="{text}"')
     assert found.returncode == 2
     lines = found.stderr.strip().splitlines()
     assert lines[-1].startswith("capgap: ")
@@ -225,17 +224,10 @@ def test_a_step_s_mistake_ends_the_run_with_its_line(tmp_path):
     assert kept["teacher-corpus"]["status"] == "failed"
 
 
-def capgap(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "capgap", *arguments], capture_output=True, text=True, check=False
-    )
-
-
 def test_a_stopped_run_keeps_what_is_done(tmp_path):
     """SIGTERM while a step is at work: the step stops first, then the run."""
     out = tmp_path / "out"
-    arguments = [sys.executable, "-m", "capgap", "run", "minima-tiny", "--out", str(out)]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    process = processes.Started("run", "minima-tiny", "--out", out)
     try:
         deadline = time.monotonic() + 120
         while not (out / "run.json").exists() and time.monotonic() < deadline:
@@ -301,7 +293,7 @@ def test_another_run_s_folder_is_refused(done, typed):
     recipe.write_text(text.replace('name = "minima-tiny"', 'name = "other"'))
     found = typed("run", str(recipe), "--out", str(done))
     assert found.code == 2
-    assert "holds the run 'minima-tiny', not 'other': choose another out" in found.err
+    assert "holds the run 'minima-tiny', not 'other': choose another folder" in found.err
 
 
 def test_the_paper_s_run_is_shown_without_its_texts(typed, tmp_path):

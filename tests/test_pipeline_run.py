@@ -3,12 +3,11 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import processes
 from conftest import made_up_text
 
 ROOT = Path(__file__).parent.parent
@@ -39,9 +38,7 @@ def run(folder, *more):
     ]
     changes = [part for one in (*SHORT, *texts) for part in ("--set", one)]
     arguments = ["run", "minima-tiny", "--out", str(folder / "out"), *changes, *more]
-    return subprocess.run(
-        [sys.executable, "-m", "capgap", *arguments], capture_output=True, text=True, check=False
-    )
+    return processes.run(*arguments)
 
 
 @pytest.fixture(scope="module")

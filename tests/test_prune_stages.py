@@ -423,7 +423,7 @@ def test_scores_that_do_not_belong(typed, teacher, scores, small_corpus, tmp_pat
     assert "needs scores: make some with `capgap score" in found.err
     (tmp_path / "student").mkdir()
     found = typed("prune", teacher, "--scores", scores, "--out", tmp_path / "student", "--keep", 1)
-    assert f"{tmp_path / 'student'} exists: choose another out" in found.err
+    assert f"{tmp_path / 'student'} exists: choose another folder" in found.err
 
 
 def test_what_cannot_be_scored(typed, teacher, small_corpus, tmp_path):

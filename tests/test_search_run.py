@@ -4,12 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+import processes
+from capgap.artifact import read_json
 from capgap.config import parse_recipe
 from capgap.errors import UserError
 from capgap.records import read_records
@@ -48,11 +49,11 @@ checkpoint_share = 0.9
 def command(folder: Path, out: Path, *options: object) -> list[str]:
     recipe = str(folder / "tiny.toml")
     asked = ("--budget", "0.7", "--rungs", "2", "--out", out, *options)
-    return [sys.executable, "-m", "capgap", "search", recipe, *map(str, asked)]
+    return ["search", recipe, *map(str, asked)]
 
 
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return processes.run(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_a_search_writes_what_a_sweep_writes_and_its_trace(searched):
     out = folder / "out"
     for name in ("grid.csv", "law.json", "report.html", "sweep.json", "search.json"):
         assert (out / name).stat().st_size > 100, name
-    trace = json.loads((out / "search.json").read_text())
+    trace = read_json(out / "search.json")
     assert_told(trace, keys("output.md", "`search.json`"))
     assert_told({"search": printed["search"]}, keys("cli.md", "`--json` of search"))
     assert printed["search"]["choices"] == trace["choices"]
@@ -111,7 +112,7 @@ def test_the_same_command_again_computes_nothing(searched):
 def test_killed_and_continued_equals_uninterrupted(searched, tmp_path):
     folder, printed, _ = searched
     asked = command(folder, tmp_path / "out", "--json")
-    process = subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = processes.Started(*asked)
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "search.json").exists():
         assert process.poll() is None

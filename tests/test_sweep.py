@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+import processes
 from capgap.records import read_records
 
 TOML = """
@@ -45,22 +44,12 @@ def write_recipe(folder: Path, source: Path, *, top: str = "", students: str = "
     return path
 
 
-def run_capgap(*arguments: object, **options: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "capgap", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **options,
-    )
-
-
 @pytest.fixture(scope="module")
 def finished(text_file, tmp_path_factory):
     """(output folder, the JSON the command printed) of a sweep with all inits and baselines."""
     folder = tmp_path_factory.mktemp("sweep")
     recipe = write_recipe(folder, text_file, students='inits = ["pruned", "fixed", "scratch"]')
-    done = run_capgap("sweep", recipe, "--out", folder / "out", "--json")
+    done = processes.run("sweep", recipe, "--out", folder / "out", "--json")
     assert done.returncode == 0, done.stderr
     return folder / "out", json.loads(done.stdout), done.stderr
 
@@ -133,7 +122,7 @@ def test_the_same_command_again_computes_nothing(finished, text_file):
     out, printed, _ = finished
     recipe = out.parent / "tiny.toml"
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("records/*/record.json")}
-    again = run_capgap("sweep", recipe, "--out", out, "--json", "--quiet")
+    again = processes.run("sweep", recipe, "--out", out, "--json", "--quiet")
     assert again.returncode == 0, again.stderr
     assert again.stderr == ""
     assert json.loads(again.stdout)["best"] == printed["best"]
@@ -142,7 +131,7 @@ def test_the_same_command_again_computes_nothing(finished, text_file):
 
 def test_another_recipe_is_refused_in_the_same_folder(finished):
     out, _, _ = finished
-    refused = run_capgap("sweep", out.parent / "tiny.toml", "--out", out, "--set", "seeds=[3]")
+    refused = processes.run("sweep", out.parent / "tiny.toml", "--out", out, "--set", "seeds=[3]")
     assert refused.returncode == 2
     assert "another recipe (tiny): seeds is [0] there and [3] here" in refused.stderr
     assert refused.stderr.count("\n") == 1
@@ -152,8 +141,7 @@ def test_another_recipe_is_refused_in_the_same_folder(finished):
 def test_killed_and_continued_equals_uninterrupted(finished, text_file, tmp_path, number):
     out, _, _ = finished
     recipe = out.parent / "tiny.toml"
-    command = [sys.executable, "-m", "capgap", "sweep", str(recipe), "--out", str(tmp_path / "o")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = processes.Started("sweep", recipe, "--out", tmp_path / "o")
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "o").glob("records/*/record.json"))) < 2:
         assert process.poll() is None
@@ -171,7 +159,7 @@ def test_killed_and_continued_equals_uninterrupted(finished, text_file, tmp_path
         path.parent.name: path.stat().st_mtime_ns
         for path in (tmp_path / "o").glob("records/*/record.json")
     }
-    done = run_capgap("sweep", recipe, "--out", tmp_path / "o", "--json")
+    done = processes.run("sweep", recipe, "--out", tmp_path / "o", "--json")
     assert done.returncode == 0, done.stderr
     for name, stamp in kept.items():
         assert (tmp_path / "o" / "records" / name / "record.json").stat().st_mtime_ns == stamp
@@ -186,7 +174,7 @@ def test_a_teacher_that_diverges_is_recorded_and_the_sweep_goes_on(text_file, tm
     recipe.write_text(
         recipe.read_text().replace("tokens = 5120", "tokens = 5120\nlearning_rate = 1e12")
     )
-    done = run_capgap("sweep", recipe, "--out", tmp_path / "out")
+    done = processes.run("sweep", recipe, "--out", tmp_path / "out")
     assert done.returncode == 1
     assert "no cell of the sweep was finished" in done.stderr
     assert "Traceback" not in done.stderr
@@ -208,7 +196,7 @@ def test_given_teachers_and_report_again(finished, text_file, tmp_path):
     recipe = write_recipe(tmp_path, text_file, students="learning_rate = 1e-3")
     text = recipe.read_text().replace('sizes = ["14k", "20k", "28k", "40k"]', f"models = {models}")
     recipe.write_text(text)
-    done = run_capgap("sweep", recipe, "--out", tmp_path / "out", "--json", "--quiet")
+    done = processes.run("sweep", recipe, "--out", tmp_path / "out", "--json", "--quiet")
     assert done.returncode == 0, done.stderr
     records = read_records(tmp_path / "out")
     first = {record.id: record for record in read_records(out)}
@@ -216,6 +204,6 @@ def test_given_teachers_and_report_again(finished, text_file, tmp_path):
         if record.kind == "teacher":
             assert record.heldout.loss == pytest.approx(first[record.id].heldout.loss, rel=1e-6)
     assert not (tmp_path / "out" / "teachers").exists()
-    again = run_capgap("report", tmp_path / "out", "--json")
+    again = processes.run("report", tmp_path / "out", "--json")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["verdict"] == json.loads(done.stdout)["verdict"]

@@ -41,7 +41,9 @@ def locked(out: Path, *, shared: bool = False) -> Iterator[int]:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / LOCK).open("a")
     except OSError as error:
-        raise UserError(f"cannot write into {out}: {error.strerror}; choose another out") from None
+        raise UserError(
+            f"cannot write into {out}: {error.strerror}; choose another folder"
+        ) from None
     with lock:
         _lock(lock.fileno(), fcntl.LOCK_SH if shared else fcntl.LOCK_EX, out)
         yield lock.fileno()
@@ -235,7 +237,7 @@ def find_run(record: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
         # as the record holds it, or a run whose source has a password could not be continued
         other = difference(found["asked"], plain(asked))
         if other is not None:
-            raise UserError(f"{out} holds another run ({other}): choose another out")
+            raise UserError(f"{out} holds another run ({other}): choose another folder")
         return found
     check_empty(out, ours=(LOCK, f".{record.name}."))
     return None
@@ -262,7 +264,7 @@ def check_empty(out: Path, ours: Iterable[str] = ()) -> None:
     if not out.is_dir() or not all(
         any(path.name.startswith(name) for name in ours) for path in out.iterdir()
     ):
-        raise UserError(f"{out} holds something else: choose another out, or empty it")
+        raise UserError(f"{out} holds something else: choose another folder, or empty it")
 
 
 def _lock(descriptor: int, kind: int, path: Path) -> None:

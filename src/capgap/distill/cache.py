@@ -186,7 +186,9 @@ class CacheWriter:
             found = _read_manifest(self.folder) | {"teacher": manifest["teacher"]}
             other = difference(found, manifest)
             if other is not None:
-                raise UserError(f"{self.folder} holds another cache ({other}): choose another out")
+                raise UserError(
+                    f"{self.folder} holds another cache ({other}): choose another folder"
+                )
             return
         check_empty(self.folder, ours=(f".{MANIFEST}.",))
         # processes that begin together write the same

@@ -39,7 +39,7 @@ class RunState:
             self.record = read_json(self.path, schema=SCHEMA, name=str, steps=dict)
         if self.record["name"] != name:
             raise UserError(
-                f"{out} holds the run {self.record['name']!r}, not {name!r}: choose another out"
+                f"{out} holds the run {self.record['name']!r}, not {name!r}: choose another folder"
             )
 
     def begun(self, step: Step) -> dict[str, Any] | None:

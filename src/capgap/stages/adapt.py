@@ -327,7 +327,7 @@ class _Run:
         (one,) = trained["after"].values()
         if one["failure"]:
             raise UserError(
-                f"the training failed ({one['failure']['message']}): take another out and a "
+                f"the training failed ({one['failure']['message']}): take another folder and a "
                 "smaller learning_rate"
             )
         kept = {key: trained[key] for key in ("steps", "flops", "sources")}

@@ -186,7 +186,7 @@ def _run(request: Prune, say: Say) -> dict[str, Any]:
     from capgap.prune.surgery import Surgery, check_cut, choose, cut_config
 
     if request.out.exists():
-        raise UserError(f"{request.out} exists: choose another out, or delete it")
+        raise UserError(f"{request.out} exists: choose another folder, or delete it")
     if request.scores is None:
         raise UserError(
             f"a cut needs scores: make some with `capgap score {request.teacher} --corpus FOLDER "

@@ -76,7 +76,7 @@ def _run(request: Score, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     if found is not None:
         other = difference(found.provenance, plain(provenance))
         if other is not None:
-            raise UserError(f"{request.out} holds other scores ({other}): choose another out")
+            raise UserError(f"{request.out} holds other scores ({other}): choose another file")
         return _told(request, found, 0.0)
     batches = _batches(request, corpus)
     model = load_model(request.teacher, dtype=DTYPES[request.dtype]).to(device)

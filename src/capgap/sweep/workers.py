@@ -1,7 +1,6 @@
 """Worker processes, and which task runs next on which. Knows nothing of models or screens."""
 
 import multiprocessing
-import os
 import queue
 import resource
 import signal
@@ -56,7 +55,6 @@ def work(
     """Runs tasks until None comes. Ctrl-C is the parent's to handle: it sets `stop`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent = getattr(multiprocessing.parent_process(), "pid", 0)
     import torch
     from transformers.utils import logging
 
@@ -64,13 +62,19 @@ def work(
         torch.set_num_threads(context.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    while (task := _next_task(tasks, parent)) is not None:
-        messages.put(_run(worker, context, task, messages, stop, parent))
+    while (task := _next_task(tasks)) is not None:
+        messages.put(_run(worker, context, task, messages, stop))
 
 
-def _next_task(tasks: "Queue[Task | None]", parent: int) -> Task | None:
-    """Waits for a task; None at the end, or when the parent was killed and can give no more."""
-    while os.getppid() == parent:
+def _is_orphan() -> bool:
+    """Whether the process that asks was killed: it can ask no more, nor stop anything."""
+    parent = multiprocessing.parent_process()
+    return parent is not None and not parent.is_alive()
+
+
+def _next_task(tasks: "Queue[Task | None]") -> Task | None:
+    """Waits for a task; None at the end."""
+    while not _is_orphan():
         try:
             return tasks.get(timeout=PARENT_CHECK_SECONDS)
         except queue.Empty:
@@ -84,7 +88,6 @@ def _run(
     task: Task,
     messages: "Queue[StepMessage | EndMessage]",
     stop: Event,
-    parent: int,
 ) -> EndMessage:
     from capgap.sweep.tasks import TaskRun
     from capgap.train.loop import Progress
@@ -106,8 +109,7 @@ def _run(
             messages.put(StepMessage(worker, task.id, progress.tokens, rate, loss))
 
     def should_stop() -> bool:
-        # a parent that was killed cannot ask any more
-        return stop.is_set() or os.getppid() != parent
+        return stop.is_set() or _is_orphan()
 
     outcome: Literal["done", "stopped", "user_error", "crashed"] = "done"
     message = ""
@@ -178,13 +180,16 @@ class Workers:
     workers: list[_Worker] = field(default_factory=list)
 
     def __enter__(self) -> "Workers":
-        spawn = multiprocessing.get_context("spawn")
-        self.messages: Any = spawn.Queue()
-        self.stop = spawn.Event()
+        # forked from a process that has imported torch once; where CUDA was touched no fork works
+        kind = "forkserver" if self.context.device == "cpu" else "spawn"
+        start: Any = multiprocessing.get_context(kind)
+        start.set_forkserver_preload(["capgap.sweep.tasks"])
+        self.messages: Any = start.Queue()
+        self.stop = start.Event()
         for index in range(self.number):
-            tasks = spawn.Queue()
+            tasks = start.Queue()
             given = (index, self.context, tasks, self.messages, self.stop)
-            process = spawn.Process(target=work, args=given, daemon=True)
+            process = start.Process(target=work, args=given, daemon=True)
             process.start()
             self.workers.append(_Worker(process, tasks))
         return self
