@@ -332,10 +332,11 @@ def _of_line(line: Line | None, law: Law) -> Iterator[str]:
         yield f"how the best teacher grows with the student is not known: {why}"
         return
     low, high = line.exponent.low, line.exponent.high
-    times = f"{law.confidence:.0%}: {_span((2**low, 2**high), 1)}"
     if max(abs(low), abs(high)) > 2 * WIDEST_EXPONENT or high - low > WIDEST_EXPONENT:
         yield "how fast the best teacher grows with the student cannot be told from these students"
-    elif not line.is_identified or line.ratio is None:
+        return
+    times = f"{law.confidence:.0%}: {_span((2**low, 2**high), 1)}"
+    if not line.is_identified or line.ratio is None:
         yield (
             "how fast the best teacher grows with the student cannot be told: twice the student "
             f"may want {_span((2**low, 2**high), 1)} times the teacher ({law.confidence:.0%})"
