@@ -124,4 +124,4 @@ def _write_samples(context: Context, plan: Plan, corpus: Corpus, best: RunRecord
         for prompt in prompts
         for who, name, model in writers
     ]
-    write_json(context.out / "samples.json", {"texts": texts})
+    write_json(context.out / "samples.json", {"schema": 1, "texts": texts})

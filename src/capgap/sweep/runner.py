@@ -220,6 +220,7 @@ class _Folder:
         # what has grown is not finished
         ended = before if before.get("recipe_hash") == context.recipe.hash() else {}
         self.fields: dict[str, Any] = {
+            "schema": 1,
             "recipe": context.recipe.model_dump(mode="json"),
             "recipe_hash": context.recipe.hash(),
             "grown_from": list(earlier),
