@@ -58,6 +58,7 @@ def with_code(model, **changes):
     """A model folder that brings code of its own, which leaves a trace when it is run."""
     trace = model.parent / "trace"
     (model / "own.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
+    (model / "capgap.json").unlink(missing_ok=True)
     for name, fields in changes.items():
         path = model / f"{name}.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | fields))

@@ -710,7 +710,7 @@ def of_an_older_version(place):
         (one_bit_changed, "sha256"),
         (without_its_mark, "manifest.json"),
         (without_tensors, "missing"),
-        (of_an_older_version, "version 1"),
+        (of_an_older_version, "schema 1"),
     ],
 )
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(tmp_path, caplog, spoil, words):

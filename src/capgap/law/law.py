@@ -294,6 +294,8 @@ def read_law(path: Path | str) -> Law:
         raise UserError(f"no law {path}: it is the law.json in a sweep's output folder")
     values = read_json(path)
     schema = values.get("schema")
+    if schema is None:
+        raise UserError(f"{path} is no law.json: it has no schema")
     if schema != SCHEMA:
         raise UserError(
             f"{path} has schema {schema!r}, and this version of capgap reads {SCHEMA}: make it "

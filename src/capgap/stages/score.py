@@ -74,7 +74,7 @@ def _run(request: Score, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     found = _found(request)
     provenance = _provenance(request, corpus)
     if found is not None:
-        other = difference(found.provenance, plain(provenance))
+        other = difference(found.provenance, provenance)
         if other is not None:
             raise UserError(f"{request.out} holds other scores ({other}): choose another file")
         return _told(request, found, 0.0)
@@ -143,7 +143,7 @@ def _batches(request: Score, corpus: "Text | None") -> list[Any]:
 
 
 def _provenance(request: Score, corpus: "Text | None") -> dict[str, Any]:
-    """What decides the scores."""
+    """What decides the scores, as their file holds it."""
     from capgap.models.identity import model_hash
 
     text = {}
@@ -154,15 +154,9 @@ def _provenance(request: Score, corpus: "Text | None") -> dict[str, Any]:
             "window": request.window,
             "batch_windows": request.batch_windows,
         }
-    return {
-        "teacher": request.teacher,
-        "teacher_hash": model_hash(request.teacher),
-        "method": request.method,
-        "depth": request.depth,
-        "seed": request.seed,
-        "dtype": request.dtype,
-        **text,
-    }
+    asked = {name: getattr(request, name) for name in ("method", "depth", "seed", "dtype")}
+    model = {"teacher": request.teacher, "teacher_hash": model_hash(request.teacher)}
+    return dict(plain(model | asked | text))
 
 
 def _found(request: Score) -> Any:
