@@ -626,7 +626,7 @@ def test_a_disk_that_fills_up_in_a_worker(copied, monkeypatch):
     context = Context(plan.recipe, out, "cpu", 1, training)
     messages: Any = queue.Queue()
     stop: Any = threading.Event()
-    ended = workers._run(0, context, column, messages, stop, os.getppid())
+    ended = workers._run(0, context, column, messages, stop)
     assert ended.outcome == "user_error"
     assert "no disk space left" in ended.message
     assert not (out / "records" / CELL).exists()
