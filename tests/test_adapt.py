@@ -263,7 +263,7 @@ def test_a_model_is_adapted_and_done_only_once(typed, model, texts, tmp_path):
         assert len(sizes) == 1
     assert [one["share"] for one in found["training"]["sources"]] == [0.6, 0.4]
     assert sorted(path.name for path in out.iterdir()) == [
-        *("adapt.json", "corpora", "model", "training")
+        *(".lock", "adapt.json", "corpora", "model", "training")
     ]
     assert (out / "model/LICENSE").read_text() == "free"
     trained = load_model(out / "model")

@@ -243,6 +243,7 @@ def test_what_is_written_loads_in_plain_transformers(request_of):
     assert [line["loss"] for line in lines] == record["curve"]["loss"]
     assert {name for line in lines for name in line} == set(keys("chat.md", "`metrics.jsonl`"))
     assert sorted(path.name for path in request.out.iterdir()) == [
+        ".lock",
         "instruct.json",
         "metrics.jsonl",
         "model",
