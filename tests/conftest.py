@@ -1,5 +1,6 @@
 """What many tests share: a small made-up text, its corpus, and a recipe of seconds."""
 
+import os
 import random
 import signal
 import sys
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# as commands set them, before the libraries that read them are loaded
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from capgap.cli import main
 from capgap.corpus.prepare import prepare_corpus

@@ -22,7 +22,13 @@ class Interrupted(Exception):
     """Work was asked to stop; its state is saved, and the same call goes on with it."""
 
 
-class WorkerDied(RuntimeError):
+class Failed(RuntimeError):
+    """Work came to no good end; the command exits with `code`."""
+
+    code = 1
+
+
+class WorkerDied(Failed):
     """A worker process ended on its own, mostly because the system ran out of memory."""
 
 

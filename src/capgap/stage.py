@@ -183,7 +183,7 @@ def text_table(names: Sequence[str], rows: Sequence[Sequence[str]], *, left: int
 
 
 def option(field: str) -> str:
-    return f"--{field.replace('_', '-')}"
+    return f"--{field.rstrip('_').replace('_', '-')}"
 
 
 def settings(kind: type[Stage], overrides: list[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import typer
 from capgap import __version__
 from capgap.cli import commands
 from capgap.cli.app import FAILED, USER_ERROR, app, exit_with
-from capgap.errors import UserError, WorkerDied, is_disk_full
+from capgap.errors import Failed, UserError, is_disk_full
 from capgap.machine import forget_leftovers, started
 
 # What the machine refuses, and only its user can mend
@@ -32,6 +32,9 @@ def main() -> None:
         # a terminal may have no character for what a model writes
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # bars and hints of other libraries would break into our own output
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         forget_leftovers()
     except UserError as error:
@@ -67,8 +70,8 @@ def _run() -> None:
         # what all processes of torchrun meet alike, the first one tells
         told = error.rank is not None or started()[0] == 0
         exit_with(f"{where}{error}" if told else "", USER_ERROR)
-    except WorkerDied as error:
-        exit_with(str(error), FAILED)
+    except Failed as error:
+        exit_with(str(error), error.code)
     except OSError as error:
         if is_disk_full(error):
             exit_with("no disk space left: free some and run the same command again", USER_ERROR)
@@ -91,7 +94,9 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", help="Print the version.")
+    ] = False,
 ) -> None:
     if version:
         print(__version__)

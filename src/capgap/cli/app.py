@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from capgap.errors import UserError
 from capgap.machine import started
@@ -16,7 +17,27 @@ from capgap.stopping import Signals, Stopped
 USER_ERROR = 2
 FAILED = 1
 
+
+class _Help:
+    """`--help` says no type, as other flags have none."""
+
+    def get_help_option(self, context: Any) -> Any:
+        found = super().get_help_option(context)  # type: ignore[misc]
+        if found is not None:
+            found.metavar = ""
+        return found
+
+
+class Command(_Help, TyperCommand):
+    pass
+
+
+class Commands(_Help, TyperGroup):
+    pass
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,27 +45,14 @@ app = typer.Typer(
     help="Measure the law of capacity gap, pick the teacher, and distil the student.",
 )
 
-Out = Annotated[Path, typer.Option(help="Output folder.", show_default=True)]
 Json = Annotated[
     bool, typer.Option("--json", metavar="", help="One JSON object on standard output.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="No progress.")]
-RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.")]
-Override = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe."),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", metavar="", help="Print every cell, its cost and the time; run nothing."
-    ),
-]
 
 
 class Answer(Stage):
-    """A stage that answers at once: it leaves no folder, and has no progress unless it says so.
-    `overrides` of a recipe, where it has them, are its `--set`."""
+    """A stage that answers at once: it leaves no folder, and has no progress unless it says so."""
 
     continues: ClassVar[bool] = False
     saves_when_asked: ClassVar[bool] = False
@@ -78,11 +86,11 @@ def add_stage(kind: type[Stage]) -> None:
 
         quiet, as_json = given.pop("quiet", True), given.pop("json_")
         sections = settings(kind, given.pop("set_", None) or [])
+        if "quiet" in kind.model_fields:
+            given["quiet"] = quiet
         try:
             named = {name: value for name, value in given.items() if value is not None}
             stage = kind(**named, **sections)
-            if not isinstance(stage, Answer):
-                quieten_transformers()
             with Signals() as signals:
                 found = signals.run(stage, make_display(Console(stderr=True), quiet=quiet))
         except FieldError as error:
@@ -100,22 +108,12 @@ def add_stage(kind: type[Stage]) -> None:
     shared: dict[str, tuple[Any, Any]] = {"quiet": (Quiet, False), "json_": (Json, False)}
     if issubclass(kind, Answer) and not kind.has_progress:
         del shared["quiet"]
-    if "overrides" in kind.model_fields:
-        shared["overrides"] = (Override, None)
     for name, (annotation, default) in shared.items():
         how = {"default": default, "annotation": annotation}
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, **how))
     command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     command.__doc__ = kind.__doc__
-    app.command(kind.title())(command)
-
-
-def quieten_transformers() -> None:
-    """Its progress bars and hints would break into our own output."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    app.command(kind.title(), cls=Command)(command)
 
 
 def print_json(value: dict[str, Any]) -> None:

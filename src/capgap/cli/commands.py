@@ -4,29 +4,25 @@ import contextlib
 import shlex
 import sys
 import unicodedata
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import typer
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from capgap.cli.app import (
     Answer,
+    Command,
     Json,
-    Override,
-    Quiet,
-    RecipeName,
     add_stage,
     app,
-    exit_with,
     print_json,
-    quieten_transformers,
-    stopped,
 )
 from capgap.errors import UserError
 from capgap.section import Words
 from capgap.sizes import parse_count
-from capgap.stage import ARGUMENT, Say, Stage
+from capgap.stage import ARGUMENT, HOW, Say
 from capgap.stages.adapt import Adapt
 from capgap.stages.cache import Cache
 from capgap.stages.corpus import Prepare
@@ -36,10 +32,10 @@ from capgap.stages.export import Export
 from capgap.stages.prune import Prune
 from capgap.stages.score import Score
 from capgap.stages.tuning import Instruct, Prefer
-from capgap.sweep.stages import Column, Quickstart, Search, Sweep
+from capgap.sweep.stages import Column, OfRecipe, Quickstart, Search, Sweep
 
 if TYPE_CHECKING:
-    from capgap.pipeline.state import Decision
+    from capgap.pipeline.recipe import RunRecipe
     from capgap.tune.chat import Chat
 
 STATES = {"done": "done", "continue": "would go on", "run": "would run"}
@@ -150,7 +146,6 @@ class Recommend(Answer):
         if self.measure is not None:
             from capgap.stages.measure import MeasureRequest, run_measure
 
-            quieten_transformers()
             num_bytes = parse_count(self.measure_bytes)
             request = MeasureRequest(
                 self.measure, num_bytes, self.dtype, self.device, self.student_model
@@ -171,20 +166,18 @@ class Recommend(Answer):
         return advice_text(Advice.model_validate(values))
 
 
-class Plan(Answer):
+class Plan(Answer, OfRecipe):
     """What a run or a sweep would take: parameters, steps, FLOPs, memory, time and disk."""
 
-    recipe: Annotated[str, ARGUMENT, "A recipe file, or a shipped recipe's name."]
     gpus: Annotated[str | None, "For time and what fits: 16xA100; else the recipe's own."] = None
     utilisation: Annotated[
         float | None, "Share of the GPUs' peak that is reached, such as 0.4."
     ] = None
-    overrides: tuple[str, ...] = ()
 
     def run(self, **_: Any) -> dict[str, Any]:
         from capgap import plan
 
-        return plan(self.recipe, self.overrides, gpus=self.gpus, utilisation=self.utilisation)
+        return plan(self.recipe, self.set, gpus=self.gpus, utilisation=self.utilisation)
 
     def told(self, found: dict[str, Any]) -> str:
         from capgap.cost.plan import plan_text
@@ -213,7 +206,6 @@ class Sample(Answer):
         how = {"temperature": self.temperature, "top_p": self.top_p}
         Sampling(self.temperature, self.top_p, seed=self.seed)
         check_text(self.text, "the text")
-        quieten_transformers()
         # first, because it tells a missing network or a wrong name at once
         tokenizer = load_tokenizer(self.model)
         model = load_model(self.model).eval()
@@ -226,88 +218,70 @@ class Sample(Answer):
         return str(found["prompt"] + found["text"])
 
 
-stage: type[Stage]
-# in the order of --help
-for stage in (Quickstart, Sweep, Search, Report, Fit, Recommend, Plan):
-    add_stage(stage)
-
-
-@app.command()
-def run(
-    recipe: RecipeName,
-    out: Annotated[Path | None, typer.Option(help="Output folder; runs/NAME if none.")] = None,
-    from_: Annotated[
-        str | None, typer.Option("--from", metavar="STEP", help="This step and all later anew.")
-    ] = None,
-    until: Annotated[
-        str | None, typer.Option(metavar="STEP", help="Stop when this step is done.")
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", metavar="", help="Tell each step, why it would run, and its command."
-        ),
-    ] = False,
-    set_: Override = None,
-    quiet: Quiet = False,
-    json_: Json = False,
-) -> None:
+class Run(OfRecipe):
     """Run all stages of a recipe, from the teacher to a student that answers."""
-    from rich.console import Console
 
-    from capgap.config import find_recipe, load_any_recipe
-    from capgap.pipeline.recipe import RunRecipe
-    from capgap.pipeline.runner import StepFailed, plan_pipeline, run_pipeline
-    from capgap.stopping import Stopped
-    from capgap.sweep.progress import make_display
+    out: Annotated[Path | None, HOW, "Output folder; runs/NAME if none."] = None
+    from_: Annotated[str | None, HOW, Field(alias="from"), "This step and all later anew."] = None
+    until: Annotated[str | None, HOW, "Stop when this step is done."] = None
+    dry_run: Annotated[bool, HOW, "Tell each step, why it would run, and its command."] = False
+    quiet: bool = False
 
-    loaded = load_any_recipe(find_recipe(recipe), set_ or [])
-    if not isinstance(loaded, RunRecipe):
-        raise UserError(f"{recipe} is the recipe of a sweep, not of a run: see `capgap sweep`")
-    folder = out or Path("runs") / loaded.name
-    if dry_run:
-        steps = list(map(_described, plan_pipeline(loaded, folder, again_from=from_, until=until)))
-        if json_:
-            print_json({"name": loaded.name, "steps": steps})
-            return
-        for number, step in enumerate(steps, 1):
-            why = f" ({step['why']})" if step["why"] else ""
-            print(f"{number}. {step['step']}: {STATES[step['state']]}{why}")
-            print(f"   {shlex.join(step['command'])}")
-        return
-    quieten_transformers()
-    say = make_display(Console(stderr=True), quiet=quiet)
-    try:
-        found = run_pipeline(loaded, folder, again_from=from_, until=until, quiet=quiet, say=say)
-    except Stopped as ended:
-        stopped(folder, ended.number)
-    except StepFailed as failed:
-        exit_with(f"{failed}; what is done is kept in {folder}", failed.code)
-    if json_:
-        print_json(found)
-        return
-    width = max(len(name) for name in found["steps"])
-    for name, step in found["steps"].items():
-        print(f"{name:{width}}  {step.get('result') or step['status']}")
-    print(f"run: {folder}")
+    @cached_property
+    def asked(self) -> "RunRecipe":
+        from capgap.config import find_recipe, load_any_recipe
+        from capgap.pipeline.recipe import RunRecipe
+
+        found = load_any_recipe(find_recipe(self.recipe), self.set)
+        if not isinstance(found, RunRecipe):
+            raise UserError(
+                f"{self.recipe} is the recipe of a sweep, not of a run: see `capgap sweep`"
+            )
+        return found
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        return (self.out or Path("runs") / self.asked.name,)
+
+    def run(self, *, say: Say = lambda text: None, **_: Any) -> dict[str, Any]:
+        from capgap.pipeline.runner import plan_pipeline, run_pipeline
+
+        which: dict[str, Any] = {"again_from": self.from_, "until": self.until}
+        if not self.dry_run:
+            return run_pipeline(self.asked, *self.writes, **which, quiet=self.quiet, say=say)
+        steps = [
+            {
+                "step": decision.step.name,
+                "state": decision.state,
+                "why": decision.why or None,
+                "command": ["capgap", *decision.step.stage.command()],
+            }
+            for decision in plan_pipeline(self.asked, *self.writes, **which)
+        ]
+        return {"name": self.asked.name, "steps": steps}
+
+    def told(self, found: dict[str, Any]) -> str:
+        lines = []
+        if self.dry_run:
+            for number, step in enumerate(found["steps"], 1):
+                why = f" ({step['why']})" if step["why"] else ""
+                lines.append(f"{number}. {step['step']}: {STATES[step['state']]}{why}")
+                lines.append(f"   {shlex.join(step['command'])}")
+            return "\n".join(lines)
+        width = max(map(len, found["steps"]))
+        for name, step in found["steps"].items():
+            lines.append(f"{name:{width}}  {step.get('result') or step['status']}")
+        return "\n".join([*lines, f"run: {self.writes[0]}"])
 
 
-def _described(decision: "Decision") -> dict[str, Any]:
-    return {
-        "step": decision.step.name,
-        "state": decision.state,
-        "why": decision.why or None,
-        "command": ["capgap", *decision.step.stage.command()],
-    }
-
-
-for stage in (Column, Prepare, Cache, Score, Prune, Distill, Train, Adapt, Sample):
+# in the order of --help
+QUESTIONS = (Quickstart, Sweep, Search, Report, Fit, Recommend, Plan, Run)
+WORK = (Column, Prepare, Cache, Score, Prune, Distill, Train, Adapt, Sample, Evaluate)
+for stage in (*QUESTIONS, *WORK, Instruct, Prefer):
     add_stage(stage)
-for stage in (Evaluate, Instruct, Prefer):
-    add_stage(stage)
 
 
-@app.command()
+@app.command(cls=Command)
 def chat(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or name.")],
     once: Annotated[str | None, typer.Option(help="Answer this question and end.")] = None,
@@ -326,7 +300,6 @@ def chat(
     """Talk to a model: /reset forgets what was said, /quit or Ctrl-D ends."""
     if json_ and once is None:
         raise UserError("--json goes with --once QUESTION")
-    quieten_transformers()
     from capgap.evaluate.sample import Sampling
     from capgap.machine import resolve_device
     from capgap.tune.chat import load_chat

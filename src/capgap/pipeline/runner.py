@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from capgap.artifact import LOCK, check_empty, locked, read_json
-from capgap.errors import UserError
+from capgap.errors import Failed, UserError
 from capgap.pipeline.recipe import RunRecipe
 from capgap.pipeline.state import RECORD, Decision, RunState, check_step, decide
 from capgap.pipeline.steps import Step, plan_steps
@@ -22,12 +22,13 @@ from capgap.stages.training import TrainingStage
 from capgap.stopping import Signals, Stopped
 
 
-class StepFailed(Exception):
-    """A step came to no good end; `code` is what the command exits with. A process of its own has
+class StepFailed(Failed):
+    """A step came to no good end; what came before it is kept in `out`. A process of its own has
     said why, where `why` is empty."""
 
-    def __init__(self, step: str, why: str, code: int) -> None:
-        super().__init__(f"the step {step} failed: {why}" if why else f"the step {step} failed")
+    def __init__(self, step: str, why: str, code: int, out: Path) -> None:
+        reason = f": {why}" if why else ""
+        super().__init__(f"the step {step} failed{reason}; what is done is kept in {out}")
         self.code = code
 
 
@@ -149,7 +150,7 @@ class _Work:
         record = self.signals.run(stage, self.say)
         self.say(stage.told(record))
         if stage.failure(record):
-            raise StepFailed(step.name, stage.failure(record), 1)
+            raise StepFailed(step.name, stage.failure(record), 1, self.state.path.parent)
         # what a stage held is for the next one
         gc.collect()
         torch = sys.modules.get("torch")
@@ -168,6 +169,6 @@ class _Work:
             pass_fds=(self.lock,),
         )
         if code:
-            raise StepFailed(step.name, "", code)
+            raise StepFailed(step.name, "", code, self.state.path.parent)
         assert step.stage.record_file is not None
         return step.stage.result(read_json(step.stage.record_file))

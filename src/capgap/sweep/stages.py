@@ -31,8 +31,8 @@ STOP_REASONS = {
 }
 
 
-class _OfRecipe(Stage):
-    """A stage of the recipe of a sweep."""
+class OfRecipe(Stage):
+    """What is asked of a recipe, by default that of a sweep."""
 
     recipe: Annotated[str, ARGUMENT, "A recipe file, or a shipped recipe's name."]
     set: Annotated[
@@ -46,7 +46,7 @@ class _OfRecipe(Stage):
         return load_recipe(find_recipe(self.recipe), self.set)
 
 
-class Sweep(_OfRecipe):
+class Sweep(OfRecipe):
     """Run a grid of teachers and students; the same command continues one that was stopped."""
 
     # its workers save their state as it ends
@@ -231,7 +231,7 @@ def _told_results(found: dict[str, Any]) -> str:
     return "\n".join([*lines, f"report: {found['report']}"])
 
 
-class Column(_OfRecipe):
+class Column(OfRecipe):
     """Run one teacher or one column of a sweep, for clusters; `capgap sweep` then finds it done."""
 
     task: Annotated[str | None, ARGUMENT, "Which; without it all are listed."] = None
