@@ -138,8 +138,8 @@ def test_rooms_import_one_way(name):
 
 
 def test_a_new_option_touches_one_file(tmp_path):
-    """A field of a section is an option of the command, a key of the recipe, and a row of the
-    page."""
+    """A field of a section is an option of the command, a key of the recipe, and a row of both
+    pages and an argument on the third."""
     shutil.copytree(SOURCE, tmp_path / "capgap", ignore=shutil.ignore_patterns("__pycache__"))
     stage = tmp_path / "capgap" / "stages" / "score.py"
     text = stage.read_text()
@@ -158,7 +158,7 @@ from capgap.errors import UserError
 spec = importlib.util.spec_from_file_location("generate", sys.argv[1])
 generate = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(generate)
-page = generate.cli_page((generate.DOCS / "cli.md").read_text())
+pages = {name: made((generate.DOCS / name).read_text()) for name, made in generate.PAGES.items()}
 read = load_any_recipe(find_recipe("minima-tiny"), ["score.luck=0.5"]).score.luck
 try:
     load_any_recipe(find_recipe("minima-tiny"), ["score.luck=much"])
@@ -166,7 +166,7 @@ except UserError as error:
     wrong = str(error)
 told = CliRunner().invoke(app, ["score", "--help"], env={"COLUMNS": "200"}).output
 asked = ["score", "x", "--out", "y", "--luck", "much"]
-print(json.dumps([page, read, wrong, told, str(CliRunner().invoke(app, asked).exception)]))
+print(json.dumps([pages, read, wrong, told, str(CliRunner().invoke(app, asked).exception)]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "docs" / "generate.py"],
@@ -176,8 +176,10 @@ print(json.dumps([page, read, wrong, told, str(CliRunner().invoke(app, asked).ex
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    page, read, wrong, told, mistake = json.loads(done.stdout)
-    assert "| `--luck` | `0.25` | Of units |" in page
+    pages, read, wrong, told, mistake = json.loads(done.stdout)
+    assert "| `--luck` | `0.25` | Of units |" in pages["cli.md"]
+    assert "| `luck` | number | `0.25` | Of units |" in pages["recipes.md"]
+    assert "window=512, luck=0.25, teacher" in pages["api.md"]
     assert read == 0.5
     assert "score.luck = 'much'" in wrong
     assert "--luck" in told

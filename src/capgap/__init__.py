@@ -39,7 +39,8 @@ def fit(
     a sweep or of distillations. `capgap.report.sentences.sentences(law)` puts it in words.
 
     Intervals are at `confidence`. independent_errors: whether a table's `loss_stderr` is each
-    cell's own noise. Raises UserError for a table that cannot be read (docs/output.md).
+    cell's own noise. The same seed gives the same numbers. Raises UserError for a table that cannot
+    be read (docs/output.md#a-table-of-cells).
     """
     # numpy, scipy and pandas are loaded here, so that `import capgap` stays instant
     from capgap.law.fit import fit as fit_cells

@@ -64,7 +64,8 @@ def _find_beside(data: dict[str, Any], folder: Path) -> None:
 
 
 def parse_recipe(data: dict[str, Any], *, where: str = "recipe") -> Recipe:
-    """A sweep from plain data; UserError names the key, its value and what was expected."""
+    """A sweep from plain data, such as `recipe` in a sweep.json. UserError, which begins with
+    `where`, names the key, its value and what was expected."""
     if _is_run(data):
         raise UserError(f"{where} is the recipe of a run, not of a sweep: see `capgap plan`")
     return _parsed(Recipe, data, where)

@@ -52,8 +52,8 @@ def scrub_text(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 
 def scrub(value: Any, environment: Mapping[str, str] | None = None) -> Any:
-    """The same for all strings in dicts, lists and tuples; a value whose key names a secret goes
-    whole. Keys and everything else stay as they are."""
+    """A record without secrets (docs/security.md#secrets) in the strings of its dicts, lists and
+    tuples; a value whose key names a secret goes whole. All else stays as it is."""
     if isinstance(value, str):
         return scrub_text(value, environment)
     if isinstance(value, list | tuple):

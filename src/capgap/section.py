@@ -3,7 +3,7 @@ a value in one line. Light."""
 
 import tomllib
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -29,11 +29,31 @@ def _words(given: Any) -> Any:
     return [word.strip() for word in given.split(",")] if isinstance(given, str) else given
 
 
+Positive = Annotated[float, Field(gt=0)]
+PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+ProperFraction = Annotated[float, Field(gt=0, lt=1)]
+_Kind = TypeVar("_Kind")
+OneOrMore = Annotated[tuple[_Kind, ...], Field(min_length=1)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-LearningRate = Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LearningRate = Annotated[
+    Literal["auto"] | PositiveFinite,
+    "Peak rate; auto is a rule per size, half of it for what has weights already.",
+]
+TextColumn = Annotated[str, "Column with the text, for JSON lines, parquet and datasets."]
+Separator = Annotated[str, "Line that parts documents within a text file."]
+TextSource = Annotated[str, "stdlib, pydoc, a file, a folder, a glob or a Hugging Face dataset."]
+# every byte and an end
+Vocabulary = Annotated[Count, Field(ge=257), "Tokens of the tokenizer to train."]
+BeginWindows = Annotated[
+    bool, "Every window begins with the tokenizer's own first token, if it has one."
+]
+Recomputed = Annotated[
+    bool, "Layers are computed again in the backward pass: less memory, about a third more work."
+]
 Dtype = Literal["stored", "fp32", "bf16"]
 Init = Literal["pruned", "fixed", "scratch", "chain"]
 Architecture = Literal[

@@ -66,7 +66,8 @@ def extend_tokenizer(
     old: Sequence[bytes] = (),
     old_share: float = OLD_SHARE,
 ) -> Extension:
-    """Add up to `pieces` pieces that the new text has use for; a small text may give fewer.
+    """Add up to `pieces` pieces that the new text has use for; a small text may give fewer. The
+    `Extension` has the tokenizer, the first new id, and the old ids that each new one is made of.
 
     Args:
         tokenizer: byte-level BPE, or BPE with byte fallback as sentencepiece writes it.

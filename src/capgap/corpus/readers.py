@@ -337,7 +337,7 @@ def safe_members(
 
     Folders are passed over. UserError before the first is given where a name leads out of the
     archive, where a member is a link, a device or a pipe, where two have one name, and where the
-    archive tells more bytes or files than that.
+    archive tells more bytes or files than that (docs/security.md#archives).
     """
     files: dict[str, tarfile.TarInfo] = {}
     size = 0

@@ -84,8 +84,8 @@ class Text:
 
     @classmethod
     def of(cls, sources: Sequence[Corpus], weights: Sequence[float] | None = None) -> "Text":
-        """The corpora with shares in proportion to their weights, met to 1 in PATTERN; without
-        weights all are equal.
+        """Corpora of one tokenizer with shares in proportion to their weights, met to 1 in PATTERN;
+        without weights all are equal.
 
         UserError: tokenizers that differ (the first token that does), windows that begin
         differently, a share too small to be met.
@@ -201,7 +201,7 @@ def _whole_shares(weights: Sequence[float]) -> list[int]:
 def batch_indices(
     *, seed: int, step: int, batch_windows: int, num_windows: int
 ) -> NDArray[np.int64]:
-    """Window numbers of one step of a single corpus, int64 [batch_windows].
+    """Window numbers of one step of a single corpus, int64 [batch_windows]: a pure function.
 
     Step after step (from 0) walks through all windows in an order shuffled anew for each epoch and
     seed: every window comes exactly once an epoch. An epoch may end within a batch.

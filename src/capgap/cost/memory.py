@@ -192,7 +192,7 @@ def _widths(shape: Shape, window: int, document_mask: bool) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class LoopMemory:
-    """Memory of one process of a loop: the students of a teacher, or of none.
+    """Memory of one process of a loop: the students of a teacher, or of none; shapes all.
 
     micro_batch_tokens: of one process; micro_batches: of one step of it. teacher_bytes: of one of
     its weights, 2 or 4. device: the type, `cpu` or `cuda`. ranks: processes that shard models.

@@ -45,7 +45,8 @@ class GivenTeacher(NamedTuple):
 def estimate(
     recipe: Recipe | RunRecipe, *, gpus: str | None = None, utilisation: float | None = None
 ) -> dict[str, Any]:
-    """What a recipe would take, before anything is spent (docs/cli.md has the keys).
+    """What a recipe of either kind would take, before anything is spent: what `capgap plan` tells
+    (docs/cli.md has the keys).
 
     gpus: such as `16xA100`, for the time and what fits; utilisation: the share of their peak that
     is reached. UserError for what could not be run.

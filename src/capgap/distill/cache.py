@@ -261,9 +261,10 @@ def write_cache(
 
 
 class CachedTeacher:
-    """A whole cache as the teacher of a training run.
+    """A whole cache as the teacher of `capgap.train.loop.train`.
 
-    Raises UserError: no cache there, one of another teacher, corpus, tokenizer, window or document
+    Raises UserError: no cache there, one of another teacher (by its `teacher_hash`, of
+    `capgap.models.identity.model_hash`, where it is given), corpus, tokenizer, window or document
     mask, one that is not finished; and, while it is read, a window that is damaged.
     """
 

@@ -73,7 +73,9 @@ def column_loss(
     divergence: Divergence = FORWARD_KL,
     chunk_tokens: int | None = None,
 ) -> ColumnLoss:
-    """Losses of all students of one teacher, whose logits are computed once a chunk.
+    """Losses of all students of one teacher, whose logits are computed once a chunk: of each the
+    sum over tokens of (1 - alpha) CE + alpha temperature^2 D, with D the `divergence`, to be
+    divided once, by the tokens of the whole batch.
 
     targets [tokens], IGNORED_LABEL where a position does not count. A student with alpha 0 costs
     no soft term; alpha above 0 needs a teacher. A SparseSignal stands for a teacher whose logits

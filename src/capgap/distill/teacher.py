@@ -102,7 +102,8 @@ def read_batch(
 
 
 class OnlineTeacher:
-    """A causal language model that runs in its own dtype (no autocast of the students), on its own
+    """A causal language model as the teacher of `capgap.train.loop.train`, put into evaluation
+    without gradients, that runs in its own dtype (no autocast of the students), on its own
     device. Where that is not the students', its hidden states and head go over for every
     micro-batch. Sharded, every rank still has the tables and the head whole."""
 

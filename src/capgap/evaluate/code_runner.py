@@ -45,7 +45,8 @@ class Outcome:
 
 
 def run_program(program: str, limits: CodeLimits | None = None) -> Outcome:
-    """Runs a program in an empty folder in memory, without a network and without other processes.
+    """Runs a program in an empty folder in memory, without a network and without other processes:
+    docs/evaluation.md#programs-of-a-model says what that holds back.
 
     It sees Python's own files and the system's libraries, and can change nothing of them. Its
     output is thrown away. It passes when it comes to its end without an error; one that leaves

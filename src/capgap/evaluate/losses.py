@@ -63,7 +63,8 @@ def heldout_set(
 
 @torch.no_grad()
 def evaluate_heldout(parts: Parts, heldout: HeldoutSet, ranks: Ranks = ALONE) -> HeldoutLoss:
-    """Every held-out token is predicted once, from the tokens before it in its row.
+    """Held-out loss by document, of what `heldout_set` made: every token is predicted once, from
+    the tokens before it in its row.
 
     Several ranks share the rows; all of them learn the result.
     """

@@ -77,7 +77,8 @@ def sample_text(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> str:
-    """A continuation of `prompt`, without the prompt; temperature 0 takes the likeliest token.
+    """A continuation of `prompt`, without the prompt; temperature 0 takes the likeliest token. The
+    random state of the caller is left alone.
 
     An empty prompt starts a new document. The prompt's end is kept where it is longer than the
     model can read. UserError for a temperature below zero or a length the model cannot read.

@@ -94,7 +94,8 @@ class Card:
 
 
 def card_text(card: Card) -> str:
-    """The whole README.md. Text from outside is no markup in it."""
+    """The whole README.md with its front matter, which has scores of benchmarks as the Hub's
+    `model-index`. Text from outside is no markup in it."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(

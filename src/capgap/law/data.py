@@ -154,7 +154,8 @@ def cells_of(records: Sequence[RunRecord]) -> Cells:
 
 
 def grid_table(records: Sequence[RunRecord]) -> pandas.DataFrame:
-    """One row for each record, sorted by id: sizes in parameters, losses in nats per token.
+    """The table of grid.csv, one row for each record, sorted by id: sizes in parameters, losses in
+    nats per token. `write_grid` writes it.
 
     `gain` is the baseline's loss minus the cell's, `kl` and `agreement` are the last ones logged
     in training. Missing values are missing, also in the whole-number columns.

@@ -121,7 +121,7 @@ class PublishedFamily:
 
 @cache
 def published_families() -> dict[str, PublishedFamily]:
-    """All families, by their short name."""
+    """Families by their short name: their models' dimensions, parameters and training tokens."""
     return {name: _family(name, fields) for name, fields in _read("families.toml").items()}
 
 

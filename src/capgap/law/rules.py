@@ -264,7 +264,7 @@ def surface_rules(law: Law | None, student: int, tokens: int) -> list[SurfaceRul
 
 
 def own_surface(entry: Surface) -> SurfaceRule | None:
-    """What a law holds of a surface; None where none was fitted."""
+    """The surface that one of the `surfaces` of a law holds; None where none was fitted."""
     if entry.distillation is None or entry.supervised is None or entry.teacher_tokens is None:
         return None
     assert entry.error is not None

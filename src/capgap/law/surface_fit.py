@@ -129,7 +129,8 @@ def fit_supervised(
     seed: int = 0,
     intervals: bool = False,
 ) -> SurfaceFit:
-    """L(N, D) from models that were trained without a teacher, arrays [cells].
+    """L(N, D) from models that were trained without a teacher, arrays [cells]: least squares from
+    many starts with analytic gradients.
 
     `errors` are standard errors of the losses in nats, all alike if none. Forms: `full`;
     `chinchilla` with gamma 1 (arXiv 2203.15556); `one_budget`, E + A / N^alpha, for models of the

@@ -138,7 +138,7 @@ def joined(device: str, batch_windows: int) -> Iterator[Ranks]:
 
 
 def parallelize(parts: Parts, ranks: Ranks, device: torch.device) -> Parts:
-    """Puts a model of the CPU on the device, sharded over all ranks where there are several.
+    """Puts a model of the CPU on the device, sharded over all ranks where `joined` gave several.
 
     FSDP2: every rank keeps its part of every weight, gradient and moment. A layer's weights are
     together while it computes; those outside of layers (tables, head) until the end of the backward

@@ -6,7 +6,16 @@ from pydantic import Field, model_validator
 
 from capgap.errors import UserError
 from capgap.machine import UTILISATION, parse_gpus
-from capgap.section import Architecture, Count, LearningRate, Section
+from capgap.section import (
+    Architecture,
+    Count,
+    LearningRate,
+    PositiveFinite,
+    PositiveFraction,
+    Section,
+    TextSource,
+    Vocabulary,
+)
 from capgap.stages.adapt import AdaptSection
 from capgap.stages.corpus import TextSection
 from capgap.stages.distill import DistillSection
@@ -21,19 +30,19 @@ Tracker = Literal["tensorboard", "trackio", "wandb"]
 
 
 class TeacherSection(Section):
-    """A model that exists, or a small one to train from nothing (`size` on `tokens` of `source`).
+    """A model that exists, or a small one to train from nothing."""
 
-    `model` is a published name or a Hugging Face folder; `weights` where the weights of a published
-    one are: a folder or a name on the Hub. `vocabulary` is that of the tokenizer of a new one.
-    """
-
-    model: str | None = None
-    weights: str | None = None
-    size: Count | None = None
-    architecture: Architecture = "llama"
-    source: str = "stdlib"
-    vocabulary: Annotated[Count, Field(ge=257)] = 2048
-    tokens: Count | None = None
+    model: Annotated[
+        str | None, "A Hugging Face folder, or a model of `capgap recommend`, as Llama-2-7B."
+    ] = None
+    weights: Annotated[str | None, "Of a published model: a folder or a name on the Hub."] = None
+    size: Annotated[
+        Count | None, "In place of `model`: non-embedding parameters of one to train from nothing."
+    ] = None
+    architecture: Annotated[Architecture, "The new model's."] = "llama"
+    source: TextSource = "stdlib"
+    vocabulary: Vocabulary = 2048
+    tokens: Annotated[Count | None, "Tokens that it is trained on."] = None
     learning_rate: LearningRate = "auto"
 
     @model_validator(mode="after")
@@ -50,17 +59,22 @@ class TeacherSection(Section):
 class CorpusEntry(TextSection):
     """Text that the student learns from; several make a mixture by their weights."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "text"
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$"), "Names its folder; all differ."] = "text"
+    weight: Annotated[PositiveFinite, "Share of the training tokens, against the others'."] = 1.0
 
 
 class HardwareSection(Section):
-    """What the run is meant for: time and memory are told for it. `processes` on this machine share
-    the training."""
+    """What the run is meant for: time and memory are told for it."""
 
-    gpus: str | None = None
-    utilisation: Annotated[float, Field(gt=0, le=1)] = UTILISATION
-    processes: Count = 1
+    gpus: Annotated[str | None, "What the run is meant for, as 16xA100; `--gpus` comes first."] = (
+        None
+    )
+    utilisation: Annotated[PositiveFraction, "Share of the GPUs' 16-bit peak that is reached."] = (
+        UTILISATION
+    )
+    processes: Annotated[
+        Count, "Processes on this machine that share the training, started as torchrun would."
+    ] = 1
 
     @model_validator(mode="after")
     def _known(self) -> "HardwareSection":
@@ -76,9 +90,9 @@ class RunRecipe(Section):
     """One run: a student is cut out of a teacher and distilled from it; what comes before and after
     is there where its section is."""
 
-    name: str
-    description: str = ""
-    track: tuple[Tracker, ...] = ()
+    name: Annotated[str, "Names the run."]
+    description: Annotated[str, "For the reader."] = ""
+    track: Annotated[tuple[Tracker, ...], "Trackers told every step (docs/distillation.md)."] = ()
     teacher: TeacherSection
     corpus: tuple[CorpusEntry, ...] = ()
     adapt: AdaptSection | None = None

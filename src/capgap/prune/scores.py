@@ -18,7 +18,8 @@ SCHEMA = 2
 
 
 def save_importance(path: Path, importance: Importance) -> None:
-    """Writes it in one step, with its provenance in the file's metadata."""
+    """Writes a safetensors file in one step, with the provenance of the scores in its metadata;
+    `load_importance` reads it."""
     tensors = {name: getattr(importance, name) for name in UNITS}
     facts = {"tokens": importance.tokens, "flops": importance.flops}
     _save(path, tensors, {"schema": SCHEMA, **facts, "provenance": importance.provenance})

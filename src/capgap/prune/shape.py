@@ -23,7 +23,8 @@ Distance = Callable[[Shape], float]
 
 @dataclass(frozen=True)
 class Target:
-    """The parameters that a cut should have: non-embedding, or with `total` all of them.
+    """The parameters that a cut should have: non-embedding, or with `total` all of them. Of a share
+    of a teacher's `keep_target` makes one.
 
     Hidden and FFN width are multiples of `multiple`; None takes what the size allows: hidden
     widths step by a power of two of about 1/64 of the teacher's, FFN widths of the student's.
@@ -75,9 +76,10 @@ def search(
     Hidden width, heads (whole key-value groups), FFN width and layers are cut, the same in every
     layer; head size, positions and tying stay. The FFN width is solved for the wanted count, for
     every hidden width, number of heads and of layers (or `layers` alone). Shapes within 0.5% come
-    first, ordered by `distance`, by default `from_ladder`; equal ones by the larger hidden width,
-    then by fewer layers; then those within 1%, ordered by their error. The teacher's own count
-    gives the teacher's own shape alone.
+    first, ordered by `distance`: `from_ladder` by default, else `from_axes` or
+    `capgap.prune.surgery.score_lost`; equal ones by the larger hidden width, then by fewer layers;
+    then those within 1%, ordered by their error. The teacher's own count gives the teacher's own
+    shape alone.
 
     UserError: the target is above the teacher, below the smallest cut, or no shape of the asked
     multiples comes near enough.

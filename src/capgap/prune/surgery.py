@@ -73,7 +73,8 @@ def score_lost(importance: Importance) -> Distance:
 
 
 def cut(model: PreTrainedModel, importance: Importance, shape: Shape) -> PreTrainedModel:
-    """A new model of `shape` from the most important units of `model`, which stays as it is.
+    """A new model of `shape` from the most important units of `model`, which stays as it is;
+    plain transformers loads it.
 
     Weights are copied, not rescaled; everything in the config but the sizes is kept; dtype,
     device and training flag are those of `model`.

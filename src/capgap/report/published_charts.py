@@ -150,9 +150,10 @@ def own_surface_chart(own: SurfaceRule, architecture: str, tokens: float) -> Pic
 
 
 def benchmark_chart(own: Sequence[OwnResult] = ()) -> Picture:
-    """The mean of six benchmarks against compute, with the Pareto fronts of published models.
+    """The mean of six benchmarks against compute, with the Pareto fronts of published models: MMLU,
+    C-Eval, DROP, HumanEval, BBH and GSM8K (arXiv 2311.07052).
 
-    `own` models are drawn beside the fronts and do not move them.
+    `own` models, means in percent, are drawn beside the fronts and do not move them.
     """
     published = published_results()
     models: list[BenchmarkResult | OwnResult] = [*published, *own]

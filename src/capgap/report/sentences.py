@@ -25,8 +25,8 @@ WIDEST_EXPONENT = 3.0
 
 
 def sentences(law: Law) -> list[str]:
-    """Which teachers will do; what tokens change; cut or capacity; whether a teacher can be too
-    large; what distilling gains; the law, if there is one. The first is the headline."""
+    """At most six: which teachers will do; what tokens change; cut or capacity; whether a teacher
+    can be too large; what distilling gains; the law, if there is one. The first is the headline."""
     if not law.curves:
         return ["No student has been distilled yet: nothing can be said about teachers."]
     by_name = {

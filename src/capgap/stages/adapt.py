@@ -13,18 +13,18 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from capgap.artifact import begun, read_json, write_json
 from capgap.corpus.names import Weighted
 from capgap.errors import Interrupted, UserError
 from capgap.machine import machine, resolve_device, started, versions
 from capgap.scrub import scrub
-from capgap.section import Count, LearningRate, Section
+from capgap.section import Count, LearningRate, ProperFraction, Section
 from capgap.sizes import format_bytes, parse_count
 from capgap.stage import ARGUMENT, Mark, Say, ShouldStop
 from capgap.stages.distill import Train
-from capgap.stages.training import TrainingStage
+from capgap.stages.training import Tokens, TrainingStage
 from capgap.train.recipe import ABOUT_A_TEACHER
 
 # Text to learn pieces on: so much a piece, within limits that bound the time
@@ -55,7 +55,7 @@ class _Extension(Section):
         "Text like what the model knows: its tokens stay, and it is trained on too.",
     ] = None
     new_share: Annotated[
-        Annotated[float, Field(gt=0, lt=1)] | None,
+        ProperFraction | None,
         "The new text's share of the tokens; half beside old text, all without.",
     ] = None
 
@@ -76,8 +76,8 @@ class _Extension(Section):
 class AdaptSection(_Extension):
     """The teacher learns the text `source` with `pieces` new tokens, beside `old` text."""
 
-    source: str
-    tokens: Count
+    source: Annotated[str, "The new text, as `capgap corpus` takes it."]
+    tokens: Tokens
     learning_rate: LearningRate = "auto"
 
 

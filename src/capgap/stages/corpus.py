@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from capgap.section import Count, Section
+from capgap.section import BeginWindows, Count, Section, Separator, TextColumn, TextSource
 from capgap.sizes import format_count
 from capgap.stage import ARGUMENT, HOW, Mark, Say, ShouldStop, Stage, paced
 
@@ -12,16 +12,9 @@ from capgap.stage import ARGUMENT, HOW, Mark, Say, ShouldStop, Stage, paced
 class TextSection(Section):
     """Text in: stdlib, pydoc, a file, a folder, a glob or a Hugging Face dataset."""
 
-    source: Annotated[
-        str,
-        ARGUMENT,
-        Mark.SOURCE,
-        "stdlib, pydoc, a file, a folder, a glob or a Hugging Face dataset.",
-    ]
-    text_column: Annotated[str, "Column with the text, for JSON lines, parquet and datasets."] = (
-        "text"
-    )
-    separator: Annotated[str, "Line that ends a document in a text file."] = "<|endoftext|>"
+    source: Annotated[TextSource, ARGUMENT, Mark.SOURCE]
+    text_column: TextColumn = "text"
+    separator: Separator = "<|endoftext|>"
 
 
 class Prepare(TextSection, Stage):
@@ -39,9 +32,7 @@ class Prepare(TextSection, Stage):
     heldout_source: Annotated[
         str | None, Mark.SOURCE, "Text to hold out; if none, documents of SOURCE are."
     ] = None
-    begin_windows: Annotated[
-        bool, "Every window begins with the tokenizer's own first token, if it has one."
-    ] = False
+    begin_windows: BeginWindows = False
 
     def run(
         self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False

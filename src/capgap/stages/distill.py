@@ -4,9 +4,9 @@ it, or models from the text alone."""
 from pathlib import Path
 from typing import Annotated
 
-from capgap.section import Count, Section
+from capgap.section import Count, LearningRate, Section
 from capgap.stage import ARGUMENT, SEVERAL, Mark
-from capgap.stages.training import Rate, Tokens, Training, Window
+from capgap.stages.training import Tokens, Training, Window
 
 
 class DistillSection(Section):
@@ -14,7 +14,7 @@ class DistillSection(Section):
 
     tokens: Tokens
     window: Window = 512
-    learning_rate: Rate = "auto"
+    learning_rate: LearningRate = "auto"
 
 
 class Distill(DistillSection, Training):

@@ -51,7 +51,8 @@ def _shots(given: Any) -> Any:
 Tasks = Annotated[
     Words,
     AfterValidator(check_tasks),
-    "Sets parted by commas; also bbh_cot, blimp, lambada, piqa, heldout.",
+    "Sets parted by commas: mmlu, ceval, drop, humaneval, bbh, gsm8k; bbh_cot, blimp, lambada, "
+    "piqa; heldout.",
 ]
 Shots = Annotated[tuple[str, ...], BeforeValidator(_shots)]
 Flops = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from capgap.export.folder import Source
     from capgap.export.lineage import Lineage
 
-ExportDtype = Literal["stored", "fp32", "bf16", "fp16"]
+ExportDtype = Annotated[
+    Literal["stored", "fp32", "bf16", "fp16"], "What the weights are written in:"
+]
 
 
 class ExportSection(Section):
-    """The folder to hand on; `gguf` writes that file beside it."""
+    """The folder to hand on."""
 
-    gguf: bool = False
+    gguf: Annotated[bool, "Also write a GGUF file, for llama.cpp."] = False
     dtype: ExportDtype = "stored"
 
 
@@ -34,7 +36,7 @@ class Export(Stage):
     shard_size: Annotated[
         str, "Bytes of a weight file at most, such as 500MB; so much is held in memory."
     ] = "5GB"
-    dtype: Annotated[ExportDtype, "What the weights are written in:"] = "stored"
+    dtype: ExportDtype = "stored"
     record: Annotated[
         tuple[Path, ...],
         SEVERAL,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def open_text(given: Given, window: int) -> Text:
-    """What `--corpus` names; UserError as `Text.open`."""
+    """The text of prepared corpora, as `--corpus` names them; UserError as `Text.open`."""
     return Text.open(given, window)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from capgap.artifact import file_hash
 from capgap.errors import UserError
@@ -19,7 +19,7 @@ from capgap.prune.shape import (
     keep_target,
     suited,
 )
-from capgap.section import Count, Section
+from capgap.section import Count, PositiveFraction, Section
 from capgap.sizes import clock_time, format_bytes, format_count
 from capgap.stage import ARGUMENT, HOW, Mark, Say, ShouldStop, Stage, paced, text_table
 
@@ -59,7 +59,7 @@ class Cut(Section):
     """How large the student is to be; with a shape, one of the ways to say it."""
 
     keep: Annotated[
-        Annotated[float, Field(gt=0, le=1)] | None,
+        PositiveFraction | None,
         "Share of the non-embedding parameters, such as 0.4.",
     ] = None
     params: Annotated[Count | None, "Non-embedding parameters, such as 3B."] = None
@@ -87,11 +87,11 @@ class Cut(Section):
 class PruneSection(Cut):
     """What is cut out of the teacher; sizes that are not named stay as the teacher has them."""
 
-    hidden: Count | None = None
-    heads: Count | None = None
-    kv_heads: Count | None = None
-    ffn: Count | None = None
-    layers: Count | None = None
+    hidden: Annotated[Count | None, "Hidden width."] = None
+    heads: Annotated[Count | None, "Query heads."] = None
+    kv_heads: Annotated[Count | None, "Key-value heads."] = None
+    ffn: Annotated[Count | None, "FFN width."] = None
+    layers: Annotated[Count | None, "Layers."] = None
 
     @property
     def sizes(self) -> dict[str, int]:

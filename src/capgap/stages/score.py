@@ -10,7 +10,7 @@ from capgap.artifact import difference, locked_file, plain
 from capgap.corpus.names import Given
 from capgap.errors import UserError
 from capgap.prune.methods import Depth, Method, reading_methods
-from capgap.section import Count, Dtype, Section
+from capgap.section import Count, Dtype, Recomputed, Section
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage, paced
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ class Score(ScoreSection, Stage):
     seed: Annotated[int, "Decides the windows, and random scores."] = 0
     dtype: Annotated[Dtype, "What the teacher reads in (sums are in fp32):"] = "stored"
     device: Annotated[str, HOW, "auto, cpu, cuda or cuda:1."] = "auto"
-    activation_checkpointing: Annotated[
-        bool, HOW, "Layers are computed again in the backward pass: less memory, more time."
-    ] = False
+    activation_checkpointing: Annotated[Recomputed, HOW] = False
 
     def run(
         self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False

@@ -11,11 +11,8 @@ from capgap.sizes import format_count
 from capgap.stage import HOW, SEVERAL, Say, ShouldStop, Stage
 from capgap.train.recipe import ABOUT_A_TEACHER, RunSection, TrainingSection
 
-Tokens = Annotated[Count, "Training tokens, such as 10M."]
+Tokens = Annotated[Count, "Training tokens, such as 10M, cut to whole steps."]
 Window = Annotated[int, Field(ge=8), "Tokens of a training window."]
-Rate = Annotated[
-    LearningRate, "Peak rate; auto is a rule per size, half of it for what has weights already."
-]
 Track = Annotated[
     tuple[str, ...],
     SEVERAL,
@@ -29,7 +26,7 @@ class TrainingStage(Stage):
 
     out: Annotated[Path, HOW, "Folder for models, metrics and record."]
     window: Window = 512
-    learning_rate: Rate = "auto"
+    learning_rate: LearningRate = "auto"
     seed: Annotated[int, "Decides the order of the windows, and a new model's weights."] = 0
     track: Track = ()
     training: TrainingSection = TrainingSection()

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from capgap.artifact import begun, file_hash, find_run, write_json
 from capgap.errors import UserError
-from capgap.section import Count, Section, Words
+from capgap.section import Count, Recomputed, Section, Words
 from capgap.stage import ARGUMENT, HOW, FieldError, Mark, Say, ShouldStop, Stage, paced
 from capgap.stages.step_lines import MetricsFile
 from capgap.stages.training import Track
@@ -107,9 +107,7 @@ class Tuning(TuningSection, Stage):
     skip_bad: Annotated[
         bool, "Leave bad lines out and count them, instead of refusing the file."
     ] = False
-    activation_checkpointing: Annotated[
-        bool, "Layers are computed again in the backward pass: less memory, more time."
-    ] = False
+    activation_checkpointing: Recomputed = False
     seed: Annotated[
         Annotated[int, Field(ge=0, lt=2**32)],
         "Decides order, adapters, noise and what is held out.",
@@ -386,7 +384,7 @@ class PreferSection(TuningSection):
     """The better of two answers becomes likelier (DPO, arXiv 2305.18290). Batch and learning rate
     are those of Zephyr (arXiv 2310.16944)."""
 
-    data: Annotated[Path, HOW, Mark.FILE, "prompt, chosen, rejected, one a line (.jsonl)."]
+    data: Annotated[Path, HOW, Mark.FILE, "Prompts with a chosen and a rejected answer (.jsonl)."]
     batch: Annotated[Count, "Pairs a step."] = 32
     learning_rate: Annotated[
         Rate, "Peak rate, reached after the warm-up; it falls as a cosine to 0."

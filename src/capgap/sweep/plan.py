@@ -117,7 +117,10 @@ def _check_fit(teacher: Teacher, window: int) -> None:
 
 
 def make_plan(recipe: Recipe, given: Sequence[Teacher] = ()) -> Plan:
-    """`given` are the recipe's `teachers.models`, looked at by the caller; else a ladder is built.
+    """Every teacher, column, cell and baseline with shape, tokens and FLOPs; pure, without torch.
+
+    `given` are the recipe's `teachers.models` as `given_teachers` finds them; else a ladder is
+    built.
 
     UserError: a student larger than a teacher it is to be cut from, sizes that cannot be built,
     the same size twice, more cells than anybody trains.

@@ -7,33 +7,52 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from capgap.prune.methods import Depth, Method
-from capgap.section import MAX_EPOCHS, Architecture, Count, Init, LearningRate, Section
+from capgap.section import (
+    MAX_EPOCHS,
+    Architecture,
+    BeginWindows,
+    Count,
+    Init,
+    LearningRate,
+    OneOrMore,
+    Positive,
+    PositiveFraction,
+    ProperFraction,
+    Section,
+    Separator,
+    TextColumn,
+    TextSource,
+    Vocabulary,
+)
 from capgap.train.recipe import RunSection, TrainingSection
 
 
 class CorpusSection(Section):
-    """Text in. `source` is `stdlib`, a file, a folder, a glob or a Hugging Face dataset name."""
+    """The text that a sweep trains and evaluates on."""
 
-    source: str = "stdlib"
-    text_column: str = "text"
-    separator: str = "<|endoftext|>"
-    heldout_source: str | None = None
-    tokenizer: str | None = None
-    vocabulary: Annotated[Count, Field(ge=257, le=1 << 20)] = 2048  # every byte and an end
-    window: Annotated[int, Field(ge=8)] = 128
-    begin_windows: bool = False
-    max_bytes: Count | None = None
-    heldout_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
-    heldout_tokens: Count = 60_000
-    max_epochs: Annotated[float, Field(gt=0)] = MAX_EPOCHS
+    source: TextSource = "stdlib"
+    text_column: TextColumn = "text"
+    separator: Separator = "<|endoftext|>"
+    heldout_source: Annotated[str | None, "Other text to evaluate on, of the same kinds."] = None
+    tokenizer: Annotated[str | None, "One to take instead of training it: folder or name."] = None
+    vocabulary: Annotated[Vocabulary, Field(le=1 << 20)] = 2048
+    window: Annotated[int, Field(ge=8), "Tokens of a row; a ladder's models read no more."] = 128
+    begin_windows: BeginWindows = False
+    max_bytes: Annotated[Count | None, "Take documents until they are so many bytes."] = None
+    heldout_fraction: Annotated[float, Field(gt=0, lt=0.5), "Share of documents held out."] = 0.02
+    heldout_tokens: Annotated[Count, "Most tokens that every model is evaluated on."] = 60_000
+    max_epochs: Annotated[Positive, "Most times that a run may read the corpus."] = MAX_EPOCHS
 
 
 class TeachersSection(Section):
     """Either a ladder to train (`sizes`, `tokens`) or models that exist (`models`)."""
 
-    sizes: tuple[Count, ...] = ()
-    tokens: Count | None = None
-    models: tuple[str, ...] = ()
+    sizes: Annotated[tuple[Count, ...], "Non-embedding parameters; four or more for a fit."] = ()
+    tokens: Annotated[Count | None, "Training tokens of each, rounded to whole batches."] = None
+    models: Annotated[
+        tuple[str, ...],
+        "Folders, or names on the Hub, of models of families (docs/families.md) of one tokenizer.",
+    ] = ()
     learning_rate: LearningRate = "auto"
 
     @model_validator(mode="after")
@@ -46,13 +65,17 @@ class TeachersSection(Section):
 
 
 class StudentsSection(Section):
-    """Sizes are non-embedding parameters; every size is distilled for every token budget."""
+    """The students of every teacher."""
 
-    sizes: Annotated[tuple[Count, ...], Field(min_length=1)]
-    tokens: Annotated[tuple[Count, ...], Field(min_length=1)]
-    inits: Annotated[tuple[Init, ...], Field(min_length=1)] = ("pruned",)
-    control_tokens: tuple[Count, ...] = ()
-    assistant_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    sizes: Annotated[
+        OneOrMore[Count], "Non-embedding parameters; of cuts at most the smallest teacher's."
+    ]
+    tokens: Annotated[OneOrMore[Count], "Budgets for every size, rounded to whole batches."]
+    inits: Annotated[OneOrMore[Init], "Where the first weights come from."] = ("pruned",)
+    control_tokens: Annotated[
+        tuple[Count, ...], "Budgets of the controls, all inits but the first; else all `tokens`."
+    ] = ()
+    assistant_share: Annotated[ProperFraction, "Of a chain's FLOPs, its assistant's part."] = 0.5
     learning_rate: LearningRate = "auto"
 
     @model_validator(mode="after")
@@ -72,16 +95,28 @@ class StudentsSection(Section):
 class Recipe(Section):
     """A sweep: a grid of teachers and students over one corpus."""
 
-    name: str
-    description: str = ""
-    architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = ("llama",)
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
-    layers: Count | None = None
-    baselines: Literal["all", "best_and_largest", "best"] = "all"
-    equal_flops: bool = False
-    scoring_tokens: Count = 32_768
-    scoring_method: Method = "activation"
-    scoring_depth: Depth | None = None
+    name: Annotated[str, "Names the sweep and its default output folder."]
+    description: Annotated[str, "For the reader."] = ""
+    architectures: Annotated[
+        OneOrMore[Architecture], "What a ladder is built of; given teachers bring their own."
+    ] = ("llama",)
+    seeds: Annotated[
+        OneOrMore[Annotated[int, Field(ge=0)]],
+        "Every seed trains its own teachers, students and baselines, on its own order of the text.",
+    ] = (0,)
+    layers: Annotated[
+        Count | None, "Of every model, so that cuts are of width; else depth grows with size."
+    ] = None
+    baselines: Annotated[
+        Literal["all", "best_and_largest", "best"],
+        "Cells that get a baseline (same init, same tokens, no teacher), by their teacher.",
+    ] = "all"
+    equal_flops: Annotated[
+        bool, "Run baselines also on the tokens that their teacher's forward passes would pay for."
+    ] = False
+    scoring_tokens: Annotated[Count, "Training tokens to score a teacher's units on."] = 32_768
+    scoring_method: Annotated[Method, "How units are scored (docs/pruning.md)."] = "activation"
+    scoring_depth: Annotated[Depth | None, "How layers are scored, if not by the method."] = None
     corpus: CorpusSection = CorpusSection()
     teachers: TeachersSection
     students: StudentsSection
@@ -120,17 +155,15 @@ class SearchSettings(Section):
     teacher with probability `confidence`."""
 
     budget: Annotated[
-        float,
-        Field(gt=0, le=1),
+        PositiveFraction,
         "Share of the full grid's FLOPs that may be spent, at most 1; it is never exceeded.",
     ] = 0.35
     rungs: Annotated[
         int, Field(ge=1), "Token budgets to run on: the recipe's, a third of it, a ninth."
     ] = 3
     tolerance: Annotated[
-        float,
-        Field(gt=0, lt=1),
+        ProperFraction,
         "Share of the loss by which, at 90%, no other teacher is better than a safe choice.",
     ] = 0.0025
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    confidence: ProperFraction = 0.9
     seed: int = 0

@@ -23,8 +23,8 @@ SAMPLE_TOKENS = 80
 
 
 def refresh(out: Path) -> dict[str, Any]:
-    """Fits and draws again; returns paths and verdict. UserError where there is neither a sweep nor
-    the runs of `capgap distill`."""
+    """Fits and draws again, as `capgap report`; returns paths and verdict. UserError where there is
+    neither a sweep nor the runs of `capgap distill`."""
     if not (out / "sweep.json").exists() and has_distillations(out):
         law = fit(read_distillations(out))
         write_json(out / "law.json", law.as_dict())

@@ -194,8 +194,8 @@ class Beliefs:
 
 
 def decide(grid: SearchGrid, rounds: Sequence[Round], settings: SearchSettings) -> Decision:
-    """The next batch of runs, or the end, after these rounds: a pure function of both, so that a
-    search that was stopped takes the same decisions again.
+    """The next batch of runs, or the end, after these rounds of any grid: a pure function of both,
+    without torch, so that a search that was stopped takes the same decisions again.
 
     The first runs are spread over the teachers; then what tells most per FLOP; then each chosen
     teacher at full tokens, which is kept in reserve from the beginning. UserError: fewer than two

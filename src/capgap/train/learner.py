@@ -18,7 +18,8 @@ BETAS = (0.9, 0.95)
 
 @dataclass
 class Learner:
-    """It ends after `steps`, or at its first non-finite loss or gradient.
+    """One model in training, which ends after `steps`, or at its first loss or gradient that is not
+    finite. `curve` gets what its record shows of it (docs/output.md#recordjson).
 
     `parts` is the same model, as the loop calls it; `parallelize` may have sharded it.
     """

@@ -16,7 +16,7 @@ LOWEST, LOWEST_CUT = 3e-4, 1e-4
 
 
 def auto_learning_rate(non_embedding: int, *, is_cut: bool = False) -> float:
-    """Peak AdamW learning rate for a model of that many non-embedding parameters.
+    """Peak AdamW learning rate, `auto`, for a model of that many non-embedding parameters.
 
     `is_cut` is for students that start from weights cut out of a teacher. Measured up to 640k
     parameters, extrapolated above, and no lower than what published runs of billions took.

@@ -116,7 +116,9 @@ def train(
     heldout_loss: Callable[[Learner], float] | None = None,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Trains every learner to its own number of steps, in place, and calls `on_end` with each.
+    """Trains every learner in place, on the same batches, to its own number of steps, and calls
+    `on_end` with each. One whose loss or gradient is not finite ends with a `failure`. One pass of
+    a `teacher` serves all whose `alpha` is above 0.
 
     With a checkpoint folder it continues from its last whole checkpoint, saves every
     `checkpoint_seconds`, less often where that would take more than `checkpoint_share` of the time,

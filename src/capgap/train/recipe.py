@@ -4,36 +4,56 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from capgap.section import Beta, Count, Fraction, Section
+from capgap.section import (
+    Beta,
+    Count,
+    Fraction,
+    Positive,
+    PositiveFraction,
+    ProperFraction,
+    Recomputed,
+    Section,
+)
 
 # About what a file of a checkpoint has: it is twice in memory while it is written
 FILE_BYTES = 2**30
 
 
 class TrainingSection(Section):
-    """What teachers, students and baselines share; alpha weighs the teacher's part of the loss."""
+    """What teachers, students and baselines share."""
 
-    batch_tokens: Count = 2048
-    micro_batch_tokens: Count | None = None
-    alpha: Fraction = 0.5
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"] = (
-        "forward_kl"
-    )
-    divergence_mix: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    warmup_fraction: Fraction = 0.05
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-    final_rate: Fraction = 0.0
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    decay_embeddings: bool = False
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    document_mask: bool = False
-    ignored_tokens: tuple[str, ...] = ()
-    activation_checkpointing: bool = False
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    teacher_dtype: Literal["auto", "stored", "fp32", "bf16"] = "auto"
+    batch_tokens: Annotated[Count, "Tokens of one optimizer step; a multiple of the window."] = 2048
+    micro_batch_tokens: Annotated[
+        Count | None, "Tokens in a model at once; all if none. Divides `batch_tokens`."
+    ] = None
+    alpha: Annotated[
+        Fraction,
+        "Teacher's weight: loss = (1 - alpha) CE + alpha temperature^2 KL(teacher || student).",
+    ] = 0.5
+    temperature: Annotated[Positive, "Temperature of the soft term."] = 1.0
+    divergence: Annotated[
+        Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"],
+        "How far the student is from its teacher: the soft term.",
+    ] = "forward_kl"
+    divergence_mix: Annotated[ProperFraction, "The teacher's share in jsd and skewed_kl."] = 0.5
+    warmup_fraction: Annotated[Fraction, "Share of the steps until the peak rate."] = 0.05
+    schedule: Annotated[
+        Literal["cosine", "wsd"],
+        "How the rate falls: along a cosine, or at the end in a straight line (arXiv 2404.06395).",
+    ] = "cosine"
+    decay_fraction: Annotated[PositiveFraction, "Of wsd: share of steps that it falls in."] = 0.2
+    final_rate: Annotated[Fraction, "What the rate falls to, as a share of the peak."] = 0.0
+    betas: Annotated[tuple[Beta, Beta], "Betas of AdamW."] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0), "AdamW's, on matrices, not norms and biases."] = 0.1
+    decay_embeddings: Annotated[bool, "Whether embeddings decay too."] = False
+    clip: Annotated[Positive, "Largest norm of the gradient."] = 1.0
+    document_mask: Annotated[bool, "Tokens attend within their own document alone."] = False
+    ignored_tokens: Annotated[tuple[str, ...], "Read but never learnt, such as padding."] = ()
+    activation_checkpointing: Recomputed = False
+    precision: Annotated[Literal["auto", "fp32", "bf16"], "What models compute in."] = "auto"
+    teacher_dtype: Annotated[
+        Literal["auto", "stored", "fp32", "bf16"], "What a teacher computes in; records tell which."
+    ] = "auto"
 
     def check_batches(self, name: str, window: int) -> None:
         """ValueError for batches that are no whole windows, which the key `name` sets."""
@@ -59,11 +79,16 @@ ABOUT_A_TEACHER = ("alpha", "temperature", "divergence", "divergence_mix", "teac
 class RunSection(Section):
     """How the work is carried out; nothing here changes what is asked for."""
 
-    device: str = "auto"
-    teacher_device: str = "same"
-    teacher_offload: bool = False
-    workers: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
-    checkpoint_seconds: Annotated[float, Field(ge=0)] = 30.0
-    checkpoint_share: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    checkpoints: Annotated[int, Field(ge=1)] = 2
-    compile: Literal["auto", "on", "off"] = "auto"
+    device: Annotated[str, "cpu, cuda or cuda:1; auto is the GPU where there is one."] = "auto"
+    teacher_device: Annotated[str, "Where teachers run; same is where the students are."] = "same"
+    teacher_offload: Annotated[bool, "Teachers' layers lie in the host's memory."] = False
+    workers: Annotated[
+        Literal["auto"] | Annotated[int, Field(gt=0)],
+        "Processes; auto is one a core, or one for a GPU, no more than tasks can run at once.",
+    ] = "auto"
+    checkpoint_seconds: Annotated[float, Field(ge=0), "Least time between checkpoints."] = 30.0
+    checkpoint_share: Annotated[ProperFraction, "Most that checkpoints take of the time."] = 0.02
+    checkpoints: Annotated[int, Field(ge=1), "Checkpoints of a running task that are kept."] = 2
+    compile: Annotated[
+        Literal["auto", "on", "off"], "torch.compile for layers; auto keeps the faster of both."
+    ] = "auto"

@@ -166,6 +166,7 @@ class Trackers:
                 self._guarded(name, tracker.log, values, step)
 
     def close(self) -> None:
+        """At the end of the run."""
         for name, tracker in list(self._open.items()):
             self._guarded(name, tracker.close)
 

@@ -149,7 +149,8 @@ def load_chat(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Chat:
-    """A model folder, or a name on the Hub, ready to answer.
+    """A model folder, or a name on the Hub, ready to answer: `Chat.answer(question)` yields the
+    answer in pieces and keeps the history.
 
     `template`: the tokenizer's `own` or `minichat`. `trust_remote_code` runs the checkpoint's own
     code where nothing else describes its architecture. UserError: no such model, no chat template.

@@ -146,7 +146,8 @@ def _read(path: Path, parse: Callable[[Any, int, Reading[Item]], Item]) -> Readi
 
 
 def read_conversations(path: Path) -> Reading[Conversation]:
-    """Every line of a .jsonl file as a conversation; blank lines are none.
+    """Every line of a .jsonl file as a conversation, and what is wrong with the others; blank lines
+    are none.
 
     Forms: {"messages": [{"role", "content"}]}; turns as plain strings, user first; turns as
     {"from", "value"} or {"User", "Assistant"}; each under a key of TURN_LISTS or as a bare list.

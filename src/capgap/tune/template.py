@@ -121,7 +121,8 @@ def _check_template(tokenizer: "PreTrainedTokenizerFast") -> None:
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> Example:
-    """The tokens of a whole conversation, the assistant's marked."""
+    """The tokens of a whole conversation, the assistant's marked, by the template that
+    `set_template` gave to the tokenizer."""
     rendered = _rendered(tokenizer, messages, prompt=False)
     return Example(list(rendered["input_ids"]), [bool(i) for i in rendered["assistant_masks"]])
 
