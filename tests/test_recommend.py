@@ -274,8 +274,7 @@ def test_a_folder_is_counted_by_its_config(tmp_path):
     (found,) = candidates_of(None, [str(tmp_path / "own")])
     counts = shape.parameters()
     source = str(tmp_path / "own")
-    tables = (64, 500, 2)
-    expected = Candidate("own", counts.non_embedding, counts.total, None, source, embedding=tables)
+    expected = Candidate("own", counts.non_embedding, counts.total, None, source, shape=shape)
     assert found == expected
 
 

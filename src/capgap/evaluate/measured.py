@@ -4,7 +4,6 @@ Imports no torch.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +15,16 @@ CALIBRATION_BINS = 15
 MOST_RANK = 100
 
 
-def ratio_standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
+def ratio_standard_error(sums: ArrayLike, counts: ArrayLike) -> float | None:
     """Standard error of sum(sums) / sum(counts) over documents (linearised ratio estimator).
 
     None for fewer than two documents, where nothing is known about the spread.
     """
-    if len(sums) < 2:
-        return None
     values, weights = np.asarray(sums, float), np.asarray(counts, float)
+    if len(values) < 2:
+        return None
     residuals = values - values.sum() / weights.sum() * weights
-    correction = len(sums) / (len(sums) - 1)
+    correction = len(values) / (len(values) - 1)
     return float(math.sqrt(correction * (residuals**2).sum()) / weights.sum())
 
 

@@ -2,7 +2,7 @@
 own sweep. Imports no torch."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,16 +200,13 @@ def recommend(
 
 
 def _of_no_use(law: Law, student: int, tokens: int) -> str:
-    students, read = (
-        ", ".join(dict.fromkeys(map(format_count, sorted(sizes))))
-        for sizes in (
-            {curve.student_parameters for curve in law.curves},
-            {curve.tokens for curve in law.curves},
-        )
-    )
+    def named(counts: Iterable[int]) -> str:
+        return ", ".join(dict.fromkeys(map(format_count, sorted(counts))))
+
     return (
         f"this law says nothing of a student of {format_count(student)} on {format_count(tokens)} "
-        f"tokens: it has students of {students} on {read} tokens, and no line over students. Ask "
+        f"tokens: it has students of {named(curve.student_parameters for curve in law.curves)} on "
+        f"{named(curve.tokens for curve in law.curves)} tokens, and no line over students. Ask "
         "for one of these, sweep students on both sides of yours, or leave --law away"
     )
 
@@ -333,7 +330,7 @@ class _Question:
     def _total(self, teacher: Candidate) -> int:
         """The student's parameters with the embeddings of this teacher's family, unless it has its
         own."""
-        if teacher.embedding is None or self.student.family is not None:
+        if teacher.shape is None or self.student.family is not None:
             return self.student.total
         return teacher.student_total(self.student.non_embedding)
 

@@ -153,20 +153,54 @@ def cells_of(records: Sequence[RunRecord]) -> Cells:
     )
 
 
-def grid_table(records: Sequence[RunRecord]) -> pandas.DataFrame:
-    """The table of grid.csv, one row for each record, sorted by id: sizes in parameters, losses in
-    nats per token. `write_grid` writes it.
+def run_rows(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """One row for each record, sorted by id: sizes in parameters, losses in nats per token; what
+    is missing is None.
 
     `gain` is the baseline's loss minus the cell's, `kl` and `agreement` are the last ones logged
-    in training. Missing values are missing, also in the whole-number columns.
+    in training.
     """
     baselines = baselines_by_key(records)
     teachers = {record.id: record for record in records if record.kind == "teacher"}
+    names = ("id", "kind", "status", "architecture", "init", "seed", "tokens", "student_size")
+    losses = ("loss", "loss_stderr", "bits_per_byte", "bits_per_byte_stderr")
     rows = []
     for record in sorted(records, key=lambda record: record.id):
+        heldout, is_teacher = record.heldout, record.kind == "teacher"
+        above = record.parameters if is_teacher else record.teacher_parameters
+        teacher = teachers.get(record.teacher or "")
         baseline = baselines.get(baseline_key(record)) if record.kind == "cell" else None
-        rows.append(_row(record, baseline, teachers.get(record.teacher or "")))
-    table = pandas.DataFrame(rows)
+        alone = baseline.heldout.loss if baseline and baseline.heldout else None
+        assistant = record.assistant and record.assistant.parameters.non_embedding
+        rows.append(
+            {
+                **{name: getattr(record, name) for name in names},
+                "student_parameters": None if is_teacher else record.parameters.non_embedding,
+                "teacher": record.id if is_teacher else record.teacher,
+                "teacher_size": record.teacher_size,
+                "teacher_parameters": above and above.non_embedding,
+                "assistant_parameters": assistant,
+                **{name: heldout and getattr(heldout, name) for name in losses},
+                "teacher_loss": teacher.heldout.loss if teacher and teacher.heldout else None,
+                "after_cut_loss": record.after_cut and record.after_cut.loss,
+                "baseline_loss": alone,
+                "gain": None if alone is None or heldout is None else alone - heldout.loss,
+                "kl": _last(record.curve.kl),
+                "agreement": _last(record.curve.agreement),
+                "flops_total": record.flops.total,
+                "wall_seconds": record.wall_seconds,
+            }
+        )
+    return rows
+
+
+def _last(values: Sequence[float | None]) -> float | None:
+    return next((value for value in reversed(values) if value is not None), None)
+
+
+def grid_table(records: Sequence[RunRecord]) -> pandas.DataFrame:
+    """`run_rows(records)`; missing values are missing, also in the whole-number columns."""
+    table = pandas.DataFrame(run_rows(records))
     if table.empty:
         return table
     # FLOPs of a large run exceed 64-bit integers, so those stay Python integers
@@ -176,33 +210,3 @@ def grid_table(records: Sequence[RunRecord]) -> pandas.DataFrame:
 def write_grid(records: Sequence[RunRecord], path: Path | str) -> None:
     """Write `grid_table(records)` as CSV in one atomic step; a missing value is an empty field."""
     write_text(path, grid_table(records).to_csv(index=False, lineterminator="\n"))
-
-
-def _row(
-    record: RunRecord, baseline: RunRecord | None, teacher: RunRecord | None
-) -> dict[str, Any]:
-    heldout, is_teacher = record.heldout, record.kind == "teacher"
-    above = record.parameters if is_teacher else record.teacher_parameters
-    names = ("id", "kind", "status", "architecture", "init", "seed", "tokens", "student_size")
-    losses = ("loss", "loss_stderr", "bits_per_byte", "bits_per_byte_stderr")
-    alone = baseline.heldout.loss if baseline and baseline.heldout else None
-    return {name: getattr(record, name) for name in names} | {
-        "student_parameters": None if is_teacher else record.parameters.non_embedding,
-        "teacher": record.id if is_teacher else record.teacher,
-        "teacher_size": record.teacher_size,
-        "teacher_parameters": above and above.non_embedding,
-        "assistant_parameters": record.assistant and record.assistant.parameters.non_embedding,
-        **{name: heldout and getattr(heldout, name) for name in losses},
-        "teacher_loss": teacher.heldout.loss if teacher and teacher.heldout else None,
-        "after_cut_loss": record.after_cut and record.after_cut.loss,
-        "baseline_loss": alone,
-        "gain": None if alone is None or heldout is None else alone - heldout.loss,
-        "kl": _last(record.curve.kl),
-        "agreement": _last(record.curve.agreement),
-        "flops_total": record.flops.total,
-        "wall_seconds": record.wall_seconds,
-    }
-
-
-def _last(values: Sequence[float | None]) -> float | None:
-    return next((value for value in reversed(values) if value is not None), None)

@@ -5,6 +5,9 @@ are at the law's confidence; an end that is None is open. `size` is what was ask
 what was reached.
 """
 
+from collections.abc import Iterable
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +20,7 @@ from capgap.sizes import format_count
 SCHEMA: Literal[2] = 2
 Interval = tuple[float | None, float | None]
 Status = Literal["interior", "smallest", "largest", "flat", "too_few_points"]
+Compared = Literal["tokens", "init", "chain", "student"]
 
 
 class Value(BaseModel):
@@ -138,6 +142,12 @@ class Curve(Value):
         return self.points[-1].worse
 
 
+def runs_of(sizes: Iterable[tuple[float, bool]]) -> list[tuple[float, float]]:
+    """The first and the last size of every run of neighbours that will do."""
+    runs = [list(run) for will_do, run in groupby(sizes, itemgetter(1)) if will_do]
+    return [(run[0][0], run[-1][0]) for run in runs]
+
+
 class Band(Value):
     """A line over students, all in parameters."""
 
@@ -188,7 +198,7 @@ class Contrast(Value):
     slope for e times the tokens.
     """
 
-    what: Literal["tokens", "init", "chain", "student"]
+    what: Compared
     architecture: str
     inits: tuple[str, str]
     tokens: tuple[int, int] | None

@@ -5,16 +5,17 @@ T is a teacher's and S a student's size, both in non-embedding parameters.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+import pandas
 from scipy.special import log_ndtr
 from scipy.stats import chi2
 
-from capgap.law.law import Band, Estimate, Group, Interval, Line, Optimum, Refusal, Status
-from capgap.law.model import MIN_TEACHERS, Floats, Posterior
+from capgap.law.data import CURVE
+from capgap.law.law import Band, Estimate, Group, Interval, Line, Optimum, Point, Refusal, Status
+from capgap.law.model import MIN_TEACHERS, Floats, Integers, Posterior
 
 # Status by whether the smallest and the largest teacher will do, so that the best may lie beyond
 STATUS: dict[tuple[bool, bool], Status] = {
@@ -36,6 +37,21 @@ Form = Literal["linear", "ratio", "power"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 
+class Ladder:
+    """The teachers of a curve: of each the rows of the table, and its size as asked for and as
+    reached, with ln(T/S) of the reached one."""
+
+    def __init__(self, rows: pandas.DataFrame) -> None:
+        by_teacher = rows.groupby("teacher_size")
+        self.rows: list[Integers] = [own.index.to_numpy() for _, own in by_teacher]
+        self.sizes = [int(size) for size, _ in by_teacher]
+        self.teachers: Floats = by_teacher["teacher_parameters"].mean().to_numpy(float)
+        # students cut out of different teachers may differ by the 2% that a shape can miss
+        self.student = float(rows["student_parameters"].mean())
+        self.gaps: Floats = np.log(self.teachers / self.student)
+        self.key: dict[str, Any] = rows[CURVE].head(1).to_dict("records")[0]
+
+
 @dataclass(frozen=True)
 class Best:
     """The best teacher of one student, for a law.
@@ -54,18 +70,13 @@ class Best:
     is_flat: bool = False
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Teachers of one curve beside each other, arrays [teachers]: what the curve says that each
-    costs above the best in nats, its standard error, and whether that is beyond noise."""
-
-    cost: Floats
-    stderr: Floats
-    worse: NDArray[np.bool_]
+# What a teacher costs above the best in nats, its standard error, whether that is beyond noise
+Cost = tuple[float | None, float | None, bool]
+UNKNOWN: Cost = (None, None, False)
 
 
-def compare_teachers(losses: Sequence[Floats], confidence: float) -> list[Comparison]:
-    """Of curves [draws, teachers] that one answer is given for.
+def compare_teachers(losses: Sequence[Floats], confidence: float) -> list[list[Cost]]:
+    """The teachers of each curve [draws, teachers] of several that one answer is given for.
 
     The best of several was picked for being low, and students of the same teachers err together: a
     difference is beyond noise where it exceeds, in its standard errors, the largest one that noise
@@ -86,55 +97,53 @@ def compare_teachers(losses: Sequence[Floats], confidence: float) -> list[Compar
                 largest = np.maximum(largest, np.abs(apart[:, held] / spread[held]).max(axis=1))
         found.append((mean - mean[best], (errors - errors[:, [best]]).std(axis=0)))
     limit = float(np.quantile(largest, confidence))
-    return [Comparison(cost, error, cost > limit * error) for cost, error in found]
+    return [
+        [(cost, error, cost > limit * error) for cost, error in np.transpose(own).tolist()]
+        for own in found
+    ]
 
 
 def find_optimum(
     posterior: Posterior | None,
     curve: int,
-    sizes: Sequence[int],
-    teachers: Floats,
-    student: float,
-    lowest: int,
-    comparison: Comparison | None,
+    own: Ladder,
+    points: Sequence[Point],
     confidence: float,
 ) -> tuple[Optimum, Best | None]:
-    """Where a curve over `teachers` (in parameters; asked for: `sizes`) is lowest, for the reader
-    and for a law. lowest: the teacher at which it is; without a `comparison` nothing is known.
+    """Where a curve is lowest, for the reader and for a law; without a posterior nothing is known.
 
     The interval is never narrower than half the spacing of the grid to either side: between two
     teachers the shape of a curve is assumed, not measured.
     """
-    logs = np.log(teachers)
-    around = (
-        float(teachers[lowest - 1]) if lowest > 0 else None,
-        float(teachers[lowest + 1]) if lowest + 1 < len(logs) else None,
-    )
+    logs, middle = np.log(own.teachers), np.log(own.student)
+    worse = [point.worse for point in points]
+    lowest = int(np.argmin([p.loss if p.cost is None else p.cost for p in points]))
+    places = [None, *own.teachers.tolist(), None]
+    around = places[lowest], places[lowest + 2]
 
     def optimum(
         status: Status, size: float | None = None, interval: Interval | None = None
     ) -> Optimum:
-        low, high = (None if end is None else end / student for end in interval or (None, None))
+        low, high = (None if end is None else end / own.student for end in interval or (None, None))
         return Optimum(
             status=status,
             teacher_parameters=size,
             interval=interval,
-            ratio=None if size is None else size / student,
+            ratio=None if size is None else size / own.student,
             ratio_interval=None if interval is None else (low, high),
-            best=sizes[lowest],
+            best=own.sizes[lowest],
             neighbours=around,
         )
 
-    if posterior is None or comparison is None:
+    if posterior is None:
         return optimum("too_few_points"), None
-    if len(sizes) < MIN_TEACHERS:
-        if None in around or not comparison.worse[[lowest - 1, lowest + 1]].all():
+    if len(points) < MIN_TEACHERS:
+        if None in around or not (worse[lowest - 1] and worse[lowest + 1]):
             return optimum("too_few_points"), None
         # a bare minimum on the grid: anywhere between the neighbours
         low, high = float(logs[lowest - 1]), float(logs[lowest + 1])
-        best = Best(student, logs, (low + high) / 2, None, (high - low) / 2)
+        best = Best(own.student, logs, (low + high) / 2, None, (high - low) / 2)
         return optimum("too_few_points", interval=around), best
-    middle = np.log(student)
     draws = posterior.lowest(curve, (logs[0] - middle, logs[-1] - middle)) + middle
     fine = np.linspace(logs[0], logs[-1], 401)
     value = float(fine[posterior.losses(curve, fine - middle).mean(0).argmin()])
@@ -142,13 +151,13 @@ def find_optimum(
     gaps = np.diff(logs)
     near = (logs[:-1] <= value + 0.01 * gaps) & (value - 0.01 * gaps <= logs[1:])
     half = float(gaps[near].max() / 2)
-    opened = not comparison.worse[0], not comparison.worse[-1]
+    opened = not worse[0], not worse[-1]
     status = STATUS[opened]
-    best = Best(student, logs, value, draws, half, status == "flat")
+    best = Best(own.student, logs, value, draws, half, status == "flat")
     if status == "flat":
         return optimum(status), best
-    low, high = (float(end) for end in interval_of(draws, confidence))
-    ends = (max(logs[0], min(low, value - half)), min(logs[-1], max(high, value + half)))
+    low, high = interval_of(draws, confidence)
+    ends = max(logs[0], min(low, value - half)), min(logs[-1], max(high, value + half))
     low_end, high_end = (
         None if is_open else float(np.exp(end)) for is_open, end in zip(opened, ends, strict=True)
     )
@@ -182,6 +191,9 @@ def fit_line(
     elif slope.high > WIDEST_SLOPE_FACTOR * slope.low:
         refused = "too_wide"
     errors = {form: _prediction_error(evidence, form) for form in FORMS}
+    grid = np.geomspace(evidence.students.min(), evidence.students.max(), BAND_POINTS)
+    lines = by_form["linear"][:, :1] * grid + by_form["linear"][:, 1:]
+    low, high = interval_of(lines[1:], confidence).tolist()
     return Line(
         group=group,
         refused=refused,
@@ -194,7 +206,7 @@ def fit_line(
         # students of nearly one size leave it to any power of ten
         factor=to_estimate(np.exp(np.clip(by_form["power"][:, 1], -600, 600)), confidence),
         prediction_errors={form: error for form, error in errors.items() if error is not None},
-        band=_band(evidence.students, by_form["linear"], confidence),
+        band=Band(student=grid.tolist(), low=low, mid=lines[0].tolist(), high=high),
     )
 
 
@@ -327,12 +339,12 @@ def _prediction_error(evidence: Evidence, form: Form) -> float | None:
         return None
     errors = []
     for left_out in located:
-        others = replace(
-            evidence,
-            students=np.delete(evidence.students, left_out),
-            optima=np.delete(evidence.optima[:1], left_out, axis=1),
-            side=np.delete(evidence.side[:1], left_out, axis=1),
-            deviation=np.delete(evidence.deviation, left_out),
+        rest = np.arange(len(evidence.students)) != left_out
+        others = Evidence(
+            evidence.students[rest],
+            evidence.optima[:1, rest],
+            evidence.side[:1, rest],
+            evidence.deviation[rest],
         )
         one, other = (*_coefficients(others, form)[0], 0.0)[:2]
         student = float(evidence.students[left_out])
@@ -356,15 +368,3 @@ def to_estimate(draws: Floats, confidence: float, value: float | None = None) ->
         value, draws = float(draws[0]), draws[1:]
     low, high = interval_of(draws, confidence)
     return Estimate(value=value, low=min(float(low), value), high=max(float(high), value))
-
-
-def _band(students: Floats, draws: Floats, confidence: float) -> Band:
-    grid = np.geomspace(students.min(), students.max(), BAND_POINTS)
-    lines = draws[:, :1] * grid + draws[:, 1:]
-    low, high = interval_of(lines[1:], confidence)
-    return Band(
-        student=tuple(grid.tolist()),
-        low=tuple(low.tolist()),
-        mid=tuple(lines[0].tolist()),
-        high=tuple(high.tolist()),
-    )

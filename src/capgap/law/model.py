@@ -284,8 +284,9 @@ class _Model:
         best = minimize(minus, middle, method="BFGS", options={"gtol": 1e-2, "maxiter": 40}).x
         curvature = _hessian(minus, best)
         values, vectors = np.linalg.eigh(curvature)
-        # never wider than the prior, nor far narrower than a variance of few degrees of freedom
-        root = vectors / np.sqrt(np.clip(values, 1 / width.max() ** 2, None))
+        # never wider than the prior, nor far narrower than a variance of few degrees of freedom;
+        # symmetric, since the sign of a vector is the processor's own choice
+        root = vectors / np.sqrt(np.clip(values, 1 / width.max() ** 2, None)) @ vectors.T
         standard = rng.standard_normal((SAMPLES, len(best)))
         heavy = np.sqrt(6 / rng.chisquare(6, SAMPLES))
         points = best + (standard * heavy[:, None]) @ root.T

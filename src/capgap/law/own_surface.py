@@ -6,6 +6,8 @@ and has no term for weights that were cut out of a teacher.
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas
@@ -13,9 +15,11 @@ import pandas
 from capgap.law.data import Cells, per_token
 from capgap.law.law import Surface
 from capgap.law.model import Floats
-from capgap.law.surface import SupervisedSurface, TeacherTokens
+from capgap.law.surface import SupervisedSurface
 from capgap.law.surface_fit import (
+    DISTILLATION,
     DISTILLATION_FORMS,
+    SUPERVISED,
     SUPERVISED_FORMS,
     SurfaceFit,
     fit_distillation,
@@ -36,12 +40,13 @@ def fit_surfaces(cells: Cells, *, seed: int = 0) -> list[Surface]:
         alone=per_token(cells.baselines, tokens),
     )
     return [
-        _of_architecture(str(architecture), rows, seed)
+        Surface(architecture=str(architecture), **_of_architecture(rows, seed))
         for architecture, rows in table.groupby("architecture", sort=True)
     ]
 
 
-def _of_architecture(architecture: str, rows: pandas.DataFrame, seed: int) -> Surface:
+def _of_architecture(rows: pandas.DataFrame, seed: int) -> dict[str, Any]:
+    """What the surface of one architecture holds, or its `reason`."""
     own = rows[rows["init"] == INIT]
     if own.empty:
         inits = ", ".join(sorted(rows["init"].unique()))
@@ -49,48 +54,44 @@ def _of_architecture(architecture: str, rows: pandas.DataFrame, seed: int) -> Su
             f"a surface is of students from scratch (init {INIT!r}), and these are {inits}: it "
             "knows a teacher by its loss alone, not the weights that were cut out of one"
         )
-        return Surface(architecture=architecture, reason=reason)
+        return {"reason": reason}
     teachers = _means(rows, ["teacher_size"], "teacher_parameters", "teacher_tokens", "above")
     names = ("student_parameters", "tokens")
     alone = _means(own, ["student_size", "tokens"], *names, "alone")
     taught = _means(own, ["student_size", "tokens", "teacher_size"], *names, "above", "loss")
     models = np.concatenate([teachers, alone])
-    n, d, above, losses = taught.T
+    how: dict[str, Any] = {"starts": STARTS, "seed": seed}
     supervised, reason = _best(
+        partial(fit_supervised, *models.T, **how),
         SUPERVISED_FORMS,
+        len(SUPERVISED),
         models,
         "models trained without a teacher",
-        lambda **how: fit_supervised(*models.T, **how),
-        seed,
     )
     if supervised is None:
-        return Surface(architecture=architecture, reason=reason)
-    surface = supervised.surface
-    assert isinstance(surface, SupervisedSurface)
-    entry = Surface(architecture=architecture, reason=None, supervised=supervised.part)
+        return {"reason": reason}
+    entry = {"supervised": supervised.part}
     if not len(teachers):
-        reason = "what the teachers were trained on is not known"
-        return entry.model_copy(update={"reason": reason})
+        return entry | {"reason": "what the teachers were trained on is not known"}
+    surface = SupervisedSurface(**supervised.coefficients)
+    n, d, above, losses = taught.T
     distilled, reason = _best(
+        partial(fit_distillation, n, d, above, losses, surface, **how),
         DISTILLATION_FORMS,
+        len(DISTILLATION),
         taught,
         "distilled students whose teacher's loss is known",
-        lambda **how: fit_distillation(n, d, above, losses, surface, **how),
-        seed,
     )
     if distilled is None:
-        return entry.model_copy(update={"reason": reason})
-    trained = _teacher_tokens(teachers)
-    combinations = {(float(student), float(tokens)) for student, tokens in taught[:, :2]}
-    return entry.model_copy(
-        update={
-            "distillation": distilled.part,
-            "teacher_tokens": (trained.factor, trained.exponent),
-            "error": distilled.deviation / float(taught[:, 3].mean()),
-            "teachers": (float(teachers[:, 0].min()), float(teachers[:, 0].max())),
-            "cells": tuple(sorted(combinations)),
-        }
-    )
+        return entry | {"reason": reason}
+    return entry | {
+        "reason": None,
+        "distillation": distilled.part,
+        "teacher_tokens": _teacher_tokens(teachers),
+        "error": distilled.deviation / float(losses.mean()),
+        "teachers": (float(teachers[:, 0].min()), float(teachers[:, 0].max())),
+        "cells": sorted({(student, tokens) for student, tokens in taught[:, :2].tolist()}),
+    }
 
 
 def _means(rows: pandas.DataFrame, keys: list[str], *names: str) -> Floats:
@@ -100,11 +101,11 @@ def _means(rows: pandas.DataFrame, keys: list[str], *names: str) -> Floats:
 
 
 def _best(
+    fit: Callable[..., SurfaceFit],
     forms: Mapping[str, Mapping[str, float]],
+    coefficients: int,
     points: Floats,
     what: str,
-    fit: Callable[..., SurfaceFit],
-    seed: int,
 ) -> tuple[SurfaceFit | None, str]:
     """The fit with the lowest AICc, or why there is none; tokens are the second column of points.
 
@@ -112,24 +113,23 @@ def _best(
     all for the losses between the points; its status says so.
     """
     one_budget = len(np.unique(points[:, 1])) < 2
-    full = 6 if forms is SUPERVISED_FORMS else 9
     fits, reason = [], f"there are no {what}"
     for form, fixed in forms.items():
         if form.startswith("one_budget") != one_budget:
             continue
-        free = full - len(fixed)
+        free = coefficients - len(fixed)
         # below this the correction of AICc has no meaning
         if len(points) < free + 2:
             reason = f"{len(points)} {what} are too few: the simplest form needs {free + 2}"
             continue
-        one = fit(form=form, starts=STARTS, seed=seed)
+        one = fit(form=form)
         if one.status == "not_converged":
             reason = f"the fit of the form {form!r} to the {what} did not converge"
         else:
             fits.append((_aicc(one, free), form))
     if not fits:
         return None, reason
-    return fit(form=min(fits)[1], starts=STARTS, seed=seed, intervals=True), ""
+    return fit(form=min(fits)[1], intervals=True), ""
 
 
 def _aicc(fit: SurfaceFit, free: int) -> float:
@@ -140,10 +140,11 @@ def _aicc(fit: SurfaceFit, free: int) -> float:
     return points * math.log(variance) + 2 * k + correction
 
 
-def _teacher_tokens(teachers: Floats) -> TeacherTokens:
-    """A power law through what the teachers were trained on; with one of them, in proportion."""
+def _teacher_tokens(teachers: Floats) -> tuple[float, float]:
+    """Factor and exponent of a power law through what the teachers were trained on; with one of
+    them, in proportion."""
     sizes, tokens = np.log(teachers[:, 0]), np.log(teachers[:, 1])
     if len(np.unique(sizes)) < 2:
-        return TeacherTokens(float(np.exp((tokens - sizes).mean())))
+        return float(np.exp((tokens - sizes).mean())), 1.0
     exponent, height = np.polyfit(sizes, tokens, 1)
-    return TeacherTokens(float(np.exp(height)), float(exponent))
+    return float(np.exp(height)), float(exponent)

@@ -122,7 +122,22 @@ class PublishedFamily:
 @cache
 def published_families() -> dict[str, PublishedFamily]:
     """Families by their short name: their models' dimensions, parameters and training tokens."""
-    return {name: _family(name, fields) for name, fields in _read("families.toml").items()}
+    found = {}
+    for name, fields in _read("families.toml").items():
+        recipe = (fields["year"], fields.get("tokenizer", name), fields.get("head_norms", False))
+        models = []
+        for model in fields["models"]:
+            shape = Shape(
+                architecture=fields["architecture"],
+                vocabulary=model.get("vocabulary", fields["vocabulary"]),
+                positions=fields["positions"],
+                tied=model.get("tied", fields.get("tied", False)),
+                **dict(zip(_DIMENSIONS, model["shape"], strict=True)),
+            )
+            tokens = parse_count(model["tokens"]) if "tokens" in model else None
+            models.append(PublishedModel(model["name"], name, shape, tokens, *recipe))
+        found[name] = PublishedFamily(name, fields["title"], fields["source"], tuple(models))
+    return found
 
 
 def find_family(name: str) -> PublishedFamily:
@@ -140,29 +155,12 @@ def find_model(name: str) -> PublishedModel | None:
     return next((one for one in models if one.name.lower() == name.strip().lower()), None)
 
 
-def _family(name: str, fields: dict[str, Any]) -> PublishedFamily:
-    models = []
-    for model in fields["models"]:
-        shape = Shape(
-            architecture=fields["architecture"],
-            vocabulary=model.get("vocabulary", fields["vocabulary"]),
-            positions=fields["positions"],
-            tied=model.get("tied", fields.get("tied", False)),
-            **dict(zip(_DIMENSIONS, model["shape"], strict=True)),
-        )
-        tokens = parse_count(model["tokens"]) if "tokens" in model else None
-        recipe = (fields["year"], fields.get("tokenizer", name), fields.get("head_norms", False))
-        models.append(PublishedModel(model["name"], name, shape, tokens, *recipe))
-    return PublishedFamily(name, fields["title"], fields["source"], tuple(models))
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A teacher that could be taken. Sizes in parameters; `tokens` it was trained on, or None.
 
     `source`: the folder, or the name on the Hub, with its weights; None where only sizes are known.
-    family, year: of a published model. width, vocabulary: of its embeddings; tables: 1 where the
-    head is tied to them, else 2; None where only a size is known.
+    family, year: of a published model. shape: None where only a size is known.
     """
 
     name: str
@@ -172,16 +170,16 @@ class Candidate:
     source: str | None = None
     family: str | None = None
     year: str | None = None
-    embedding: tuple[int, int, int] | None = None
+    shape: Shape | None = None
 
     def student_total(self, non_embedding: int) -> int:
         """All parameters of a student of this family and size: its width shrinks with the cube root
         of its size, as where layers and width shrink alike."""
-        if self.embedding is None:
+        if self.shape is None:
             return non_embedding
-        width, vocabulary, tables = self.embedding
-        share = (non_embedding / self.non_embedding) ** (1 / 3)
-        return round(non_embedding + width * share * vocabulary * tables)
+        width = self.shape.hidden * (non_embedding / self.non_embedding) ** (1 / 3)
+        tables = 1 if self.shape.tied else 2
+        return round(non_embedding + width * self.shape.vocabulary * tables)
 
 
 def candidates_of(family: str | None, teachers: Sequence[str]) -> list[Candidate]:
@@ -224,7 +222,7 @@ def sources_of(candidates: Sequence[Candidate]) -> dict[str, str]:
 
 def published(model: PublishedModel, source: str | None = None) -> Candidate:
     """A published model; UserError where what lies at `source` has another size."""
-    counts, shape = model.parameters(), model.shape
+    counts = model.parameters()
     if source is not None:
         _check_published(model, source)
     return Candidate(
@@ -235,7 +233,7 @@ def published(model: PublishedModel, source: str | None = None) -> Candidate:
         source=source,
         family=model.family,
         year=model.year,
-        embedding=(shape.hidden, shape.vocabulary, 1 if shape.tied else 2),
+        shape=model.shape,
     )
 
 
@@ -253,7 +251,14 @@ def _candidate(given: str) -> Candidate:
     is_hub_name = "/" in name and HUB_NAME.fullmatch(name) and not looks_like_path(name)
     if place or is_hub_name:
         return _by_config(name, Path(name).resolve().name)
-    return _by_size(name)
+    try:
+        size, _ = parse_size(name)
+    except UserError:
+        raise UserError(
+            f"--teachers: {name!r} is no published model (such as Llama-2-7B, Llama-2-13B), no "
+            "folder, no name on the Hub (such as Qwen/Qwen2.5-7B) and no size (such as 7B)"
+        ) from None
+    return Candidate(name, size, size, None)
 
 
 def _check_published(model: PublishedModel, source: str) -> None:
@@ -280,22 +285,9 @@ def _by_config(source: str, name: str) -> Candidate:
     if config.model_type in FAMILIES:
         shape = shape_of(config)
         counts = shape.parameters()
-        tables = (shape.hidden, shape.vocabulary, 1 if shape.tied else 2)
-        return Candidate(name, counts.non_embedding, counts.total, None, source, embedding=tables)
+        return Candidate(name, counts.non_embedding, counts.total, None, source, shape=shape)
     model = empty_model(config)
     total = sum(weight.numel() for weight in model.parameters())
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     embedding = sum({id(one.weight): one.weight.numel() for one in ends if one}.values())
     return Candidate(name, total - embedding, total, None, source)
-
-
-def _by_size(name: str) -> Candidate:
-    try:
-        size, _ = parse_size(name)
-    except UserError:
-        known = ", ".join(find_family("llama2").models[i].name for i in range(2))
-        raise UserError(
-            f"--teachers: {name!r} is no published model (such as {known}), no folder, no name on "
-            "the Hub (such as Qwen/Qwen2.5-7B) and no size (such as 7B)"
-        ) from None
-    return Candidate(name, size, size, None)

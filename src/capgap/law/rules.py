@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import groupby, product
+from itertools import product
 
 import numpy as np
 from scipy.optimize import linprog
 
-from capgap.law.law import Curve, Law, Line, Surface, Value
+from capgap.law.law import Curve, Law, Line, Surface, Value, runs_of
 from capgap.law.model import Floats
 from capgap.law.published import (
     PUBLISHED_LINE,
@@ -47,11 +47,7 @@ class LineRule(Value):
     @property
     def runs(self) -> list[tuple[float, float]]:
         """The sizes that it leaves: its interval, or what will do between what will not."""
-        found = []
-        for will_do, run in groupby(self.measured, lambda one: one[1]):
-            sizes = [size for size, _ in run]
-            found += [(sizes[0], sizes[-1])] if will_do else []
-        return found or ([] if self.interval is None else [self.interval])
+        return runs_of(self.measured) or ([] if self.interval is None else [self.interval])
 
     def distance(self, teacher: float) -> float:
         """Of ln T from what the source leaves; 0 where it says nothing."""

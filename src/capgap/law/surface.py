@@ -13,16 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.floating[Any]]
 
 
-def log_power_sum(
-    first: float, a: float, log_n: Floats, second: float, b: float, log_d: Floats
-) -> tuple[Floats, Floats, Floats]:
-    """log(first / n^a + second / d^b) without overflow, and the logarithms of both terms.
-
-    A factor of 0 is a term that is not there.
-    """
-    with np.errstate(divide="ignore"):
-        one, other = np.log(first) - a * log_n, np.log(second) - b * log_d
-    return np.logaddexp(one, other), one, other
+# T/S between which the best teacher is looked for; one at an end is none
+RATIOS = (0.25, 1000.0)
+Slopes = dict[str, Floats]  # by coefficient, along its logarithm; along c0 itself
 
 
 @dataclass(frozen=True)
@@ -50,9 +43,12 @@ class SupervisedSurface:
 
     def loss(self, parameters: ArrayLike, tokens: ArrayLike) -> Floats:
         """Nats per token, of the broadcast shape of both."""
-        n, d = np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float)
-        powers, _, _ = log_power_sum(self.A, self.alpha, np.log(n), self.B, self.beta, np.log(d))
-        return self.E + np.exp(self.gamma * powers)
+        return self.with_slopes(parameters, tokens)[0]
+
+    def with_slopes(self, parameters: ArrayLike, tokens: ArrayLike) -> tuple[Floats, Slopes]:
+        """The loss, and its slopes along the coefficients."""
+        power, slopes = _power(self, parameters, tokens)
+        return self.E + power, slopes | {"E": np.full_like(power, self.E)}
 
     def compute_optimal_tokens(self) -> TeacherTokens:
         """Tokens at which the loss is the lowest for its FLOPs, 6 N D: where both terms fall alike,
@@ -84,12 +80,28 @@ class DistillationSurface:
 
     def loss(self, parameters: ArrayLike, tokens: ArrayLike, teacher_loss: ArrayLike) -> Floats:
         """Nats per token, of the broadcast shape of the three."""
-        n, d = np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float)
+        alone = self.supervised.loss(parameters, tokens)
+        return self.with_slopes(parameters, tokens, teacher_loss, alone)[0]
+
+    def with_slopes(
+        self, parameters: ArrayLike, tokens: ArrayLike, teacher_loss: ArrayLike, alone: ArrayLike
+    ) -> tuple[Floats, Slopes]:
+        """The loss, and its slopes along the coefficients of this surface; alone: the loss of the
+        student without a teacher."""
         above = np.asarray(teacher_loss, dtype=float)
-        ratio = np.log(above / (self.d1 * self.supervised.loss(n, d)))
-        powers, _, _ = log_power_sum(self.A, self.alpha, np.log(n), self.B, self.beta, np.log(d))
-        gap = self.c1 * self.f1 * np.logaddexp(0.0, ratio / self.f1)
-        return above + np.exp(-self.c0 * np.log(above) - gap + self.gamma * powers)
+        power, slopes = _power(self, parameters, tokens)
+        ratio = np.log(above / (self.d1 * np.asarray(alone))) / self.f1
+        soft = np.logaddexp(0.0, ratio)
+        step = np.exp(ratio - soft)  # the logistic function of ratio
+        factor = np.exp(-self.c0 * np.log(above) - self.c1 * self.f1 * soft)
+        gain = factor * power
+        own = {
+            "c0": -gain * np.log(above),
+            "c1": -gain * self.c1 * self.f1 * soft,
+            "f1": -gain * self.c1 * self.f1 * (soft - step * ratio),
+            "d1": gain * self.c1 * step,
+        }
+        return above + gain, own | {name: factor * slope for name, slope in slopes.items()}
 
     def best_teacher(
         self,
@@ -97,21 +109,19 @@ class DistillationSurface:
         tokens: float,
         *,
         teacher_tokens: TeacherTokens | None = None,
-        ratios: tuple[float, float] = (0.25, 1000.0),
-        tolerance: float = 0.001,
     ) -> "BestTeacher":
         """The teacher under which this student is the best, of teachers trained on so many tokens,
         by default as many as are compute-optimal.
 
-        Looked for between `ratios` times the student, to 0.1%. `within` are the ratios whose loss
-        is at most `tolerance` above the lowest, a share of it: the minimum is flat.
+        Looked for between RATIOS times the student, to 0.1%. `within` are the ratios whose loss is
+        at most 0.1% above the lowest: the minimum is flat.
         """
-        grid = np.geomspace(*ratios, 8001)
+        grid = np.geomspace(*RATIOS, 8001)
         sizes = grid * parameters
         read = (teacher_tokens or self.supervised.compute_optimal_tokens()).of(sizes)
         losses = self.loss(parameters, tokens, self.supervised.loss(sizes, read))
         best = int(losses.argmin())
-        near = grid[losses <= (1 + tolerance) * losses[best]]
+        near = grid[losses <= 1.001 * losses[best]]
         return BestTeacher(
             ratio=float(grid[best]),
             loss=float(losses[best]),
@@ -126,3 +136,25 @@ class BestTeacher:
     ratio: float
     loss: float
     within: tuple[float, float]
+
+
+def _power(
+    surface: SupervisedSurface | DistillationSurface, parameters: ArrayLike, tokens: ArrayLike
+) -> tuple[Floats, Slopes]:
+    """(A / N^alpha + B / D^beta)^gamma without overflow, and its slopes; a factor of 0 is a term
+    that is not there."""
+    log_n, log_d = (np.log(np.asarray(axis, dtype=float)) for axis in (parameters, tokens))
+    with np.errstate(divide="ignore"):
+        first = np.log(surface.A) - surface.alpha * log_n
+        second = np.log(surface.B) - surface.beta * log_d
+    both = np.logaddexp(first, second)
+    power = np.exp(surface.gamma * both)
+    grown = surface.gamma * power
+    one, other = grown * np.exp(first - both), grown * np.exp(second - both)
+    return power, {
+        "A": one,
+        "B": other,
+        "alpha": -one * surface.alpha * log_n,
+        "beta": -other * surface.beta * log_d,
+        "gamma": grown * both,
+    }

@@ -1,13 +1,13 @@
 """Loss surfaces fitted to one's own cells, with what can and cannot be said of each coefficient.
 
 Least squares from many starts with analytic gradients. N parameters, D tokens, L a loss in nats
-per token, L_T the teacher's, as in `surface`. All coefficients but c0 are positive and are sought
-by their logarithm.
+per token, L_T the teacher's, as in `surface`. All coefficients but c0 are positive.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,7 @@ from scipy.optimize import brentq, least_squares
 from capgap.errors import UserError
 from capgap.law.law import SurfacePart
 from capgap.law.model import Floats
-from capgap.law.surface import (
-    DistillationSurface,
-    SupervisedSurface,
-    log_power_sum,
-)
+from capgap.law.surface import DistillationSurface, Slopes, SupervisedSurface
 
 # Of every coefficient: its lowest value, the two between which starts are drawn, its highest value;
 # a fit that ends at the lowest or the highest one says so
@@ -60,11 +56,10 @@ DISTILLATION_FORMS = {
     "one_budget_fixed_onset": _ONE_BUDGET | _FIXED_ONSET,
     "one_budget_no_gap": _ONE_BUDGET | _NO_GAP,
 }
-
-
-# From coefficients to losses [cells] and their slopes [cells] along what each coefficient is sought
-# by: its logarithm, or c0 itself
-Predict = Callable[[dict[str, float]], tuple[Floats, dict[str, Floats]]]
+# What is sought on a surface, c0 by itself, all others by their logarithm
+SUPERVISED = tuple(field.name for field in fields(SupervisedSurface))
+DISTILLATION = tuple(field.name for field in fields(DistillationSurface))[1:]
+AnySurface = SupervisedSurface | DistillationSurface
 
 
 class SurfaceFit(SurfacePart):
@@ -77,7 +72,7 @@ class SurfaceFit(SurfacePart):
     the residuals in nats, over degrees of freedom.
     """
 
-    surface: SupervisedSurface | DistillationSurface
+    surface: AnySurface
 
     @property
     def part(self) -> SurfacePart:
@@ -86,19 +81,24 @@ class SurfaceFit(SurfacePart):
 
 @dataclass(frozen=True)
 class _Problem:
-    """Least squares over the coefficients `names`; losses and their standard errors [cells]."""
+    """Least squares over the coefficients `names`: `surface` makes one of all of them, which is
+    asked at `columns`; these, losses and their standard errors [cells]."""
 
     names: tuple[str, ...]
     fixed: dict[str, float]
-    predict: Predict
+    surface: Callable[..., Any]
+    columns: tuple[Floats, ...]
     losses: Floats
     errors: Floats
 
+    def predict(self, point: Floats) -> tuple[Floats, Slopes]:
+        return self.surface(**self.values(point)).with_slopes(*self.columns)
+
     def residuals(self, point: Floats) -> Floats:
-        return (self.predict(self.values(point))[0] - self.losses) / self.errors
+        return (self.predict(point)[0] - self.losses) / self.errors
 
     def jacobian(self, point: Floats) -> Floats:
-        slopes = self.predict(self.values(point))[1]
+        slopes = self.predict(point)[1]
         return np.stack([slopes[name] for name in self.names], axis=1) / self.errors[:, None]
 
     def values(self, point: Floats) -> dict[str, float]:
@@ -136,15 +136,9 @@ def fit_supervised(
     `chinchilla` with gamma 1 (arXiv 2203.15556); `one_budget`, E + A / N^alpha, for models of the
     same tokens. UserError for too few cells, or numbers that are not positive and finite.
     """
-    n, d, *measured = _checked(parameters, tokens, losses, errors=errors)
-
-    def predict(c: dict[str, float]) -> tuple[Floats, dict[str, Floats]]:
-        power, slopes = _power(c, np.log(n), np.log(d))
-        return c["E"] + power, slopes | {"E": np.full_like(power, c["E"])}
-
-    names = ("E", "A", "B", "alpha", "beta", "gamma")
-    problem = _problem(names, SUPERVISED_FORMS, form, predict, *measured)
-    return _fit(problem, form, lambda c: SupervisedSurface(**c), starts, seed, intervals)
+    columns = _checked(parameters, tokens, losses, errors=errors)
+    problem = _problem(SupervisedSurface, SUPERVISED, SUPERVISED_FORMS, form, columns)
+    return _fit(problem, form, starts, seed, intervals)
 
 
 def fit_distillation(
@@ -168,45 +162,10 @@ def fit_distillation(
     `one_budget_no_gap` for students of the same tokens. Otherwise as `fit_supervised`.
     """
     n, d, above, *measured = _checked(parameters, tokens, teacher_losses, losses, errors=errors)
-    alone = supervised.loss(n, d)
-
-    def predict(c: dict[str, float]) -> tuple[Floats, dict[str, Floats]]:
-        power, slopes = _power(c, np.log(n), np.log(d))
-        ratio = np.log(above / (c["d1"] * alone)) / c["f1"]
-        soft = np.logaddexp(0.0, ratio)
-        step = np.exp(ratio - soft)  # the logistic function of ratio
-        factor = np.exp(-c["c0"] * np.log(above) - c["c1"] * c["f1"] * soft)
-        gain = factor * power
-        found = {name: factor * slope for name, slope in slopes.items()}
-        found |= {
-            "c0": -gain * np.log(above),
-            "c1": -gain * c["c1"] * c["f1"] * soft,
-            "f1": -gain * c["c1"] * c["f1"] * (soft - step * ratio),
-            "d1": gain * c["c1"] * step,
-        }
-        return above + gain, found
-
-    names = ("A", "B", "alpha", "beta", "gamma", "c0", "c1", "f1", "d1")
-    problem = _problem(names, DISTILLATION_FORMS, form, predict, *measured)
-    return _fit(
-        problem, form, lambda c: DistillationSurface(supervised, **c), starts, seed, intervals
-    )
-
-
-def _power(c: dict[str, float], n: Floats, d: Floats) -> tuple[Floats, dict[str, Floats]]:
-    """(A / N^alpha + B / D^beta)^gamma and its slopes along the logarithms of the coefficients,
-    from logarithms of N and D."""
-    both, first, second = log_power_sum(c["A"], c["alpha"], n, c["B"], c["beta"], d)
-    power = np.exp(c["gamma"] * both)
-    one, other = np.exp(first - both), np.exp(second - both)
-    grown = c["gamma"] * power
-    return power, {
-        "A": grown * one,
-        "B": grown * other,
-        "alpha": -grown * one * c["alpha"] * n,
-        "beta": -grown * other * c["beta"] * d,
-        "gamma": grown * both,
-    }
+    columns = (n, d, above, supervised.loss(n, d), *measured)
+    surface = partial(DistillationSurface, supervised)
+    problem = _problem(surface, DISTILLATION, DISTILLATION_FORMS, form, columns)
+    return _fit(problem, form, starts, seed, intervals)
 
 
 def _checked(*columns: ArrayLike, errors: ArrayLike | None) -> tuple[Floats, ...]:
@@ -225,13 +184,13 @@ def _checked(*columns: ArrayLike, errors: ArrayLike | None) -> tuple[Floats, ...
 
 
 def _problem(
+    surface: Callable[..., AnySurface],
     names: tuple[str, ...],
     forms: dict[str, dict[str, float]],
     form: str,
-    predict: Predict,
-    losses: Floats,
-    errors: Floats,
+    columns: tuple[Floats, ...],
 ) -> _Problem:
+    *asked, losses, errors = columns
     if form not in forms:
         raise UserError(f"no form {form!r} of this surface: take one of {', '.join(forms)}")
     free = tuple(name for name in names if name not in forms[form])
@@ -240,17 +199,10 @@ def _problem(
             f"{len(losses)} cells are too few for the {len(free)} coefficients of the form "
             f"{form!r}: give more, or take a reduced form"
         )
-    return _Problem(free, forms[form], predict, losses, errors)
+    return _Problem(free, forms[form], surface, tuple(asked), losses, errors)
 
 
-def _fit(
-    problem: _Problem,
-    form: str,
-    surface: Callable[[dict[str, float]], SupervisedSurface | DistillationSurface],
-    starts: int,
-    seed: int,
-    intervals: bool,
-) -> SurfaceFit:
+def _fit(problem: _Problem, form: str, starts: int, seed: int, intervals: bool) -> SurfaceFit:
     lower, low, high, upper = problem.ranges()
     # evenly along every axis (a Latin hypercube)
     generator = np.random.default_rng(seed)
@@ -276,8 +228,8 @@ def _fit(
     elif condition > IDENTIFIED:
         status = "not_identified"
     freedom = len(problem.losses) - len(problem.names)
-    residuals = problem.predict(problem.values(best.x))[0] - problem.losses
-    fitted = surface(problem.values(best.x))
+    residuals = problem.predict(best.x)[0] - problem.losses
+    fitted = problem.surface(**problem.values(best.x))
     coefficients = asdict(fitted)
     coefficients.pop("supervised", None)
     return SurfaceFit(

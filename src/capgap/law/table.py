@@ -389,37 +389,33 @@ def _row_of(
     run: dict[str, Any], student: dict[str, Any], baseline: dict[str, Any] | None
 ) -> dict[str, Any]:
     asked, teacher = run["asked"], run["teacher"]
-    every = [_documents(heldout) for heldout in (student["heldout"], teacher["heldout"], baseline)]
-    tokens = every[0][1]
-    documents = [np.full(len(tokens), nan) if losses is None else losses for losses, _ in every]
+    tokens = _documents(student["heldout"], "tokens")
+    documents = [
+        np.full_like(tokens, nan) if heldout is None else _documents(heldout, "losses")
+        for heldout in (student["heldout"], teacher["heldout"], baseline)
+    ]
     means = [losses.sum() / tokens.sum() for losses in documents]
-    unknown = {"teacher_tokens": nan, "loss_stderr": nan, "tokenizer": ""}
-    return (
-        dict(zip(LOSSES, means, strict=True))
-        | unknown
-        | {
-            "architecture": student["architecture"],
-            "init": "pruned" if student["cut_from"] == teacher["hash"] else "fixed",
-            "tokens": asked["tokens"],
-            "seed": asked["seed"],
-            "student_parameters": student["non_embedding"],
-            "teacher_parameters": teacher["non_embedding"],
-            "teacher_size": teacher["non_embedding"],
-            "teacher": teacher["hash"],
-            "vocabulary": LARGEST_VOCABULARY,
-            "documents": documents,
-            "document_tokens": tokens,
-        }
-    )
+    return {
+        **{name: field.default for name, field in _Row.model_fields.items()},
+        **dict(zip(LOSSES, means, strict=True)),
+        "architecture": student["architecture"],
+        "init": "pruned" if student["cut_from"] == teacher["hash"] else "fixed",
+        "tokens": asked["tokens"],
+        "seed": asked["seed"],
+        "student_parameters": student["non_embedding"],
+        "teacher_parameters": teacher["non_embedding"],
+        "teacher_size": teacher["non_embedding"],
+        "teacher": teacher["hash"],
+        "documents": documents,
+        "document_tokens": tokens,
+    }
 
 
-def _documents(heldout: dict[str, Any] | None) -> tuple[Floats | None, Floats]:
-    """Summed nats and tokens [documents]; the sources of a mixture weigh as their shares."""
-    if heldout is None:
-        return None, np.zeros(0)
-    losses, tokens = [], []
+def _documents(heldout: dict[str, Any], what: str) -> Floats:
+    """Summed nats (`losses`) or `tokens` [documents]; the sources of a mixture weigh as their
+    shares."""
+    found = []
     for source in heldout.get("sources", {"": heldout}).values():
         weight = source.get("share", 1.0) * heldout["tokens"] / source["tokens"]
-        losses += [weight * loss for loss in source["document_losses"]]
-        tokens += [weight * number for number in source["document_tokens"]]
-    return np.array(losses), np.array(tokens)
+        found += [weight * number for number in source[f"document_{what}"]]
+    return np.array(found)

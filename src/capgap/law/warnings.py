@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from capgap.evaluate.measured import ratio_standard_error
 from capgap.law.data import Cells, per_token
 from capgap.law.law import Curve, Point, Warned
 from capgap.law.model import MIN_TEACHERS, Floats
@@ -57,19 +58,15 @@ def _of_table(cells: Cells) -> Iterator[tuple[str, str]]:
 def _of_teachers(cells: Cells) -> Iterator[tuple[str, str]]:
     """Teachers that are not better than the best smaller one, by training and seed: where, and what
     is said of them."""
-    frame = cells.frame.assign(row=np.arange(len(cells.frame)))
-    known, tokens = frame[~np.isnan(cells.teachers).any(axis=1)], cells.document_tokens
+    known = cells.frame[~np.isnan(cells.teachers).any(axis=1)]
     for architecture, own in known.groupby("architecture"):
         by_seed = own["training"].nunique() > own["teacher_size"].nunique()
         for seed, ladder in own.groupby("seed") if by_seed else [("", own)]:
-            rows = ladder.drop_duplicates("teacher_size").sort_values("teacher_size")
-            documents = cells.teachers[rows["row"].to_numpy()]
-            if len(tokens) == 1:
-                # a table states the teacher's loss in every row; the mean of each size counts
-                means = ladder.assign(loss=cells.teachers[ladder["row"].to_numpy(), 0])
-                documents = means.groupby("teacher_size")["loss"].mean().to_numpy()[:, None]
-            sizes = rows["teacher_parameters"].to_numpy(float)
-            for message in _not_better(documents, tokens, list(map(format_count, sizes))):
+            rows = [of_size for _, of_size in ladder.groupby("teacher_size")]
+            # a table states the teacher's loss in every row: the mean of each size counts
+            documents = np.stack([cells.teachers[one.index].mean(axis=0) for one in rows])
+            sizes = [format_count(one["teacher_parameters"].iloc[0]) for one in rows]
+            for message in _not_better(documents, cells.document_tokens, sizes):
                 yield f"{architecture}, seed {seed}" if by_seed else str(architecture), message
 
 
@@ -80,12 +77,8 @@ def _not_better(documents: Floats, tokens: Floats, sizes: Sequence[str]) -> Iter
         mean = float(losses[larger] - losses[smaller])
         if mean < 0:
             continue
-        noise = ""
-        if len(tokens) > 1:
-            shares = documents[larger] - documents[smaller] - mean * tokens
-            number = len(tokens) / (len(tokens) - 1)
-            error = float(np.sqrt((shares**2).sum() * number)) / tokens.sum()
-            noise = f" (evaluation noise {error:.4f})"
+        error = ratio_standard_error(documents[larger] - documents[smaller], tokens)
+        noise = "" if error is None else f" (evaluation noise {error:.4f})"
         yield (
             f"the {sizes[larger]} teacher is not better than the {sizes[smaller]} one: its own "
             f"held-out loss is {mean:.4f} nats higher{noise}; the curves then also show how well "

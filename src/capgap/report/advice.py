@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from capgap.law.advise import Advice, Row
-from capgap.law.rules import LineRule
+from capgap.law.advise import Advice, Alone, Row
+from capgap.report.numbers import ranges
 from capgap.sizes import format_count, format_percent
 from capgap.stage import text_table
 
@@ -51,9 +51,9 @@ def _sentences(advice: Advice) -> Iterator[str]:
 
 def _verdict(advice: Advice) -> str:
     line, rows = advice.linear_law, advice.recommendations
-    look = "what size to look for is not known"
+    look, wanted = "what size to look for is not known", ranges(line.runs)
     if line.interval is not None:
-        look = f"look for one of {_sizes(line)} parameters ({line.source})"
+        look = f"look for one of {wanted} parameters ({line.source})"
     if advice.take is None:
         size = format_count(advice.student.non_embedding)
         return f"take none of these: no candidate is larger than the student of {size}; {look}."
@@ -64,7 +64,7 @@ def _verdict(advice: Advice) -> str:
         return f"take {advice.take} if it must be one of these: no line says which size is best."
     if advice.surface.caution is None:
         return (
-            f"take {advice.take}, {times}, by the surface alone: the line asks for {_sizes(line)} "
+            f"take {advice.take}, {times}, by the surface alone: the line asks for {wanted} "
             "parameters, which none of these has."
         )
     return (
@@ -73,17 +73,11 @@ def _verdict(advice: Advice) -> str:
     )
 
 
-def _sizes(line: LineRule) -> str:
-    """The sizes that a line leaves: "42k or 100k to 155k"."""
-    runs = [dict.fromkeys(map(format_count, run)) for run in line.runs]
-    return " or ".join(" to ".join(run) for run in runs)
-
-
 def _line_against_first(advice: Advice, name: str) -> Iterator[str]:
     first, line = advice.recommendations[0], advice.linear_law
     if line.interval is None:
         return
-    wants = f"{name} wants {_sizes(line)} parameters"
+    wants = f"{name} wants {ranges(line.runs)} parameters"
     within = [row for row in advice.recommendations if row.in_line and row.is_larger]
     if first.in_line:
         yield f"{wants}, and {first.teacher} has {format_count(first.non_embedding)}."
@@ -169,56 +163,54 @@ def advice_text(found: Advice) -> str:
 def _ranking(found: Advice) -> str:
     names = ["teacher", "size", "T/S", "read", "since", "expected loss", "above the lowest"]
     names += ["FLOPs"] + (["hours"] if found.recommendations[0].hours is not None else [])
+
+    def costs(one: Row | Alone, above: str) -> list[str]:
+        hours = [] if one.hours is None else [f"{one.hours:,.0f}"]
+        return [f"{one.expected_loss:.3f}", above, f"{one.flops_total:.2e}", *hours]
+
     rows, marks = [], [""]
     for row in found.recommendations:
         read = "-" if row.teacher_tokens is None else format_count(row.teacher_tokens)
         size = [format_count(row.non_embedding), f"{row.ratio:.2f}", read, row.year or "-"]
         above = f"{row.difference:.2%} ± {row.difference_stderr:.2%}" if row.difference else ""
-        loss = [f"{row.expected_loss:.3f}", above, f"{row.flops_total:.2e}"]
-        rows.append([row.teacher, *size, *loss, "" if row.hours is None else f"{row.hours:,.0f}"])
+        rows.append([row.teacher, *size, *costs(row, above)])
         own = ["size of the line"] if row.in_line else []
         own += ["lowest on the surface"] if row.teacher == found.surface.nearest else []
         marks.append("; ".join(own) if row.is_larger else "no larger than the student")
     for one in found.without_teacher:
-        loss = [f"{one.expected_loss:.3f}", "", f"{one.flops_total:.2e}"]
-        hours = "" if one.hours is None else f"{one.hours:,.0f}"
-        rows.append([one.name, "", "", format_count(one.tokens), "", *loss, hours])
+        rows.append([one.name, "", "", format_count(one.tokens), "", *costs(one, "")])
         marks.append("")
-    table = text_table(names, [row[: len(names)] for row in rows], left=1).splitlines()
-    marked = zip(table, marks, strict=True)
+    marked = zip(text_table(names, rows, left=1).splitlines(), marks, strict=True)
     return "\n".join(f"{line}  {mark}".rstrip() for line, mark in marked)
 
 
 def _measurements(found: Advice) -> str:
-    assert found.measure is not None
     names = ["teacher", "nats/byte", "above the best", "nats/token", "entropy", "loss - entropy"]
     names.append("calibration error")
-    rows = []
-    has_ratios = False
-    for row in found.recommendations:
-        one = row.measured
-        assert one is not None
-        above = _with_error(one.above_lowest, one.above_lowest_stderr) if one.above_lowest else ""
-        rows.append(
-            [
-                row.teacher,
-                _with_error(one.nats_per_byte, one.nats_per_byte_stderr),
-                above,
-                f"{one.nats_per_token:.3f}",
-                f"{one.entropy:.3f}",
-                f"{one.overconfidence:+.3f}",
-                f"{one.calibration_error:.1%}",
-                "" if one.rank_surprisal is None else f"{one.rank_surprisal:.2f}",
-            ]
-        )
-        has_ratios = has_ratios or one.rank_surprisal is not None
-    names += ["rank-surprisal"] if has_ratios else []
-    measure = found.measure
+    told = [(row.teacher, one) for row in found.recommendations if (one := row.measured)]
+    rows = [
+        [
+            teacher,
+            _with_error(one.nats_per_byte, one.nats_per_byte_stderr),
+            _with_error(one.above_lowest, one.above_lowest_stderr) if one.above_lowest else "",
+            f"{one.nats_per_token:.3f}",
+            f"{one.entropy:.3f}",
+            f"{one.overconfidence:+.3f}",
+            f"{one.calibration_error:.1%}",
+        ]
+        for teacher, one in told
+    ]
+    ratios = [one.rank_surprisal for _, one in told]
+    if ranked := any(ratio is not None for ratio in ratios):
+        names.append("rank-surprisal")
+        for own, ratio in zip(rows, ratios, strict=True):
+            own.append("" if ratio is None else f"{ratio:.2f}")
+    measure = found.measure or {}
     kind = "documents" if int(measure["documents"]) > 1 else "document, so no noise is known,"
-    return text_table(names, [row[: len(names)] for row in rows], left=1) + (
+    return text_table(names, rows, left=1) + (
         f"\non {measure['documents']} {kind} of {measure['corpus']}, {measure['bytes']:,} bytes, "
         f"in windows of {measure['window']} tokens; ± is a standard error over documents"
-        + (RANK_SURPRISAL if has_ratios else "")
+        + (RANK_SURPRISAL if ranked else "")
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from capgap.law.law import Contrast, Curve, Group, Interval, Line, Point
 from capgap.law.published import PUBLISHED_LINE, PUBLISHED_RESOLUTION, PUBLISHED_SURFACE
+from capgap.law.surface import RATIOS
 from capgap.report import draw, numbers
 from capgap.report.draw import LIGHT, Absent, Frame, Look, Pair, Picture, Row, in_words, row
 from capgap.report.results import Results, init_rank, safe, slug
@@ -97,16 +98,15 @@ def cost_chart(results: Results, group: Group) -> Picture | Absent:
         for p in c.points
         if p.cost is not None
     ]
-    will_do = [
-        numbers.listed([numbers.size(p.teacher_parameters) for p in c.will_do]) for c in curves
-    ]
-    listed = "; ".join(f"{_key(c)} {own}" for c, own in zip(curves, will_do, strict=True))
+    will_do = "; ".join(
+        f"{_key(c)} {numbers.sizes(p.teacher_parameters for p in c.will_do)}" for c in curves
+    )
     return Picture(
         *names,
         "Filled marks are teachers that will do: not worse than the best beyond noise. Hollow "
         "ones are worse. Bars are one standard error of the difference to the best.",
         [*frame.draw("lines", rows, strokeWidth=1, opacity=0.6), *frame.draw("bars points", rows)],
-        f"{names[1]}. Teachers that will do: {listed}.",
+        f"{names[1]}. Teachers that will do: {will_do}.",
         _notes(curves),
     )
 
@@ -187,8 +187,7 @@ def ratio_chart(results: Results, architecture: str) -> Picture | Absent:
     surface = []
     for tokens in np.geomspace(*across, 24).tolist():
         best = PUBLISHED_SURFACE.best_teacher(SURFACE_STUDENT, tokens * SURFACE_STUDENT)
-        # one at the end of the ratios that are looked at is none
-        surface += [row(SURFACE, tokens, best.ratio)] if best.ratio < 999 else []
+        surface += [row(SURFACE, tokens, best.ratio)] if best.ratio < 0.999 * RATIOS[1] else []
     ends = [end for c in curves for end in (c.optimum.ratio, *(c.optimum.ratio_interval or ()))]
     ends += [*PUBLISHED_RESOLUTION, *(one["y"] for one in surface)]
     up = draw.span(filter(None, ends), 1.3)

@@ -110,16 +110,17 @@ def in_words(rows: Iterable[Row]) -> str:
     return "; ".join(one["tip"].replace("\n", ", ") for one in rows) + "."
 
 
-# kind -> mark, columns of x and y, of the other end, channels of the series, style
-KINDS: dict[str, tuple[Any, str, str, dict[str, str], tuple[str, ...], Row]] = {
-    "points": ("point", "x", "y", {}, ("color", "shape"), {"size": 75, "opacity": 1}),
-    "bars": ("rule", "x", "low", {"y2": "high"}, ("color",), {"strokeWidth": 1.5}),
-    "spans": ("rule", "left", "y", {"x2": "right"}, ("color",), {"strokeWidth": 2.5}),
-    "bands": ("area", "x", "low", {"y2": "high"}, ("color",), {"opacity": 0.13}),
-    "lines": ("line", "x", "y", {}, ("color", "strokeDash"), {}),
-    "uprights": ("rule", "x", "", {}, ("color", "strokeDash"), {}),
-    "cells": ("rect", "x", "y", {}, (), {"stroke": LIGHT["surface"]}),
-    "texts": ("text", "x", "y", {}, (), {"baseline": "middle", "color": TEXT}),
+XY: Row = {"x": "x", "y": "y"}
+# kind -> mark, columns by channel, channels of the series, style
+KINDS: dict[str, tuple[Any, Row, tuple[str, ...], Row]] = {
+    "points": ("point", XY | {"tooltip": "tip:N"}, ("color", "shape"), {"size": 75, "opacity": 1}),
+    "bars": ("rule", {"x": "x", "y": "low", "y2": "high:Q"}, ("color",), {"strokeWidth": 1.5}),
+    "spans": ("rule", {"x": "left", "x2": "right:Q", "y": "y"}, ("color",), {"strokeWidth": 2.5}),
+    "bands": ("area", {"x": "x", "y": "low", "y2": "high:Q"}, ("color",), {"opacity": 0.13}),
+    "lines": ("line", XY, ("color", "strokeDash"), {}),
+    "uprights": ("rule", {"x": "x"}, ("color", "strokeDash"), {}),
+    "cells": ("rect", XY | {"tooltip": "tip:N"}, (), {"stroke": LIGHT["surface"]}),
+    "texts": ("text", XY | {"text": "text:N"}, (), {"baseline": "middle", "color": TEXT}),
 }
 
 
@@ -138,32 +139,29 @@ class Frame:
         return [one for kind in kinds.split() for one in self._draw(kind, rows, more or {}, style)]
 
     def _draw(self, kind: str, rows: Sequence[Row], more: Row, style: Row) -> list[Any]:
-        mark, x, y, other, series, own = KINDS[kind]
+        mark, columns, series, own = KINDS[kind]
         parts: dict[Any, list[Row]] = {}
         for one in rows:
-            if not y or one.get(y) is not None:
+            if "y" not in columns or one.get(columns["y"]) is not None:
                 # a legend shows the dash of what is a line alone; the outline of a marker is whole
                 line = self.looks.get(one["key"], Look(""))
                 dash = line.dash if line.shape != LINE and kind == "lines" else None
                 part = bool(one.get("hollow")) if kind == "points" else dash
                 parts.setdefault(part, []).append(one)
         quantity: Row = {"type": "quantitative"}
-        channels: Row = {"x": altair.X(x, **quantity | self.x)}
-        channels |= {"y": altair.Y(y, **quantity | self.y)} if y else {}
-        channels |= {end: f"{column}:Q" for end, column in other.items()}
-        channels |= {"text": altair.Text("text:N")} if kind == "texts" else {}
-        channels |= {"tooltip": altair.Tooltip("tip:N")} if kind in ("points", "cells") else {}
+        channels = columns | {"x": altair.X(columns["x"], **quantity | self.x)}
+        if "y" in columns:
+            channels["y"] = altair.Y(columns["y"], **quantity | self.y)
         series = series[:1] if "shape" in style else series
         channels |= {channel: self._series(channel) for channel in series} | more
-        columns = {"key", x, y, *other.values(), "text", "tip", "gain"}
-        columns -= set() if "tooltip" in channels else {"tip"}
+        held = {"key", "text", "gain"} | {column.split(":")[0] for column in columns.values()}
         drawn = []
         for part, members in parts.items():
             looks: Row = {} if part is None else {"strokeDash": part}
             if kind == "points":
                 looks = {"fill": LIGHT["surface"]} if part else {"filled": True}
                 looks["strokeWidth"] = 2
-            values = [{c: _short(v) for c, v in one.items() if c in columns} for one in members]
+            values = [{c: _short(v) for c, v in one.items() if c in held} for one in members]
             marks = altair.MarkDef(mark, clip=True, **own | looks | style)
             encoding = {name: one for name, one in channels.items() if name not in looks}
             drawn.append(altair.Chart(altair.InlineData(values), mark=marks).encode(**encoding))
@@ -324,9 +322,8 @@ def write_picture(picture: Picture, *paths: Path) -> None:
         check_picture(path)
     spec = spec_of(picture, WIDTH)
     spec["config"]["legend"]["columns"] = max(1, (WIDTH - 60) // spec["usermeta"]["entry"])
-    below = [
-        line for text in (picture.caption, *picture.notes) for line in textwrap.wrap(text, 125)
-    ]
+    texts = (picture.caption, *picture.notes)
+    below = [line for text in texts for line in textwrap.wrap(text, 125)]
     spec |= {"padding": 14, "title": {"text": picture.title, "subtitle": below}}
     svg = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
     # these are numbered on from picture to picture, and the same picture shall have the same bytes

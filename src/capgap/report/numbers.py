@@ -1,7 +1,7 @@
 """Numbers as a reader wants them: rounded to what is known, with their interval and unit."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from capgap.sizes import format_count
 
@@ -58,6 +58,23 @@ def gain(value: float | None, stderr: float | None = None) -> str:
 def share(value: float | None) -> str:
     """A fraction as percents."""
     return NOTHING if value is None else f"{100 * value:.1f}%"
+
+
+def ranges(runs: Iterable[tuple[float, float]]) -> str:
+    """First and last sizes of runs: "60k or 200k to 480k"."""
+    return " or ".join(" to ".join(dict.fromkeys(map(format_count, run))) for run in runs)
+
+
+def span(values: Sequence[float], digits: int = 3) -> str:
+    """The smallest and the largest number, or one where they are written alike."""
+    # no negative zero
+    ends = (f"{round(end, digits) + 0.0:.{digits}f}" for end in (min(values), max(values)))
+    return " to ".join(dict.fromkeys(ends))
+
+
+def sizes(values: Iterable[float]) -> str:
+    """ "30k, 40k and 54k"."""
+    return listed([format_count(value) for value in values])
 
 
 def listed(names: Sequence[str]) -> str:

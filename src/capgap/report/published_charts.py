@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -17,27 +16,25 @@ from capgap.law.published import (
     published_results,
 )
 from capgap.law.rules import PUBLISHED_RULE, SURFACE_SIZES, SurfaceRule
-from capgap.law.surface import DistillationSurface, TeacherTokens
+from capgap.law.surface import RATIOS, DistillationSurface, TeacherTokens
 from capgap.report import draw, numbers
 from capgap.report.charts import LOSS, STUDENT, TEACHER, WEDGE
 from capgap.report.draw import LIGHT, Frame, Look, Pair, Picture, Row, in_words, row
 from capgap.report.results import safe
 from capgap.report.run_charts import pareto_front
 
-# T/S between which the best teacher is looked for; one at an end is none
-RATIOS = (0.25, 1000.0)
 # shares above the lowest loss and the opacity of their bands, widest first
 COSTS = {0.05: 0.14, 0.01: 0.22, 0.001: 0.35}
 NEAR = "within 0.1%, 1% and 5% of the lowest loss"
 VALLEY, FIXED_RATIO = "best teacher", "T = 2.5 S (arXiv 2311.07052)"
 FRONT, UNTUNED = "Pareto front", "the same without instruction-tuned"
 # by how many steps a published model was made by distilling and tuning
-MADE = (
-    "trained alone or pruned",
-    "distilled by the law: MiniMA",
-    "instruction-tuned: MiniChat",
-    "your models",
-)
+MADE = {
+    "trained alone or pruned": Look(draw.MUTED, "circle"),
+    "distilled by the law: MiniMA": Look(LIGHT["series-0"], "square"),
+    "instruction-tuned: MiniChat": Look(LIGHT["series-1"], "diamond"),
+    "your models": Look(LIGHT["series-2"], draw.STAR),
+}
 # with more models than this, only families are named
 MOST_LABELS = 14
 # share above the lowest loss from which models stand on the upper edge: one whose teacher is far
@@ -85,7 +82,7 @@ def surface_chart(
     frame = Frame(draw.log_axis(STUDENT, students), draw.log_axis(TEACHER, teachers), looks)
     valley = []
     for size, own in zip(sizes.tolist(), read.tolist(), strict=True):
-        best = surface.best_teacher(size, own, teacher_tokens=teacher_tokens, ratios=RATIOS)
+        best = surface.best_teacher(size, own, teacher_tokens=teacher_tokens)
         sizes_text = f"student {numbers.size(size)}\nbest teacher {numbers.size(best.ratio * size)}"
         tip = f"{sizes_text}\nT/S {best.ratio:.1f}, loss {best.loss:.3f}"
         if RATIOS[0] * 1.001 < best.ratio < RATIOS[1] / 1.001:
@@ -158,13 +155,9 @@ def benchmark_chart(own: Sequence[OwnResult] = ()) -> Picture:
     published = published_results()
     models: list[BenchmarkResult | OwnResult] = [*published, *own]
     limits = draw.span([model.flops for model in models], 1.7)
-    colours = [LIGHT[name] for name in ("muted", "series-0", "series-1", "series-2")]
-    shapes = ("circle", "square", "diamond", draw.STAR)
-    parts = zip(MADE, colours, shapes, strict=True)
-    looks = {key: Look(colour, shape) for key, colour, shape in parts}
-    looks |= {FRONT: Look(draw.MUTED), UNTUNED: Look(draw.MUTED, dash=draw.DASHED)}
+    looks = MADE | {FRONT: Look(draw.MUTED), UNTUNED: Look(draw.MUTED, dash=draw.DASHED)}
     if not own:
-        del looks[MADE[3]]
+        del looks["your models"]
     scores = [model.mean for model in models]
     y = draw.linear_axis("mean of six benchmarks (%)", (min(scores) - 3, max(scores) + 3))
     frame = Frame(draw.log_axis("compute (FLOPs)", limits, draw.POWER), y, looks)
@@ -271,23 +264,18 @@ def _model(model: BenchmarkResult | OwnResult) -> Row:
     if isinstance(model, BenchmarkResult):
         made = model.distilled + model.tuned
         tip += "\n" + ", ".join(f"{name} {score:.1f}" for name, score in model.scores.items())
-    return row(MADE[made], model.flops, model.mean, tip, text=model.name)
-
-
-@cache
-def _family_of() -> dict[str, tuple[int, str]]:
-    """Name of a model -> position and title of its family."""
-    return {
-        model.name: (position, family.title)
-        for position, family in enumerate(published_families().values())
-        for model in family.models
-    }
+    return row([*MADE][made], model.flops, model.mean, tip, text=model.name)
 
 
 def _candidates(rows: Sequence[Advised], edge: float) -> tuple[list[Row], dict[str, Look]]:
     """A mark for every candidate, those above `edge` on it, and the looks of their families, the
     same in every picture; after all families comes what belongs to none."""
-    families = [_family_of().get(one.teacher, (len(_family_of()), "your teachers")) for one in rows]
+    published = {
+        model.name: (position, family.title)
+        for position, family in enumerate(published_families().values())
+        for model in family.models
+    }
+    families = [published.get(one.teacher, (len(published), "your teachers")) for one in rows]
     looks = {title: draw.look(position) for position, title in sorted(set(families))}
     marks = []
     for one, (_, title) in zip(rows, families, strict=True):

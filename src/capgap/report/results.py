@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from capgap.artifact import read_json
 from capgap.errors import UserError
-from capgap.law.data import baseline_key, baselines_by_key
+from capgap.law.data import run_rows
 from capgap.law.law import Curve, Group, Law, Line, read_law
 from capgap.records import RunRecord, read_records
 from capgap.report import numbers
 from capgap.report.numbers import NOTHING
-from capgap.report.sentences import runs_of
+from capgap.report.sentences import teachers_of
 
 # the order of pages; each has the same look in every report
 INITS = ("pruned", "fixed", "scratch", "chain")
@@ -122,11 +122,11 @@ def answer_tables(results: Results) -> list[Table]:
 
 def _answer(curve: Curve) -> tuple[str, ...]:
     costs = [p.cost for p in curve.points if p.worse and p.cost is not None]
-    will_do, cost = runs_of(curve), NOTHING
+    will_do, cost = teachers_of(curve), NOTHING
     if all(point.cost is None for point in curve.points):
         will_do = "not known: nothing tells what noise is"
     elif costs:
-        cost = " to ".join(dict.fromkeys(f"{end:.3f}" for end in (min(costs), max(costs))))
+        cost = numbers.span(costs)
     else:
         will_do = f"all: {will_do}"
     ratio = numbers.with_interval(curve.optimum.ratio, curve.optimum.ratio_interval)
@@ -157,47 +157,36 @@ def teachers_table(results: Results) -> Table:
     teachers.sort(key=lambda r: (r.architecture, r.seed, r.parameters.non_embedding))
     rows = []
     for one in teachers:
+        assert one.heldout is not None, one.id
         sizes = (one.parameters.non_embedding, one.parameters.total, one.tokens)
         rate = "given" if one.learning_rate is None else f"{one.learning_rate:.2g}"
-        last = (rate, str(one.seed), *_losses(one), numbers.duration(one.wall_seconds))
-        rows.append((one.architecture, *map(numbers.size, sizes), *last))
+        loss = numbers.loss(one.heldout.loss, one.heldout.loss_stderr)
+        bits, took = numbers.loss(one.heldout.bits_per_byte), numbers.duration(one.wall_seconds)
+        own = (rate, str(one.seed), loss, bits, took)
+        rows.append((one.architecture, *map(numbers.size, sizes), *own))
     columns = "Architecture|Non-embedding|Total|Tokens|Learning rate|Seed|Loss|Bits per byte|Time"
     return Table("Teachers", columns, rows)
 
 
-def _losses(run: RunRecord) -> tuple[str, str]:
-    """Held-out loss, and bits per byte."""
-    if run.heldout is None:
-        return NOTHING, NOTHING
-    loss = numbers.loss(run.heldout.loss, run.heldout.loss_stderr)
-    return loss, numbers.loss(run.heldout.bits_per_byte)
-
-
 def grid_table(results: Results) -> Table:
     """Every cell and baseline of the sweep, failed ones too."""
-    matched = baselines_by_key(results.records)
     names = ("architecture", "init", "tokens", "student_size", "teacher_size", "seed", "kind")
-    runs = [run for run in results.records if run.kind != "teacher"]
+    runs = [run for run in run_rows(results.records) if run["kind"] != "teacher"]
     rows = []
-    for run in sorted(runs, key=lambda run: [getattr(run, name) or 0 for name in names]):
-        baseline = matched.get(baseline_key(run)) if run.kind == "cell" else None
-        gain = None
-        if baseline is not None and run.status == "done":
-            gain = heldout_loss(baseline) - heldout_loss(run)
-        what = "distilled" if run.kind == "cell" else "CE alone"
-        what = what if run.status == "done" else f"{what}, {run.status}"
-        sizes = map(numbers.size, (run.tokens, run.student_size, run.teacher_size))
-        kl, agreement = (
-            next((value for value in reversed(values) if value is not None), None)
-            for values in (run.curve.kl, run.curve.agreement)
-        )
+    for run in sorted(runs, key=lambda run: [run[name] or 0 for name in names]):
+        what = "distilled" if run["kind"] == "cell" else "CE alone"
+        what = what if run["status"] == "done" else f"{what}, {run['status']}"
+        sizes = [numbers.size(run[name]) for name in ("tokens", "student_size", "teacher_size")]
         rows.append(
             (
-                *(what, run.architecture, run.init or NOTHING, *sizes, str(run.seed)),
-                *(*_losses(run), numbers.gain(gain), numbers.loss(kl), numbers.share(agreement)),
-                numbers.loss(run.after_cut.loss if run.after_cut else None),
-                numbers.power(run.flops.total) if run.flops.total else NOTHING,
-                numbers.duration(run.wall_seconds),
+                *(what, run["architecture"], run["init"] or NOTHING, *sizes, str(run["seed"])),
+                numbers.loss(run["loss"], run["loss_stderr"]),
+                numbers.loss(run["bits_per_byte"]),
+                *(numbers.gain(run["gain"]), numbers.loss(run["kl"])),
+                numbers.share(run["agreement"]),
+                numbers.loss(run["after_cut_loss"]),
+                numbers.power(run["flops_total"]) if run["flops_total"] else NOTHING,
+                numbers.duration(run["wall_seconds"]),
             )
         )
     columns = "Run|Architecture|Init|Tokens|Student|Teacher|Seed|Loss|Bits per byte|Gain|Last KL|"

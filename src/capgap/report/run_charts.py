@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -147,7 +148,8 @@ def training_chart(results: Results, group: Group, measure: str) -> Picture | Ab
     beside = "the same start on cross-entropy alone" if measure == "ce" else "with its largest"
     names = f"{stem}-{slug(group)}", f"{what}: {group}"
     baselines = baselines_by_key(results.records)
-    solid, dashed = [], []
+    solid: list[list[Row]] = []
+    dashed: list[list[Row]] = []
     for curve in results.law.of(group):
         cells = results.cells_of(curve)
         best = cells.get(curve.optimum.best)
@@ -156,7 +158,7 @@ def training_chart(results: Results, group: Group, measure: str) -> Picture | Ab
             other = baselines.get(baseline_key(best)) if measure == "ce" else largest
             solid.append(_traced(best, measure))
             dashed += [_traced(other, measure)] if other else []
-    drawn = [one for line in (*solid, *dashed) for one in line]
+    drawn = [*chain(*solid, *dashed)]
     if not drawn:
         return Absent(*names, "No finished cell of this kind has such a training curve.")
     last = max(one["x"] for one in drawn)
@@ -173,8 +175,8 @@ def training_chart(results: Results, group: Group, measure: str) -> Picture | Ab
         f"Solid: each student with its best teacher; dashed: {beside}. Lines are means of at most "
         f"{MOST_POINTS} blocks of steps.",
         [
-            *frame.draw("lines", [one for line in solid for one in line], strokeDash=draw.SOLID),
-            *frame.draw("lines", [one for line in dashed for one in line], strokeDash=draw.DASHED),
+            *frame.draw("lines", chain(*solid), strokeDash=draw.SOLID),
+            *frame.draw("lines", chain(*dashed), strokeDash=draw.DASHED),
             *frame.draw("points", ends),
         ],
         f"{names[1]}, over training tokens. At the end: {in_words(ends)}",

@@ -5,13 +5,13 @@ cell, so that no two sentences can contradict each other.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import groupby, product
+from itertools import product
 from math import log
 from typing import Any
 
-from capgap.law.law import Contrast, Curve, Estimate, Law, Line
+from capgap.law.law import Contrast, Curve, Law, Line, runs_of
 from capgap.law.published import PUBLISHED_RESOLUTION
-from capgap.report.numbers import listed
+from capgap.report.numbers import ranges, sizes, span
 from capgap.sizes import format_count
 
 MOST_SENTENCES = 6
@@ -29,9 +29,8 @@ def sentences(law: Law) -> list[str]:
     can be too large; what distilling gains; the law, if there is one. The first is the headline."""
     if not law.curves:
         return ["No student has been distilled yet: nothing can be said about teachers."]
-    by_name = {
-        name: _of_architecture(law, name) for name in {c.architecture: 0 for c in law.curves}
-    }
+    names = dict.fromkeys(curve.architecture for curve in law.curves)
+    by_name = {name: _of_architecture(law, name) for name in names}
     if len(by_name) == 1:
         return next(iter(by_name.values()))[:MOST_SENTENCES]
     # of several architectures the answers first, then how the best teacher grows
@@ -45,7 +44,7 @@ def _of_architecture(law: Law, architecture: str) -> list[str]:
     shown = main_curves(curves)
     if all(point.cost is None for curve in curves for point in curve.points):
         best = sorted({curve.optimum.best for curve in shown})
-        lowest = f"; the lowest loss is with {_sizes(best)}" if len(best) < 3 else ""
+        lowest = f"; the lowest loss is with {sizes(best)}" if len(best) < 3 else ""
         return [
             "Nothing can be said beyond noise, which is unknown: no run was repeated, and no "
             f"student has four teachers{lowest}."
@@ -96,12 +95,12 @@ def search_sentences(trace: Mapping[str, Any]) -> list[str]:
     for one in choices:
         by_teacher.setdefault(one["teacher_size"], []).append(one["student_size"])
     taken = "; ".join(
-        f"the {format_count(teacher)} teacher for {_sizes(students)}"
+        f"the {format_count(teacher)} teacher for {sizes(students)}"
         for teacher, students in sorted(by_teacher.items())
     )
     if len(by_teacher) > MOST_NAMED:
         ratios = [one["ratio"] for one in choices]
-        taken = f"teachers {_span(ratios, 1)} times the student, as in the table"
+        taken = f"teachers {span(ratios, 1)} times the student, as in the table"
     found = [f"Of the teachers tried, take {taken}."]
     safe = [one["safe_probability"] for one in choices]
     if None not in safe:
@@ -152,17 +151,13 @@ def _common_teachers(curves: Sequence[Curve]) -> str:
     cheapest = format_count(min(common, default=0))
     if len(common) < 2:
         return f"take the {cheapest} teacher" if common else ""
-    return f"any teacher of {runs_of(curves[0], common)} will do, {cheapest} the cheapest"
+    return f"any teacher of {teachers_of(curves[0], common)} will do, {cheapest} the cheapest"
 
 
-def runs_of(curve: Curve, sizes: Collection[int] | None = None) -> str:
+def teachers_of(curve: Curve, these: Collection[int] | None = None) -> str:
     """Teachers that will do, or these, neighbours as a range: "60k or 200k to 480k"."""
-    sizes = {point.teacher_size for point in curve.will_do} if sizes is None else sizes
-    runs = []
-    for will_do, run in groupby((p.teacher_size for p in curve.points), sizes.__contains__):
-        names = [format_count(size) for size in run]
-        runs += [" to ".join(dict.fromkeys((names[0], names[-1])))] if will_do else []
-    return " or ".join(runs)
+    held = {point.teacher_size for point in curve.will_do} if these is None else these
+    return ranges(runs_of((p.teacher_size, p.teacher_size in held) for p in curve.points))
 
 
 def _ratios(curves: Sequence[Curve]) -> str:
@@ -172,13 +167,13 @@ def _ratios(curves: Sequence[Curve]) -> str:
         for curve in curves
     ]
     low, high = max(map(min, ratios)), min(map(max, ratios))
-    return f"teachers {_span((low, high), 1)} times the student will do" if low <= high else ""
+    return f"teachers {span((low, high), 1)} times the student will do" if low <= high else ""
 
 
 def _of_each_end(curves: Sequence[Curve]) -> str:
     """The teachers of the smallest and the largest student, where nothing holds for all."""
     ends = (pick(curves, key=lambda curve: curve.student_parameters) for pick in (min, max))
-    takes = [f"{runs_of(c)} for the {format_count(c.student_parameters)} student" for c in ends]
+    takes = [f"{teachers_of(c)} for the {format_count(c.student_parameters)} student" for c in ends]
     return f"take {', '.join(dict.fromkeys(takes))}"
 
 
@@ -205,16 +200,16 @@ def _of_tokens(contrast: Contrast, confidence: float) -> str:
         between, instead = f"{few} to {many}", f"with {many} instead of {few}"
     slope, sign = contrast.slope, -1 if contrast.is_told and contrast.slope.value > 0 else 1
     gain = -sign * DOUBLED * slope.value
-    span = f"{_span([-sign * DOUBLED * end for end in (slope.low, slope.high)])} nats"
+    within = f"{span([-sign * DOUBLED * end for end in (slope.low, slope.high)])} nats"
     if not contrast.is_told:
         return (
             f"whether more tokens want a larger teacher cannot be told: from {between}, one twice "
-            f"as large gains {span} ({confidence:.0%})"
+            f"as large gains {within} ({confidence:.0%})"
         )
     size, verb = ("larger", "gains") if sign > 0 else ("smaller", "loses")
     return (
         f"more tokens want a {size} teacher: {instead}, one twice as large {verb} {gain:.3f} nats "
-        f"more ({confidence:.0%}: {span})"
+        f"more ({confidence:.0%}: {within})"
     )
 
 
@@ -264,10 +259,10 @@ def _of_size(curves: Sequence[Curve]) -> str:
     if not cursed:
         return "too large a teacher does no harm here: the largest is not worse beyond noise"
     harmed = sorted({curve.tokens for curve in cursed})
-    when = f" with {_sizes(harmed)} tokens" if len(harmed) < len({c.tokens for c in curves}) else ""
+    when = f" with {sizes(harmed)} tokens" if len(harmed) < len({c.tokens for c in curves}) else ""
     students = {curve.student_size for curve in curves if curve.tokens in harmed}
     hurt = len({curve.student_size for curve in cursed})
-    costs = _span([curve.points[-1].cost or 0.0 for curve in cursed])
+    costs = span([curve.points[-1].cost or 0.0 for curve in cursed])
     return (
         f"too large a teacher is harmful{when}: the largest costs {hurt} of {len(students)} "
         f"students {costs} nats more than the best"
@@ -285,10 +280,10 @@ def _of_gain(curves: Sequence[Curve]) -> Iterator[str]:
     errors = [point.gain_stderr for _, point in best if point.gain_stderr is not None]
     error = f" (± {max(errors):.3f})" if errors else ""
     longer = [point.gain_flops for _, point in best if point.gain_flops is not None]
-    rest = f", {_span(longer)} for as many FLOPs" if longer else ""
+    rest = f", {span(longer)} for as many FLOPs" if longer else ""
     gains = [point.gain or 0.0 for _, point in best]
     if round(max(gains), 3) <= 0:
-        yield f"distilling gains nothing over the same student trained alone: {_span(gains)} nats"
+        yield f"distilling gains nothing over the same student trained alone: {span(gains)} nats"
         return
     gained = f"{_gained(gains)} nats"
     few, many = min(by_budget), max(by_budget)
@@ -302,8 +297,8 @@ def _of_gain(curves: Sequence[Curve]) -> Iterator[str]:
 
 def _gained(gains: Sequence[float]) -> str:
     if round(max(gains), 3) <= 0:
-        return f"loses {_span([-gain for gain in gains])}"
-    return f"{'gains' if round(min(gains), 3) >= 0 else 'changes by'} {_span(gains)}"
+        return f"loses {span([-gain for gain in gains])}"
+    return f"{'gains' if round(min(gains), 3) >= 0 else 'changes by'} {span(gains)}"
 
 
 def _main_line(lines: Sequence[Line], init: str) -> Line | None:
@@ -335,35 +330,21 @@ def _of_line(line: Line | None, law: Law) -> Iterator[str]:
     if max(abs(low), abs(high)) > 2 * WIDEST_EXPONENT or high - low > WIDEST_EXPONENT:
         yield "how fast the best teacher grows with the student cannot be told from these students"
         return
-    times = f"{law.confidence:.0%}: {_span((2**low, 2**high), 1)}"
+    times = f"{law.confidence:.0%}: {span((2**low, 2**high), 1)}"
     if not line.is_identified or line.ratio is None:
         yield (
             "how fast the best teacher grows with the student cannot be told: twice the student "
-            f"may want {_span((2**low, 2**high), 1)} times the teacher ({law.confidence:.0%})"
+            f"may want {span((2**low, 2**high), 1)} times the teacher ({law.confidence:.0%})"
         )
     else:
         twice = f"twice the student wants {2**line.exponent.value:.1f} times the teacher ({times})"
+        # the published line was read from a grid too: what that resolves is what is compared
+        least, most = PUBLISHED_RESOLUTION
+        published = f"as published ({span((least, most), 1)})"
+        if line.ratio.high < least or line.ratio.low > most:
+            published = f"unlike the published {span((least, most), 1)}"
         ratio = f"the best is {line.ratio.value:.1f} times the student"
-        ratio += f" ({_span((line.ratio.low, line.ratio.high), 1)}), {_beside(line.ratio)}"
+        ratio += f" ({span((line.ratio.low, line.ratio.high), 1)}), {published}"
         bent = low > 1 + PROPORTIONAL or high < 1 - PROPORTIONAL
         # no one ratio then
         yield f"{twice}, not in proportion" if bent else f"{twice}; {ratio}"
-
-
-def _beside(ratio: Estimate) -> str:
-    """The published line was read from a grid too: what that resolves is what is compared."""
-    low, high = PUBLISHED_RESOLUTION
-    if ratio.high < low or ratio.low > high:
-        return f"unlike the published {_span((low, high), 1)}"
-    return f"as published ({_span((low, high), 1)})"
-
-
-def _span(values: Sequence[float], digits: int = 3) -> str:
-    """The smallest and the largest number, or one where they are written alike."""
-    # no negative zero
-    ends = (f"{round(end, digits) + 0.0:.{digits}f}" for end in (min(values), max(values)))
-    return " to ".join(dict.fromkeys(ends))
-
-
-def _sizes(sizes: Sequence[int]) -> str:
-    return listed([format_count(size) for size in sizes])
