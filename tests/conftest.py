@@ -2,11 +2,14 @@
 
 import os
 import random
+import shutil
 import signal
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,34 @@ from capgap.cli import main
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.text import Text
 
+# They begin first, so that at the end no core waits long for another
+LONGEST = [
+    "test_parallel",
+    "test_gpu_benchmark",
+    "test_sweep",
+    "test_chain",
+    "test_search_run",
+    "test_law",
+    "test_pipeline_run",
+    "test_docs",
+    "test_report_page",
+    "test_compiling",
+    "test_stages",
+]
 WORDS = [a + b for a in ("ka", "lo", "mi", "ren", "tus") for b in ("ba", "do", "fi", "shen", "")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With --dist loadfile and --no-loadscope-reorder the files begin in this order."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """The server of tests/processes.py is also that of the sweeps of this process, which would
+    start one that has imported less."""
+    if "processes" in sys.modules:
+        forkserver.ensure_running()
 
 
 def made_up_text(documents: int, *, seed: int = 0) -> str:
@@ -35,6 +65,15 @@ def made_up_text(documents: int, *, seed: int = 0) -> str:
         ]
         texts.append(". ".join(sentences) + ".\n")
     return "<|endoftext|>\n".join(texts)
+
+
+def part_of_library(folder: Path, *names: str) -> Path:
+    """A third of the files in these folders of Python's library, copied into a folder."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for path in sorted(Path(sysconfig.get_path("stdlib"), name).glob("*.py"))[::3]:
+            shutil.copy(path, folder / name)
+    return folder
 
 
 def wait_for_steps(out: Path, count: int, *, seconds: float = 120) -> None:

@@ -47,6 +47,9 @@ class IdleWorkers:
     def __exit__(self, *exception: object) -> None:
         pass
 
+    def start(self) -> None:
+        pass
+
     def run(self, tasks: Any, **options: Any) -> None:
         raise WorkBegan
 

@@ -1,11 +1,10 @@
 """What machines and users bring that is none of this program's business: one line, exit code 2."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
+import processes
 from capgap.cli import _at_home
 from capgap.errors import UserError, border, first_line
 from capgap.machine import TORCHRUN, forget_leftovers, started
@@ -134,14 +133,12 @@ def test_counts_have_an_end():
 
 
 def test_a_terminal_without_a_character_gets_its_escape(folder):
-    code = "import sys; from capgap.cli import main; sys.argv = ['capgap', *sys.argv[1:]]; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "sample", folder, "caf\u00e9", "--tokens", "1"],
-        env=os.environ | {"PYTHONIOENCODING": "ascii"},
-        capture_output=True,
+    code = (
+        "import sys; from capgap.cli import main; sys.stdout.reconfigure(encoding='ascii'); main()"
     )
+    done = processes.run_code(code, "sample", folder, "caf\u00e9", "--tokens", "1")
     assert done.returncode == 0, done.stderr
-    assert b"caf\\xe9" in done.stdout
+    assert "caf\\xe9" in done.stdout
 
 
 def test_what_other_libraries_raise_is_one_line():

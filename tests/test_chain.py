@@ -1,8 +1,7 @@
 """Chains: an assistant between teacher and student, at the FLOPs of the direct cut."""
 
+import functools
 import json
-import os
-import signal
 import time
 
 import pytest
@@ -16,6 +15,7 @@ from capgap.prune.methods import scoring_flops
 from capgap.records import read_records
 from capgap.sweep.plan import make_plan
 
+run = functools.partial(processes.run, main=processes.capgap_without_pictures)
 CHAINS = {"sizes": ["8k"], "tokens": [51_200], "inits": ["pruned", "chain"]}
 
 
@@ -121,7 +121,7 @@ def command(recipe, out):
 def test_a_sweep_with_chains_killed_and_continued(text_file, tmp_path):
     recipe = tmp_path / "chains.toml"
     recipe.write_text(RECIPE.format(source=text_file))
-    whole = processes.run(*command(recipe, tmp_path / "whole"))
+    whole = run(*command(recipe, tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     assert json.loads(whole.stdout)["verdict"]
     records = {record.id: record for record in read_records(tmp_path / "whole")}
@@ -139,17 +139,17 @@ def test_a_sweep_with_chains_killed_and_continued(text_file, tmp_path):
         direct = records[record.id.replace("chain", "pruned")]
         assert record.flops.total == pytest.approx(direct.flops.total, rel=0.1)  # whole batches
 
-    process = processes.Started(*command(recipe, tmp_path / "again"))
+    process = processes.Started(
+        *command(recipe, tmp_path / "again"), main=processes.capgap_without_pictures
+    )
     deadline = time.monotonic() + 120
     # in the middle of a chain
     while not list((tmp_path / "again").glob("work/assistants/*.json")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(3)
-    done = processes.run(*command(recipe, tmp_path / "again"))
+    processes.kill_alone(process)
+    done = run(*command(recipe, tmp_path / "again"))
     assert done.returncode == 0, done.stderr
     again = {record.id: record for record in read_records(tmp_path / "again")}
     assert again.keys() == records.keys()
@@ -164,7 +164,7 @@ def test_a_chain_whose_teacher_fails_is_recorded(text_file, tmp_path):
         "= 5120\n[st", "= 5120\nlearning_rate = 1e12\n[st"
     )
     recipe.write_text(text)
-    done = processes.run(*command(recipe, tmp_path / "out"))
+    done = run(*command(recipe, tmp_path / "out"))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     records = read_records(tmp_path / "out")
@@ -180,7 +180,7 @@ def test_a_chain_whose_assistant_fails_is_recorded(text_file, tmp_path):
     recipe = tmp_path / "chains.toml"
     text = RECIPE.format(source=text_file).replace('"chain"]', '"chain"]\nlearning_rate = 1e12')
     recipe.write_text(text)
-    done = processes.run(*command(recipe, tmp_path / "out"))
+    done = run(*command(recipe, tmp_path / "out"))
     assert done.returncode == 1
     chains = [one for one in read_records(tmp_path / "out") if one.init == "chain"]
     assert len(chains) == 4

@@ -1,11 +1,10 @@
 """`capgap export`: a folder that others load, and a card that tells the truth."""
 
 import json
-import os
 import re
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-import capgap
+import processes
 from capgap.cli import main
 from capgap.export import card as cards
 from capgap.export.card import (
@@ -161,7 +160,7 @@ def test_a_student_is_handed_on_with_its_story(typed, student, tmp_path):
 
     code = text.split("```python\n")[1].split("```")[0]
     code = code.replace('folder = "Mini 9k"', f"folder = {str(out)!r}")
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ran = processes.run_code(code)
     assert ran.returncode == 0, ran.stderr
 
 
@@ -573,7 +572,7 @@ trainer = SFTTrainer(model={str(tmp_path / "out")!r}, args=settings, train_datas
 assert trainer.train().training_loss > 0
 trainer.save_model()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = processes.run_code(code)
     assert done.returncode == 0, done.stderr
     assert logits(tmp_path / "sft").isfinite().all()
 
@@ -597,31 +596,22 @@ def test_lm_eval_scores_what_was_exported(student, tmp_path):
     assert score == pytest.approx(by_hand, abs=1e-4)
 
 
-def test_the_page_runs_as_it_is_written(text_file, tmp_path):
-    """The commands of docs/export.md, in a shell; what it shows is what they print, but for the
-    digits of sizes."""
+def test_the_page_runs_as_it_is_written(typed, text_file, tmp_path, monkeypatch):
+    """The commands of docs/export.md; what it shows is what they print, but for the digits of
+    sizes."""
+    monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parent.parent / "docs/export.md").read_text()
     (block,), (shown,) = code_blocks(page, "sh"), code_blocks(page, "text")
     shutil.copy(text_file, tmp_path / "text.txt")
-    (tmp_path / "bin").mkdir()
-    for name, options in (("capgap", "-m capgap"), ("python", "")):
-        command = tmp_path / "bin" / name
-        command.write_text(f'#!/bin/sh\nexec {sys.executable} {options} "$@"\n')
-        command.chmod(0o755)
-    found = {
-        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(capgap.__file__).parents[1]),
-    }
-    done = subprocess.run(
-        ["sh", "-e", "-c", block],
-        cwd=tmp_path,
-        env=os.environ | found,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    printed = "\n".join(done.stdout.splitlines()[-6:]) + "\n"
+    first, code, more = re.split(r"^python - <<'END'\n(.*?)^END\n", block, flags=re.M | re.S)
+    commands = [shlex.split(line) for line in more.replace("\\\n", "").splitlines()]
+    assert [words[1] for words in commands] == ["score", "prune", "distill", "export"]
+    for words in (shlex.split(first), *commands):
+        done = typed(*words[1:])
+        assert done.code == 0, done.err
+        if words[1] == "corpus":
+            exec(code, {})
+    printed = "\n".join(done.out.splitlines()[-6:]) + "\n"
     sizes = r"[\d.]+ kB"
     assert re.sub(sizes, "", printed) == re.sub(sizes, "", shown)
     assert (tmp_path / "handed/README.md").is_file()

@@ -169,6 +169,8 @@ def test_a_sweep_that_grew_is_what_it_would_be_at_once(
     """A teacher, an init, a budget and a seed more: what is there stays, the rest is the same. So
     it is on a processor where `auto` would be another precision."""
     use_own_workers(monkeypatch)
+    # of four reports
+    monkeypatch.setattr("capgap.report.draw.write_picture", lambda picture, *paths: None)
     monkeypatch.setenv("CAPGAP_AUTO_PRECISION", "fp32")
     tiny_recipe["corpus"] |= {"source": str(text_file), "heldout_tokens": 500}
     tiny_recipe["teachers"] = {"sizes": ["14k"], "tokens": 768}

@@ -1,16 +1,14 @@
 """Mixtures of corpora, and training without a teacher, as a user types them."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
+import processes
 from capgap.artifact import read_json
 from capgap.corpus.names import Weighted, parse_mixture
 from capgap.corpus.prepare import prepare_corpus
@@ -276,15 +274,7 @@ def test_a_mixture_that_was_killed_goes_on_bit_for_bit(small_corpus, other, tmp_
             "--size",
             "8k",
         )
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "capgap", "train"),
-                *map(str, asked(both, out, *more, tokens="100k")),
-            ],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return processes.Started("train", *asked(both, out, *more, tokens="60k"))
 
     whole, stopped = start(tmp_path / "whole"), start(tmp_path / "stopped")
     wait_for_steps(tmp_path / "stopped", 20)
@@ -312,21 +302,13 @@ def test_two_processes_share_the_batches_of_a_mixture(
     bf16 differ by as much, whatever made the first difference.
     """
     losses = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        started = [sys.executable, "-m"]
-        if processes > 1:
-            started += ["torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    for count in (1, 2):
+        out = tmp_path / str(count)
         both = (f"{small_corpus.directory}=0.8", f"{other.directory}=0.2")
         settings = ["--size", "8k", "-s", f"training.precision={precision}"]
-        settings += ["-s", f"training.micro_batch_tokens={micro}"] * (processes == 1)
-        done = subprocess.run(
-            [*started, "capgap", "train", *map(str, asked(both, out, *settings, tokens="4k"))],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        settings += ["-s", f"training.micro_batch_tokens={micro}"] * (count == 1)
+        words = asked(both, out, *settings, tokens="4k")
+        done = processes.run_ranks(count, "train", *words)
         assert done.returncode == 0, done.stderr
         losses.append(json.loads((out / "train.json").read_text())["after"]["llama-8k"]["heldout"])
     assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-4)

@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import processes
 import ranks as trial
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.parallel import ALONE
@@ -18,12 +20,13 @@ from capgap.models.shape import ladder_shape
 from conftest import wait_for_steps
 
 
-def torchrun(processes, *command):
+def torchrun(count, *command):
+    """The launcher itself; what it starts otherwise is started by tests/processes.py."""
     return subprocess.Popen(
         [
             *(sys.executable, "-W", "error", "-m", "torch.distributed.run"),
-            *("--standalone", "--nproc-per-node", str(processes)),
-            *map(str, command),
+            *("--standalone", "--nproc-per-node", str(count)),
+            *("-m", "capgap", *map(str, command)),
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},
         stdout=subprocess.PIPE,
@@ -32,12 +35,12 @@ def torchrun(processes, *command):
     )
 
 
-def started_by_a_run(processes, *command):
-    """As `capgap run` starts a step; -m and capgap are its own."""
+def started_by_a_run(count, *command):
+    """As `capgap run` starts a step."""
     return subprocess.Popen(
         [
-            *(sys.executable, "-W", "error", "-m", "capgap.pipeline.processes", str(processes)),
-            *map(str, command[2:]),
+            *(sys.executable, "-W", "error", "-m", "capgap.pipeline.processes", str(count)),
+            *map(str, command),
         ],
         env=os.environ | {"PYTHONWARNINGS": "error"},
         stdout=subprocess.PIPE,
@@ -46,14 +49,13 @@ def started_by_a_run(processes, *command):
     )
 
 
-def run(processes, asked):
+def run(count, asked):
     """What the trial printed."""
-    if processes == 1:
+    if count == 1:
         return trial.run(asked, ALONE)
-    started = torchrun(processes, Path(trial.__file__), json.dumps(asked))
-    out, err = started.communicate(timeout=120)
-    assert started.returncode == 0, err
-    return json.loads(out.splitlines()[-1])
+    done = processes.run_ranks(count, json.dumps(asked), main=trial.main)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +104,12 @@ def stopped(corpus, tmp_path_factory):
     return folder / "checkpoints"
 
 
-@pytest.mark.parametrize("processes", [1, 4])
-def test_a_checkpoint_of_two_ranks_goes_on_with_others(corpus, alone, stopped, tmp_path, processes):
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_checkpoint_of_two_ranks_goes_on_with_others(corpus, alone, stopped, tmp_path, count):
     checkpoints = tmp_path / "checkpoints"
-    subprocess.run(["cp", "-r", stopped, checkpoints], check=True)
+    shutil.copytree(stopped, checkpoints)
     asked = {"corpus": corpus, "out": str(tmp_path / "weights")}
-    found = run(processes, asked | {"checkpoints": str(checkpoints)})
+    found = run(count, asked | {"checkpoints": str(checkpoints)})
     assert not found["stopped"]
     assert len(found["heldout"]) == 2
     assert_equal(found, tmp_path / "weights", alone)
@@ -145,16 +147,16 @@ def models(small_corpus, tmp_path_factory):
 
 def distill(models, corpus, out, *more):
     return (
-        *("-m", "capgap", "distill", models / "teacher", models / "student", "--corpus", corpus),
+        *("distill", models / "teacher", models / "student", "--corpus", corpus),
         *("--window", 16, "--out", out, "-s", "training.batch_tokens=256", *more),
     )
 
 
 def test_the_command_stopped_under_torchrun_goes_on_alone(models, corpus, tmp_path):
     measured = ("--heldout-steps", 40, "-s", "training.precision=fp32")
-    command = distill(models, corpus, tmp_path / "out", "--tokens", "100k", *measured)
+    command = distill(models, corpus, tmp_path / "out", "--tokens", "60k", *measured)
     started = torchrun(2, *command)
-    wait_for_steps(tmp_path / "out", 50)
+    wait_for_steps(tmp_path / "out", 20)
     started.send_signal(signal.SIGTERM)
     _, told = started.communicate(timeout=120)
     assert told.count("the same command continues") == 1
@@ -162,16 +164,15 @@ def test_the_command_stopped_under_torchrun_goes_on_alone(models, corpus, tmp_pa
     metrics = tmp_path / "out" / "metrics.jsonl"
     before = len(metrics.read_text().splitlines())
     assert list((tmp_path / "out" / "checkpoints").glob("step-*"))
-    again = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    again = processes.run(*command)
     assert again.returncode == 0, again.stderr
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(390))
-    whole = distill(models, corpus, tmp_path / "whole", "--tokens", "100k", *measured)
-    done = torchrun(2, *whole)
-    out, err = done.communicate(timeout=120)
-    assert done.returncode == 0, err
-    assert out.count("held-out loss") == 1
-    assert 50 <= before < 390
+    assert [line["step"] for line in lines] == list(range(234))
+    whole = distill(models, corpus, tmp_path / "whole", "--tokens", "60k", *measured)
+    done = processes.run_ranks(2, *whole)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"held-out loss [\d.]+ -> ", done.stdout)) == 1
+    assert 20 <= before < 234
     one, other = (
         load_model(tmp_path / name / "students" / "student").state_dict()
         for name in ("out", "whole")
@@ -183,11 +184,10 @@ def test_the_command_stopped_under_torchrun_goes_on_alone(models, corpus, tmp_pa
 def test_autocast_does_the_same_to_sharded_weights(models, corpus, tmp_path):
     """Held-out loss before and after, and the step's in between."""
     found = {}
-    for name, processes in (("one", 1), ("two", 2)):
+    for name, count in (("one", 1), ("two", 2)):
         more = ("--tokens", "2k", "-s", "training.precision=bf16", "--learning-rate", "0.001")
-        started = torchrun(processes, *distill(models, corpus, tmp_path / name, *more))
-        _, err = started.communicate(timeout=120)
-        assert started.returncode == 0, err
+        done = processes.run_ranks(count, *distill(models, corpus, tmp_path / name, *more))
+        assert done.returncode == 0, done.stderr
         found[name] = json.loads((tmp_path / name / "distill.json").read_text())
     one, two = found["one"], found["two"]
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -200,13 +200,18 @@ def test_autocast_does_the_same_to_sharded_weights(models, corpus, tmp_path):
     assert losses[0] < before[0]["loss"]
 
 
+def uneven(models, corpus, out):
+    """15 windows a batch."""
+    return distill(models, corpus, out, "--tokens", "10k", "-s", "training.batch_tokens=240")
+
+
 def test_mistakes_are_told_once(models, corpus, tmp_path):
-    wrong = torchrun(3, *distill(models, corpus, tmp_path / "out", "--tokens", "10k"))
+    wrong = torchrun(2, *uneven(models, corpus, tmp_path / "out"))
     _, told = wrong.communicate(timeout=120)
     assert wrong.returncode == 1  # torchrun's own
     ours = [line for line in told.splitlines() if line.startswith("capgap:")]
     assert ours == [
-        "capgap: a batch of 16 windows cannot be shared evenly by 3 processes: change "
+        "capgap: a batch of 15 windows cannot be shared evenly by 2 processes: change "
         "training.batch_tokens or --nproc-per-node"
     ]
     assert "exitcode  : 2" in told
@@ -214,26 +219,25 @@ def test_mistakes_are_told_once(models, corpus, tmp_path):
 
 
 def test_a_run_s_processes_end_with_the_exit_code_of_a_mistake(models, corpus, tmp_path):
-    wrong = started_by_a_run(3, *distill(models, corpus, tmp_path / "out", "--tokens", "10k"))
+    wrong = started_by_a_run(2, *uneven(models, corpus, tmp_path / "out"))
     _, told = wrong.communicate(timeout=120)
     assert wrong.returncode == 2
-    assert told.startswith("capgap: a batch of 16 windows cannot be shared evenly by 3 processes")
+    assert told.startswith("capgap: a batch of 15 windows cannot be shared evenly by 2 processes")
     assert told.count("\n") == 1
 
 
 def test_a_run_s_processes_save_their_state_when_they_are_stopped(models, corpus, tmp_path):
     out = tmp_path / "out"
-    command = distill(models, corpus, out, "--tokens", "100k")
+    command = distill(models, corpus, out, "--tokens", "60k")
     first = started_by_a_run(2, *command)
-    wait_for_steps(out, 50)
+    wait_for_steps(out, 20)
     first.send_signal(signal.SIGINT)
     _, told = first.communicate(timeout=120)
     assert first.returncode == 130
     assert told.count("the same command continues") == 1
     assert "Traceback" not in told
     assert list((out / "checkpoints").glob("step-*"))
-    again = started_by_a_run(2, *command)
-    _, told = again.communicate(timeout=120)
-    assert again.returncode == 0, told
+    again = processes.run_ranks(2, *command)
+    assert again.returncode == 0, again.stderr
     record = json.loads((out / "distill.json").read_text())
     assert (record["finished"], record["processes"]) == (True, 2)

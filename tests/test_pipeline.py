@@ -23,6 +23,7 @@ from capgap.stages.distill import Distill
 from capgap.stages.prune import Prune
 from capgap.stopping import Signals, Stopped
 
+ROOT = Path(__file__).parent.parent
 ALL = [
     "teacher-corpus",
     "teacher",
@@ -40,8 +41,19 @@ ALL = [
 ]
 
 
+CODE, ENGLISH = ROOT / "src/capgap/law", ROOT / "docs"
+# the recipe's own are Python's whole library
+TEXTS = (
+    f'teacher.source="{CODE}"',
+    f'adapt.source="{ENGLISH}"',
+    f'adapt.old="{CODE}"',
+    f'corpus=[{{name="code", source="{CODE}", weight=0.7}}, '
+    f'{{name="english", source="{ENGLISH}", weight=0.3}}]',
+)
+
+
 def tiny(*overrides):
-    return load_any_recipe(find_recipe("minima-tiny"), overrides)
+    return load_any_recipe(find_recipe("minima-tiny"), (*TEXTS, *overrides))
 
 
 def mark_done(steps, state):

@@ -1,8 +1,6 @@
 """Searches that really run: rounds through the workers, what a restart repeats, what is refused."""
 
 import json
-import os
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -53,7 +51,7 @@ def command(folder: Path, out: Path, *options: object) -> list[str]:
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return processes.run(*arguments)
+    return processes.run(*arguments, main=processes.capgap_without_pictures)
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +110,13 @@ def test_the_same_command_again_computes_nothing(searched):
 def test_killed_and_continued_equals_uninterrupted(searched, tmp_path):
     folder, printed, _ = searched
     asked = command(folder, tmp_path / "out", "--json")
-    process = processes.Started(*asked)
+    process = processes.Started(*asked, main=processes.capgap_without_pictures)
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "search.json").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=120)
-    time.sleep(3)  # orphaned workers notice at their next step
+    processes.kill_alone(process)
     kept = {
         path.parent.name: path.stat().st_mtime_ns
         for path in (tmp_path / "out").glob("records/*/record.json")

@@ -2,25 +2,22 @@
 
 import itertools
 import json
-import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
-import sysconfig
 
 import numpy as np
 import pytest
 import torch
 
+import processes
 from capgap.distill.teacher import Batch, OnlineTeacher, load_teacher
 from capgap.errors import Interrupted
 from capgap.law.table import load_cells
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.shape import ladder_shape
 from capgap.stages.distill import Train
-from conftest import wait_for_steps
+from conftest import part_of_library, wait_for_steps
 from test_docs import DOCS, code_blocks
 
 
@@ -136,16 +133,11 @@ def test_distillations_from_two_teachers_are_cells(typed, small_corpus, folder, 
 
 
 def start_distilling(folder, corpus, out, *more):
-    """A process with 390 steps to go."""
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "capgap", "distill", folder / "teacher", folder / "small"),
-            *("--corpus", corpus.directory, "--window", "16", "--tokens", "100k"),
-            *("--out", out, "-s", "training.batch_tokens=256", *more),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
+    """A process with 234 steps to go."""
+    return processes.Started(
+        *("distill", folder / "teacher", folder / "small"),
+        *("--corpus", corpus.directory, "--window", "16", "--tokens", "60k"),
+        *("--out", out, "-s", "training.batch_tokens=256", *more),
     )
 
 
@@ -179,7 +171,7 @@ def test_stopped_and_continued_equals_uninterrupted(
     for name, value in uninterrupted.items():
         assert torch.equal(value, found[name])
     lines = lines_of(tmp_path / "stopped")
-    assert [line["step"] for line in lines] == list(range(390))
+    assert [line["step"] for line in lines] == list(range(234))
     # it did not begin anew: a process does not know how long its first step took
     first = [line["step"] for line in lines if line["tokens_per_second"] is None]
     assert first[-1] > 0
@@ -266,11 +258,12 @@ def test_a_teacher_computes_in_its_own_dtype_under_the_students_autocast(folder)
 
 
 def test_the_commands_of_the_page_run(typed, tmp_path, monkeypatch):
-    """Those of docs/distillation.md, on a tenth of its tokens."""
+    """Those of docs/distillation.md, on a third of its text and a tenth of its tokens."""
     monkeypatch.chdir(tmp_path)
     (block,) = code_blocks((DOCS / "distillation.md").read_text(), "sh")
     (teacher,) = re.findall("^TEACHER=(.*)$", block, re.MULTILINE)
-    block = block.replace("$TEACHER", teacher).replace("$LIB", sysconfig.get_path("stdlib"))
+    library = part_of_library(tmp_path / "library", "asyncio")
+    block = block.replace("$TEACHER", teacher).replace("$LIB", str(library))
     commands = [shlex.split(line) for line in block.splitlines() if line.startswith("capgap")]
     assert len(commands) == 9
     for words in commands:

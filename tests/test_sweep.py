@@ -1,7 +1,7 @@
 """A whole sweep of seconds: what it writes, what a restart leaves alone, what fails."""
 
+import functools
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -42,6 +42,9 @@ def write_recipe(folder: Path, source: Path, *, top: str = "", students: str = "
     path = folder / "tiny.toml"
     path.write_text(TOML.format(source=source, top=top, students=students))
     return path
+
+
+run = functools.partial(processes.run, main=processes.capgap_without_pictures)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +125,7 @@ def test_the_same_command_again_computes_nothing(finished, text_file):
     out, printed, _ = finished
     recipe = out.parent / "tiny.toml"
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("records/*/record.json")}
-    again = processes.run("sweep", recipe, "--out", out, "--json", "--quiet")
+    again = run("sweep", recipe, "--out", out, "--json", "--quiet")
     assert again.returncode == 0, again.stderr
     assert again.stderr == ""
     assert json.loads(again.stdout)["best"] == printed["best"]
@@ -131,7 +134,7 @@ def test_the_same_command_again_computes_nothing(finished, text_file):
 
 def test_another_recipe_is_refused_in_the_same_folder(finished):
     out, _, _ = finished
-    refused = processes.run("sweep", out.parent / "tiny.toml", "--out", out, "--set", "seeds=[3]")
+    refused = run("sweep", out.parent / "tiny.toml", "--out", out, "--set", "seeds=[3]")
     assert refused.returncode == 2
     assert "another recipe (tiny): seeds is [0] there and [3] here" in refused.stderr
     assert refused.stderr.count("\n") == 1
@@ -141,25 +144,27 @@ def test_another_recipe_is_refused_in_the_same_folder(finished):
 def test_killed_and_continued_equals_uninterrupted(finished, text_file, tmp_path, number):
     out, _, _ = finished
     recipe = out.parent / "tiny.toml"
-    process = processes.Started("sweep", recipe, "--out", tmp_path / "o")
+    process = processes.Started(
+        *("sweep", recipe, "--out", tmp_path / "o"), main=processes.capgap_without_pictures
+    )
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "o").glob("records/*/record.json"))) < 2:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=120)
     if number == signal.SIGINT:
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode == 130
         assert "the same command continues" in errors
         assert "Traceback" not in errors
     else:
-        time.sleep(3)  # orphaned workers notice at their next step
+        processes.kill_alone(process)
     kept = {
         path.parent.name: path.stat().st_mtime_ns
         for path in (tmp_path / "o").glob("records/*/record.json")
     }
-    done = processes.run("sweep", recipe, "--out", tmp_path / "o", "--json")
+    done = run("sweep", recipe, "--out", tmp_path / "o", "--json")
     assert done.returncode == 0, done.stderr
     for name, stamp in kept.items():
         assert (tmp_path / "o" / "records" / name / "record.json").stat().st_mtime_ns == stamp
@@ -174,7 +179,7 @@ def test_a_teacher_that_diverges_is_recorded_and_the_sweep_goes_on(text_file, tm
     recipe.write_text(
         recipe.read_text().replace("tokens = 5120", "tokens = 5120\nlearning_rate = 1e12")
     )
-    done = processes.run("sweep", recipe, "--out", tmp_path / "out")
+    done = run("sweep", recipe, "--out", tmp_path / "out")
     assert done.returncode == 1
     assert "no cell of the sweep was finished" in done.stderr
     assert "Traceback" not in done.stderr
@@ -196,7 +201,7 @@ def test_given_teachers_and_report_again(finished, text_file, tmp_path):
     recipe = write_recipe(tmp_path, text_file, students="learning_rate = 1e-3")
     text = recipe.read_text().replace('sizes = ["14k", "20k", "28k", "40k"]', f"models = {models}")
     recipe.write_text(text)
-    done = processes.run("sweep", recipe, "--out", tmp_path / "out", "--json", "--quiet")
+    done = run("sweep", recipe, "--out", tmp_path / "out", "--json", "--quiet")
     assert done.returncode == 0, done.stderr
     records = read_records(tmp_path / "out")
     first = {record.id: record for record in read_records(out)}
@@ -204,6 +209,6 @@ def test_given_teachers_and_report_again(finished, text_file, tmp_path):
         if record.kind == "teacher":
             assert record.heldout.loss == pytest.approx(first[record.id].heldout.loss, rel=1e-6)
     assert not (tmp_path / "out" / "teachers").exists()
-    again = processes.run("report", tmp_path / "out", "--json")
+    again = run("report", tmp_path / "out", "--json")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["verdict"] == json.loads(done.stdout)["verdict"]

@@ -4,11 +4,10 @@ import json
 import os
 import sqlite3
 import struct
-import subprocess
-import sys
 
 import pytest
 
+import processes
 from capgap.models.build import build_model, save_model
 from capgap.models.shape import ladder_shape
 from capgap.train import trackers
@@ -168,13 +167,8 @@ def test_it_works_without_a_network_and_tells_no_secret(small_corpus, folder, tm
     words = [str(one) for one in arguments(folder, small_corpus, out, "--track", name, "--json")]
     words[2] = str(place / "small")
     values = {"WANDB_MODE": "offline", "WANDB_API_KEY": "k" * 40, "HF_TOKEN": SECRET}
-    done = subprocess.run(
-        [sys.executable, "-m", "capgap", *words],
-        env=os.environ | values | {"WANDB_CACHE_DIR": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = os.environ | values | {"WANDB_CACHE_DIR": str(tmp_path / "cache")}
+    done = processes.run(*words, env=environment)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
     assert json.loads(done.stdout)["finished"]  # nothing else on standard output

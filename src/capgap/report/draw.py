@@ -274,7 +274,7 @@ def round_ticks(limits: Pair, most: int = 9) -> list[float]:
 
 def spec_of(picture: Picture, width: int | str = "container") -> Row:
     """The Vega-Lite of a picture on light ground, without title and caption."""
-    chart = altair.layer(*picture.marks).properties(height=picture.height, width=width)
+    chart = altair.layer(*picture.marks, height=picture.height, width=width)
     # only tests check against the schema: that takes ten times as long as all the rest
     spec: Row = chart.to_dict(validate=False)
     longest, scaled = 9, set()

@@ -1,6 +1,7 @@
 """The report: one self-contained page and a folder of figures, from a sweep's output folder."""
 
 import json
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -130,9 +131,15 @@ def render_page(found: Results, sections: Sections, title: str, folder: str) -> 
             Markup("".join(f"--{name}: {pair[ground]};" for name, pair in COLOURS.items()))
             for ground in (0, 1)
         ],
-        runtime=Markup(vl_convert.javascript_bundle(WINDOW)),
+        runtime=_runtime(),
         colours=_json(dict(COLOURS.values())),
     )
+
+
+@cache
+def _runtime() -> Markup:
+    """The JavaScript that draws; made once, since that takes a second and more."""
+    return Markup(vl_convert.javascript_bundle(WINDOW))
 
 
 def _json(value: Any) -> Markup:

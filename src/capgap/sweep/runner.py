@@ -78,8 +78,10 @@ def run_folder(
     number, threads = resolve_workers(asked.workers, resolve_device(asked.device), most=plan.width)
     with _begun(plan, out, threads, is_whole=is_whole) as folder:
         context = folder.context
-        # the workers load torch while the corpus is prepared
         with display, Workers(context, number) as workers:
+            if not folder.records:
+                # they load torch while the corpus is prepared
+                workers.start()
             corpus = folder.prepare(display.say)
             try:
                 work(Runner(folder, workers, display, should_stop))

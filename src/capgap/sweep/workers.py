@@ -173,13 +173,20 @@ class _Worker:
 
 @dataclass
 class Workers:
-    """A pool of worker processes; use as a context manager."""
+    """A pool of worker processes; use as a context manager. They start with the first task, or
+    when `start` is called."""
 
     context: Context
     number: int
     workers: list[_Worker] = field(default_factory=list)
 
     def __enter__(self) -> "Workers":
+        return self
+
+    def start(self) -> None:
+        """Starts the processes, unless they run."""
+        if self.workers:
+            return
         # forked from a process that has imported torch once; where CUDA was touched no fork works
         kind = "forkserver" if self.context.device == "cpu" else "spawn"
         start: Any = multiprocessing.get_context(kind)
@@ -192,10 +199,11 @@ class Workers:
             process = start.Process(target=work, args=given, daemon=True)
             process.start()
             self.workers.append(_Worker(process, tasks))
-        return self
 
     def __exit__(self, *exception: object) -> None:
         """Lets running tasks save their state, then ends all workers."""
+        if not self.workers:
+            return
         self.stop.set()
         for worker in self.workers:
             worker.tasks.put(None)
@@ -228,6 +236,8 @@ class Workers:
         waiting = sorted(
             tasks, key=lambda one: (isinstance(one, Teacher), relative_cost(one)), reverse=True
         )
+        if waiting:
+            self.start()
         while waiting or any(worker.task is not None for worker in self.workers):
             if should_stop():
                 raise Interrupted
