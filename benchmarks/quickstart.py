@@ -12,10 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from capgap.config import Recipe, find_recipe, load_recipe
+from capgap.config import find_recipe, load_recipe
 from capgap.law.law import read_law
 from capgap.report.sentences import main_curves, sentences
 from capgap.sizes import clock_time, format_count
+from capgap.sweep.recipe import Recipe
 from capgap.sweep.stages import Quickstart
 
 

@@ -23,14 +23,12 @@ def make_teacher(folder: Path, layers: int) -> None:
 
     from capgap.models.build import to_config
     from capgap.models.shape import Shape
-    from capgap.models.stored import empty_model, write_weights, written_beside
+    from capgap.models.stored import skeleton_of, write_weights, written_beside
 
     shape = Shape("llama", 4096, layers, 32, 32, 128, 11008, 32000, 4096, False)
     config = to_config(shape)
     config.dtype = torch.bfloat16
-    skeleton = {
-        name: tensor.to(torch.bfloat16) for name, tensor in empty_model(config).named_parameters()
-    }
+    skeleton = skeleton_of(config, lambda name: torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
 
     def make(name: str) -> torch.Tensor:

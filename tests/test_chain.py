@@ -11,7 +11,7 @@ from capgap.config import parse_recipe
 from capgap.errors import UserError
 from capgap.law.data import cells_of
 from capgap.law.fit import fit
-from capgap.prune.methods import scoring_flops
+from capgap.prune import scoring_flops
 from capgap.records import read_records
 from capgap.sweep.plan import make_plan
 

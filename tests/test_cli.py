@@ -15,7 +15,6 @@ import pytest
 from rich.console import Console
 
 from capgap.config import (
-    Recipe,
     find_recipe,
     load_any_recipe,
     load_recipe,
@@ -29,8 +28,9 @@ from capgap.models.build import build_model, save_model
 from capgap.models.shape import ladder_shape
 from capgap.report.sentences import sentences
 from capgap.sweep import preview, progress, runner
-from capgap.sweep.cells import FLOP_PARTS
 from capgap.sweep.plan import make_plan
+from capgap.sweep.recipe import Recipe
+from capgap.sweep.stages import PARTS
 from capgap.sweep.workers import EndMessage, Speed, StepMessage
 from report_data import Plan, write_output
 
@@ -129,7 +129,7 @@ def dry_run_keys_are_there(found):
     assert set(found) == PREVIEW_KEYS
     for run in found["runs"]:
         assert set(run) == RUN_KEYS
-        assert list(run["flops"]) == list(FLOP_PARTS)
+        assert list(run["flops"]) == list(PARTS)
 
 
 def test_quickstart_dry_run_measures_and_writes_nothing(typed, here):

@@ -17,13 +17,13 @@ from transformers import PreTrainedTokenizerFast
 
 from capgap.artifact import read_json
 from capgap.corpus import prepare as module
-from capgap.corpus import tokens
 from capgap.corpus.excerpt import cut_text, fair_limit
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.text import Text
 from capgap.corpus.tokenizer import TokenCodec, train_tokenizer
-from capgap.corpus.tokens import Corpus, Marks, TokenWindows, check_epochs, load_corpus
+from capgap.corpus.tokens import Corpus, Marks, TokenWindows, load_corpus
 from capgap.errors import UserError
+from capgap.sweep.checks import check_epochs
 
 WORDS = ["the", "of", "and", "a", "to", "in", "he", "was", "that", "his", "with", "had", "not"]
 
@@ -184,7 +184,7 @@ def test_windows_cover_the_stream_with_one_token_shared(
 ) -> None:
     whole = prepare(source, tmp_path / "whole")
     # So small that a window reaches over several shards.
-    monkeypatch.setattr(tokens, "SHARD_TOKENS", 7)
+    monkeypatch.setattr(module, "SHARD_TOKENS", 7)
     parts = prepare(source, tmp_path / "parts", max_train_tokens=2000)
     assert len(parts.manifest["train"]["shards"]) > 100
     for corpus in (whole, parts):
@@ -210,7 +210,7 @@ def test_shards_have_their_hashes_and_are_cut_in_files_without_effect(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prepare(source, tmp_path / "whole")
-    monkeypatch.setattr(tokens, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(module, "SHARD_TOKENS", 1000)
     parts = prepare(source, tmp_path / "parts")
     for corpus in (whole, parts):
         for shard in corpus.manifest["train"]["shards"]:
@@ -451,7 +451,7 @@ def test_full_disk_leaves_nothing_behind(
     def full_disk(path: Path, mode: str) -> Any:
         return open("/dev/full" if path.name.startswith("train") else path, mode)
 
-    monkeypatch.setattr(tokens, "open", full_disk, raising=False)
+    monkeypatch.setattr(module, "open", full_disk, raising=False)
     with pytest.raises(UserError, match="no disk space left") as caught:
         prepare(source, tmp_path / "corpus")
     assert isinstance(caught.value.__cause__, OSError)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from capgap.config import Recipe, find_recipe, load_any_recipe, load_recipe, shipped_recipes
+from capgap.config import find_recipe, load_any_recipe, load_recipe, shipped_recipes
 from capgap.corpus.text import Text
 from capgap.cost.memory import PARTS, LoopMemory, cast_bytes, kept_bytes, layer_bytes
 from capgap.cost.plan import estimate, find_teacher, plan_sweep, student_shape
@@ -21,8 +21,8 @@ from capgap.models.families import FAMILIES
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape, ladder_shape
 from capgap.stages.prune import Prune
-from capgap.sweep.cells import expected_baselines
-from capgap.sweep.plan import make_plan
+from capgap.sweep.plan import expected_baselines, make_plan
+from capgap.sweep.recipe import Recipe
 from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, train
 

@@ -17,8 +17,7 @@ from capgap.errors import UserError
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.identity import model_hash
 from capgap.models.shape import ladder_shape
-from capgap.prune.importance import score
-from capgap.prune.scores import load_importance, save_importance
+from capgap.prune.importance import load_importance, save_importance, score
 from capgap.records import read_record
 from law_surface import run
 

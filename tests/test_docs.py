@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 import capgap
 from capgap.artifact import read_json
 from capgap.cli import app
-from capgap.config import parse_recipe, parse_run_recipe, shipped_recipes
+from capgap.config import parse_recipe, shipped_recipes
 from capgap.law.table import OPTIONAL
+from capgap.pipeline.recipe import RunRecipe
 from conftest import made_up_text
 
 ROOT = Path(__file__).parent.parent
@@ -163,7 +164,7 @@ def test_example_recipes_load(number):
     blocks = code_blocks((DOCS / "recipes.md").read_text(), "toml")
     assert len(blocks) == 6
     data = tomllib.loads(blocks[number])
-    (parse_run_recipe if "teacher" in data else parse_recipe)(data)
+    (RunRecipe.model_validate if "teacher" in data else parse_recipe)(data)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

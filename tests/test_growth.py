@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from capgap.config import Recipe, parse_recipe
+from capgap.config import parse_recipe
 from capgap.errors import UserError
 from capgap.records import read_records
 from capgap.scrub import scrub
@@ -13,6 +13,7 @@ from capgap.sweep import runner
 from capgap.sweep.checks import claimed
 from capgap.sweep.plan import make_plan
 from capgap.sweep.progress import Display
+from capgap.sweep.recipe import Recipe
 from test_bad_input import OwnWorkers, use_own_workers
 
 

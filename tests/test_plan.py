@@ -4,8 +4,7 @@ import pytest
 
 from capgap.config import parse_recipe
 from capgap.errors import UserError
-from capgap.sweep.cells import select_baselines
-from capgap.sweep.plan import make_plan
+from capgap.sweep.plan import make_plan, select_baselines
 
 
 def plan_of(data, **changes):

@@ -8,8 +8,8 @@ import torch
 from capgap.errors import UserError
 from capgap.models.families import FAMILIES
 from capgap.models.shape import Shape
+from capgap.prune import DEPTHS, METHODS
 from capgap.prune.importance import loss_of, score
-from capgap.prune.methods import DEPTHS, METHODS
 from capgap.prune.surgery import cut
 from lively import lively
 

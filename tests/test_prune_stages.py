@@ -27,8 +27,7 @@ from capgap.models.identity import model_hash
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape, ladder_shape
 from capgap.models.stored import StoredWeights
-from capgap.prune.importance import UNITS, score, scoring_batches
-from capgap.prune.scores import load_importance, save_importance
+from capgap.prune.importance import UNITS, load_importance, save_importance, score, scoring_batches
 from capgap.prune.surgery import cut, score_lost
 from capgap.stages.prune import Prune
 from capgap.stages.score import Score

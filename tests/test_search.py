@@ -8,7 +8,7 @@ import pytest
 from capgap.errors import UserError
 from capgap.sweep.recipe import SearchSettings
 from capgap.sweep.search_model import History, Round, Run, SearchGrid, decide, rule_choices
-from capgap.sweep.stages import Search
+from capgap.sweep.search_stage import Search
 
 STUDENTS = np.array([1e6, 1.5e6, 2e6])
 TEACHERS = np.geomspace(2.4e6, 2e7, 8)

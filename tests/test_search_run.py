@@ -12,8 +12,7 @@ from capgap.artifact import read_json
 from capgap.config import parse_recipe
 from capgap.errors import UserError
 from capgap.records import read_records
-from capgap.sweep.cells import Plan
-from capgap.sweep.plan import make_plan
+from capgap.sweep.plan import Plan, make_plan
 from capgap.sweep.recipe import SearchSettings
 from capgap.sweep.search import GridSearch, grid_of, sub_plan, with_rungs
 from test_docs import assert_told, keys

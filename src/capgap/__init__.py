@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from capgap.stages.score import Score as Score
     from capgap.stages.tuning import Instruct as Instruct
     from capgap.stages.tuning import Prefer as Prefer
+    from capgap.sweep.search_stage import Search as Search
     from capgap.sweep.stages import Column as Column
     from capgap.sweep.stages import Quickstart as Quickstart
-    from capgap.sweep.stages import Search as Search
     from capgap.sweep.stages import Sweep as Sweep
 
 __version__ = "0.1.0"
@@ -108,7 +108,7 @@ STAGES = {
     "Prune": "stages.prune",
     "Quickstart": "sweep.stages",
     "Score": "stages.score",
-    "Search": "sweep.stages",
+    "Search": "sweep.search_stage",
     "Sweep": "sweep.stages",
     "Train": "stages.distill",
 }

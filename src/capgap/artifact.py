@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from capgap.errors import UserError, is_disk_full, warn_once
 from capgap.scrub import scrub
@@ -37,14 +37,7 @@ def locked(out: Path, *, shared: bool = False) -> Iterator[int]:
 
     UserError: not writable. InUse: another process is at work there.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK).open("a")
-    except OSError as error:
-        raise UserError(
-            f"cannot write into {out}: {error.strerror}; choose another folder"
-        ) from None
-    with lock:
+    with _opened(out / LOCK) as lock:
         _lock(lock.fileno(), fcntl.LOCK_SH if shared else fcntl.LOCK_EX, out)
         yield lock.fileno()
 
@@ -55,8 +48,8 @@ def locked_file(path: Path) -> Iterator[None]:
 
     UserError: its folder is not writable. InUse: another process is at work on it.
     """
-    lock = _made(path.parent) / f".{path.name}{LOCK}"
-    with lock.open("a") as opened:
+    lock = path.with_name(f".{path.name}{LOCK}")
+    with _opened(lock) as opened:
         _lock(opened.fileno(), fcntl.LOCK_EX, path)
         _check_there(opened.fileno(), lock, path)
         try:
@@ -261,10 +254,18 @@ def check_empty(out: Path, ours: Iterable[str] = ()) -> None:
     as a kill may leave them, count as nothing."""
     if not out.exists():
         return
-    if not out.is_dir() or not all(
-        any(path.name.startswith(name) for name in ours) for path in out.iterdir()
-    ):
+    if not out.is_dir() or not all(one.name.startswith(tuple(ours)) for one in out.iterdir()):
         raise UserError(f"{out} holds something else: choose another folder, or empty it")
+
+
+def _opened(lock: Path) -> IO[str]:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        return lock.open("a")
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {lock.parent}: {error.strerror}; choose another folder"
+        ) from None
 
 
 def _lock(descriptor: int, kind: int, path: Path) -> None:

@@ -14,16 +14,6 @@ from capgap.sweep.recipe import Recipe
 if TYPE_CHECKING:
     from capgap.pipeline.recipe import RunRecipe
 
-__all__ = [
-    "Recipe",
-    "find_recipe",
-    "load_any_recipe",
-    "load_recipe",
-    "parse_recipe",
-    "parse_run_recipe",
-    "shipped_recipes",
-]
-
 # Tables that only the recipe of a sweep has
 _SWEEP = {"teachers", "students"}
 _Kind = TypeVar("_Kind", bound=BaseModel)
@@ -46,10 +36,12 @@ def load_any_recipe(path: Path, overrides: Sequence[str] = ()) -> "Recipe | RunR
             f"{path} is no recipe: a sweep has [teachers] and [students], a run [teacher], [prune] "
             "and [distill]"
         )
-    if _is_run(data):
-        _find_beside(data, path.parent)
-    parse = parse_run_recipe if _is_run(data) else parse_recipe
-    return parse(data, where=str(path))
+    if not _is_run(data):
+        return parse_recipe(data, where=str(path))
+    from capgap.pipeline.recipe import RunRecipe
+
+    _find_beside(data, path.parent)
+    return _parsed(RunRecipe, data, str(path))
 
 
 def _find_beside(data: dict[str, Any], folder: Path) -> None:
@@ -69,13 +61,6 @@ def parse_recipe(data: dict[str, Any], *, where: str = "recipe") -> Recipe:
     if _is_run(data):
         raise UserError(f"{where} is the recipe of a run, not of a sweep: see `capgap plan`")
     return _parsed(Recipe, data, where)
-
-
-def parse_run_recipe(data: dict[str, Any], *, where: str = "recipe") -> "RunRecipe":
-    """A run from plain data; UserError as `parse_recipe`."""
-    from capgap.pipeline.recipe import RunRecipe
-
-    return _parsed(RunRecipe, data, where)
 
 
 def _is_run(data: dict[str, Any]) -> bool:

@@ -49,13 +49,6 @@ def parse_gpus(text: str, *, where: str = "--gpus") -> tuple[int, str]:
     return number, kind
 
 
-def check_utilisation(share: float, *, where: str = "--utilisation") -> float:
-    """The share itself; UserError where it is not above 0 and at most 1."""
-    if not 0 < share <= 1:
-        raise UserError(f"{where} {share:g}: give a share above 0 and at most 1, such as 0.4")
-    return share
-
-
 def hours(flops: float, gpus: tuple[int, str], utilisation: float = UTILISATION) -> float:
     """Hours that `flops` take on the GPUs at `utilisation` of their peak."""
     number, kind = gpus

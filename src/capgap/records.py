@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from capgap.artifact import read_json, write_json
 from capgap.errors import UserError
+from capgap.section import Init
 
 SCHEMA: Literal[1] = 1
 RECORD_FILE = "record.json"
@@ -157,7 +158,7 @@ class RunRecord:
     failure: Failure | None = None
     architecture: str
     seed: int
-    init: Literal["pruned", "fixed", "scratch", "chain"] | None = None
+    init: Init | None = None
     student_size: int | None = None
     teacher_size: int | None = None
     teacher: str | None = None
@@ -212,8 +213,8 @@ def record_from_dict(values: dict[str, Any], *, source: str = "record") -> RunRe
     `source` names them in the error. Raises UserError for an unknown schema, an unknown or
     missing key, a wrong type or a number that is not finite.
     """
-    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-        found = values.get("schema") if isinstance(values, dict) else None
+    found = values.get("schema") if isinstance(values, dict) else None
+    if found != SCHEMA:
         raise UserError(
             f"{source}: schema {found!r} is not known; this version of capgap reads schema {SCHEMA}"
         )
@@ -230,7 +231,6 @@ def record_from_dict(values: dict[str, Any], *, source: str = "record") -> RunRe
 def write_record(folder: Path | str, record: RunRecord) -> Path:
     """Write `record` as folder/record.json in one atomic step and return that path."""
     path = Path(folder) / RECORD_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, dataclasses.asdict(record))
     return path
 

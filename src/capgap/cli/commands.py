@@ -32,7 +32,8 @@ from capgap.stages.export import Export
 from capgap.stages.prune import Prune
 from capgap.stages.score import Score
 from capgap.stages.tuning import Instruct, Prefer
-from capgap.sweep.stages import Column, OfRecipe, Quickstart, Search, Sweep
+from capgap.sweep.search_stage import Search
+from capgap.sweep.stages import Column, OfRecipe, Quickstart, Sweep
 
 if TYPE_CHECKING:
     from capgap.pipeline.recipe import RunRecipe

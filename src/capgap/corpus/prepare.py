@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from capgap.artifact import difference, folder_written, only_process, plain, write_json
 from capgap.corpus.excerpt import cut_for_evaluation, fit_tokens
@@ -44,11 +45,9 @@ from capgap.corpus.tokens import (
     TOKENIZER,
     Corpus,
     Marks,
-    ShardWriter,
     damage,
     load_corpus,
     read_manifest,
-    token_dtype,
 )
 from capgap.errors import UserError
 
@@ -66,6 +65,7 @@ SOURCES = ("source", "heldout_source")
 # Bounds the time that training a tokenizer takes; a larger vocabulary needs more text
 SAMPLE_BYTES_PER_TOKEN = 8_000
 BATCH_BYTES = 4_000_000
+SHARD_TOKENS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,50 @@ def prepare_corpus(
                         "choose another output folder"
                     )
     return load_corpus(directory, window=window)
+
+
+def token_dtype(vocabulary: int) -> np.dtype[Any]:
+    """The smallest little-endian type that holds every token id."""
+    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Appends token ids to `PREFIX-00000.bin` and on, raw, each of SHARD_TOKENS but the last.
+
+    `shards`: for every file its name, tokens and sha256; `num_tokens`: written so far.
+    """
+
+    def __init__(self, directory: Path, prefix: str, dtype: np.dtype[Any]) -> None:
+        self.shards: list[dict[str, Any]] = []
+        self.num_tokens = 0
+        self._path = directory / prefix
+        self._dtype = dtype
+        self._all = hashlib.sha256()
+        self._shard_hash = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of all tokens, however they are cut in files."""
+        return self._all.hexdigest()
+
+    def append(self, ids: NDArray[np.int64]) -> None:
+        """Write ids, int64 [num_tokens]; goes on in a new file when one is full."""
+        while len(ids):
+            filled = self.num_tokens % SHARD_TOKENS
+            if filled == 0:
+                name = f"{self._path.name}-{len(self.shards):05d}.bin"
+                self.shards.append({"name": name, "tokens": 0})
+                self._shard_hash = hashlib.sha256()
+            now, ids = ids[: SHARD_TOKENS - filled], ids[SHARD_TOKENS - filled :]
+            shard, data = self.shards[-1], now.astype(self._dtype).tobytes()
+            with open(self._path.with_name(shard["name"]), "ab") as stream:
+                stream.write(data)
+            # hashed as it is written, so nothing is read again
+            self._all.update(data)
+            self._shard_hash.update(data)
+            shard["sha256"] = self._shard_hash.hexdigest()
+            shard["tokens"] += len(now)
+            self.num_tokens += len(now)
 
 
 class _Writing:

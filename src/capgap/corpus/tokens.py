@@ -5,7 +5,6 @@ for evaluation.
 what it read while its makers trained it.
 """
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ MANIFEST = "manifest.json"
 HELDOUT = "heldout.bin"
 TOKENIZER = "tokenizer"
 SCHEMA = 2  # 1: documents began with the token that ends them, whatever the tokenizer
-SHARD_TOKENS = 1 << 26
 NOT_AS_WRITTEN = "does not hold what was written into it (its sha256 is another)"
 
 
@@ -113,50 +111,6 @@ def _first_token(tokenizer: "PreTrainedTokenizerFast") -> int | None:
         if written[start : start + len(bare)] == bare:
             return int(written[start - 1]) if start else None
     return None
-
-
-def token_dtype(vocabulary: int) -> np.dtype[Any]:
-    """The smallest little-endian type that holds every token id."""
-    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
-
-
-class ShardWriter:
-    """Appends token ids to `PREFIX-00000.bin` and on, raw, each of SHARD_TOKENS but the last.
-
-    `shards`: for every file its name, tokens and sha256; `num_tokens`: written so far.
-    """
-
-    def __init__(self, directory: Path, prefix: str, dtype: np.dtype[Any]) -> None:
-        self.shards: list[dict[str, Any]] = []
-        self.num_tokens = 0
-        self._path = directory / prefix
-        self._dtype = dtype
-        self._all = hashlib.sha256()
-        self._shard_hash = hashlib.sha256()
-
-    @property
-    def sha256(self) -> str:
-        """Of all tokens, however they are cut in files."""
-        return self._all.hexdigest()
-
-    def append(self, ids: NDArray[np.int64]) -> None:
-        """Write ids, int64 [num_tokens]; goes on in a new file when one is full."""
-        while len(ids):
-            filled = self.num_tokens % SHARD_TOKENS
-            if filled == 0:
-                name = f"{self._path.name}-{len(self.shards):05d}.bin"
-                self.shards.append({"name": name, "tokens": 0})
-                self._shard_hash = hashlib.sha256()
-            now, ids = ids[: SHARD_TOKENS - filled], ids[SHARD_TOKENS - filled :]
-            shard, data = self.shards[-1], now.astype(self._dtype).tobytes()
-            with open(self._path.with_name(shard["name"]), "ab") as stream:
-                stream.write(data)
-            # hashed as it is written, so nothing is read again
-            self._all.update(data)
-            self._shard_hash.update(data)
-            shard["sha256"] = self._shard_hash.hexdigest()
-            shard["tokens"] += len(now)
-            self.num_tokens += len(now)
 
 
 class TokenWindows:
@@ -347,14 +301,3 @@ def _damaged(directory: Path, problem: str) -> UserError:
         f"the corpus in {directory} is damaged: {problem}; prepare it again as it was made, which "
         "replaces it, or bring the file back"
     )
-
-
-def check_epochs(corpus: Corpus, tokens: int, max_epochs: float) -> None:
-    """UserError: `tokens` are more than `max_epochs` passes over the training part."""
-    epochs = corpus.epochs(tokens)
-    if epochs > max_epochs:
-        raise UserError(
-            f"{tokens} training tokens are {epochs:.1f} epochs of the corpus "
-            f"({corpus.train_tokens} tokens in {corpus.directory}), more than {max_epochs:g}: take "
-            "a larger corpus, fewer tokens, or allow more epochs"
-        )

@@ -10,15 +10,15 @@ from capgap.cost.memory import FLOAT, HALF, PARTS, LoopMemory, loop_memory
 from capgap.distill import CHECKSUM_BYTES, TokenRecord
 from capgap.errors import UserError
 from capgap.law.published import find_model, published_families
-from capgap.machine import GPUS, UTILISATION, check_utilisation, hours, parse_gpus
+from capgap.machine import GPUS, UTILISATION, hours, parse_gpus
 from capgap.models.shape import Shape, ladder_shape
 from capgap.pipeline.recipe import RunRecipe
 from capgap.prune.shape import Target, changed_shape, from_axes, from_ladder, keep_target, suited
 from capgap.sizes import clock_time, format_bytes, format_count, forward_flops, training_flops
 from capgap.stage import text_table
 from capgap.stages.prune import PruneSection
-from capgap.sweep.cells import Column, Plan, Teacher, expected_baselines, resolve_workers
-from capgap.sweep.plan import make_plan
+from capgap.sweep.cells import Column, Teacher
+from capgap.sweep.plan import Plan, expected_baselines, given_teachers, make_plan, resolve_workers
 from capgap.sweep.recipe import Recipe
 from capgap.train.learning_rate import auto_learning_rate
 
@@ -51,17 +51,13 @@ def estimate(
     gpus: such as `16xA100`, for the time and what fits; utilisation: the share of their peak that
     is reached. UserError for what could not be run.
     """
-    if utilisation is not None:
-        check_utilisation(utilisation)
+    if utilisation is not None and not 0 < utilisation <= 1:
+        raise UserError(
+            f"--utilisation {utilisation:g}: give a share above 0 and at most 1, such as 0.4"
+        )
     if isinstance(recipe, RunRecipe):
         return plan_run(recipe, gpus=gpus, utilisation=utilisation)
-    given = []
-    if recipe.teachers.models:
-        # looks at their tokenizers, and so loads transformers
-        from capgap.sweep.plan import given_teachers
-
-        given = given_teachers(recipe)
-    return plan_sweep(recipe, given, gpus=gpus, utilisation=utilisation)
+    return plan_sweep(recipe, given_teachers(recipe), gpus=gpus, utilisation=utilisation)
 
 
 def _memory(loop: LoopMemory, gpus: Gpus) -> dict[str, Any]:

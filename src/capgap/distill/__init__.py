@@ -1,11 +1,15 @@
 """Students learn from the distribution of a teacher, which runs beside them or is cached.
 
-This file has the sizes that costs are estimated from, without torch: how many tokens the loss takes
-at once, of how many rows its heads are, and how many bytes a cache keeps of a token.
+This file has what recipes and costs know of it, without torch: the divergences' names, how many
+tokens the loss takes at once, of how many rows its heads are, and how many bytes a cache keeps of a
+token.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
+# `capgap.distill.divergences.Divergence` says what they are
+DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"]
 # Words x tokens of a chunk, and its tokens: matrix products of fewer rows are slower, and what is
 # done once a chunk is done less often; by measurement on CPUs (docs/benchmarks.md)
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}

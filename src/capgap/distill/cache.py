@@ -215,14 +215,6 @@ class CacheWriter:
                 stream.write(zlib.crc32(data).to_bytes(CHECKSUM_BYTES, "little"))
 
 
-@dataclass(frozen=True)
-class CacheProgress:
-    """After a batch of windows: how many of how many this process has written, this time."""
-
-    windows: int
-    of_windows: int
-
-
 def write_cache(
     writer: CacheWriter,
     teacher: OnlineTeacher,
@@ -231,12 +223,13 @@ def write_cache(
     device: torch.device,
     part: tuple[int, int] = (0, 1),
     batch_windows: int = 8,
-    on_batch: Callable[[CacheProgress], None] = lambda progress: None,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Writes the missing shards of one part of all shards; returns how many the cache still lacks.
 
     part (i, n): this process writes shards i, i + n, i + 2n and on. What is drawn for a token
-    depends on where it stands alone, so parts and restarts change nothing.
+    depends on where it stands alone, so parts and restarts change nothing. `on_batch` is told how
+    many of how many windows it has written, this time.
     """
     mine, of = part
     shards = [shard for shard in writer.missing() if shard % of == mine]
@@ -255,7 +248,7 @@ def write_cache(
                 encoded = writer.format.encode(signal, batch.targets, drawn_at)
             records += encoded.reshape(-1, corpus.window, writer.format.token_bytes).unbind(0)
             done += len(batch.windows)
-            on_batch(CacheProgress(done, total))
+            on_batch(done, total)
         writer.write(shard, records)
     return len(writer.missing())
 

@@ -8,15 +8,14 @@ With p the teacher's probabilities, q the student's, each value is 0 where q = p
 import math
 import operator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from capgap.distill import DivergenceName
 from capgap.distill.head import each_tensor
 from capgap.errors import UserError
-
-DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"]
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from capgap.models.stored import (
     StoredWeights,
     auto_class,
     copy_companions,
-    empty_model,
     local_folder,
     needs_own_code,
     read_config,
+    skeleton_of,
     write_weights,
     written_beside,
 )
@@ -48,6 +48,7 @@ _SIZE_NAMES = {
     "positions": "max_position_embeddings",
     "tied": "tie_word_embeddings",
 }
+
 # A multiple of rows suits a GPU's products
 ROWS = 64
 
@@ -240,15 +241,13 @@ def extend_model(
     tables = {name for name, axes in shape.family.tables.items() if "vocabulary" in axes}
     rows = ROWS * math.ceil(max(shape.vocabulary, first + len(origins)) / ROWS)
     config.vocab_size = rows
-    model = empty_model(config)
-    config.architectures = [type(model).__name__]
     weights = StoredWeights(source)
 
     def make(name: str) -> Tensor:
         weight = weights[name]
         return extended_rows(weight, rows, first, origins) if name in tables else weight
 
-    skeleton = {name: tensor.to(weights.dtype(name)) for name, tensor in model.named_parameters()}
+    skeleton = skeleton_of(config, weights.dtype)
     with written_beside(out) as folder:
         config.save_pretrained(folder)
         write_weights(folder, skeleton, make)

@@ -107,6 +107,24 @@ def _problem(shape: Shape) -> str | None:
     return None
 
 
+def why_no_cut(own: Shape, shape: Shape) -> str | None:
+    """Why a model of shape `own` cannot be cut to `shape`; None if it can."""
+    for name in ("architecture", "head_size", "positions", "tied"):
+        wanted, size = getattr(shape, name), getattr(own, name)
+        if wanted != size:
+            return f"cannot cut to {name} {wanted}: pruning keeps the model's {name} {size}"
+    for name in ("hidden", "layers", "kv_heads", "ffn", "vocabulary"):
+        wanted, size = getattr(shape, name), getattr(own, name)
+        if wanted > size:
+            return f"cannot cut to {name} {wanted}: the model has only {size}"
+    if shape.heads * own.kv_heads != own.heads * shape.kv_heads:
+        return (
+            f"cannot cut to {shape.heads} heads on {shape.kv_heads} kv_heads: the model has "
+            f"{own.heads // own.kv_heads} heads on each"
+        )
+    return None
+
+
 def _count(tensors: Tensors, sizes: dict[str, int]) -> int:
     return sum(math.prod(sizes[axis] for axis in axes) for axes in tensors.values())
 

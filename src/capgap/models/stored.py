@@ -376,6 +376,16 @@ def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
         return model
 
 
+def skeleton_of(
+    config: "PreTrainedConfig", dtype: Callable[[str], torch.dtype]
+) -> dict[str, Tensor]:
+    """The parameters of a model by name, without numbers, in the dtypes that theirs are given; the
+    config then names the model's class. For `write_weights`."""
+    model = empty_model(config)
+    config.architectures = [type(model).__name__]
+    return {name: tensor.to(dtype(name)) for name, tensor in model.named_parameters()}
+
+
 def auto_class(config: "PreTrainedConfig") -> Any:
     """What transformers builds a model with: some that see keep no causal class of their own."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

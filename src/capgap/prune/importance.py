@@ -1,15 +1,22 @@
-"""Importance of heads, neurons, hidden units and layers, by several scores."""
+"""Importance of heads, neurons, hidden units and layers, by several scores; kept as safetensors
+with where they come from."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from capgap.artifact import file_written
 from capgap.corpus.text import Text
 from capgap.distill.head import HeadInput
 from capgap.distill.losses import column_loss
@@ -18,7 +25,7 @@ from capgap.models.build import shape_of
 from capgap.models.families import Axes
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape
-from capgap.prune.methods import (
+from capgap.prune import (
     Depth,
     Method,
     check_methods,
@@ -28,6 +35,8 @@ from capgap.prune.methods import (
 )
 from capgap.prune.units import Masks, layer_weights, masked, unit_of_rows, unit_sizes
 
+# Of files: 2 has activations by norm; a scoring begun before has sums of another shape
+SCHEMA = 2
 UNITS = ("heads", "neurons", "hidden", "layers")
 Scores = dict[str, Tensor]
 _ORDER_SEED = 3_000_017
@@ -291,3 +300,79 @@ def _normalised(scores: Tensor) -> Tensor:
     """Scores over their L2 norm along the last axis; all-zero scores stay zero."""
     norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True)
     return (scores / norm.clamp_min(torch.finfo(scores.dtype).tiny)).float().cpu()
+
+
+def save_importance(path: Path, importance: Importance) -> None:
+    """Writes a safetensors file in one step, with the provenance of the scores in its metadata;
+    `load_importance` reads it."""
+    tensors = {name: getattr(importance, name) for name in UNITS}
+    facts = {"tokens": importance.tokens, "flops": importance.flops}
+    _save(path, tensors, {"schema": SCHEMA, **facts, "provenance": importance.provenance})
+
+
+def load_importance(path: Path) -> Importance:
+    """What `save_importance` wrote; UserError where there is none or it is no such file."""
+    tensors, facts = _load(path)
+    if set(tensors) != set(UNITS) or facts.get("schema") != SCHEMA:
+        raise UserError(f"{path} holds no scores of units of this version: make it anew")
+    return Importance(
+        **tensors,
+        tokens=facts["tokens"],
+        flops=facts["flops"],
+        provenance=facts["provenance"],
+    )
+
+
+def save_state(path: Path, state: ScoringState, provenance: dict[str, Any]) -> None:
+    """A scoring that is not finished, in one step."""
+    tensors = {
+        f"{method}.{name}": sums[name].cpu()
+        for method, sums in state.sums.items()
+        for name in UNITS
+    }
+    counts = {"batches": state.batches, "tokens": state.tokens}
+    _save(path, tensors, {"schema": SCHEMA, **counts, "provenance": provenance})
+
+
+def load_state(path: Path, provenance: dict[str, Any], device: torch.device) -> ScoringState | None:
+    """The scoring to go on from; None where there is none, or one of something else."""
+    if not path.exists():
+        return None
+    tensors, facts = _load(path)
+    if facts.get("schema") != SCHEMA or facts["provenance"] != provenance:
+        return None
+    state = ScoringState(batches=facts["batches"], tokens=facts["tokens"])
+    for key, tensor in tensors.items():
+        method, _, name = key.partition(".")
+        state.sums.setdefault(method, {})[name] = tensor.to(device)
+    return state
+
+
+def _save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    text = json.dumps(facts, sort_keys=True)
+    with file_written(path) as aside:
+        save_file(tensors, aside, metadata={"capgap": text, "sha256": _hash(tensors, text)})
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"no file of scores {path}: make one with `capgap score`")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            # copies: what is mapped would keep the file open
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        text = metadata.get("capgap", "{}")
+        facts = json.loads(text)
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is no file of scores ({error}): make it anew") from None
+    if metadata.get("sha256", "") not in ("", _hash(tensors, text)):
+        raise UserError(f"{path} is damaged (another sha256 than when it was written): delete it")
+    return tensors, facts
+
+
+def _hash(tensors: dict[str, Tensor], facts: str) -> str:
+    whole = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        whole.update(name.encode() + tensors[name].contiguous().cpu().numpy().tobytes())
+    return whole.hexdigest()

@@ -6,7 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from capgap.errors import UserError
-from capgap.models.shape import Shape, ladder_shape, power_of_two_within, smallest_ladder_size
+from capgap.models.shape import (
+    Shape,
+    ladder_shape,
+    power_of_two_within,
+    smallest_ladder_size,
+    why_no_cut,
+)
 from capgap.sizes import format_count
 
 # Non-embedding parameters from which on a student is made for the kernels of GPUs
@@ -225,24 +231,6 @@ def changed_shape(teacher: Shape, sizes: dict[str, int]) -> Shape:
     if problem:
         raise UserError(problem)
     return shape
-
-
-def why_no_cut(own: Shape, shape: Shape) -> str | None:
-    """Why a model of shape `own` cannot be cut to `shape`; None if it can."""
-    for name in ("architecture", "head_size", "positions", "tied"):
-        wanted, size = getattr(shape, name), getattr(own, name)
-        if wanted != size:
-            return f"cannot cut to {name} {wanted}: pruning keeps the model's {name} {size}"
-    for name in ("hidden", "layers", "kv_heads", "ffn", "vocabulary"):
-        wanted, size = getattr(shape, name), getattr(own, name)
-        if wanted > size:
-            return f"cannot cut to {name} {wanted}: the model has only {size}"
-    if shape.heads * own.kv_heads != own.heads * shape.kv_heads:
-        return (
-            f"cannot cut to {shape.heads} heads on {shape.kv_heads} kv_heads: the model has "
-            f"{own.heads // own.kv_heads} heads on each"
-        )
-    return None
 
 
 def _ladder_model(teacher: Shape, target: Target, layers: int | None = None) -> Shape:

@@ -3,7 +3,7 @@
 import copy
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,10 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from capgap.errors import UserError, border
 from capgap.models.build import shape_of, size_fields
 from capgap.models.families import HEAD, Axes
-from capgap.models.shape import Shape
+from capgap.models.shape import Shape, why_no_cut
 from capgap.models.stored import StoredWeights, empty_model
 from capgap.prune.importance import Importance, score
-from capgap.prune.shape import Distance, pruned_shape, why_no_cut
 from capgap.prune.units import unit_of_rows
 
 
@@ -53,7 +52,7 @@ def choose(importance: Importance, shape: Shape) -> Kept:
     )
 
 
-def score_lost(importance: Importance) -> Distance:
+def score_lost(importance: Importance) -> Callable[[Shape], float]:
     """How much score a shape gives up: minus the logarithm of the share that stays, multiplied over
     layers, hidden units, heads and neurons (of these two the mean over layers)."""
 
@@ -209,7 +208,10 @@ def prune(
     `batches` are LongTensors [batch, seq + 1] of token ids to measure the importance on, or an
     importance already measured. Raises UserError as `pruned_shape` and `score` do.
     """
-    # first the shape: it fails at once where the size is impossible
+    # a worker of a sweep is given its shapes: only here one is looked for
+    from capgap.prune.shape import pruned_shape
+
+    # first, because it fails at once where the size is impossible
     shape = pruned_shape(shape_of(model.config), non_embedding)
     importance = batches if isinstance(batches, Importance) else score(model, batches)
     return cut(model, importance, shape)

@@ -69,13 +69,7 @@ class Cache(Stage):
         """
         import torch
 
-        from capgap.distill.cache import (
-            CacheFormat,
-            CacheIdentity,
-            CacheProgress,
-            CacheWriter,
-            write_cache,
-        )
+        from capgap.distill.cache import CacheFormat, CacheIdentity, CacheWriter, write_cache
         from capgap.distill.teacher import load_teacher
         from capgap.machine import resolve_device
         from capgap.models.identity import model_hash
@@ -105,13 +99,13 @@ class Cache(Stage):
         began = time.monotonic()
         tell = paced(say)
 
-        def on_batch(progress: CacheProgress) -> None:
-            rate = progress.windows * corpus.window / (time.monotonic() - began)
-            left = (progress.of_windows - progress.windows) * corpus.window / rate
+        def on_batch(done: int, total: int) -> None:
+            rate = done * corpus.window / (time.monotonic() - began)
+            left = (total - done) * corpus.window / rate
             tell(
                 lambda: (
-                    f"cache: {progress.windows:,} of {progress.of_windows:,} windows, "
-                    f"{rate:,.0f} tokens/s, about {left / 60:.0f} min to go"
+                    f"cache: {done:,} of {total:,} windows, {rate:,.0f} tokens/s, "
+                    f"about {left / 60:.0f} min to go"
                 )
             )
 

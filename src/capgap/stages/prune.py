@@ -257,7 +257,7 @@ def _provenance(request: Prune, plan: _Plan, kept: "Kept", teacher_hash: str) ->
 def _plan(request: Prune) -> _Plan:
     from capgap.models.build import shape_of
     from capgap.models.stored import read_config
-    from capgap.prune.scores import load_importance
+    from capgap.prune.importance import load_importance
     from capgap.prune.surgery import check_cut_config
 
     config = read_config(request.teacher)

@@ -9,7 +9,7 @@ from pydantic import Field
 from capgap.artifact import difference, locked_file, plain
 from capgap.corpus.names import Given
 from capgap.errors import UserError
-from capgap.prune.methods import Depth, Method, reading_methods
+from capgap.prune import Depth, Method, reading_methods
 from capgap.section import Count, Dtype, Recomputed, Section
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage, paced
 
@@ -63,8 +63,7 @@ def _run(request: Score, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     from capgap.machine import resolve_device
     from capgap.models.build import DTYPES, checkpoint_activations, load_model
     from capgap.models.parts import Parts
-    from capgap.prune.importance import score
-    from capgap.prune.scores import load_state, save_importance, save_state
+    from capgap.prune.importance import load_state, save_importance, save_state, score
     from capgap.stages.inputs import warn_of_beginning
 
     device = torch.device(resolve_device(request.device))
@@ -158,7 +157,7 @@ def _provenance(request: Score, corpus: "Text | None") -> dict[str, Any]:
 
 
 def _found(request: Score) -> Any:
-    from capgap.prune.scores import load_importance
+    from capgap.prune.importance import load_importance
 
     return load_importance(request.out) if request.out.exists() else None
 

@@ -3,20 +3,18 @@
 Pure: nothing is read, trained or timed here, and torch is not imported.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from capgap.machine import usable_cores
 from capgap.models.shape import Shape
-from capgap.prune.methods import scoring_flops
+from capgap.prune import scoring_flops
 from capgap.sizes import format_count, forward_flops, training_flops
 from capgap.sweep.recipe import Recipe
 from capgap.train.recipe import TrainingSection
 
 SEARCH_FILE = "search.json"
-FLOP_PARTS = ("teacher_training", "teacher_forward", "pruning", "student", "evaluation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,85 +226,6 @@ class Column:
 Task = Teacher | Column
 
 
-@dataclass(frozen=True)
-class Plan:
-    """`baselines` are all that could be asked for; see `Recipe.baselines`."""
-
-    recipe: Recipe
-    teachers: tuple[Teacher, ...]
-    columns: tuple[Column, ...]
-    baselines: tuple[Column, ...]
-
-    @property
-    def width(self) -> int:
-        """How many tasks can run at once, at most."""
-        return max(len(self.teachers), len(self.columns) + len(self.baselines))
-
-    @property
-    def cells(self) -> list[Cell]:
-        return [cell for column in self.columns for cell in column.cells]
-
-    @property
-    def baseline_cells(self) -> list[Cell]:
-        return [cell for column in self.baselines for cell in column.cells]
-
-    @property
-    def runs(self) -> dict[str, Teacher | Cell]:
-        """Everything that could be recorded, by id."""
-        runs: list[Teacher | Cell] = [*self.teachers, *self.cells, *self.baseline_cells]
-        return {run.id: run for run in runs}
-
-    def tasks(self, baselines: Sequence[Column]) -> list[Task]:
-        """All, with these of the baselines."""
-        return [*self.teachers, *self.columns, *baselines]
-
-    def flops(self, baselines: Sequence[Column]) -> dict[str, int]:
-        """Of the whole sweep by part, shared work counted once."""
-        counted = [task.work.flops(self.recipe) for task in self.tasks(baselines)]
-        total = {part: sum(parts[part] for parts in counted) for part in FLOP_PARTS}
-        total["pruning"] += scores_flops(self.recipe, [one.shape for one in self.teachers])
-        return total
-
-
-def select_baselines(plan: Plan, best: Iterable[Cell]) -> list[Column]:
-    """The baselines matched to the `best` cells and, where the recipe says so, to each curve's
-    largest teacher."""
-    wanted = list(best)
-    if plan.recipe.baselines == "best_and_largest":
-        largest: dict[tuple[object, ...], Cell] = {}
-        for cell in sorted(plan.cells, key=lambda cell: cell.teacher.size if cell.teacher else 0):
-            largest[*cell.curve, cell.seed] = cell
-        wanted += largest.values()
-    ids = {baseline_of(cell).id for cell in wanted}
-    of_cells = {cell.id for cell in wanted}
-    columns = []
-    for column in plan.baselines:
-        own = [cell for cell in column.cells if cell.id in ids or cell.equal_flops_to in of_cells]
-        if own:
-            columns.append(replace(column, cells=tuple(own)))
-    return columns
-
-
-def expected_baselines(plan: Plan) -> Sequence[Column]:
-    """The baselines that will be run, as far as can be known before the cells are.
-
-    Where the best teachers get some, the second largest stands for the best: whichever it turns
-    out to be, its baselines cost about the same.
-    """
-    if plan.recipe.baselines == "all":
-        return plan.baselines
-    sizes = sorted({teacher.size for teacher in plan.teachers})
-    stand_in = sizes[-2] if len(sizes) > 1 else sizes[0]
-    best = [cell for cell in plan.cells if cell.teacher and cell.teacher.size == stand_in]
-    return select_baselines(plan, best)
-
-
-def baseline_of(cell: Cell) -> Cell:
-    """Same init, same tokens, cross-entropy only."""
-    teacher = cell.teacher if cell.init in ("pruned", "chain") else None
-    return replace(cell, kind="baseline", alpha=0.0, teacher=teacher)
-
-
 def scores_flops(recipe: Recipe, shapes: Sequence[Shape]) -> int:
     """Of the units of these models."""
     asked = recipe.scoring_method, recipe.scoring_depth
@@ -364,15 +283,5 @@ class Context:
     def is_recorded(self, run_id: str) -> bool:
         return (self.record_folder(run_id) / "record.json").exists()
 
-
-def resolve_workers(asked: int | str, device: str, *, most: int) -> tuple[int, int | None]:
-    """(worker processes, torch threads of each); `most` tasks can run at once.
-
-    Small models gain more from one thread a process on every core than from many threads in one.
-    A GPU is given to a single worker.
-    """
-    if device != "cpu":
-        return (1 if asked == "auto" else min(most, int(asked))), None
-    cores = usable_cores()
-    workers = min(most, cores if asked == "auto" else int(asked))
-    return workers, max(1, cores // workers)
+    def is_done(self, task: Task) -> bool:
+        return all(map(self.is_recorded, task.runs))

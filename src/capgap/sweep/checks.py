@@ -11,11 +11,12 @@ from pydantic import ValidationError
 
 from capgap.artifact import LOCK, check_empty, flat, locked, read_json
 from capgap.corpus.sources import open_source
+from capgap.corpus.tokens import Corpus
 from capgap.errors import UserError
 from capgap.records import RECORD_FILE, RunRecord, read_record, read_records
 from capgap.scrub import scrub
-from capgap.sweep.cells import SEARCH_FILE, Assistant, Cell, Column, Context, Plan, Teacher
-from capgap.sweep.plan import make_plan
+from capgap.sweep.cells import SEARCH_FILE, Cell, Column, Context, Teacher
+from capgap.sweep.plan import Plan, make_plan
 from capgap.sweep.recipe import Recipe, identity
 
 # Keys that say which runs there are, and not what a run is: they may change in one folder as long
@@ -45,11 +46,9 @@ def check_sources(recipe: Recipe, out: Path | None = None) -> None:
         if name is None:
             continue
         source = open_source(name, text_column=asked.text_column, separator=asked.separator)
-        for text in (source.root, *source.files):
-            if folder is None or text is None:
-                continue
+        for text in filter(None, (source.root, *source.files)):
             path = text.resolve()
-            if path in (folder, *folder.parents) or folder in path.parents:
+            if folder and (path in (folder, *folder.parents) or folder in path.parents):
                 raise UserError(
                     f"the output folder {out} and the corpus {name} lie in one another, so the "
                     "sweep's own files would become text: choose another --out"
@@ -176,17 +175,24 @@ def check_records(context: Context, plan: Plan, earlier: Sequence[str]) -> list[
     return records
 
 
+def check_epochs(corpus: Corpus, tokens: int, max_epochs: float) -> None:
+    """UserError: `tokens` are more than `max_epochs` passes over the training part."""
+    epochs = corpus.epochs(tokens)
+    if epochs > max_epochs:
+        raise UserError(
+            f"{tokens} training tokens are {epochs:.1f} epochs of the corpus "
+            f"({corpus.train_tokens} tokens in {corpus.directory}), more than {max_epochs:g}: take "
+            "a larger corpus, fewer tokens, or allow more epochs"
+        )
+
+
 def check_disk(context: Context, plan: Plan) -> None:
     """UserError if what is not recorded yet would not fit."""
-    models: list[Teacher | Cell | Assistant] = [
-        teacher
-        for teacher in plan.teachers
-        if teacher.source is None and not context.is_recorded(teacher.id)
-    ]
-    cells = [cell for cell in plan.cells if not context.is_recorded(cell.id)]
-    models += cells
-    models += [cell.assistant for cell in cells if cell.assistant is not None]
-    needed = BYTES_PER_PARAMETER * sum(model.shape.parameters().total for model in models)
+    runs: list[Teacher | Cell] = [*plan.teachers, *plan.cells]
+    works = [run.work for run in runs if not context.is_recorded(run.id)]
+    # a teacher that exists takes no tokens
+    trained = [shape for work in works for shape, tokens in work.trained if tokens]
+    needed = BYTES_PER_PARAMETER * sum(shape.parameters().total for shape in trained)
     free = shutil.disk_usage(context.out).free
     if free < needed:
         raise UserError(
@@ -198,17 +204,13 @@ def check_disk(context: Context, plan: Plan) -> None:
 def lost_teachers(context: Context, plan: Plan, columns: Sequence[Column]) -> list[Teacher]:
     """Recorded teachers that the columns need, but whose files were deleted since."""
     needed = {teacher for column in columns for teacher in column.teachers}
-    return [
-        teacher
-        for teacher in plan.teachers
-        if teacher.id in needed
-        and context.is_recorded(teacher.id)
-        and not _is_usable(context, teacher)
-    ]
 
+    def is_lost(teacher: Teacher) -> bool:
+        # of one that failed there is nothing to find: its cells are recorded as failed too
+        if read_record(context.record_folder(teacher.id)).status == "failed":
+            return False
+        has_weights = teacher.source is not None or context.teacher_folder(teacher.id).is_dir()
+        return not has_weights or not context.importance_file(teacher.id).exists()
 
-def _is_usable(context: Context, teacher: Teacher) -> bool:
-    if read_record(context.record_folder(teacher.id)).status == "failed":
-        return True  # there is nothing to find: its cells are recorded as failed too
-    has_weights = teacher.source is not None or context.teacher_folder(teacher.id).is_dir()
-    return has_weights and context.importance_file(teacher.id).exists()
+    recorded = [one for one in plan.teachers if context.is_recorded(one.id) and one.id in needed]
+    return list(filter(is_lost, recorded))

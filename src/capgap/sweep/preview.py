@@ -13,9 +13,9 @@ from capgap.machine import resolve_device
 from capgap.models.build import build_model
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape
-from capgap.sweep.cells import Cell, Plan, Teacher, Work, expected_baselines, resolve_workers
+from capgap.sweep.cells import Cell, Teacher, Work
 from capgap.sweep.checks import check_sources
-from capgap.sweep.plan import plan_of
+from capgap.sweep.plan import Plan, expected_baselines, plan_of, resolve_workers
 from capgap.sweep.recipe import Recipe
 from capgap.sweep.workers import Speed
 from capgap.train.learner import make_optimizer
@@ -36,7 +36,7 @@ def preview(recipe: Recipe) -> dict[str, Any]:
     workers, threads = resolve_workers(recipe.run.workers, device, most=plan.width)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
-    speed = _speed(plan, device)
+    speed = measure_speed(plan, device)
     torch.set_num_threads(before)
     cells = [cell for column in (*plan.columns, *baselines) for cell in column.cells]
     runs: list[Teacher | Cell] = [*plan.teachers, *cells]
@@ -70,37 +70,15 @@ def _row(recipe: Recipe, run: Teacher | Cell, speed: Speed) -> dict[str, Any]:
     }
 
 
-def _speed(plan: Plan, device: str) -> Speed:
-    """Measured on the smallest and the largest model that may be built for it."""
+def measure_speed(plan: Plan, device: str) -> Speed:
+    """Distils the smallest and the largest model that may be built for it for a few steps of one
+    batch; the median counts."""
     shapes = [teacher.shape for teacher in plan.teachers] + [cell.shape for cell in plan.cells]
     shapes.sort(key=lambda shape: shape.parameters().total)
-    small = [shape for shape in shapes if shape.parameters().total <= LARGEST_PROBE] or shapes[:1]
-    training = plan.recipe.training
-    return measure_speed(
-        small[0],
-        small[-1],
-        batch_tokens=training.micro_batch_tokens or training.batch_tokens,
-        window=plan.recipe.corpus.window,
-        device=device,
-        dtype=autocast_dtype(training.precision, device),
-    )
-
-
-def measure_speed(
-    small: Shape,
-    large: Shape,
-    *,
-    batch_tokens: int,
-    window: int,
-    device: str,
-    dtype: torch.dtype | None,
-) -> Speed:
-    """Distils each shape for a few steps of one batch; the median counts."""
-    small_seconds, large_seconds = (
-        _seconds_a_token(shape, max(1, batch_tokens // window), window, device, dtype)
-        for shape in (small, large)
-    )
-    small_flops, large_flops = (6.0 * shape.parameters().total for shape in (small, large))
+    built = [shape for shape in shapes if shape.parameters().total <= LARGEST_PROBE] or shapes[:1]
+    ends = built[0], built[-1]
+    small_seconds, large_seconds = (_seconds_a_token(shape, plan.recipe, device) for shape in ends)
+    small_flops, large_flops = (6.0 * shape.parameters().total for shape in ends)
     if large_flops <= small_flops * 1.2 or large_seconds <= small_seconds:
         return Speed(0.0, large_flops / large_seconds)
     per_flop = (large_seconds - small_seconds) / (large_flops - small_flops)
@@ -108,9 +86,10 @@ def measure_speed(
     return Speed(overhead, 1 / per_flop)
 
 
-def _seconds_a_token(
-    shape: Shape, rows: int, window: int, device: str, dtype: torch.dtype | None
-) -> float:
+def _seconds_a_token(shape: Shape, recipe: Recipe, device: str) -> float:
+    training, window = recipe.training, recipe.corpus.window
+    rows = (training.micro_batch_tokens or training.batch_tokens) // window
+    dtype = autocast_dtype(training.precision, device)
     model = build_model(shape, seed=0).to(device)
     parts = Parts(model)
     optimizer = make_optimizer(model, weight_decay=0.1, decay_embeddings=False)

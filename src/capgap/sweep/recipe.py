@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from capgap.prune.methods import Depth, Method
+from capgap.prune import Depth, Method
 from capgap.section import (
     MAX_EPOCHS,
     Architecture,

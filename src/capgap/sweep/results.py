@@ -15,7 +15,8 @@ from capgap.law.table import has_distillations, read_distillations
 from capgap.records import RunRecord, read_records
 from capgap.report.page import write_law_report, write_report
 from capgap.report.sentences import answer
-from capgap.sweep.cells import SEARCH_FILE, Context, Plan
+from capgap.sweep.cells import SEARCH_FILE, Context
+from capgap.sweep.plan import Plan
 
 SAMPLES = 3
 PROMPT_TOKENS = 24
@@ -25,17 +26,17 @@ SAMPLE_TOKENS = 80
 def refresh(out: Path) -> dict[str, Any]:
     """Fits and draws again, as `capgap report`; returns paths and verdict. UserError where there is
     neither a sweep nor the runs of `capgap distill`."""
-    if not (out / "sweep.json").exists() and has_distillations(out):
+    if (out / "sweep.json").exists():
+        if not any(out.glob("records/*/record.json")):
+            raise UserError(f"no run of the sweep in {out} is finished yet: try again later")
+        fit_tables(out)
+        page = write_report(out)
+    elif has_distillations(out):
         law = fit(read_distillations(out))
         write_json(out / "law.json", law.as_dict())
         page = write_law_report(law, out / "report.html", title=out.name)
-        return {"report": str(page), "law": str(out / "law.json"), "verdict": verdict_of(out)}
-    if not (out / "sweep.json").exists():
+    else:
         raise UserError(f"{str(out)!r} is no output folder of a sweep (it has no sweep.json)")
-    if not any(out.glob("records/*/record.json")):
-        raise UserError(f"no run of the sweep in {out} is finished yet: try again later")
-    fit_tables(out)
-    page = write_report(out)
     return {"report": str(page), "law": str(out / "law.json"), "verdict": verdict_of(out)}
 
 
@@ -58,15 +59,10 @@ def best_of(context: Context, plan: Plan, corpus: Corpus) -> dict[str, str] | No
     """Writes grid.csv, law.json, and of the cell with the lowest held-out loss student/ and
     samples.json. Returns the ids of that cell and its teacher; None if no cell was finished."""
     records = fit_tables(context.out)
-    losses = {
-        record.id: record.heldout.loss
-        for record in records
-        if record.kind == "cell" and record.heldout is not None
-    }
-    if not losses:
+    finished = [(one.heldout.loss, one) for one in records if one.kind == "cell" and one.heldout]
+    if not finished:
         return None
-    lowest = min(losses, key=losses.__getitem__)
-    best = next(record for record in records if record.id == lowest)
+    _, best = min(finished, key=lambda found: found[0])
     assert best.teacher is not None
     _export_student(context, best, records)
     _write_samples(context, plan, corpus, best)

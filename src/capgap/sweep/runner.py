@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +12,7 @@ from typing import Any
 
 from capgap.artifact import read_json, write_json
 from capgap.corpus.prepare import prepare_corpus
-from capgap.corpus.tokens import Corpus, check_epochs
+from capgap.corpus.tokens import Corpus
 from capgap.errors import Interrupted, UserError
 from capgap.machine import machine, resolve_device, versions
 from capgap.records import RunRecord, read_records
@@ -19,19 +20,16 @@ from capgap.report.page import write_report
 from capgap.sizes import format_count
 from capgap.stage import Say, ShouldStop
 from capgap.stages.corpus import corpus_progress
-from capgap.sweep.cells import (
-    Cell,
-    Column,
-    Context,
-    Plan,
-    Task,
-    Teacher,
-    expected_baselines,
-    resolve_workers,
-    select_baselines,
+from capgap.sweep.cells import Cell, Column, Context, Task, Teacher
+from capgap.sweep.checks import (
+    check_disk,
+    check_epochs,
+    check_records,
+    check_sources,
+    claimed,
+    lost_teachers,
 )
-from capgap.sweep.checks import check_disk, check_records, check_sources, claimed, lost_teachers
-from capgap.sweep.plan import plan_of
+from capgap.sweep.plan import Plan, expected_baselines, plan_of, resolve_workers, select_baselines
 from capgap.sweep.progress import Display
 from capgap.sweep.recipe import Recipe
 from capgap.sweep.results import best_of, verdict_of
@@ -142,52 +140,46 @@ def context_of(recipe: Recipe, out: Path, threads: int | None) -> Context:
     return Context(recipe, out.resolve(), device, threads, training)
 
 
+@dataclass
 class Runner:
     """Runs teachers and columns of one plan, as often as asked; what is recorded is left alone."""
 
-    def __init__(
-        self, folder: "_Folder", workers: Workers, display: Display, should_stop: ShouldStop
-    ) -> None:
-        self.plan = folder.plan
-        self.context = folder.context
-        self.display = display
-        self._folder = folder
-        self._workers = workers
-        self._should_stop = should_stop
+    folder: "_Folder"
+    workers: Workers
+    display: Display
+    should_stop: ShouldStop
+
+    def __post_init__(self) -> None:
+        self.context = self.folder.context
         self._expected: set[str] = set()
-        self._finished = {task.id for task in self.plan.tasks(()) if self._is_recorded(task)}
+        tasks = self.folder.plan.tasks(())
+        self._finished = {task.id for task in tasks if self.context.is_done(task)}
 
     def run(
-        self,
-        teachers: Sequence[Teacher],
-        columns: Sequence[Column],
-        later: Sequence[Column] = (),
+        self, teachers: Sequence[Teacher], columns: Sequence[Column], later: Sequence[Column] = ()
     ) -> None:
         """`teachers` are all that the columns need; `later` are columns that will come, but are not
         settled yet."""
-        left = [column for column in columns if not self._is_recorded(column)]
-        lost = lost_teachers(self.context, self.plan, left)
+        left = [column for column in columns if not self.context.is_done(column)]
+        lost = lost_teachers(self.context, self.folder.plan, left)
         self._finished.difference_update(teacher.id for teacher in lost)
         own = [one for one in teachers if one in lost or one.id not in self._expected]
         self._expected.update(teacher.id for teacher in own)
         tasks: list[Task] = [*own, *columns]
-        done = [task.id for task in tasks if self._is_recorded(task) and task not in lost]
+        done = [task.id for task in tasks if self.context.is_done(task) and task not in lost]
         self.display.expect(tasks, done, later)
-        self._workers.run(
+        self.workers.run(
             [task for task in tasks if task.id not in done],
             finished=self._finished,
-            should_stop=self._should_stop,
+            should_stop=self.should_stop,
             on_start=self.display.started,
             on_step=self.display.step,
             on_end=self._ended,
         )
 
-    def _is_recorded(self, task: Task) -> bool:
-        return all(map(self.context.is_recorded, task.runs))
-
     def _ended(self, task: Task, message: EndMessage) -> None:
         self.display.ended(task, message)
-        self._folder.add(message)
+        self.folder.add(message)
 
 
 def best_cells(plan: Plan, records: Sequence[RunRecord]) -> list[Cell]:
@@ -208,11 +200,7 @@ class _Folder:
     seconds by stage over all its sessions. `records` are those that are there."""
 
     def __init__(
-        self,
-        plan: Plan,
-        context: Context,
-        records: Sequence[RunRecord],
-        earlier: Sequence[str],
+        self, plan: Plan, context: Context, records: Sequence[RunRecord], earlier: Sequence[str]
     ) -> None:
         self.plan = plan
         self.context = context
@@ -227,8 +215,7 @@ class _Folder:
             "recipe_hash": context.recipe.hash(),
             "grown_from": list(earlier),
             "resolved": {
-                "precision": context.training.precision,
-                "teacher_dtype": context.training.teacher_dtype,
+                name: getattr(context.training, name) for name in ("precision", "teacher_dtype")
             },
             "machine": machine(context.device, context.threads),
             "versions": versions(),

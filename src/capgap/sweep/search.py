@@ -17,9 +17,9 @@ from capgap.errors import UserError
 from capgap.records import read_record
 from capgap.sizes import format_count
 from capgap.stage import FieldError, ShouldStop
-from capgap.sweep.cells import SEARCH_FILE, Cell, Column, Plan, Teacher
+from capgap.sweep.cells import SEARCH_FILE, Cell, Column, Teacher
 from capgap.sweep.checks import check_disk
-from capgap.sweep.plan import plan_of
+from capgap.sweep.plan import Plan, plan_of
 from capgap.sweep.progress import Display
 from capgap.sweep.recipe import Recipe, SearchSettings
 from capgap.sweep.runner import Runner, run_folder

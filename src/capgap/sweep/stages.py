@@ -1,4 +1,4 @@
-"""The stages of grids: a whole sweep, a search of its grid, and one of its tasks by itself."""
+"""The stages of grids: a whole sweep, and one of its tasks by itself."""
 
 import time
 from functools import cached_property
@@ -10,10 +10,11 @@ from capgap.errors import UserError
 from capgap.machine import started
 from capgap.sizes import clock_time, format_count
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Say, ShouldStop, Stage, paced, text_table
-from capgap.sweep.recipe import Recipe, SearchSettings
+from capgap.sweep.recipe import Recipe
 
 if TYPE_CHECKING:
-    from capgap.sweep.cells import Context, Plan, Task
+    from capgap.sweep.cells import Context, Task
+    from capgap.sweep.plan import Plan
     from capgap.sweep.progress import Display
 
 WAIT = 1.0  # seconds
@@ -23,11 +24,6 @@ PARTS = {
     "pruning": "prune",
     "student": "S train",
     "evaluation": "evaluate",
-}
-STOP_REASONS = {
-    "safe": "every choice is safe",
-    "budget": "nothing more that is worth running fits into the budget",
-    "exhausted": "there is nothing left to run",
 }
 
 
@@ -109,68 +105,6 @@ class Quickstart(Sweep):
 
     recipe: str = "quickstart"
     out: Annotated[Path | None, HOW, "Output folder."] = Path("runs/quickstart")
-
-
-class Search(Sweep, SearchSettings):
-    """Find every student's best teacher for a share of what the whole grid would cost."""
-
-    folder_ending: ClassVar[str] = "-search"
-
-    out: Annotated[Path | None, HOW, "Output folder; runs/NAME-search if none is given."] = None
-
-    def _expected(self) -> dict[str, Any]:
-        from capgap.sweep.search import GridSearch
-
-        return GridSearch(self.loaded, self).expected()
-
-    def _run(self, display: "Display", should_stop: ShouldStop) -> dict[str, Any]:
-        from capgap.sweep.search import run_search
-
-        return run_search(self.loaded, self.folder, display, self, should_stop)
-
-    def told(self, found: dict[str, Any]) -> str:
-        if not self.dry_run:
-            return f"{self._told_choices(found['search'])}\n\n{_told_results(found)}"
-        rungs = ", ".join(format_count(tokens) for tokens in found["rungs"])
-        lines = [
-            f"{found['name']}: the full grid has {found['cells']} cells and takes "
-            f"{found['full_flops']:.3g} FLOPs without baselines",
-            f"a budget of {found['budget']:.1%} allows {found['budget_flops']:.3g}, on rungs of "
-            f"{rungs} tokens",
-            f"it begins with {len(found['first'])} runs for {found['first_flops']:.3g} FLOPs:",
-            *(f"  {name}" for name in found["first"]),
-        ]
-        return "\n".join(lines)
-
-    def _told_choices(self, found: dict[str, Any]) -> str:
-        """The choices, what was spent, why the search stopped."""
-
-        def number(one: dict[str, Any], name: str, form: str = ".4f") -> str:
-            return "-" if one[name] is None else format(one[name], form)
-
-        names = ("student", "teacher", "T/S", "expected loss", "±", "regret", "safe", "runs")
-        rows = [
-            (
-                format_count(one["student_size"]),
-                format_count(one["teacher_size"]),
-                f"{one['ratio']:.2f}",
-                number(one, "loss"),
-                number(one, "loss_stderr"),
-                number(one, "expected_regret"),
-                number(one, "safe_probability", ".0%"),
-                str(one["full_runs"]),
-            )
-            for one in found["choices"]
-        ]
-        return (
-            f"The best teacher of every student\n{text_table(names, rows)}\n"
-            f"losses in nats per token at {format_count(self.loaded.students.tokens[0])} tokens; "
-            "regret: what choosing it instead of the true best is expected to cost; safe: the "
-            f"probability that no teacher is better by more than {self.tolerance:.2%} of the "
-            "loss; runs: of that cell at full tokens\n"
-            f"spent {found['spent_fraction']:.1%} of the full grid's {found['full_flops']:.3g} "
-            f"FLOPs (budget {found['budget']:.1%}); stopped because {STOP_REASONS[found['stop']]}"
-        )
 
 
 def _told_preview(found: dict[str, Any]) -> str:
@@ -300,8 +234,7 @@ def _is_prepared(out: Path, recipe_hash: str) -> bool:
 def _described(context: "Context", task: "Task") -> dict[str, Any]:
     """`needs`: teachers that are not recorded yet."""
     missing = [name for name in sorted(task.teachers) if not context.is_recorded(name)]
-    done = all(map(context.is_recorded, task.runs))
-    state = "done" if done else "waits" if missing else "ready"
+    state = "done" if context.is_done(task) else "waits" if missing else "ready"
     return {"id": task.id, "state": state, "runs": list(task.runs), "needs": missing}
 
 
@@ -311,7 +244,7 @@ def _run_task(context: "Context", task: "Task", say: Say, should_stop: ShouldSto
     from capgap.train.loop import Progress
     from capgap.train.metrics import StageClock
 
-    if all(map(context.is_recorded, task.runs)):
+    if context.is_done(task):
         return []
     tell = paced(say)
 

@@ -20,8 +20,7 @@ from capgap.errors import UserError
 from capgap.machine import machine
 from capgap.models.build import build_model, load_model
 from capgap.models.shape import Shape
-from capgap.prune.importance import score, scoring_batches
-from capgap.prune.scores import load_importance, save_importance
+from capgap.prune.importance import load_importance, save_importance, score, scoring_batches
 from capgap.prune.surgery import cut
 from capgap.records import read_record, record_from_dict, write_record
 from capgap.stages.inputs import warn_of_beginning
@@ -98,7 +97,6 @@ class TaskRun:
             kind="teacher",
             teacher_size=teacher.size,
             alpha=0.0,
-            flops=teacher.work.flops(self.recipe, trainer.heldout.tokens),
             failure=learner.failure,
             curve=learner.curve,
         )
@@ -107,7 +105,9 @@ class TaskRun:
         """Trains all cells of the column that are not recorded yet, side by side."""
         context, trainer = self.context, self.trainer
         cells = {cell.id: cell for cell in column.cells if not context.is_recorded(cell.id)}
-        problem = self._failed_teacher(column)
+        records = {name: read_record(context.record_folder(name)) for name in column.teachers}
+        failed = sorted(name for name, record in records.items() if record.status == "failed")
+        problem = f"its teacher {failed[0]} failed" if failed else None
         if cells and problem is None and column.assistant is not None:
             self._make_assistant(column, column.assistant)
         after_cuts: dict[str, Loss | None] = {}
@@ -117,11 +117,12 @@ class TaskRun:
             if failure is not None:
                 self._record_cell(cell, None, failure={"message": failure}, curve={})
                 continue
-            learner = trainer.learner(
-                cell.id, self._student(cell), cell.tokens, cell.learning_rate, cell.alpha
-            )
-            is_cut = cell.cut_from is not None
-            after_cuts[cell.id] = trainer.evaluate(learner.parts) if is_cut else None
+            if cell.cut_from is None:
+                model = build_model(cell.shape, seed=cell.seed)
+            else:
+                model = self._cut(cell.assistant or cell.cut_from, cell.shape)
+            learner = trainer.learner(cell.id, model, cell.tokens, cell.learning_rate, cell.alpha)
+            after_cuts[cell.id] = trainer.evaluate(learner.parts) if cell.cut_from else None
             learners.append(learner)
         if not learners:
             return
@@ -200,22 +201,11 @@ class TaskRun:
             )
         save_importance(self.context.importance_file(name), importance)
 
-    def _student(self, cell: Cell) -> PreTrainedModel:
-        if cell.cut_from is None:
-            return build_model(cell.shape, seed=cell.seed)
-        return self._cut(cell.assistant or cell.cut_from, cell.shape)
-
     def _cut(self, source: Teacher | Assistant, shape: Shape) -> PreTrainedModel:
         """A model of `shape` from one whose units are scored."""
         with self.trainer.clock.stage("pruning"):
             whole = load_model(self.context.weights_of(source), dtype=torch.float32)
             return cut(whole, load_importance(self.context.importance_file(source.id)), shape)
-
-    def _failed_teacher(self, column: Column) -> str | None:
-        for teacher in sorted(column.teachers):
-            if read_record(self.context.record_folder(teacher)).status == "failed":
-                return f"its teacher {teacher} failed"
-        return None
 
     def _failed_assistant(self, cell: Cell) -> str | None:
         """Why the cell cannot begin, if its assistant could not be made."""
@@ -256,7 +246,6 @@ class TaskRun:
             student_size=cell.student_size,
             tokens=cell.budget,
             alpha=cell.alpha,
-            flops=cell.work.flops(self.recipe, self.trainer.heldout.tokens),
             assistant=assistant,
             equal_flops_to=cell.equal_flops_to,
             **fields,
@@ -277,6 +266,7 @@ class TaskRun:
             "learning_rate": run.learning_rate,
             "recipe_hash": self.recipe.hash(),
             "corpus_hash": self.trainer.text.corpus_hash,
+            "flops": run.work.flops(self.recipe, self.trainer.heldout.tokens),
             "heldout": None if heldout is None else heldout.as_dict(),
             "wall_seconds": time.monotonic() - self.start,
             "machine": machine(context.device, context.threads),

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from capgap.errors import Interrupted, UserError, WorkerDied, is_disk_full
 from capgap.sweep.cells import Context, Task, Teacher, Work
 
+Outcome = Literal["done", "stopped", "user_error", "crashed"]
 STEPS_EVERY = 0.25  # seconds between two messages about steps
 PARENT_CHECK_SECONDS = 1.0
 POLL_SECONDS = 0.2
@@ -38,7 +39,7 @@ class EndMessage:
 
     worker: int
     task: str
-    outcome: Literal["done", "stopped", "user_error", "crashed"]
+    outcome: Outcome
     message: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     busy: float = 0.0
@@ -111,7 +112,7 @@ def _run(
     def should_stop() -> bool:
         return stop.is_set() or _is_orphan()
 
-    outcome: Literal["done", "stopped", "user_error", "crashed"] = "done"
+    outcome: Outcome = "done"
     message = ""
     try:
         run = TaskRun(context, clock, should_stop, on_step)

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from capgap.distill import DivergenceName
 from capgap.section import (
     Beta,
     Count,
@@ -32,7 +33,7 @@ class TrainingSection(Section):
     ] = 0.5
     temperature: Annotated[Positive, "Temperature of the soft term."] = 1.0
     divergence: Annotated[
-        Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"],
+        DivergenceName,
         "How far the student is from its teacher: the soft term.",
     ] = "forward_kl"
     divergence_mix: Annotated[ProperFraction, "The teacher's share in jsd and skewed_kl."] = 0.5
