@@ -195,13 +195,7 @@ def test_models_of_all_families_get_rows_and_stay_what_they_were(architecture, t
     shape = ladder_shape(architecture, 12_000, vocabulary=310, positions=32)
     model = build_model(dataclasses.replace(shape, tied=tied), seed=1)
     save_model(model, tmp_path / "old", tokenizer)
-    rows = extend_model(
-        tmp_path / "old",
-        tmp_path / "new",
-        extension.tokenizer,
-        first=extension.first,
-        origins=extension.origins,
-    )
+    rows = extend_model(tmp_path / "old", tmp_path / "new", extension)
     assert rows == 384
     found, report = AutoModelForCausalLM.from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -242,6 +236,17 @@ def asked(model, texts, out, *more, tokens="32k"):
         *("adapt", model, "--new", texts / "new.txt", "--pieces", 40, "--tokens", tokens),
         *("--out", out, "--window", 32, "-s", "training.batch_tokens=256", *more),
     )
+
+
+def test_a_token_for_pictures_needs_no_row(typed, texts, tmp_path):
+    tokenizer = llama_tokenizer(OLD)
+    words = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    shape = ladder_shape("llama", 8_000, vocabulary=words, positions=32)
+    save_model(build_model(shape, seed=1), tmp_path / "tiny", tokenizer)
+    done = typed(*asked(tmp_path / "tiny", texts, tmp_path / "run", "--json", tokens="0"))
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["tokenizer"]["words_before"] == words + 1
 
 
 def test_a_model_is_adapted_and_done_only_once(typed, model, texts, tmp_path):

@@ -17,7 +17,7 @@ from capgap.corpus.tokenizer import load_tokenizer, train_tokenizer
 from capgap.errors import UserError
 from capgap.evaluate import losses
 from capgap.evaluate.code_runner import run_program, sandbox_problem
-from capgap.evaluate.harness import CountingModel, counting_model, load_tasks, part_names, run_set
+from capgap.evaluate.harness import CountingModel, load_tasks, part_names, run_set
 from capgap.evaluate.scores import Part, combine, comparable, known_flops, six_mean
 from capgap.evaluate.sets import NAMES, SETS, SIX
 from capgap.evaluate.sources import READERS, read_copy, read_local
@@ -910,7 +910,7 @@ def test_all_is_as_before_afterwards(student, sets, tmp_path):
 def test_how_far_it_is_is_told(student, sets, monkeypatch):
     monkeypatch.setattr("capgap.evaluate.harness.SAID_EVERY", -1.0)
     said: list[str] = []
-    model = counting_model(load_model(student), load_tokenizer(student), 4)
+    model = CountingModel(load_model(student), load_tokenizer(student), 4)
     _, local = read_local(sets, "piqa", ("",))
     run_set(SETS["piqa"], model, local, shots=0, limit=2, say=said.append)
     assert "piqa: 2 prompts made" in said

@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import processes
+from capgap.artifact import read_json, write_json
 from capgap.cli import main
 from capgap.export import card as cards
 from capgap.export.card import (
@@ -316,9 +317,9 @@ def test_a_card_of_an_unknown_licence_says_so():
 
 def test_the_student_of_a_sweep_keeps_its_story(small_corpus, tmp_path):
     out = write_output(tmp_path / "sweep")
-    marker = json.loads((out / "sweep.json").read_text())
+    marker = read_json(out / "sweep.json")
     marker["recipe"]["corpus"] = {"source": str(tmp_path / "texts")}
-    (out / "sweep.json").write_text(json.dumps(marker))
+    write_json(out / "sweep.json", marker)
     student = save(out / "student", small_corpus)
     card = card_of_student(student)
     assert card is not None

@@ -24,7 +24,7 @@ from capgap.models.build import build_model, load_model, save_model
 from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape
 from capgap.stages.evaluate import Evaluate
-from capgap.stages.measure import MeasureRequest, run_measure
+from capgap.stages.measure import run_measure
 from capgap.sweep.checks import claimed
 
 BEGIN, TURN = "<s>", "<|im_end|>"
@@ -193,10 +193,10 @@ def test_measure_reads_what_evaluate_reads(corpora, model, monkeypatch):
     monkeypatch.setattr(measure, "WINDOW", 32)
     for corpus in corpora.values():
         found = heldout_of(model, corpus, 32)
-        asked = MeasureRequest(str(corpus.directory), 10**9, device="cpu")
-        measured = run_measure(asked, {"it": str(model)}).models["it"]
+        text, models = str(corpus.directory), {"it": str(model)}
+        measured = run_measure(text, models, num_bytes=10**9, device="cpu").models["it"]
         assert measured.tokens == found["tokens"]
-        assert measured.nats_per_token == pytest.approx(found["loss"], rel=1e-6)
+        assert measured.loss == pytest.approx(found["loss"], rel=1e-6)
 
 
 def test_a_sample_begins_like_a_text_and_keeps_the_first_space(model, tokenizer, monkeypatch):

@@ -23,7 +23,7 @@ from capgap.models.build import build_model, save_model
 from capgap.models.parts import Parts
 from capgap.models.shape import ladder_shape
 from capgap.report.advice import advice_sentences
-from capgap.stages.measure import MeasureRequest, run_measure
+from capgap.stages.measure import run_measure
 from conftest import made_up_text
 from lively import in_double
 
@@ -77,7 +77,7 @@ def test_loss_entropy_and_confidence_are_those_of_transformers_logits(architectu
         assert found.document_entropies[place] == pytest.approx(entropy, rel=1e-12)
     assert found.calibration_error == pytest.approx(calibration_error(sure, hits), rel=1e-12)
     assert (found.tokens, found.bytes) == (55, 165)
-    assert found.nats_per_byte == pytest.approx(found.nats_per_token / 3)
+    assert found.nats_per_byte == pytest.approx(found.loss / 3)
 
 
 def test_chunks_change_nothing():
@@ -96,7 +96,7 @@ def test_a_model_that_knows_nothing_has_the_entropy_of_its_words():
         Parts(uniform(model_of(tied=False))), heldout_set(documents_of([20, 30]), BEGUN, 16)
     )
     assert found.entropy == pytest.approx(math.log(WORDS), rel=1e-6)
-    assert found.nats_per_token == pytest.approx(math.log(WORDS), rel=1e-6)
+    assert found.loss == pytest.approx(math.log(WORDS), rel=1e-6)
     assert found.overconfidence == pytest.approx(0, abs=1e-5)
 
 
@@ -215,13 +215,13 @@ def models(tmp_path_factory, small_corpus: Text, bytewise):
 
 def test_two_tokenizers_read_the_same_bytes(models, text_file):
     pair = {name: models[name] for name in ("bytes", "pieces")}
-    found = run_measure(MeasureRequest(str(text_file), 3000), pair)
+    found = run_measure(str(text_file), pair, num_bytes=3000)
     of_bytes, of_pieces = found.models["bytes"], found.models["pieces"]
     assert of_bytes.document_bytes == of_pieces.document_bytes
     # one token a byte and one for the end of a whole document; knowing nothing costs all the same
     whole = sum(one.whole for one in excerpt(str(text_file), 3000))
     assert of_bytes.tokens == of_bytes.bytes + whole
-    assert of_bytes.nats_per_token == pytest.approx(math.log(257), rel=1e-6)
+    assert of_bytes.loss == pytest.approx(math.log(257), rel=1e-6)
     ratio = of_pieces.tokens / of_pieces.bytes
     assert ratio < 0.6
     assert of_pieces.nats_per_byte == pytest.approx(math.log(300) * ratio, rel=1e-6)
@@ -230,7 +230,7 @@ def test_two_tokenizers_read_the_same_bytes(models, text_file):
 
 
 def test_all_read_in_the_shortest_context(models, text_file):
-    found = run_measure(MeasureRequest(str(text_file), 1000), models)
+    found = run_measure(str(text_file), models, num_bytes=1000)
     assert found.window == 32
     assert list(found.models) == list(models)
 
@@ -240,9 +240,8 @@ def test_a_tokenizer_that_loses_text_is_counted(bytewise, tmp_path, text_file):
 
     lower = train_tokenizer([b"nothing to merge"], 257)
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
-    found = run_measure(
-        MeasureRequest(str(text_file), 2000), {"lower": saved(tmp_path / "lower", lower)}
-    )
+    lower_model = {"lower": saved(tmp_path / "lower", lower)}
+    found = run_measure(str(text_file), lower_model, num_bytes=2000)
     lost = found.models["lower"]
     assert lost.changed_documents == len(lost.document_bytes)
 
@@ -458,9 +457,8 @@ def test_many_documents_are_a_smaller_error(models, tmp_path):
     (tmp_path / "text.txt").write_text(made_up_text(60, seed=3))
     errors = []
     for size in (8_000, 40_000):
-        found = run_measure(
-            MeasureRequest(str(tmp_path / "text.txt"), size), {"one": models["small"]}
-        )
+        one = {"one": models["small"]}
+        found = run_measure(str(tmp_path / "text.txt"), one, num_bytes=size)
         errors.append(found.models["one"].as_dict()["nats_per_byte_stderr"])
     assert errors[1] < errors[0]
 

@@ -147,10 +147,16 @@ def test_corpora_that_do_not_mix_are_told(small_corpus, other, tmp_path, text_fi
         Text.of([*small_corpus.sources, strange], [1, 1])
 
 
+def mixture_of(sources, shares):
+    parts = ("document_losses", "document_tokens", "document_bytes")
+    joined = ([x for one in sources.values() for x in getattr(one, part)] for part in parts)
+    return MixedLoss(*joined, sources=sources, shares=shares)
+
+
 def test_the_whole_is_the_mean_of_the_sources_by_their_shares():
     one = HeldoutLoss([10.0, 20.0, 9.0], [5, 8, 4], [20, 30, 18])
     two = HeldoutLoss([8.0, 5.0], [2, 3], [4, 7])
-    both = MixedLoss({"one": one, "two": two}, {"one": 0.75, "two": 0.25})
+    both = mixture_of({"one": one, "two": two}, {"one": 0.75, "two": 0.25})
     assert both.loss == pytest.approx(0.75 * one.loss + 0.25 * two.loss)
     told = both.as_dict()
     assert told["loss_stderr"] == pytest.approx(
@@ -160,7 +166,7 @@ def test_the_whole_is_the_mean_of_the_sources_by_their_shares():
     assert told["document_tokens"] == [5, 8, 4, 2, 3]
     assert told["sources"]["two"]["bits_per_byte"] == two.bits_per_byte
     # a mixture of one is that one
-    alone = MixedLoss({"one": one}, {"one": 1.0}).as_dict()
+    alone = mixture_of({"one": one}, {"one": 1.0}).as_dict()
     for key, value in one.as_dict().items():
         assert alone[key] == pytest.approx(value)
 

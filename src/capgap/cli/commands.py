@@ -145,13 +145,18 @@ class Recommend(Answer):
         # mistakes are told before models are read
         found = advice()
         if self.measure is not None:
-            from capgap.stages.measure import MeasureRequest, run_measure
+            from capgap.stages.measure import run_measure
 
-            num_bytes = parse_count(self.measure_bytes)
-            request = MeasureRequest(
-                self.measure, num_bytes, self.dtype, self.device, self.student_model
+            measurement = run_measure(
+                self.measure,
+                sources_of(candidates),
+                num_bytes=parse_count(self.measure_bytes),
+                dtype=self.dtype,
+                device=self.device,
+                student=self.student_model,
+                say=say,
             )
-            found = advice(measurement=run_measure(request, sources_of(candidates), say=say))
+            found = advice(measurement=measurement)
         if self.figure is not None:
             from capgap.report.draw import write_picture
             from capgap.report.published_charts import advice_chart

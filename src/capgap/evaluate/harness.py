@@ -43,7 +43,8 @@ DRAWN_IN = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface
 
 
 class CountingModel(HFLM):
-    """The harness' model that also counts the questions whose prompt it had to cut.
+    """The harness' model that also counts the questions whose prompt it had to cut; the model stays
+    where it is.
 
     `cut` has (task, number of the question). Log-likelihoods are in float32 whatever the weights.
     """
@@ -53,13 +54,20 @@ class CountingModel(HFLM):
     ) -> None:
         self.cut: set[tuple[str, int]] = set()
         self._asked: Sequence[Any] = ()
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            softmax_dtype="float32",
-            prefix_token_id=Marks.of(tokenizer).begin,
-        )
+        own = model.generation_config
+        if own is not None:
+            # of the folder's own only what ends an answer: it may ask for a million beams
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            ends = {name: getattr(own, name) for name in names}
+            model.generation_config = GenerationConfig(**ends)
+        with quiet_harness():
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                softmax_dtype="float32",
+                prefix_token_id=Marks.of(tokenizer).begin,
+            )
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
         self._asked = requests
@@ -99,19 +107,6 @@ class _MustBeNumbers(LogitsProcessor):
         if bool((scores.isnan() | scores.isposinf()).any()):
             raise NotMeasured("logits are not finite: try --dtype fp32")
         return scores
-
-
-def counting_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int
-) -> CountingModel:
-    """For `run_set`; the model stays where it is."""
-    own = model.generation_config
-    if own is not None:
-        # of the folder's own only what ends an answer: it may ask for a million beams
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
-    with quiet_harness():
-        return CountingModel(model, tokenizer, batch_size)
 
 
 def part_names(one: BenchmarkSet) -> tuple[str, ...]:

@@ -73,13 +73,17 @@ class HeldoutLoss:
     def bits_per_byte(self) -> float:
         return sum(self.document_losses) / math.log(2) / self.bytes
 
-    def as_dict(self) -> dict[str, Any]:
+    @property
+    def bits_per_byte_stderr(self) -> float | None:
         bits = [loss / math.log(2) for loss in self.document_losses]
+        return ratio_standard_error(bits, self.document_bytes)
+
+    def as_dict(self) -> dict[str, Any]:
         return {
             "loss": self.loss,
             "loss_stderr": self.loss_stderr,
             "bits_per_byte": self.bits_per_byte,
-            "bits_per_byte_stderr": ratio_standard_error(bits, self.document_bytes),
+            "bits_per_byte_stderr": self.bits_per_byte_stderr,
             "tokens": self.tokens,
             "bytes": self.bytes,
             "document_losses": self.document_losses,
@@ -87,9 +91,9 @@ class HeldoutLoss:
         }
 
 
-@dataclass(frozen=True)
-class MixedLoss:
-    """The held-out losses of a mixture's sources, and of the mixture: the mean over sources,
+@dataclass(frozen=True, kw_only=True)
+class MixedLoss(HeldoutLoss):
+    """The loss of a mixture, on the documents of all its sources in order: the mean over sources,
     weighted by their shares of the training tokens, whatever the sizes of their held-out parts.
 
     So it is what training brings down. Bits per byte are those of a text with these shares of
@@ -105,8 +109,17 @@ class MixedLoss:
         return sum(self.shares[name] * source.loss for name, source in self.sources.items())
 
     @property
+    def loss_stderr(self) -> float | None:
+        return self._stderr(0.0)
+
+    @property
     def bits_per_byte(self) -> float:
         return self.loss / math.log(2) / self._bytes_per_token
+
+    @property
+    def bits_per_byte_stderr(self) -> float | None:
+        error = self._stderr(self.bits_per_byte)
+        return error and error / math.log(2) / self._bytes_per_token
 
     @property
     def _bytes_per_token(self) -> float:
@@ -127,39 +140,26 @@ class MixedLoss:
         return math.sqrt(total)
 
     def as_dict(self) -> dict[str, Any]:
-        """The keys of one corpus, with the documents of all sources in order, and `sources`."""
-        every = {name: source.as_dict() for name, source in self.sources.items()}
-        bits = self._stderr(self.bits_per_byte)
-        return {
-            "loss": self.loss,
-            "loss_stderr": self._stderr(0.0),
-            "bits_per_byte": self.bits_per_byte,
-            "bits_per_byte_stderr": bits and bits / math.log(2) / self._bytes_per_token,
-            "tokens": sum(source.tokens for source in self.sources.values()),
-            "bytes": sum(source.bytes for source in self.sources.values()),
-            **{
-                key: [number for source in every.values() for number in source[key]]
-                for key in ("document_losses", "document_tokens")
-            },
-            "sources": {name: {"share": self.shares[name], **one} for name, one in every.items()},
-        }
+        """With each source's own."""
+        own = {name: one.as_dict() for name, one in self.sources.items()}
+        sources = {name: {"share": self.shares[name], **one} for name, one in own.items()}
+        return super().as_dict() | {"sources": sources}
 
 
 def mixed_loss(
     whole: HeldoutLoss, documents: dict[str, int], shares: dict[str, float]
-) -> HeldoutLoss | MixedLoss:
+) -> HeldoutLoss:
     """A loss on all sources at once, by source; `documents` counts those of every source, in their
     order. The loss itself where there is one source."""
     if len(documents) == 1:
         return whole
+    losses, tokens, sizes = whole.document_losses, whole.document_tokens, whole.document_bytes
     sources, start = {}, 0
     for name, count in documents.items():
         part = slice(start, start + count)
-        sources[name] = HeldoutLoss(
-            whole.document_losses[part], whole.document_tokens[part], whole.document_bytes[part]
-        )
+        sources[name] = HeldoutLoss(losses[part], tokens[part], sizes[part])
         start += count
-    return MixedLoss(sources, shares)
+    return MixedLoss(losses, tokens, sizes, sources=sources, shares=shares)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,10 +189,6 @@ class Measured(HeldoutLoss):
         return sum(self.document_losses) / self.bytes
 
     @property
-    def nats_per_token(self) -> float:
-        return self.loss
-
-    @property
     def entropy(self) -> float:
         """Of the predictions, nats per token: the loss that the model itself expects."""
         return sum(self.document_entropies) / self.tokens
@@ -215,12 +211,13 @@ class Measured(HeldoutLoss):
 
     def as_dict(self) -> dict[str, Any]:
         """What advice says of a model, per byte first."""
-        names = ("nats_per_token", "entropy", "overconfidence", "calibration_error", "tokens")
+        names = ("entropy", "overconfidence", "calibration_error", "tokens", "bytes", "seconds")
         return {
             "nats_per_byte": self.nats_per_byte,
             "nats_per_byte_stderr": ratio_standard_error(self.document_losses, self.document_bytes),
             "entropy_per_byte": sum(self.document_entropies) / self.bytes,
-            **{name: getattr(self, name) for name in (*names, "bytes", "seconds")},
+            "nats_per_token": self.loss,
+            **{name: getattr(self, name) for name in names},
         }
 
 

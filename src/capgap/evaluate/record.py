@@ -20,9 +20,9 @@ Result = dict[str, Any]
 class Record:
     """What is asked for and what is measured of it, as docs/evaluation.md describes it.
 
-    `about`: the keys that do not change. `heldout` by folder and `tasks` by name, in the order that
-    was asked for: None until it is measured or known to be missing. `out` gets the record as JSON,
-    `samples` every question and answer as a line of JSON.
+    `about`: the keys that do not change. `results`: `heldout` by folder and `tasks` by name, in the
+    order that was asked for: None until it is measured or known to be missing. `out` gets the
+    record as JSON, `samples` every question and answer as a line of JSON.
     """
 
     def __init__(
@@ -35,8 +35,10 @@ class Record:
         samples: Path | None,
     ) -> None:
         self.about = about
-        self.heldout: dict[str, Result | None] = dict.fromkeys(folders)
-        self.tasks: dict[str, Result | None] = dict.fromkeys(tasks)
+        self.results: dict[str, dict[str, Result | None]] = {
+            "heldout": dict.fromkeys(folders),
+            "tasks": dict.fromkeys(tasks),
+        }
         self.out, self.samples = out, samples
         self._earlier = {} if out is None else _read(out)
         versions = self._earlier.get("versions", {})
@@ -48,36 +50,45 @@ class Record:
         self.loaded = {key: self._earlier.get(key) for key in _LOADED}
         self._sampled = None if samples is None else {name for name, _ in _lines(samples)}
 
-    def keep_heldout(self, folder: str, **measured_with: Any) -> bool:
-        """Whether an earlier call measured this corpus with the same."""
-        self.heldout[folder] = _same(self._earlier.get("heldout"), folder, measured_with)
-        return self.heldout[folder] is not None
-
-    def keep_task(self, name: str, **measured_with: Any) -> bool:
-        """Whether an earlier call measured this set with the same, and its samples are there."""
-        self.tasks[name] = _same(self._earlier.get("tasks"), name, measured_with)
-        if self._sampled is not None and name not in self._sampled:
-            self.tasks[name] = None
-        return self.tasks[name] is not None
+    def keep(self, kind: str, name: str, **measured_with: Any) -> bool:
+        """Whether an earlier call measured this corpus ("heldout") or this set ("tasks") with the
+        same, and a set's samples are there; then that stays."""
+        found = (self._earlier.get(kind) or {}).get(name)
+        if found is None or found["missing"] is not None:
+            return False
+        if any(found[key] != value for key, value in measured_with.items()):
+            return False
+        if kind == "tasks" and self._sampled is not None and name not in self._sampled:
+            return False
+        self.results[kind][name] = found
+        return True
 
     def drop_samples(self) -> None:
         """Leaves the lines of sets that are kept; what a stopped call wrote of others goes."""
         if self.samples is not None:
-            lines = (line for name, line in _lines(self.samples) if self.tasks.get(name))
+            kept = {
+                name for name, one in self.results["tasks"].items() if one and not one["missing"]
+            }
+            lines = [line for name, line in _lines(self.samples) if name in kept]
             write_text(self.samples, "".join(lines))
 
-    def add_task(self, name: str, result: Result, samples: Iterable[Mapping[str, Any]]) -> None:
+    def add(
+        self, kind: str, name: str, result: Result, samples: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        """What was measured now, or why nothing was."""
         if self.samples is not None:
             with self.samples.open("a", encoding="utf-8") as file:
                 for sample in samples:
                     file.write(json.dumps(sample, ensure_ascii=False, default=str) + "\n")
-        self.tasks[name] = result
+        self.results[kind][name] = result
         self.write()
 
     def write(self, *, finished: bool = False) -> dict[str, Any]:
         """The record as it stands; the mean belongs to one that is finished."""
-        tasks = {name: one for name, one in self.tasks.items() if one is not None}
-        heldout = {folder: one for folder, one in self.heldout.items() if one is not None}
+        tasks, heldout = (
+            {name: one for name, one in self.results[kind].items() if one is not None}
+            for kind in ("tasks", "heldout")
+        )
         mean, why = None, None
         if finished and any(name in SIX for name in tasks):
             mean, why = six_mean(tasks, limit=self.about["limit"])
@@ -93,16 +104,6 @@ class Record:
         if self.out is not None:
             write_json(self.out, record)
         return record
-
-
-def _same(
-    earlier: Mapping[str, Result] | None, name: str, measured_with: Mapping[str, Any]
-) -> Result | None:
-    """What was measured of it, where it was and with the same."""
-    found = (earlier or {}).get(name)
-    if found is None or found["missing"] is not None:
-        return None
-    return found if all(found[key] == value for key, value in measured_with.items()) else None
 
 
 def _read(path: Path) -> dict[str, Any]:

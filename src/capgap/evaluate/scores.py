@@ -3,7 +3,6 @@
 Imports no torch and no harness.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from capgap.errors import UserError
+from capgap.artifact import read_json
 from capgap.evaluate.sets import SETS, SIX, BenchmarkSet
 from capgap.stage import text_table
 
@@ -123,15 +122,12 @@ def known_flops(model: str) -> float | None:
     all its students and the whole run, so neither one of several nor OUT/best has its own.
     """
     folder = Path(model).absolute()
-    record = folder.parent.parent / "distill.json"
-    if folder.parent.name != "students" or not record.is_file():
+    path = folder.parent.parent / "distill.json"
+    if folder.parent.name != "students" or not path.is_file():
         return None
-    try:
-        found = json.loads(record.read_text())
-        is_alone = len(found.get("after", {})) < 2
-        return float(found["flops"]) if found.get("finished") and is_alone else None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"cannot read {record} ({error}): give flops") from None
+    record = read_json(path, finished=bool)
+    is_own = record["finished"] and len(record.get("after", {})) < 2
+    return record.get("flops") if is_own else None
 
 
 def record_text(record: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ A copy's files become the records that the harness' tasks read.
 
 import csv
 import gzip
-import hashlib
 import io
 import json
 import lzma
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from capgap.artifact import file_hash
+from capgap.artifact import digest, file_hash
 from capgap.corpus.readers import safe_members
 from capgap.errors import UserError, first_line
 from capgap.evaluate.sets import BenchmarkSet, NotMeasured
@@ -43,7 +42,11 @@ def find_source(one: BenchmarkSet, folder: Path | None, parts: Sequence[str]) ->
     copy = None if folder is None else read_local(folder, one.name, parts)
     if copy is not None:
         path, records = copy
-        return SetSource({"kind": "local", "path": str(path), "sha256": _sha256(path)}, records)
+        if path.is_file():
+            whole = file_hash(path)
+        else:
+            whole = digest({str(one.relative_to(path)): file_hash(one) for one in _files(path)})
+        return SetSource({"kind": "local", "path": str(path), "sha256": whole}, records)
     import datasets
 
     from capgap.corpus.names import hub_revision
@@ -59,17 +62,6 @@ def find_source(one: BenchmarkSet, folder: Path | None, parts: Sequence[str]) ->
             cause = str(error).partition(": there is no file")[0]
             raise NotMeasured(f"no local copy{where}, and {cause}") from None
     return SetSource({"kind": "hub", "dataset": one.hub, "revision": revision})
-
-
-def _sha256(path: Path) -> str:
-    """Of an archive, or of all files of a folder with their names."""
-    if path.is_file():
-        return file_hash(path)
-    whole = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            whole.update(f"{file.relative_to(path)}\0{file_hash(file)}\n".encode())
-    return whole.hexdigest()
 
 
 def read_local(folder: Path, name: str, parts: Sequence[str]) -> tuple[Path, LocalSet] | None:
@@ -115,12 +107,16 @@ def read_local(folder: Path, name: str, parts: Sequence[str]) -> tuple[Path, Loc
     return path, local
 
 
+def _files(folder: Path) -> list[Path]:
+    """Those of a folder, at any depth."""
+    return [file for file in sorted(folder.rglob("*")) if file.is_file()]
+
+
 def read_copy(path: Path) -> dict[str, bytes]:
     """The contents of all files of a folder or an archive, by their path inside; an archive is not
     unpacked. UserError for one that is damaged, or that `safe_members` refuses."""
     if path.is_dir():
-        files = (file for file in sorted(path.rglob("*")) if file.is_file())
-        return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+        return {file.relative_to(path).as_posix(): file.read_bytes() for file in _files(path)}
     try:
         with tarfile.open(path) as archive:
             return {name: file.read() for name, file in safe_members(archive)}

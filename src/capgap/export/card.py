@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from capgap.artifact import read_json
 from capgap.corpus.names import HUB_SECONDS, is_cached
 from capgap.models.stored import LICENCES
 from capgap.records import RunRecord, read_records
@@ -214,7 +215,7 @@ def card_of_student(folder: Path) -> Card | None:
     marker = folder.resolve().parent / "sweep.json"
     if folder.resolve().name != "student" or not marker.is_file():
         return None
-    sweep = json.loads(marker.read_text())
+    sweep = read_json(marker)
     records = read_records(marker.parent)
     cell = (sweep.get("best") or {}).get("cell")
     best = next((record for record in records if record.id == cell), None)

@@ -19,6 +19,7 @@ from capgap.export.card import (
 )
 from capgap.export.folder import Source
 from capgap.export.lineage import Lineage
+from capgap.models.identity import count_parameters
 from capgap.models.shape import Shape
 from capgap.models.stored import empty_model
 from capgap.sizes import format_count
@@ -51,14 +52,7 @@ def model_card(model: str, source: Source, lineage: Lineage, name: str | None = 
 
 
 def _card(name: str, licence: Licence, source: Source, lineage: Lineage) -> Card:
-    if source.shape is not None:
-        counts = source.shape.parameters()
-        non_embedding, total = counts.non_embedding, counts.total
-    else:
-        model = empty_model(source.config)
-        total = model.num_parameters()
-        tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-        non_embedding = total - sum(table.numel() for table in tables)
+    non_embedding, total = count_parameters(empty_model(source.config))
     teacher, cut = lineage.teacher, lineage.values(kinds.CUT)
     teacher_size = Shape(**cut["teacher_shape"]).parameters().non_embedding if cut else None
     tokens, losses = _student_losses(lineage, source.folder)

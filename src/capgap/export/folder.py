@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from capgap.artifact import read_json
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import UserError
+from capgap.export.gguf_file import read_gguf
 from capgap.machine import free_memory
 from capgap.models.build import load_model, shape_of
 from capgap.models.families import FAMILIES
@@ -24,9 +26,9 @@ from capgap.models.stored import (
     LICENCES,
     StoredWeights,
     copy_companions,
-    empty_model,
     local_folder,
     read_config,
+    skeleton_of,
     write_weights,
 )
 from capgap.sizes import format_bytes
@@ -85,11 +87,7 @@ def open_source(model: str, dtype: torch.dtype | None) -> Source:
     folder = local_folder(model)
     tokenizer = load_tokenizer(folder)
     weights = StoredWeights(folder)
-    empty = empty_model(config)
-    config.architectures = [type(empty).__name__]
-    stored = empty.state_dict()
-    skeleton = dict(empty.named_parameters())
-    skeleton |= {name: one for name, one in empty.named_buffers() if name in stored}
+    skeleton = skeleton_of(config)
     if shape is None and not all(map(weights.has, skeleton)):
         skeleton = {name: torch.empty(weights.shape(name), device="meta") for name in weights.names}
     skeleton = {name: one.to(dtype or weights.dtype(name)) for name, one in skeleton.items()}
@@ -103,16 +101,27 @@ def write_folder(source: Source, folder: Path, *, shard_bytes: int, say: Say) ->
 
     UserError with the tensor's name for weights of another shape, or that are not finite.
     """
-    done, tell = 0, paced(say)
+    tell = paced(say)
 
     def make(name: str) -> Tensor:
-        nonlocal done
-        done += 1
+        stored, wanted = source.weights[name], source.skeleton[name]
+        where = f"{name} in {source.folder}"
+        if stored.shape != wanted.shape:
+            shapes = f"has the shape {list(stored.shape)}, its config says {list(wanted.shape)}"
+            raise UserError(f"{where} {shapes}: give the model's own config")
+        if not torch.isfinite(stored).all():
+            why = "holds NaN or infinite weights: this model is broken, train again"
+            raise UserError(f"{where} {why}")
+        tensor = stored.to(wanted.dtype)
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where} has weights too large for fp16: take bf16")
+        return tensor
+
+    def on_tensor(done: int) -> None:
         tell(lambda: f"export: {done} of {len(source.skeleton)} tensors")
-        return _checked(name, source)
 
     _write_config(source.config, folder)
-    write_weights(folder, source.skeleton, make, shard_bytes=shard_bytes)
+    write_weights(folder, source.skeleton, make, shard_bytes=shard_bytes, on_tensor=on_tensor)
     copy_companions(source.folder, folder)
     _write_tokenizer(source, folder)
     if not (folder / "generation_config.json").is_file():
@@ -151,8 +160,6 @@ def check_logits(source: Source, folder: Path, gguf: Path | None) -> str | None:
             )
     # read in fp32, and once more while it is turned into a model
     if gguf is not None and has_room("the GGUF file", count * 8):
-        from capgap.export.gguf_file import read_gguf
-
         wanted = trial_logits(load_model(folder, torch.float32))
         if not computes(read_gguf(gguf, read_config(folder)), wanted):
             raise FieldError("gguf", f"{gguf} computes other logits than the model: leave it out")
@@ -165,20 +172,6 @@ def copy_licence(teacher: Path, folder: Path) -> None:
         copy_companions(teacher, folder, LICENCES)
 
 
-def _checked(name: str, source: Source) -> Tensor:
-    stored, wanted = source.weights[name], source.skeleton[name]
-    where = f"{name} in {source.folder}"
-    if stored.shape != wanted.shape:
-        shapes = f"has the shape {list(stored.shape)}, its config says {list(wanted.shape)}"
-        raise UserError(f"{where} {shapes}: give the model's own config")
-    if not torch.isfinite(stored).all():
-        raise UserError(f"{where} holds NaN or infinite weights: this model is broken, train again")
-    tensor = stored.to(wanted.dtype)
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"{where} has weights too large for fp16: take bf16")
-    return tensor
-
-
 def _write_config(config: "PreTrainedConfig", folder: Path) -> None:
     """config.json of this version of transformers, with the names that older readers look for: to
     them a missing rope_theta would silently be another one."""
@@ -186,7 +179,7 @@ def _write_config(config: "PreTrainedConfig", folder: Path) -> None:
         del config.auto_map
     config.save_pretrained(folder)
     path = folder / "config.json"
-    fields: dict[str, Any] = json.loads(path.read_text())
+    fields = read_json(path)
     kind, rope = fields["model_type"], fields.get("rope_parameters") or {}
     older: dict[str, Any] = {"torch_dtype": str(config.dtype).removeprefix("torch.")}
     if kind == "gemma3_text":
@@ -211,7 +204,7 @@ def _write_tokenizer(source: Source, folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file():
         source.tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    own = json.loads(path.read_text()) if path.is_file() else {}
+    own = read_json(path) if path.is_file() else {}
     fields = {key: value for key, value in own.items() if key not in _LOCAL}
     if fields.get("tokenizer_class") in (None, "TokenizersBackend"):
         fields["tokenizer_class"] = "PreTrainedTokenizerFast"

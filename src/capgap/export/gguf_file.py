@@ -8,7 +8,6 @@ import functools
 import io
 import json
 import math
-import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from capgap.artifact import file_written
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import border
 from capgap.export.card import Licence
@@ -130,27 +130,22 @@ def _check_gemma(config: Any, period: int) -> None:
 
 
 def write_gguf(folder: Path, path: Path, *, name: str, licence: Licence) -> dict[str, Any]:
-    """Writes the model in `folder` to `path` and compares what is read back with it.
+    """Writes the model in `folder`, which `check_gguf` takes, to `path` and compares what is read
+    back with it.
 
     Matrices keep their dtype, vectors are fp32, as llama.cpp wants them. Returns what the command
-    tells. FieldError as `check_gguf`, and OSError where what was read back differs.
+    tells. OSError where what was read back differs.
     """
     config: Any = read_config(folder)
     tokenizer = load_tokenizer(folder)
-    check_gguf(config, tokenizer)
     architecture = LAYOUTS[config.model_type].architecture
     weights = StoredWeights(folder)
     tensors = _tensors(config, weights)
     keys = _keys(config, weights.dtype("model.embed_tokens.weight"), name, licence)
     keys |= tokenizer_keys(tokenizer, config.vocab_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with file_written(path) as aside:
         _write(aside, architecture, keys, tensors)
         _compare(aside, keys, tensors)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
@@ -170,8 +165,7 @@ def read_gguf(path: Path, config: "PreTrainedConfig") -> "PreTrainedModel":
 
     if config.model_type == "mistral":
         config = AutoConfig.for_model(**config.to_dict() | {"model_type": "llama"})
-    # its bar knows no switch
-    # alone in a folder: what lies beside it would be read too
+    # its bar knows no switch; alone in a folder, since what lies beside it would be read too
     with (
         border(f"{path} cannot be read back"),
         redirect_stderr(io.StringIO()),

@@ -279,6 +279,7 @@ def _by_config(source: str, name: str) -> Candidate:
     # the only teachers for which transformers, and with it torch, is loaded
     from capgap.models.build import shape_of
     from capgap.models.families import FAMILIES
+    from capgap.models.identity import count_parameters
     from capgap.models.stored import empty_model, read_config
 
     config = read_config(source)
@@ -286,8 +287,5 @@ def _by_config(source: str, name: str) -> Candidate:
         shape = shape_of(config)
         counts = shape.parameters()
         return Candidate(name, counts.non_embedding, counts.total, None, source, shape=shape)
-    model = empty_model(config)
-    total = sum(weight.numel() for weight in model.parameters())
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    embedding = sum({id(one.weight): one.weight.numel() for one in ends if one}.values())
-    return Candidate(name, total - embedding, total, None, source)
+    non_embedding, total = count_parameters(empty_model(config))
+    return Candidate(name, non_embedding, total, None, source)

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from capgap.models.stored import (
     write_weights,
     written_beside,
 )
+
+if TYPE_CHECKING:
+    from capgap.corpus.extend import Extension
 
 # What weights can be loaded as
 DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -217,16 +220,9 @@ def save_model(
             tokenizer.save_pretrained(partial)
 
 
-def extend_model(
-    path_or_name: str | Path,
-    out: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    first: int,
-    origins: Sequence[Sequence[int]],
-) -> int:
-    """Writes a model of one of the families with rows for new tokens, the first of id `first`, and
-    `tokenizer` as a Hugging Face folder, which appears whole at `out`; returns its rows.
+def extend_model(path_or_name: str | Path, out: Path, extension: "Extension") -> int:
+    """Writes a model of one of the families with rows for the new tokens, and their tokenizer, as a
+    Hugging Face folder, which appears whole at `out`; returns its rows.
 
     The row of a new token, of the table and of a head that is not tied to it, is the mean of the
     rows of the old tokens that it is made of, its `origins`. Rows beyond all tokens, up to a
@@ -239,20 +235,21 @@ def extend_model(
     config = copy.deepcopy(read_config(path_or_name))
     shape = shape_of(config)
     tables = {name for name, axes in shape.family.tables.items() if "vocabulary" in axes}
-    rows = ROWS * math.ceil(max(shape.vocabulary, first + len(origins)) / ROWS)
-    config.vocab_size = rows
+    config.vocab_size = rows = ROWS * math.ceil(max(shape.vocabulary, extension.words) / ROWS)
     weights = StoredWeights(source)
 
     def make(name: str) -> Tensor:
         weight = weights[name]
-        return extended_rows(weight, rows, first, origins) if name in tables else weight
+        if name not in tables:
+            return weight
+        return extended_rows(weight, rows, extension.first, extension.origins)
 
-    skeleton = skeleton_of(config, weights.dtype)
+    skeleton = {name: one.to(weights.dtype(name)) for name, one in skeleton_of(config).items()}
     with written_beside(out) as folder:
         config.save_pretrained(folder)
         write_weights(folder, skeleton, make)
         copy_companions(source, folder, (*PAPERS, *RECORDS))
-        tokenizer.save_pretrained(folder)
+        extension.tokenizer.save_pretrained(folder)
     return rows
 
 

@@ -1,12 +1,18 @@
-"""Which model is it: a hash of what decides its outputs, wherever its files lie."""
+"""Which model is it: a hash of what decides its outputs, wherever its files lie; and its size."""
 
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from capgap.artifact import file_hash
 from capgap.errors import UserError
 from capgap.models.stored import StoredWeights, local_folder, needs_own_code
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Written by the library that saved the model, without a part in what it computes
 _INCIDENTAL = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
@@ -30,3 +36,13 @@ def model_hash(path_or_name: str | Path) -> str:
     for path in (*weights.paths, *code):
         whole.update(bytes.fromhex(file_hash(path)))
     return whole.hexdigest()
+
+
+def count_parameters(model: "PreTrainedModel") -> tuple[int, int]:
+    """(non-embedding, all): the first without tables of tokens and positions and without a head."""
+    tables: list[Any] = [one for one in model.modules() if isinstance(one, nn.Embedding)]
+    head = model.get_output_embeddings()
+    # a tied head is one of the tables
+    weights = {id(one.weight): one.weight for one in (*tables, head) if one is not None}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total - sum(weight.numel() for weight in weights.values()), total

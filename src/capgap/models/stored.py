@@ -314,18 +314,23 @@ def write_weights(
     make: Callable[[str], Tensor],
     *,
     shard_bytes: int | None = None,
+    on_tensor: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Writes the tensors of `skeleton` (on the meta device, by name) as transformers would, in
     files of at most `shard_bytes`, by default SHARD_BYTES.
 
-    `make` gives each tensor when its turn comes; no more than one file's are in memory.
+    `make` gives each tensor when its turn comes; no more than one file's are in memory. `on_tensor`
+    gets how many are done.
     """
+    done = 0
     plan = split_torch_state_dict_into_shards(skeleton, max_shard_size=shard_bytes or SHARD_BYTES)
     for file, names in plan.filename_to_tensors.items():
         tensors = {}
         for name in names:
             tensors[name] = make(name).contiguous()
             assert tensors[name].shape == skeleton[name].shape, name
+            done += 1
+            on_tensor(done)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         del tensors
     if plan.is_sharded:
@@ -376,14 +381,13 @@ def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
         return model
 
 
-def skeleton_of(
-    config: "PreTrainedConfig", dtype: Callable[[str], torch.dtype]
-) -> dict[str, Tensor]:
-    """The parameters of a model by name, without numbers, in the dtypes that theirs are given; the
-    config then names the model's class. For `write_weights`."""
+def skeleton_of(config: "PreTrainedConfig") -> dict[str, Tensor]:
+    """The tensors that a model of this config stores, by name, on the meta device; the config is
+    told the model's class. UserError as `empty_model`."""
     model = empty_model(config)
     config.architectures = [type(model).__name__]
-    return {name: tensor.to(dtype(name)) for name, tensor in model.named_parameters()}
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensors[name] for name in model.state_dict() if name in tensors}
 
 
 def auto_class(config: "PreTrainedConfig") -> Any:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from capgap.artifact import LOCK, check_empty, locked, read_json
-from capgap.errors import Failed, UserError
+from capgap.errors import Failed
 from capgap.pipeline.recipe import RunRecipe
-from capgap.pipeline.state import RECORD, Decision, RunState, check_step, decide
+from capgap.pipeline.state import RECORD, Decision, RunState, decide
 from capgap.pipeline.steps import Step, plan_steps
 from capgap.sizes import clock_time
 from capgap.stage import Say
-from capgap.stages.training import TrainingStage
+from capgap.stages.distill import TrainingStage
 from capgap.stopping import Signals, Stopped
 
 
@@ -37,7 +37,8 @@ def plan_pipeline(
 ) -> list[Decision]:
     """What `run_pipeline` would do, without doing it."""
     out = out.absolute()
-    return _selected(recipe, RunState(out, recipe.name), out, again_from, until)
+    state = RunState(out, recipe.name)
+    return decide(plan_steps(recipe, out), state, again_from=again_from, until=until)
 
 
 def run_pipeline(
@@ -60,9 +61,9 @@ def run_pipeline(
     if not (out / RECORD).exists():
         check_empty(out, ours=(LOCK, f".{RECORD}."))
     with locked(out) as lock, Signals() as signals:
-        state = RunState(out, recipe.name)
-        decisions = _selected(recipe, state, out, again_from, until)
-        state.forget_others(plan_steps(recipe, out))
+        state, steps = RunState(out, recipe.name), plan_steps(recipe, out)
+        decisions = decide(steps, state, again_from=again_from, until=until)
+        state.forget_others(steps)
         state.record["recipe"] = recipe.model_dump(mode="json")
         if "trackio" in recipe.track:
             # the library takes one folder for all that a process tells it
@@ -83,21 +84,6 @@ def run_pipeline(
             say(f"{head}: {clock_time(kept['seconds'])}{result}")
         signals.check()
         return state.record
-
-
-def _selected(
-    recipe: RunRecipe, state: RunState, out: Path, again_from: str | None, until: str | None
-) -> list[Decision]:
-    steps = plan_steps(recipe, out)
-    names = [step.name for step in steps]
-    for name in (again_from, until):
-        if name is not None:
-            check_step(name, names)
-    if until is not None:
-        if again_from is not None and names.index(again_from) > names.index(until):
-            raise UserError(f"--from {again_from} comes after --until {until}")
-        steps = steps[: names.index(until) + 1]
-    return decide(steps, state, again_from=again_from)
 
 
 @dataclass(frozen=True)

@@ -65,14 +65,24 @@ class RunState:
 
 
 def decide(
-    steps: Sequence[Step], state: RunState, *, again_from: str | None = None
+    steps: Sequence[Step],
+    state: RunState,
+    *,
+    again_from: str | None = None,
+    until: str | None = None,
 ) -> list[Decision]:
-    """What each step needs. From the step `again_from` on, all start anew.
+    """What each step up to `until` needs. From the step `again_from` on, all start anew.
 
-    UserError: no such step, or one before it that is not done.
+    UserError: no such steps, in no such order, or a step before `again_from` that is not done.
     """
-    if again_from is not None:
-        check_step(again_from, [step.name for step in steps])
+    names = [step.name for step in steps]
+    for name in (again_from, until):
+        if name is not None and name not in names:
+            raise UserError(f"no step {name!r} in this run: its steps are {', '.join(names)}")
+    if until is not None:
+        if again_from is not None and names.index(again_from) > names.index(until):
+            raise UserError(f"--from {again_from} comes after --until {until}")
+        steps = steps[: names.index(until) + 1]
     decisions: dict[str, Decision] = {}
     forced = False
     for step in steps:
@@ -85,12 +95,6 @@ def decide(
             )
         decisions[step.name] = found
     return list(decisions.values())
-
-
-def check_step(name: str, names: Sequence[str]) -> None:
-    """UserError where the run has no such step."""
-    if name not in names:
-        raise UserError(f"no step {name!r} in this run: its steps are {', '.join(names)}")
 
 
 def _decide(step: Step, state: RunState, before: Mapping[str, Decision], forced: bool) -> Decision:
@@ -177,11 +181,7 @@ def _folder_identity(folder: Path, suffixes: tuple[str, ...] | None) -> str | No
     is no such folder."""
     if not folder.is_dir():
         return None
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    kept = (path for path in files if suffixes is None or path.suffix in suffixes)
-    return digest([(str(path.relative_to(folder)), *_size_and_time(path)) for path in kept])[:16]
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    kept = [path for path in files if suffixes is None or path.suffix in suffixes]
+    states = [(str(path.relative_to(folder)), path.stat()) for path in kept]
+    return digest([(name, found.st_size, found.st_mtime_ns) for name, found in states])[:16]

@@ -16,7 +16,7 @@ from capgap.stages.evaluate import Evaluate
 from capgap.stages.export import Export
 from capgap.stages.prune import Prune
 from capgap.stages.score import Score
-from capgap.stages.tuning import Instruct, Prefer
+from capgap.stages.tuning import Instruct, Prefer, Tuning, TuningSection
 from capgap.train.recipe import ABOUT_A_TEACHER, TrainingSection
 
 
@@ -170,19 +170,18 @@ class _Planner:
     def _answer(self, model: str) -> tuple[str, tuple[str, ...]]:
         """The model after conversations and preferences, and the step that made it."""
         last: tuple[str, ...] = ("distill",)
-        conversations, pairs = self.recipe.instruct, self.recipe.prefer
+        template = "minichat"
         shared: dict[str, Any] = {"device": self.device, "track": self.recipe.track}
-        if conversations is not None:
-            out = self.out / "instruct"
-            asked = conversations.model_dump()
-            self._add("instruct", Instruct(model=model, out=out, **asked, **shared), last)
-            model, last = str(out / "model"), ("instruct",)
-        if pairs is not None:
-            out = self.out / "prefer"
-            shared["template"] = "minichat" if conversations is None else "own"
-            tuned = Prefer(model=model, out=out, **pairs.model_dump(), **shared)
-            self._add("prefer", tuned, last)
-            model, last = str(out / "model"), ("prefer",)
+        stages: dict[type[Tuning], TuningSection | None]
+        stages = {Instruct: self.recipe.instruct, Prefer: self.recipe.prefer}
+        for kind, asked in stages.items():
+            if asked is None:
+                continue
+            name, out = kind.title(), self.out / kind.title()
+            values = asked.model_dump() | shared
+            self._add(name, kind(model=model, out=out, template=template, **values), last)
+            # what the second one tunes has that of the first
+            model, last, template = str(out / "model"), (name,), "own"
         return model, last
 
     def _export(self, final: str, last: tuple[str, ...]) -> None:

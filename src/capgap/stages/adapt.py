@@ -7,7 +7,6 @@ OUT/model/        the model in the end: a Hugging Face folder with tokenizer
 OUT/adapt.json    what was asked for and what came out of it
 """
 
-import math
 import shutil
 import time
 from pathlib import Path
@@ -23,8 +22,7 @@ from capgap.scrub import scrub
 from capgap.section import Count, LearningRate, ProperFraction, Section
 from capgap.sizes import format_bytes, parse_count
 from capgap.stage import ARGUMENT, Mark, Say, ShouldStop
-from capgap.stages.distill import Train
-from capgap.stages.training import Tokens, TrainingStage
+from capgap.stages.distill import Tokens, Train, TrainingStage
 from capgap.train.recipe import ABOUT_A_TEACHER
 
 # Text to learn pieces on: so much a piece, within limits that bound the time
@@ -184,16 +182,13 @@ class Adapt(_Extension, TrainingStage):
 
 def _check(request: Adapt) -> None:
     from capgap.corpus.sources import open_source
-    from capgap.corpus.tokenizer import load_tokenizer
     from capgap.models.build import shape_of
-    from capgap.models.stored import read_config
-    from capgap.stages.inputs import check_window, check_words
+    from capgap.stages.inputs import check_window
+    from capgap.stages.measure import Reader
     from capgap.train.trackers import check_trackers
 
     check_trackers(request.track)
-    tokenizer = load_tokenizer(request.model)
-    config: Any = read_config(request.model)
-    check_words(request.model, config, max(tokenizer.get_vocab().values()) + 1)
+    config = Reader.of(request.model).config
     check_window(request.model, shape_of(config).positions, request.window)
     for source in request.sources.values():
         open_source(source)
@@ -245,13 +240,7 @@ class _Run:
         began = time.monotonic()
         old = texts.get("old", [])
         extension = extend_tokenizer(load_tokenizer(source), texts["new"], pieces, old=old)
-        rows = extend_model(
-            source,
-            self.extended,
-            extension.tokenizer,
-            first=extension.first,
-            origins=extension.origins,
-        )
+        rows = extend_model(source, self.extended, extension)
         self._record(
             model_hash=model_hash(source),
             tokenizer={
@@ -293,25 +282,19 @@ class _Run:
 
     def measure(self, when: str, model: str) -> None:
         """Bits per byte of a model, with its own tokenizer, on the held-out text of each kind."""
-        from capgap.evaluate.measured import ratio_standard_error
-        from capgap.stages.measure import MeasureRequest, run_measure
+        from capgap.evaluate.measured import HeldoutLoss
+        from capgap.stages.measure import run_measure
 
         if self.is_measured(when):
             return
         heldout = self.record.get("heldout", {name: {} for name in self.request.sources})
         for name, losses in heldout.items():
             text, device = str(self.request.text(name)), self.request.running.device
-            asked = MeasureRequest(text, MEASURED_BYTES, device=device)
-            measured = run_measure(asked, {when: model}).models[when]
-            bits = [loss / math.log(2) for loss in measured.document_losses]
+            found = run_measure(text, {when: model}, num_bytes=MEASURED_BYTES, device=device)
+            values = HeldoutLoss.as_dict(found.models[when])
             # what models of different tokenizers can be compared by comes first
-            losses[when] = {
-                "bits_per_byte": sum(bits) / measured.bytes,
-                "bits_per_byte_stderr": ratio_standard_error(bits, measured.document_bytes),
-                "nats_per_token": measured.nats_per_token,
-                "tokens": measured.tokens,
-                "bytes": measured.bytes,
-            }
+            kept = ("bits_per_byte", "bits_per_byte_stderr", "tokens", "bytes")
+            losses[when] = {key: values[key] for key in kept} | {"nats_per_token": values["loss"]}
             rate = losses[when]["bits_per_byte"]
             self.say(f"adapt: {when}: {rate:.4f} bits per byte on {name} text")
         self._record(heldout=heldout)

@@ -11,7 +11,7 @@ from capgap.corpus.names import Given
 from capgap.errors import UserError
 from capgap.machine import started
 from capgap.section import Count, Dtype
-from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage, paced
+from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, Stage, paced
 
 
 def _part(given: str) -> str:
@@ -60,9 +60,7 @@ class Cache(Stage):
         "2/4: the second of four processes that share the work; torchrun's do so by themselves.",
     ] = None
 
-    def run(
-        self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
-    ) -> dict[str, Any]:
+    def run(self, *, say: Say = lambda text: None, **_: Any) -> dict[str, Any]:
         """Writes what the cache in the folder still lacks; returns what `--json` prints.
 
         Part "2/4" writes every fourth shard; without one, every process of torchrun its own.
@@ -101,13 +99,9 @@ class Cache(Stage):
 
         def on_batch(done: int, total: int) -> None:
             rate = done * corpus.window / (time.monotonic() - began)
-            left = (total - done) * corpus.window / rate
-            tell(
-                lambda: (
-                    f"cache: {done:,} of {total:,} windows, {rate:,.0f} tokens/s, "
-                    f"about {left / 60:.0f} min to go"
-                )
-            )
+            left = (total - done) * corpus.window / rate / 60
+            speed = f"{rate:,.0f} tokens/s, about {left:.0f} min to go"
+            tell(lambda: f"cache: {done:,} of {total:,} windows, {speed}")
 
         missing = write_cache(
             writer,

@@ -1,13 +1,12 @@
 """The work of `train` and `distill`: one column, with its record and metrics."""
 
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from capgap.artifact import begun, read_json, write_json
 from capgap.corpus.text import Text
@@ -16,7 +15,7 @@ from capgap.distill.teacher import OnlineTeacher, TeacherSource
 from capgap.errors import UserError
 from capgap.machine import machine, resolve_device
 from capgap.models.build import build_model, load_model, shape_of
-from capgap.models.identity import model_hash
+from capgap.models.identity import count_parameters, model_hash
 from capgap.models.parallel import Ranks, joined
 from capgap.models.shape import Shape, ladder_shape
 from capgap.models.stored import (
@@ -29,11 +28,11 @@ from capgap.models.stored import (
 )
 from capgap.sizes import forward_flops, training_flops
 from capgap.stage import Say, ShouldStop
+from capgap.stages.distill import Training
 from capgap.stages.inputs import check_model, open_text, warn_of_beginning, warn_of_epochs
 from capgap.stages.prune import PROVENANCE
 from capgap.stages.step_lines import MetricsFile, StepLines
 from capgap.stages.trainer import STUDENT_SEED, Loss, Trainer
-from capgap.stages.training import Training
 from capgap.train.learner import Learner
 from capgap.train.learning_rate import auto_learning_rate
 from capgap.train.loop import restore_best
@@ -119,7 +118,7 @@ class _Run:
         for name, model in zip(request.names, models, strict=True):
             rate = request.learning_rate
             if rate == "auto":
-                rate = auto_learning_rate(_non_embedding(model), is_cut=name != request.new)
+                rate = auto_learning_rate(count_parameters(model)[0], is_cut=name != request.new)
             self.learners.append(trainer.learner(name, model, request.tokens, rate, alpha))
 
     def train(self) -> None:
@@ -157,18 +156,17 @@ class _Run:
         """The students as folders, and the record."""
         request, trainer = self.request, self.trainer
         trained = "models" if self.teacher is None else "students"
+        heldout = {name: loss and loss.as_dict() for name, loss in losses.items()}
         students = {
             one.id: {
                 "folder": None if one.failure else self._save(one, trained),
                 "failure": one.failure,
-                "parameters": _total(one.model),
-                "non_embedding": _non_embedding(one.model),
-                "parameters_by_part": _by_part(one.model.config),
+                **_sizes(one.model),
                 "architecture": one.model.config.model_type,
                 "cut_from": self._cut_from(one.id),
                 "learning_rate": one.learning_rate,
                 "alpha": one.alpha,
-                "heldout": _as_dict(losses[one.id]),
+                "heldout": heldout[one.id],
                 "curve": one.curve,
             }
             for one in self.learners
@@ -224,18 +222,14 @@ class _Run:
         name = self.request.teacher
         if name is None:
             return None
-        config = read_config(name)
-        model = empty_model(config)
         heldout = None
         if isinstance(self.teacher, OnlineTeacher):
-            heldout = self.trainer.evaluate(self.teacher.parts)
+            heldout = self.trainer.evaluate(self.teacher.parts).as_dict()
         return {
             # it reads all weights, and the first process alone writes
             "hash": model_hash(name) if self.trainer.ranks.is_first else None,
-            "parameters": _total(model),
-            "non_embedding": _non_embedding(model),
-            "parameters_by_part": _by_part(config),
-            "heldout": _as_dict(heldout),
+            **_sizes(empty_model(read_config(name))),
+            "heldout": heldout,
         }
 
     def _cut_from(self, student: str) -> str | None:
@@ -255,7 +249,7 @@ class _Run:
         return str(folder)
 
     def _token_flops(self) -> int:
-        students = sum(training_flops(_total(one.model), 1) for one in self.learners)
+        students = sum(training_flops(count_parameters(one.model)[1], 1) for one in self.learners)
         # who learns from the text alone has no use for the teacher's passes
         if isinstance(self.teacher, OnlineTeacher) and self.learners[0].alpha > 0:
             return students + forward_flops(self.teacher.parameters, 1)
@@ -290,25 +284,11 @@ def _new_model(shape: Shape, text: Text, seed: int) -> PreTrainedModel:
     return model
 
 
-def _as_dict(loss: Loss | None) -> dict[str, Any] | None:
-    return None if loss is None else loss.as_dict()
-
-
-def _total(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _non_embedding(model: PreTrainedModel) -> int:
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    weights = {
-        id(one.weight): one.weight.numel() for one in (*tables, model.get_output_embeddings())
-    }
-    return _total(model) - sum(weights.values())
-
-
-def _by_part(config: PreTrainedConfig) -> dict[str, int] | None:
-    """By part, as `records.Parameters`; None for an architecture that is not known so well."""
-    try:
-        return shape_of(config).parameters().as_dict()
-    except UserError:
-        return None
+def _sizes(model: PreTrainedModel) -> dict[str, Any]:
+    """Of what the record says; by part, as `records.Parameters`, is None for an architecture that
+    is not known so well."""
+    non_embedding, total = count_parameters(model)
+    by_part = None
+    with suppress(UserError):
+        by_part = shape_of(model.config).parameters().as_dict()
+    return {"parameters": total, "non_embedding": non_embedding, "parameters_by_part": by_part}

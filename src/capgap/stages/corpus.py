@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from capgap.section import BeginWindows, Count, Section, Separator, TextColumn, TextSource
 from capgap.sizes import format_count
-from capgap.stage import ARGUMENT, HOW, Mark, Say, ShouldStop, Stage, paced
+from capgap.stage import ARGUMENT, HOW, Mark, Say, Stage, paced
 
 
 class TextSection(Section):
@@ -34,9 +34,7 @@ class Prepare(TextSection, Stage):
     ] = None
     begin_windows: BeginWindows = False
 
-    def run(
-        self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
-    ) -> dict[str, Any]:
+    def run(self, *, say: Say = lambda text: None, **_: Any) -> dict[str, Any]:
         """Writes OUT, whole or not at all; returns what `capgap corpus --json` prints."""
         from capgap.corpus.prepare import prepare_corpus
 

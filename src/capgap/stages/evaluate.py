@@ -18,17 +18,9 @@ from pydantic import (
 
 from capgap.artifact import locked_file
 from capgap.errors import UserError
-from capgap.evaluate.sets import (
-    CODE,
-    HELDOUT,
-    SETS,
-    SIX,
-    NotMeasured,
-    check_tasks,
-    parse_shots,
-)
+from capgap.evaluate.sets import CODE, HELDOUT, SETS, SIX, NotMeasured, check_tasks, parse_shots
 from capgap.section import Count, Dtype, Section, Words
-from capgap.stage import ARGUMENT, HOW, SEVERAL, FieldError, Mark, Say, ShouldStop, Stage
+from capgap.stage import ARGUMENT, HOW, SEVERAL, FieldError, Mark, Say, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,9 +115,7 @@ class Evaluate(EvaluateSection, Stage):
             raise ValueError("flops is of use with figure alone")
         return self
 
-    def run(
-        self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
-    ) -> dict[str, Any]:
+    def run(self, *, say: Say = lambda text: None, **_: Any) -> dict[str, Any]:
         """The record, which docs/evaluation.md describes; written anew after every set.
 
         What the record at `out` has already of the same model, measured alike, is kept as it is. A
@@ -214,7 +204,6 @@ def _run(request: Evaluate, say: Say) -> dict[str, Any]:
     names = [name for name in request.tasks if name in SETS]
     # held-out loss needs no harness
     harness = _harness_versions() if names else {}
-    sources, missing = _sources(request, names) if names else ({}, {})
     about = {
         "schema": 1,
         "model": request.model,
@@ -229,17 +218,22 @@ def _run(request: Evaluate, say: Say) -> dict[str, Any]:
     record = Record(about, folders=corpora, tasks=names, out=request.out, samples=request.samples)
     window = min(request.window, reader.positions or request.window)
     for folder, corpus in list(corpora.items()):
-        if record.keep_heldout(folder, corpus_hash=corpus.corpus_hash, window=window):
+        if record.keep("heldout", folder, corpus_hash=corpus.corpus_hash, window=window):
             say(f"{folder}: was measured before")
             del corpora[folder]
-    for name, source in list(sources.items()):
-        if record.keep_task(name, shots=request.shots_of(name), source=source.about):
+    sources = {}
+    for name in names:
+        try:
+            source = _source(request, name)
+        except NotMeasured as reason:
+            say(f"{name}: missing, {reason}")
+            record.results["tasks"][name] = missing_set(str(reason))
+            continue
+        if record.keep("tasks", name, shots=request.shots_of(name), source=source.about):
             say(f"{name}: was measured before")
-            del sources[name]
+        else:
+            sources[name] = source
     record.drop_samples()
-    for name, why in missing.items():
-        say(f"{name}: missing, {why}")
-        record.tasks[name] = missing_set(why)
     if corpora or sources:
         dtype, own_code = DTYPES[request.dtype], request.trust_remote_code
         model = load_model(request.model, dtype, trust_remote_code=own_code)
@@ -247,8 +241,7 @@ def _run(request: Evaluate, say: Say) -> dict[str, Any]:
         record.loaded["dtype"] = str(model.dtype).removeprefix("torch.")
         model = model.to(device).eval()
         for folder, corpus in corpora.items():
-            record.heldout[folder] = _heldout(model, reader, corpus, window, say)
-            record.write()
+            record.add("heldout", folder, _heldout(model, reader, corpus, window, say))
         if sources:
             _run_sets(request, model, reader, sources, record, say)
     return record.write(finished=True)
@@ -272,21 +265,14 @@ def _harness_versions() -> dict[str, str]:
     return {"lm_eval": found, "datasets": importlib.metadata.version("datasets")}
 
 
-def _sources(request: Evaluate, names: list[str]) -> "tuple[dict[str, SetSource], dict[str, str]]":
-    """The source of each set, or why it is missing."""
+def _source(request: Evaluate, name: str) -> "SetSource":
+    """NotMeasured for a set that cannot be had."""
     from capgap.evaluate.harness import part_names
     from capgap.evaluate.sources import find_source
 
-    sources, missing = {}, {}
-    for name in names:
-        if name == CODE and not request.allow_code:
-            missing[name] = "runs programs that the model wrote, which --allow-code allows"
-            continue
-        try:
-            sources[name] = find_source(SETS[name], request.data, part_names(SETS[name]))
-        except NotMeasured as reason:
-            missing[name] = str(reason)
-    return sources, missing
+    if name == CODE and not request.allow_code:
+        raise NotMeasured("runs programs that the model wrote, which --allow-code allows")
+    return find_source(SETS[name], request.data, part_names(SETS[name]))
 
 
 def _heldout(
@@ -296,8 +282,7 @@ def _heldout(
     other tokens."""
     from capgap.corpus.excerpt import heldout_passages
     from capgap.corpus.tokenizer import tokenizer_hash
-    from capgap.evaluate.beginning import better_beginning
-    from capgap.evaluate.losses import evaluate_heldout, heldout_set
+    from capgap.evaluate.losses import evaluate_heldout
     from capgap.models.parts import Parts
 
     documents, marks = corpus.heldout_documents(), corpus.marks
@@ -311,10 +296,8 @@ def _heldout(
     except UserError as error:
         # of its own code: the other measures may still be had
         return {"missing": str(error)}
-    better = better_beginning(parts, documents, marks, reader.tokenizer, vocabulary=reader.words)
-    if better is not None:
-        say(better.warning(reader.source))
-    loss = evaluate_heldout(parts, heldout_set(documents, marks, window, reader.words)).as_dict()
+    rows = reader.rows(parts, documents, marks, window, reader.source, say)
+    loss = evaluate_heldout(parts, rows).as_dict()
     numbers = {
         key: value if value is not None and math.isfinite(value) else None
         for key, value in loss.items()
@@ -338,10 +321,10 @@ def _run_sets(
     record: "Record",
     say: Say,
 ) -> None:
-    from capgap.evaluate.harness import counting_model, run_set
+    from capgap.evaluate.harness import CountingModel, run_set
     from capgap.evaluate.scores import missing_set
 
-    counting = counting_model(model, reader.tokenizer, request.batch_size)
+    counting = CountingModel(model, reader.tokenizer, request.batch_size)
     record.loaded["context"] = counting.max_length
     for name, source in sources.items():
         shots, about = request.shots_of(name), source.about
@@ -352,11 +335,11 @@ def _run_sets(
             )
         except NotMeasured as reason:
             say(f"{name}: missing, {reason}")
-            record.add_task(name, missing_set(str(reason)), ())
+            record.add("tasks", name, missing_set(str(reason)))
             continue
         if scores["cut_prompts"]:
             say(
                 f"{name}: {scores['cut_prompts']:,} of {scores['questions']:,} prompts were cut to "
                 f"the {counting.max_length} tokens that the model reads"
             )
-        record.add_task(name, scores | {"source": about}, samples)
+        record.add("tasks", name, scores | {"source": about}, samples)

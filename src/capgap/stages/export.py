@@ -1,13 +1,13 @@
 """The stage `export`: a model as others load it, with a card that says where it comes from."""
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from capgap.artifact import read_json
 from capgap.section import Section
 from capgap.sizes import format_bytes, format_count, parse_bytes
-from capgap.stage import ARGUMENT, HOW, SEVERAL, FieldError, Mark, Say, ShouldStop, Stage
+from capgap.stage import ARGUMENT, HOW, SEVERAL, FieldError, Mark, Say, Stage
 
 if TYPE_CHECKING:
     from capgap.export.folder import Source
@@ -45,22 +45,30 @@ class Export(Stage):
     gguf: Annotated[Path | None, "Also write this file for llama.cpp."] = None
     name: Annotated[str | None, "The model's name in its card; if none, its folder's."] = None
 
-    def run(
-        self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
-    ) -> dict[str, Any]:
+    def run(self, *, say: Say = lambda text: None, **_: Any) -> dict[str, Any]:
         """Writes a Hugging Face folder, and the GGUF file; returns what `--json` prints.
 
         Tensors are read, checked and written one file at a time; then logits are compared, for
         which the whole model is read where memory suffices. UserError for the user's mistakes, NaN
         among the weights too; nothing is written then.
         """
-        from capgap.export.folder import write_folder
+        from capgap.corpus.tokenizer import num_words
+        from capgap.export.folder import DTYPES, open_source, write_folder
+        from capgap.export.gguf_file import check_gguf
         from capgap.export.lineage import find_lineage
         from capgap.models.stored import written_beside
+        from capgap.stages.inputs import check_words
 
-        self._check_free()
+        for field, path in (("out", self.out), ("gguf", self.gguf)):
+            if path is not None and path.exists():
+                raise FieldError(field, f"{path} exists: choose another, or delete it")
+        if self.gguf is not None and self.out.resolve() in self.gguf.resolve().parents:
+            raise FieldError("gguf", f"{self.gguf} lies within {self.out}: put it beside")
         shard_bytes = parse_bytes(self.shard_size)
-        source = self._open()
+        source = open_source(self.model, DTYPES[self.dtype])
+        check_words(self.model, source.config, num_words(source.tokenizer))
+        if self.gguf is not None:
+            check_gguf(source.config, source.tokenizer)
         lineage = find_lineage(source.folder, self.record)
         with ExitStack() as undo:
             if self.gguf is not None:
@@ -73,17 +81,27 @@ class Export(Stage):
 
     def told(self, found: dict[str, Any]) -> str:
         weights = sum(file.endswith(".safetensors") for file in found["files"])
+        licence, vllm, gguf = found["licence"], found["vllm"], found["gguf"]
+        terms = f"{licence['id']}, from {licence['source']}"
+        if licence["id"] is None:
+            terms = f"unknown ({licence['source']}): find it out before you pass the model on"
         records = ", ".join(found["records"]) or "the weights alone, no record found"
+        logits = "those of the model, tried with a few tokens"
+        if found["logits_not_compared"] is not None:
+            logits = f"not compared with the model's ({found['logits_not_compared']})"
+        checks = f"{len(vllm['checked'])} checks; vLLM itself was not run"
+        fits = f"the config fits {vllm['architecture']} ({checks})"
+        if not vllm["checked"]:
+            fits = f"what it asks of {found['architecture']} models is not known here"
         lines = [
             f"{found['name']}: {format_count(found['parameters'])} parameters in {found['dtype']}, "
             f"{format_bytes(found['bytes'])} with {weights} weight file{'s'[: weights != 1]}, in "
             f"{found['folder']}",
-            f"licence: {_licence_told(found['licence'])}",
+            f"licence: {terms}",
             f"model card from: {records}",
-            f"logits: {_logits_told(found['logits_not_compared'])}",
-            f"vLLM: {_vllm_told(found['vllm'], found['architecture'])}",
+            f"logits: {logits}",
+            f"vLLM: {'; '.join(vllm['problems']) or fits}",
         ]
-        gguf = found["gguf"]
         if gguf is not None:
             lines.append(
                 f"{gguf['file']}: {format_bytes(gguf['bytes'])}, read back: "
@@ -100,39 +118,22 @@ class Export(Stage):
     def writes(self) -> tuple[Path, ...]:
         return (self.out,) if self.gguf is None else (self.out, self.gguf)
 
-    def _check_free(self) -> None:
-        for field, path in (("out", self.out), ("gguf", self.gguf)):
-            if path is not None and path.exists():
-                raise FieldError(field, f"{path} exists: choose another, or delete it")
-        if self.gguf is not None and self.out.resolve() in self.gguf.resolve().parents:
-            raise FieldError("gguf", f"{self.gguf} lies within {self.out}: put it beside")
-
-    def _open(self) -> "Source":
-        from capgap.corpus.tokenizer import num_words
-        from capgap.export.folder import DTYPES, open_source
-        from capgap.stages.inputs import check_words
-
-        source = open_source(self.model, DTYPES[self.dtype])
-        check_words(self.model, source.config, num_words(source.tokenizer))
-        if self.gguf is not None:
-            from capgap.export.gguf_file import check_gguf
-
-            check_gguf(source.config, source.tokenizer)
-        return source
-
     def _finish(self, source: "Source", lineage: "Lineage", folder: Path) -> dict[str, Any]:
         """Licence, card and GGUF file beside the weights, and what `run` returns."""
         from capgap.export.card import CARD, card_text
         from capgap.export.facts import model_card
         from capgap.export.folder import check_logits, check_vllm, copy_licence
+        from capgap.export.gguf_file import write_gguf
 
         card = model_card(self.model, source, lineage, self.name)
         for _, origin in lineage.origins:
             copy_licence(Path(origin), folder)
         (folder / CARD).write_text(card_text(card), encoding="utf-8")
         files = sorted(folder.iterdir())
-        config = json.loads((folder / "config.json").read_text())
-        found = {
+        config, gguf = read_json(folder / "config.json"), None
+        if self.gguf is not None:
+            gguf = write_gguf(folder, self.gguf, name=card.name, licence=card.licence)
+        return {
             "schema": 1,
             "model": self.model,
             "folder": str(self.out),
@@ -148,30 +149,6 @@ class Export(Stage):
             "chat_template": card.has_chat_template,
             "records": [str(path) for path in lineage.paths],
             "vllm": check_vllm(source.shape, source.config.dtype, config),
-            "gguf": None,
+            "gguf": gguf,
+            "logits_not_compared": check_logits(source, folder, self.gguf),
         }
-        if self.gguf is not None:
-            from capgap.export.gguf_file import write_gguf
-
-            found["gguf"] = write_gguf(folder, self.gguf, name=card.name, licence=card.licence)
-        return found | {"logits_not_compared": check_logits(source, folder, self.gguf)}
-
-
-def _licence_told(licence: dict[str, Any]) -> str:
-    if licence["id"] is None:
-        return f"unknown ({licence['source']}): find it out before you pass the model on"
-    return f"{licence['id']}, from {licence['source']}"
-
-
-def _logits_told(not_compared: str | None) -> str:
-    if not_compared is not None:
-        return f"not compared with the model's ({not_compared})"
-    return "those of the model, tried with a few tokens"
-
-
-def _vllm_told(vllm: dict[str, Any], architecture: str) -> str:
-    checks = len(vllm["checked"])
-    if not checks:
-        return f"what it asks of {architecture} models is not known here"
-    fits = f"the config fits {vllm['architecture']} ({checks} checks; vLLM itself was not run)"
-    return "; ".join(vllm["problems"]) or fits

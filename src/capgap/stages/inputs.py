@@ -1,7 +1,7 @@
 """What a stage is given by name: checked before any work."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from capgap.corpus.names import Given
 from capgap.corpus.text import Text
@@ -41,24 +41,18 @@ def warn_of_beginning(
     from capgap.evaluate.beginning import better_beginning
     from capgap.models.parallel import ALONE
 
+    documents, words = corpus.heldout_documents(), corpus.vocabulary
     better = better_beginning(
-        parts,
-        corpus.heldout_documents(),
-        corpus.marks,
-        corpus.tokenizer,
-        vocabulary=corpus.vocabulary,
-        ranks=ranks or ALONE,
+        parts, documents, corpus.marks, corpus.tokenizer, vocabulary=words, ranks=ranks or ALONE
     )
     if better is not None:
         say(better.warning(name))
 
 
-def check_model(path_or_name: str, corpus: Text) -> "PreTrainedConfig":
-    """The config of a model that can read the corpus.
-
-    UserError: no such model, another tokenizer (the first token that differs), a table with fewer
-    rows than the tokenizer has tokens, a context shorter than the window.
-    """
+def check_model(path_or_name: str, corpus: Text) -> None:
+    """UserError for a model that cannot read the corpus: no such model, another tokenizer (the
+    first token that differs), a table with fewer rows than the tokenizer has tokens, a context
+    shorter than the window."""
     from capgap.corpus.tokenizer import compare_tokenizers, load_tokenizer
     from capgap.models.stored import positions_of, read_config
 
@@ -68,13 +62,12 @@ def check_model(path_or_name: str, corpus: Text) -> "PreTrainedConfig":
             f"the tokenizer of {path_or_name} is not that of the corpus {corpus.directory}: "
             f"{difference}; prepare the corpus with `--tokenizer {path_or_name}`"
         )
-    config: Any = read_config(path_or_name)
+    config = read_config(path_or_name)
     check_words(path_or_name, config, corpus.vocabulary)
     check_window(path_or_name, positions_of(config), corpus.window)
-    return config
 
 
-def check_words(path_or_name: str, config: Any, words: int) -> None:
+def check_words(path_or_name: str, config: "PreTrainedConfig", words: int) -> None:
     """UserError where a model's table has fewer rows than its tokenizer has tokens."""
     from capgap.models.stored import text_config
 

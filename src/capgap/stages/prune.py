@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from capgap.artifact import file_hash
+from capgap.artifact import file_hash, write_json
 from capgap.errors import UserError
 from capgap.models.shape import Shape
 from capgap.prune.shape import (
@@ -21,13 +21,13 @@ from capgap.prune.shape import (
 )
 from capgap.section import Count, PositiveFraction, Section
 from capgap.sizes import clock_time, format_bytes, format_count
-from capgap.stage import ARGUMENT, HOW, Mark, Say, ShouldStop, Stage, paced, text_table
+from capgap.stage import ARGUMENT, HOW, Mark, Say, Stage, paced, text_table
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig
 
     from capgap.prune.importance import Importance
-    from capgap.prune.surgery import Kept
 
 PROVENANCE = "pruning.json"
 TOLD_CANDIDATES = 8
@@ -135,15 +135,13 @@ class Prune(Cut, Stage):
             raise ValueError("prefer score needs scores")
         return self
 
-    def run(
-        self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
-    ) -> dict[str, Any]:
+    def run(self, *, say: Say = lambda text: None, **_: Any) -> dict[str, Any]:
         """Writes the student as a Hugging Face folder with pruning.json beside it.
 
         One tensor of the teacher and one file of the student are in memory at a time. UserError for
         the user's mistakes; nothing is written then, and no half folder stays when it is stopped.
         """
-        return _told(self, _plan(self)) if self.dry_run else _run(self, say)
+        return _told(self, _plan(self)[0]) if self.dry_run else _run(self, say)
 
     def told(self, found: dict[str, Any]) -> str:
         """The candidates, the chosen one, and what it takes."""
@@ -159,30 +157,34 @@ class Prune(Cut, Stage):
 
 @dataclass(frozen=True)
 class _Plan:
-    """The shape and what it was chosen from, the best first."""
+    """The shapes to choose from, the best first."""
 
     config: "PreTrainedConfig"
     own: Shape
-    shape: Shape
     target: Target
     candidates: list[Shape]
     rule: str
     distance: Distance | None
-    importance: "Importance | None"
+
+    @property
+    def shape(self) -> Shape:
+        return self.candidates[0]
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What pruning.json and `--json` say of them alike."""
+        return {
+            "teacher_shape": vars(self.own),
+            "shape": vars(self.shape),
+            "parameters": self.shape.parameters().as_dict(),
+            "rule": self.rule,
+        }
 
 
 def _run(request: Prune, say: Say) -> dict[str, Any]:
-    from capgap.artifact import write_json
+    from capgap.models import stored
     from capgap.models.build import load_model
     from capgap.models.identity import model_hash
-    from capgap.models.stored import (
-        StoredWeights,
-        copy_companions,
-        empty_model,
-        local_folder,
-        write_weights,
-        written_beside,
-    )
     from capgap.prune.surgery import Surgery, check_cut, choose, cut_config
 
     if request.out.exists():
@@ -192,73 +194,61 @@ def _run(request: Prune, say: Say) -> dict[str, Any]:
             f"a cut needs scores: make some with `capgap score {request.teacher} --corpus FOLDER "
             "--out scores.safetensors`"
         )
-    began = time.monotonic()
-    tell = paced(say)
-    plan = _plan(request)
-    assert plan.importance is not None
-    check_cut(plan.own, plan.importance, plan.shape)
-    source = local_folder(request.teacher)
+    began, tell = time.monotonic(), paced(say)
+    plan, importance = _plan(request)
+    assert importance is not None
+    check_cut(plan.own, importance, plan.shape)
+    source = stored.local_folder(request.teacher)
     _check_words(source, plan)
-    weights = StoredWeights(source)
-    kept = choose(plan.importance, plan.shape)
+    weights = stored.StoredWeights(source)
+    kept = choose(importance, plan.shape)
     surgery = Surgery(plan.own, plan.shape, kept)
     weights.check(one.name for one in surgery.sources.values())
-    teacher_hash = model_hash(source)
-    _check_scores(request, plan.importance, teacher_hash)
+    teacher_hash, scored = model_hash(source), importance.provenance
+    if scored.get("teacher_hash") not in (None, teacher_hash):
+        raise UserError(
+            f"{request.scores} holds scores of another model ({scored['teacher']}): make some with "
+            f"`capgap score {request.teacher}`"
+        )
+    provenance = {
+        "schema": 1,
+        "teacher": request.teacher,
+        "teacher_hash": teacher_hash,
+        **plan.sizes,
+        "scores": {"sha256": file_hash(request.scores), "tokens": importance.tokens, **scored},
+        "kept": {
+            name: getattr(kept, name).tolist() for name in ("layers", "hidden", "heads", "neurons")
+        },
+    }
     config = cut_config(plan.config, plan.shape, kept.layers.tolist())
-    model = empty_model(config)
-    config.architectures = [type(model).__name__]
     skeleton = {
         name: tensor.to(weights.dtype(surgery.sources[name].name))
-        for name, tensor in model.named_parameters()
+        for name, tensor in stored.skeleton_of(config).items()
     }
     assert skeleton.keys() == surgery.sources.keys()
-    done = 0
 
-    def make(name: str) -> Any:
-        nonlocal done
-        done += 1
-        tell(lambda: f"prune: {done} of {len(skeleton)} tensors")
+    def make(name: str) -> "Tensor":
         return surgery.tensor(name, weights)
 
-    with written_beside(request.out) as folder:
+    def on_tensor(done: int) -> None:
+        tell(lambda: f"prune: {done} of {len(skeleton)} tensors")
+
+    with stored.written_beside(request.out) as folder:
         config.save_pretrained(folder)
-        write_weights(folder, skeleton, make)
-        copy_companions(source, folder)
-        write_json(folder / PROVENANCE, _provenance(request, plan, kept, teacher_hash))
+        stored.write_weights(folder, skeleton, make, on_tensor=on_tensor)
+        stored.copy_companions(source, folder)
+        write_json(folder / PROVENANCE, provenance)
         if sum(one.nbytes for one in skeleton.values()) <= TRIED_BYTES:
             load_model(folder)  # refuses a model whose logits are not those of its parts
     return _told(request, plan) | {"written": True, "seconds": time.monotonic() - began}
 
 
-def _provenance(request: Prune, plan: _Plan, kept: "Kept", teacher_hash: str) -> dict[str, Any]:
-    """What was cut out of what, and why these units."""
-    assert request.scores is not None
-    assert plan.importance is not None
-    return {
-        "schema": 1,
-        "teacher": request.teacher,
-        "teacher_hash": teacher_hash,
-        "teacher_shape": vars(plan.own),
-        "shape": vars(plan.shape),
-        "parameters": plan.shape.parameters().as_dict(),
-        "rule": plan.rule,
-        "scores": {
-            "sha256": file_hash(request.scores),
-            "tokens": plan.importance.tokens,
-            **plan.importance.provenance,
-        },
-        "kept": {
-            name: getattr(kept, name).tolist() for name in ("layers", "hidden", "heads", "neurons")
-        },
-    }
-
-
-def _plan(request: Prune) -> _Plan:
+def _plan(request: Prune) -> "tuple[_Plan, Importance | None]":
+    """With the scores, where there are some."""
     from capgap.models.build import shape_of
     from capgap.models.stored import read_config
     from capgap.prune.importance import load_importance
-    from capgap.prune.surgery import check_cut_config
+    from capgap.prune.surgery import check_cut, check_cut_config, score_lost
 
     config = read_config(request.teacher)
     own = shape_of(config)
@@ -267,62 +257,51 @@ def _plan(request: Prune) -> _Plan:
         shape = changed_shape(own, request.sizes)
         check_cut_config(config, shape)
         target = Target(shape.parameters().non_embedding)
-        return _Plan(config, own, shape, target, [shape], "as asked", None, importance)
-    target, prefer = _target(request, own)
-    keep = target.parameters / target.count(own)
-    distance, rule = {
-        "axes": (lambda: from_axes(own, keep), "hidden, and heads with ffn, cut alike"),
-        "ladder": (lambda: from_ladder(own, target), "in balance with the family's ladder"),
-        "score": (lambda: _score_lost(own, importance), "the most score kept"),
-    }[prefer]
-    by = distance()
-    layers = own.layers if prefer == "axes" else None
-    shapes = _taken(config, suited(own, target, by, layers=layers, multiple=request.multiple))
-    return _Plan(config, own, shapes[0], target, shapes, rule, by, importance)
+        return _Plan(config, own, target, [shape], "as asked", None), importance
+    if request.keep is not None:
+        target = keep_target(own, request.keep)
+    else:
+        parameters = request.params or request.total_params
+        assert parameters is not None
+        target = Target(parameters, total=request.params is None)
+    layers = None
+    prefer = request.prefer or ("ladder" if request.keep is None else "axes")
+    if prefer == "axes":
+        rule, layers = "hidden, and heads with ffn, cut alike", own.layers
+        distance = from_axes(own, target.parameters / target.count(own))
+    elif prefer == "ladder":
+        rule = "in balance with the family's ladder"
+        distance = from_ladder(own, target)
+    else:
+        assert importance is not None
+        check_cut(own, importance, own)
+        rule = "the most score kept"
+        distance = score_lost(importance)
+    shapes = suited(own, target, distance, layers=layers, multiple=request.multiple)
+    return _Plan(config, own, target, _taken(config, shapes), rule, distance), importance
 
 
 def _taken(config: "PreTrainedConfig", shapes: list[Shape]) -> list[Shape]:
     """From the first on whose config transformers takes; UserError where it takes none."""
     from capgap.prune.surgery import check_cut_config
 
-    problem: UserError | None = None
+    problems = []
     for place, shape in enumerate(shapes[:TRIED_CONFIGS]):
         try:
             check_cut_config(config, shape)
+            return shapes[place:]
         except UserError as error:
-            problem = problem or error
-            continue
-        return shapes[place:]
-    assert problem is not None
-    raise problem
-
-
-def _target(request: Prune, own: Shape) -> tuple[Target, Prefer]:
-    if request.keep is not None:
-        target = keep_target(own, request.keep)
-        return target, request.prefer or "axes"
-    total = request.params is None
-    parameters = request.total_params if total else request.params
-    assert parameters is not None
-    target = Target(parameters, total=total)
-    return target, request.prefer or "ladder"
-
-
-def _score_lost(own: Shape, importance: "Importance | None") -> Distance:
-    from capgap.prune.surgery import check_cut, score_lost
-
-    assert importance is not None
-    check_cut(own, importance, own)
-    return score_lost(importance)
+            problems.append(error)
+    raise problems[0]
 
 
 def _check_words(source: Path, plan: _Plan) -> None:
     """Rows that pad the table may go, those of tokens may not."""
     if plan.shape.vocabulary == plan.own.vocabulary:
         return
-    from capgap.corpus.tokenizer import load_tokenizer
+    from capgap.corpus.tokenizer import load_tokenizer, num_words
 
-    words = max(load_tokenizer(source).get_vocab().values()) + 1
+    words = num_words(load_tokenizer(source))
     if plan.shape.vocabulary < words:
         raise UserError(
             f"cannot cut to vocabulary {plan.shape.vocabulary}: the tokenizer of {source} has "
@@ -330,37 +309,24 @@ def _check_words(source: Path, plan: _Plan) -> None:
         )
 
 
-def _check_scores(request: Prune, importance: "Importance", teacher_hash: str) -> None:
-    measured = importance.provenance.get("teacher_hash")
-    if measured not in (None, teacher_hash):
-        raise UserError(
-            f"{request.scores} holds scores of another model ({importance.provenance['teacher']}): "
-            f"make some with `capgap score {request.teacher}`"
-        )
-
-
 def _told(request: Prune, plan: _Plan) -> dict[str, Any]:
     """What `capgap prune --json` prints."""
     from capgap.models.stored import SHARD_BYTES, empty_model
 
-    tensors = list(empty_model(plan.config).parameters())
     width = getattr(plan.config.dtype, "itemsize", 4)
-    largest = width * max(tensor.numel() for tensor in tensors)
-    parameters = plan.shape.parameters()
-    own_bytes, own_bytes_cut = width * plan.own.parameters().total, width * parameters.total
+    largest = width * max(one.numel() for one in empty_model(plan.config).parameters())
+    teacher, sizes = plan.own.parameters(), plan.sizes
+    student_bytes = width * sizes["parameters"]["total"]
     return {
         "folder": str(request.out),
         "written": False,
         "architecture": plan.own.architecture,
-        "shape": vars(plan.shape),
-        "parameters": parameters.as_dict(),
-        "teacher_shape": vars(plan.own),
-        "teacher_parameters": plan.own.parameters().as_dict(),
+        **sizes,
+        "teacher_parameters": teacher.as_dict(),
         "target": {
             "parameters": plan.target.parameters,
             "counted": "total" if plan.target.total else "non_embedding",
         },
-        "rule": plan.rule,
         "num_candidates": len(plan.candidates),
         "candidates": [
             {
@@ -372,10 +338,10 @@ def _told(request: Prune, plan: _Plan) -> dict[str, Any]:
             for shape in plan.candidates[:TOLD_CANDIDATES]
         ],
         "dtype": str(plan.config.dtype or "float32").removeprefix("torch."),
-        "student_bytes": own_bytes_cut,
+        "student_bytes": student_bytes,
         "largest_tensor_bytes": largest,
-        "peak_bytes": min(own_bytes_cut, SHARD_BYTES) + largest,
-        "expected_seconds": (2 * own_bytes + own_bytes_cut) / DISK_SPEED,
+        "peak_bytes": min(student_bytes, SHARD_BYTES) + largest,
+        "expected_seconds": (2 * width * teacher.total + student_bytes) / DISK_SPEED,
     }
 
 

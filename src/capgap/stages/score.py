@@ -15,7 +15,7 @@ from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage, p
 
 if TYPE_CHECKING:
     from capgap.corpus.text import Text
-    from capgap.prune.importance import ScoringState
+    from capgap.prune.importance import Importance, ScoringState
 
 SAVED_EVERY = 30.0  # seconds
 
@@ -63,19 +63,29 @@ def _run(request: Score, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     from capgap.machine import resolve_device
     from capgap.models.build import DTYPES, checkpoint_activations, load_model
     from capgap.models.parts import Parts
-    from capgap.prune.importance import load_state, save_importance, save_state, score
+    from capgap.prune.importance import (
+        load_importance,
+        load_state,
+        save_importance,
+        save_state,
+        score,
+        scoring_batches,
+    )
     from capgap.stages.inputs import warn_of_beginning
 
     device = torch.device(resolve_device(request.device))
     corpus = _corpus(request)
-    found = _found(request)
     provenance = _provenance(request, corpus)
-    if found is not None:
+    if request.out.exists():
+        found = load_importance(request.out)
         other = difference(found.provenance, provenance)
         if other is not None:
             raise UserError(f"{request.out} holds other scores ({other}): choose another file")
         return _told(request, found, 0.0)
-    batches = _batches(request, corpus)
+    batches: list[torch.Tensor] = []
+    if corpus is not None:
+        rows, seed = request.batch_windows, request.seed
+        batches = scoring_batches(corpus, request.tokens, batch_windows=rows, seed=seed)
     model = load_model(request.teacher, dtype=DTYPES[request.dtype]).to(device)
     if corpus is not None:
         warn_of_beginning(Parts(model), corpus, request.teacher, say)
@@ -129,40 +139,20 @@ def _corpus(request: Score) -> "Text | None":
     return corpus
 
 
-def _batches(request: Score, corpus: "Text | None") -> list[Any]:
-    from capgap.prune.importance import scoring_batches
-
-    if corpus is None:
-        return []
-    return scoring_batches(
-        corpus, request.tokens, batch_windows=request.batch_windows, seed=request.seed
-    )
-
-
 def _provenance(request: Score, corpus: "Text | None") -> dict[str, Any]:
     """What decides the scores, as their file holds it."""
     from capgap.models.identity import model_hash
 
+    names = ["teacher", "method", "depth", "seed", "dtype"]
     text = {}
     if corpus is not None:
-        text = {
-            **corpus.identity,
-            "tokens_asked": request.tokens,
-            "window": request.window,
-            "batch_windows": request.batch_windows,
-        }
-    asked = {name: getattr(request, name) for name in ("method", "depth", "seed", "dtype")}
-    model = {"teacher": request.teacher, "teacher_hash": model_hash(request.teacher)}
-    return dict(plain(model | asked | text))
+        names += ["window", "batch_windows"]
+        text = corpus.identity | {"tokens_asked": request.tokens}
+    asked = {name: getattr(request, name) for name in names}
+    return dict(plain(asked | text | {"teacher_hash": model_hash(request.teacher)}))
 
 
-def _found(request: Score) -> Any:
-    from capgap.prune.importance import load_importance
-
-    return load_importance(request.out) if request.out.exists() else None
-
-
-def _told(request: Score, importance: Any, seconds: float) -> dict[str, Any]:
+def _told(request: Score, importance: "Importance", seconds: float) -> dict[str, Any]:
     return {
         "file": str(request.out),
         **importance.provenance,

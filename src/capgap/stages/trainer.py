@@ -17,7 +17,7 @@ from capgap.distill.divergences import Divergence
 from capgap.distill.teacher import OnlineTeacher, TeacherSource, load_teacher
 from capgap.errors import UserError
 from capgap.evaluate.losses import HeldoutSet, evaluate_heldout, heldout_set
-from capgap.evaluate.measured import HeldoutLoss, MixedLoss, mixed_loss
+from capgap.evaluate.measured import HeldoutLoss, mixed_loss
 from capgap.machine import resolve_device, versions
 from capgap.models.build import save_model
 from capgap.models.parallel import ALONE, Ranks, parallelize, release, whole_weights
@@ -32,7 +32,7 @@ from capgap.train.settings import loop_settings
 TEACHER_SEED = 1_000_003
 STUDENT_SEED = 2_000_003
 
-Loss = HeldoutLoss | MixedLoss
+Loss = HeldoutLoss
 
 
 @dataclass

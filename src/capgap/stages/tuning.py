@@ -4,7 +4,6 @@ answers to a prompt the better one becomes the likelier (DPO)."""
 import random
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +15,8 @@ from capgap.artifact import begun, file_hash, find_run, write_json
 from capgap.errors import UserError
 from capgap.section import Count, Recomputed, Section, Words
 from capgap.stage import ARGUMENT, HOW, FieldError, Mark, Say, ShouldStop, Stage, paced
+from capgap.stages.distill import Track
 from capgap.stages.step_lines import MetricsFile
-from capgap.stages.training import Track
 from capgap.tune import conversations
 from capgap.tune.conversations import Conversation, Pair, Reading
 
@@ -157,40 +156,9 @@ class Tuning(TuningSection, Stage):
     ) -> dict[str, Any]:
         """Tunes the model, writes OUT/model and beside it the record, which it returns."""
         run = _Run(self, say)
-        if run.record["finished"]:
-            return run.record
-        with ExitStack() as stack:
-            self._tune(run, stack, should_stop)
+        if not run.record["finished"]:
+            run.tune(should_stop)
         return run.record
-
-    def _tune(self, run: "_Run", stack: ExitStack, should_stop: ShouldStop) -> None:
-        from capgap.models.build import DTYPES, load_model
-        from capgap.tune.training import Job, score_answers, tune
-
-        training, heldout = run.prepare(stack)
-        # fp32; as it is stored where adapters alone learn, on a GPU
-        dtype = "stored" if self.lora and run.device != "cpu" else "fp32"
-        model = load_model(self.model, dtype=DTYPES[dtype]).to(run.device)
-        tell = paced(run.say)
-
-        def scores(model: "PreTrainedModel", before: Scores | None) -> Scores | None:
-            """None where nothing is held out."""
-            sides = zip(*(sample.texts for sample in heldout), strict=True)
-            losses = [score_answers(model, run.tokenizer, side, bf16=run.bf16) for side in sides]
-            return self.scores(losses, before) if losses else None
-
-        def on_step(line: dict[str, Any]) -> None:
-            metrics.add(line)
-            done = f"{self.title()}: step {line['step'] + 1} of {run.steps}"
-            tell(lambda: f"{done}, loss {line['loss']:.4f}")
-
-        if "before" not in run.record:
-            run.keep(before=scores(model, None))
-        with MetricsFile(self.out, self.track, run.asked, run.say) as metrics:
-            rows, folder = [sample.row for sample in training], run.checkpoints
-            job = Job(model, run.tokenizer, rows, self, folder, run.bf16, on_step, should_stop)
-            tuned = tune(job)
-        run.finish(tuned, scores(tuned.model, run.record["before"]))
 
 
 class _Run:
@@ -202,11 +170,9 @@ class _Run:
     def __init__(self, stage: Tuning, say: Say) -> None:
         from transformers.utils import logging as transformers_logging
 
-        from capgap.corpus.tokenizer import load_tokenizer, num_words
         from capgap.machine import resolve_device, started
         from capgap.models.identity import model_hash
-        from capgap.models.stored import positions_of, read_config
-        from capgap.stages.inputs import check_words
+        from capgap.stages.measure import Reader
         from capgap.train.settings import autocast_dtype
         from capgap.train.trackers import check_trackers
         from capgap.tune.template import set_template
@@ -229,15 +195,13 @@ class _Run:
         # a CPU keeps to fp32
         self.bf16 = self.device != "cpu" and autocast_dtype("auto", self.device) is not None
         conversations.check_file(stage.data)
-        self.tokenizer = load_tokenizer(stage.model)
-        self.config: Any = read_config(stage.model)
-        check_words(stage.model, self.config, num_words(self.tokenizer))
-        positions = positions_of(self.config)
-        self.window = stage.window or min(WINDOW, positions or WINDOW)
-        if positions is not None and self.window > positions:
+        reader = Reader.of(stage.model)
+        self.tokenizer, self.config = reader.tokenizer, reader.config
+        self.window = stage.window or min(WINDOW, reader.positions or WINDOW)
+        if reader.positions is not None and self.window > reader.positions:
             raise UserError(
-                f"{stage.model} reads at most {positions} tokens, the window has {self.window}: "
-                f"take --window {positions} or less"
+                f"{stage.model} reads at most {reader.positions} tokens, the window has "
+                f"{self.window}: take --window {reader.positions} or less"
             )
         set_template(self.tokenizer, stage.template, stage.system)
         values = stage.identity()
@@ -251,17 +215,56 @@ class _Run:
             **values,
             "lora": lora if stage.lora else None,
         }
-        self.path = stage.out / f"{self.name}.json"
-        self.checkpoints = stage.out / "checkpoints"
-        self.record = find_run(self.path, self.asked) or {"finished": False}
+        self.record = find_run(stage.record_file, self.asked) or {"finished": False}
 
-    def keep(self, **values: Any) -> None:
+    def tune(self, should_stop: ShouldStop) -> None:
+        """The work, with the folder locked."""
+        from capgap.models.build import DTYPES, load_model
+        from capgap.tune.training import Job, score_answers, tune
+
+        stage = self.stage
+        training, heldout, data = self._samples()
+        steps = stage.epochs * -(-len(training) // stage.batch)
+        tell = paced(self.say)
+
+        def scores(model: "PreTrainedModel", before: Scores | None) -> Scores | None:
+            """None where nothing is held out."""
+            sides = zip(*(sample.texts for sample in heldout), strict=True)
+            losses = [score_answers(model, self.tokenizer, side, bf16=self.bf16) for side in sides]
+            return stage.scores(losses, before) if losses else None
+
+        def on_step(line: dict[str, Any]) -> None:
+            metrics.add(line)
+            done = f"{self.name}: step {line['step'] + 1} of {steps}"
+            tell(lambda: f"{done}, loss {line['loss']:.4f}")
+
+        with begun(stage.record_file, self.asked) as self.record:
+            self._keep(data=data, window=self.window)
+            self.say(
+                f"{self.name}: {len(training):,} for training, {len(heldout):,} held out; "
+                f"{steps} steps of {min(stage.batch, len(training))}"
+            )
+            # fp32; as it is stored where adapters alone learn, on a GPU
+            dtype = "stored" if stage.lora and self.device != "cpu" else "fp32"
+            model = load_model(stage.model, dtype=DTYPES[dtype]).to(self.device)
+            if "before" not in self.record:
+                self._keep(before=scores(model, None))
+            with MetricsFile(stage.out, stage.track, self.asked, self.say) as metrics:
+                rows, folder = [sample.row for sample in training], stage.out / "checkpoints"
+                job = Job(
+                    model, self.tokenizer, rows, stage, folder, self.bf16, on_step, should_stop
+                )
+                tuned = tune(job)
+            self._finish(tuned, scores(tuned.model, self.record["before"]))
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _keep(self, **values: Any) -> None:
         self.record |= values
-        write_json(self.path, self.record)
+        write_json(self.stage.record_file, self.record)
 
-    def prepare(self, stack: ExitStack) -> tuple[list[Sample], list[Sample]]:
-        """(for training, held out), drawn by the seed. Begins the record, keeps its folder locked
-        and says what was found in the data; UserError where there is too little."""
+    def _samples(self) -> tuple[list[Sample], list[Sample], dict[str, Any]]:
+        """(for training, held out, what the record says of the data), drawn by the seed. Says what
+        was found in the data; UserError where there is too little."""
         from capgap.tune.template import special_in
 
         stage, samples = self.stage, []
@@ -284,59 +287,51 @@ class _Run:
             )
         drawn = set(random.Random(stage.seed).sample(range(len(samples)), count))
         training = [sample for i, sample in enumerate(samples) if i not in drawn]
-        heldout = [samples[i] for i in sorted(drawn)]
         for sentence in reading.sentences():
             self.say(f"{self.name}: {sentence}")
-        self.record = stack.enter_context(begun(self.path, self.asked))
         texts = [text for sample in training for text in sample.texts]
         data = {
             "lines": reading.num_lines,
             "training": len(training),
-            "heldout": len(heldout),
+            "heldout": count,
             "tokens": sum(len(text.ids) for text in texts),
             "answer_tokens": sum(text.num_counted for text in texts),
             "problems": reading.problems(),
         }
-        self.keep(data=data, window=self.window)
-        self.steps = stage.epochs * -(-len(training) // stage.batch)
-        self.say(
-            f"{self.name}: {len(training):,} for training, {len(heldout):,} held out; "
-            f"{self.steps} steps of {min(stage.batch, len(training))}"
-        )
-        return training, heldout
+        return training, [samples[i] for i in sorted(drawn)], data
 
-    def finish(self, tuned: "Tuned", after: Scores | None) -> None:
+    def _finish(self, tuned: "Tuned", after: Scores | None) -> None:
         """The model as a folder, in the dtype that it came in, with its licence, tokenizer and
         template; and the rest of the record."""
         from capgap.machine import machine, versions
         from capgap.models import stored
 
-        model, folder = tuned.model, self.stage.out / "model"
-        end, padding = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        stage, data, model = self.stage, self.record["data"], tuned.model
+        folder, end = stage.out / "model", self.tokenizer.eos_token_id
+        padding = self.tokenizer.pad_token_id
         for config in (model.config, model.generation_config):
             config.bos_token_id = self.tokenizer.bos_token_id
             config.eos_token_id = end
             config.pad_token_id = end if padding is None else padding
         model.config.use_cache = True
-        source = stored.local_folder(self.stage.model)
+        source = stored.local_folder(stage.model)
         with stored.written_beside(folder) as partial:
             stored.copy_companions(source, partial, (*stored.COMPANIONS, *stored.RECORDS))
             model.to(self.config.dtype or model.dtype).save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
-        self.keep(
+        self._keep(
             finished=True,
             folder=str(folder),
             steps=len(tuned.curve["loss"]),
             curve=tuned.curve,
             precision="bf16" if self.bf16 else "fp32",
             after=after,
-            tokens_read=self.stage.epochs * self.record["data"]["tokens"],
-            tokens_trained=self.stage.epochs * self.record["data"]["answer_tokens"],
+            tokens_read=stage.epochs * data["tokens"],
+            tokens_trained=stage.epochs * data["answer_tokens"],
             versions=versions() | {name: version(name) for name in LIBRARIES},
             machine=machine(self.device, None),
         )
-        shutil.copyfile(self.path, folder / self.path.name)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        shutil.copyfile(stage.record_file, folder / stage.record_file.name)
 
 
 class InstructSection(TuningSection):
