@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "capgap"
 COUNTED = (".py", ".j2", ".js", ".css")
 CEILINGS = {
-    "lines": 29_799,
-    "files": 145,
-    "longest file": 450,
-    "closure of a sweep's worker": 8_817,
-    "closure of capgap quickstart": 19_701,
+    "lines": 29_550,
+    "files": 143,
+    "longest file": 448,
+    "closure of a sweep's worker": 8_471,
+    "closure of capgap quickstart": 18_841,
 }
 # What a room may import besides itself; rooms below stand in BELOW
 BELOW = {"artifact", "errors", "machine", "records", "scrub", "section", "sizes", "stage"}
