@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
-from capgap.corpus.names import is_cached
+from capgap.corpus.names import cached_file
 from capgap.errors import UserError
 from capgap.models.build import (
     Parts,
@@ -154,14 +154,19 @@ def test_load_errors_are_one_clear_line(tmp_path, monkeypatch):
 def test_a_model_in_the_hubs_cache_is_that_of_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "ab" * 20
     cached = tmp_path / "models--team--name"
     (cached / "refs").mkdir(parents=True)
-    (cached / "refs/main").write_text("abc")
-    save_model(build_model(tiny("llama"), seed=0), cached / "snapshots/abc")
-    assert local_folder("team/name") == cached / "snapshots/abc"
-    assert model_hash("team/name") == model_hash(cached / "snapshots/abc")
-    assert is_cached("team/name", "config.json")
-    assert not is_cached("team/name", "tokenizer.json")
+    (cached / "refs/main").write_text(commit)
+    save_model(build_model(tiny("llama"), seed=0), cached / f"snapshots/{commit}")
+    assert local_folder("team/name") == cached / f"snapshots/{commit}"
+    assert model_hash("team/name") == model_hash(cached / f"snapshots/{commit}")
+    for name in ("team/name", "team/name@main", f"team/name@{commit}"):
+        assert cached_file(name, "config.json") == cached / f"snapshots/{commit}/config.json"
+        assert local_folder(name) == cached / f"snapshots/{commit}"
+        assert load_model(name).config.model_type == "llama"
+    assert cached_file("team/name", "tokenizer.json") is None
+    assert cached_file("team/name@other", "config.json") is None
     with pytest.raises(UserError, match="no folder team/other"):
         model_hash("team/other")
 

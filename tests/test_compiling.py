@@ -47,7 +47,7 @@ def is_compiled(parts):
 @pytest.fixture
 def compiler(monkeypatch):
     """Stands for a real one, and takes no time."""
-    monkeypatch.setattr(compiling, "_missing", lambda device: None)
+    monkeypatch.setattr(compiling, "missing", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic: forward)
 
 
@@ -76,7 +76,7 @@ def test_a_short_run_is_not_worth_a_trial(compiler, parts):
 
 def test_without_a_compiler_nothing_is_tried(parts, monkeypatch, tmp_path):
     with monkeypatch.context() as patched:
-        patched.setattr(compiling, "_missing", lambda device: "a compiler")
+        patched.setattr(compiling, "missing", lambda device: "a compiler")
         settle("auto", parts, lambda: pytest.fail("tried"), folder=tmp_path)
     # and a run that continues where there is one computes as it began
     settle("auto", parts, lambda: pytest.fail("tried"), folder=tmp_path)
@@ -119,7 +119,7 @@ def test_every_model_has_its_own_kernels_for_every_micro_batch(small_corpus, mon
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(compile_, backend=backend))
-    monkeypatch.setattr(compiling, "_missing", lambda device: None)
+    monkeypatch.setattr(compiling, "missing", lambda device: None)
     torch._dynamo.reset()
     sizes = (8_000, 10_000, 12_000, 14_000, 16_000)
     learners = [

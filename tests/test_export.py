@@ -289,8 +289,7 @@ def test_a_licence_from_the_hub_is_that_of_a_model_that_was_loaded(tmp_path, mon
     card = tmp_path / "README.md"
     card.write_text("---\nlicense: apache-2.0\n---\n")
     assert find_licence([("the teacher", "teachers/big")]).id is None
-    monkeypatch.setattr(cards, "is_cached", lambda name, file: True)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(card))
+    monkeypatch.setattr(cards, "cached_file", lambda name, file: card)
     found = find_licence([("the teacher", "org/big")])
     assert (found.id, found.source) == ("apache-2.0", "the model card of the teacher 'org/big'")
 
@@ -494,10 +493,11 @@ def test_licence_and_adaptation_come_through_all_stages(small_corpus, tmp_path):
 
 
 def test_the_base_model_is_the_first_of_the_hub(small_corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(cards, "is_cached", lambda name, file: name == "org/big")
     card = tmp_path / "card.md"
     card.write_text("---\nlicense: mit\n---\n")
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(card))
+    monkeypatch.setattr(
+        cards, "cached_file", lambda name, file: card if name == "org/big" else None
+    )
     tuned = save(tmp_path / "instruct/model", small_corpus)
     write(tmp_path / "instruct/instruct.json", asked={"model": "org/big"}, folder=str(tuned))
     Export(model=str(tuned), out=tmp_path / "out").run()

@@ -22,7 +22,7 @@ CEILINGS = {
     "closure of capgap quickstart": 18_841,
 }
 # What a room may import besides itself; rooms below stand in BELOW
-BELOW = {"artifact", "errors", "machine", "records", "scrub", "section", "sizes", "stage"}
+BELOW = {"artifact", "errors", "hub", "machine", "records", "scrub", "section", "sizes", "stage"}
 ARROWS = {
     "corpus": set(),
     "models": {"corpus"},

@@ -8,7 +8,7 @@ from capgap.errors import UserError
 from capgap.models.build import build_model, load_model, save_model, shape_of
 from capgap.models.shape import Shape, ladder_shape
 from capgap.prune.importance import Importance, score
-from capgap.prune.surgery import choose, cut, prune
+from capgap.prune.surgery import choose, cut, prune_model
 from capgap.prune.units import Masks, masked
 from lively import lively
 
@@ -203,7 +203,7 @@ def test_important_units_are_found():
     assert kept.layers.tolist() == [0, 2]
     assert kept.heads.tolist() == [[0, 2, 3]] * 2
     assert not set(dead_neurons) & set(kept.neurons.flatten().tolist())
-    small = prune(model, [windows()], shape.parameters().non_embedding)
+    small = prune_model(model, shape.parameters().non_embedding, [windows()])
     assert shape_of(small.config).layers <= 3
 
 
@@ -211,14 +211,14 @@ def test_important_units_are_found():
 def test_prune_meets_the_count(architecture):
     teacher = build_model(ladder_shape(architecture, 100_000, vocabulary=53, positions=24), seed=0)
     importance = score(teacher, [windows()])
-    small = prune(teacher, importance, 40_000)
+    small = prune_model(teacher, 40_000, importance)
     counted = sum(
         weight.numel()
         for name, weight in small.named_parameters()
         if not any(table in name for table in ("embed", "wte", "wpe"))
     )
     assert counted == pytest.approx(40_000, rel=0.005)
-    again = prune(teacher, [windows()], 40_000)
+    again = prune_model(teacher, "40k", [windows()])
     assert torch.equal(small(windows()).logits, again(windows()).logits)
 
 

@@ -285,7 +285,7 @@ def test_a_folder_is_counted_by_its_config(tmp_path):
         ([], "no teachers to choose from"),
         (["--teachers", "best"], "'best' is no published model"),
         (["--family", "llama2", "--teachers", "Llama-2-7B"], "is given twice"),
-        (["--family", "llama2", "--gpus", "8xT4"], "give a number and one of V100, A100"),
+        (["--family", "llama2", "--gpus", "8xP100"], "give a number and one of T4, V100"),
         (["--family", "llama2", "--gpus", "0xA100"], "give a number"),
         (["--family", "llama2", "--law", "none.json"], "no law none.json"),
         (["--family", "llama2", "--student", "0"], "is no count"),

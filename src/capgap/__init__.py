@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from capgap.distill.module import DistillationLoss as DistillationLoss
+    from capgap.distill.module import TeacherColumn as TeacherColumn
+    from capgap.distill.module import distillation_loss as distillation_loss
     from capgap.law.advise import Advice
     from capgap.law.law import Law
+    from capgap.prune.surgery import prune_model as prune_model
     from capgap.stages.adapt import Adapt as Adapt
     from capgap.stages.cache import Cache as Cache
     from capgap.stages.corpus import Prepare as Prepare
@@ -112,7 +116,13 @@ STAGES = {
     "Sweep": "sweep.stages",
     "Train": "stages.distill",
 }
-_ELSEWHERE = STAGES | {"open_text": "stages.inputs"}
+_ELSEWHERE = STAGES | {
+    "DistillationLoss": "distill.module",
+    "TeacherColumn": "distill.module",
+    "distillation_loss": "distill.module",
+    "open_text": "stages.inputs",
+    "prune_model": "prune.surgery",
+}
 
 
 def __getattr__(name: str) -> Any:

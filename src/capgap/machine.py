@@ -30,10 +30,19 @@ class Gpu(NamedTuple):
     has_bf16: bool = True
 
 
+# those of consumers sum in 32 bits at half the rate that they are sold by
 GPUS = {
+    "T4": Gpu(65e12, 16 * 10**9, has_bf16=False),
     "V100": Gpu(125e12, 32 * 10**9, has_bf16=False),
-    "A100": Gpu(312e12, 80 * 10**9),
+    "RTX3090": Gpu(71e12, 24 * 10**9),
+    "RTX4080": Gpu(97.5e12, 16 * 10**9),
+    "RTX4090": Gpu(165e12, 24 * 10**9),
+    "RTX5080": Gpu(112.6e12, 16 * 10**9),
+    "RTX5090": Gpu(209.5e12, 32 * 10**9),
+    "A10": Gpu(125e12, 24 * 10**9),
+    "L4": Gpu(121e12, 24 * 10**9),
     "L40S": Gpu(362e12, 48 * 10**9),
+    "A100": Gpu(312e12, 80 * 10**9),
     "H100": Gpu(989e12, 80 * 10**9),
     "H200": Gpu(989e12, 141 * 10**9),
     "B200": Gpu(2250e12, 180 * 10**9),
@@ -41,9 +50,11 @@ GPUS = {
 
 
 def parse_gpus(text: str, *, where: str = "--gpus") -> tuple[int, str]:
-    """ "16xA100" as a number and a kind; UserError for anything else."""
-    match = re.fullmatch(r"(?:(\d+)x)?(\w+)", text.strip())
+    """ "16xA100" or "RTX 4090" as a number and a kind; UserError for anything else."""
+    plain = re.sub(r"[\s-]", "", text)
+    match = re.fullmatch(r"(?:(\d+)x)?(?:RTX)?(\w+)", plain, re.IGNORECASE)
     number, kind = (int(match[1] or 1), match[2].upper()) if match else (0, "")
+    kind = kind if kind in GPUS else f"RTX{kind}"
     if number < 1 or kind not in GPUS:
         raise UserError(f"{where} {text!r}: give a number and one of {', '.join(GPUS)}: 8xA100")
     return number, kind
@@ -58,7 +69,8 @@ def hours(flops: float, gpus: tuple[int, str], utilisation: float = UTILISATION)
 def resolve_device(asked: str) -> str:
     """`auto` is the GPU where there is one; `cuda` is every process's own under torchrun.
 
-    UserError for a device that is not there, and for one GPU for several processes.
+    UserError for a device that is not there or of another kind (an Apple GPU), and for one GPU for
+    several processes.
     """
     import torch
 
@@ -71,7 +83,11 @@ def resolve_device(asked: str) -> str:
         device = torch.device(asked)
     except RuntimeError:
         raise UserError(f"{asked!r} is no device: use auto, cpu or cuda") from None
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(
+            f"device {asked!r}: nothing was ever tried on {device.type}: use cpu or cuda"
+        )
+    if device.type == "cpu":
         return str(device)
     if device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

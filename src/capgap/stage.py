@@ -18,6 +18,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from capgap.errors import UserError
+from capgap.hub import hub_name
 from capgap.section import Problem, Section, apply_override, keys_of, section_in
 
 
@@ -65,6 +66,9 @@ class Stage(Section):
     command_name: ClassVar[str] = ""
 
     def __init__(self, **given: Any) -> None:
+        for name, field in type(self).model_fields.items():
+            if Mark.MODEL in field.metadata and isinstance(given.get(name), str):
+                given[name] = hub_name(given[name])
         try:
             super().__init__(**given)
         except ValidationError as error:

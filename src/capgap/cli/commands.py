@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 import typer
 from pydantic import Field, model_validator
 
+from capgap.artifact import write_text
 from capgap.cli.app import (
     Answer,
     Command,
@@ -19,10 +20,12 @@ from capgap.cli.app import (
     app,
     print_json,
 )
+from capgap.cli.doctor import Doctor
+from capgap.cli.init import Init, run_recipe
 from capgap.errors import UserError
 from capgap.section import Words
 from capgap.sizes import parse_count
-from capgap.stage import ARGUMENT, HOW, Say
+from capgap.stage import ARGUMENT, HOW, FieldError, Say
 from capgap.stages.adapt import Adapt
 from capgap.stages.cache import Cache
 from capgap.stages.corpus import Prepare
@@ -36,6 +39,7 @@ from capgap.sweep.search_stage import Search
 from capgap.sweep.stages import Column, OfRecipe, Quickstart, Sweep
 
 if TYPE_CHECKING:
+    from capgap.law.advise import Advice
     from capgap.pipeline.recipe import RunRecipe
     from capgap.tune.chat import Chat
 
@@ -106,6 +110,7 @@ class Recommend(Answer):
     ] = ()
     law: Annotated[Path | None, "The law.json of a sweep of your own."] = None
     gpus: Annotated[str | None, "For the time: 16xA100."] = None
+    write: Annotated[Path | None, "Write the recipe of the run that follows into this file."] = None
     figure: Annotated[Path | None, "Draw the advice into this file, .png or .svg."] = None
     measure: Annotated[str | None, "A corpus of yours: let the teachers read this text."] = None
     student_model: Annotated[
@@ -136,6 +141,8 @@ class Recommend(Answer):
             from capgap.report.draw import check_picture
 
             check_picture(self.figure)
+        if self.write is not None and self.write.exists():
+            raise FieldError("write", f"{self.write} exists: choose another file, or delete it")
         own = None if self.law is None else read_law(self.law)
         candidates = candidates_of(self.family, self.teachers)
 
@@ -162,14 +169,32 @@ class Recommend(Answer):
             from capgap.report.published_charts import advice_chart
 
             write_picture(advice_chart(found), self.figure)
-        return found.model_dump(mode="json") | {"verdict": advice_sentences(found)}
+        told = found.model_dump(mode="json") | {"verdict": advice_sentences(found)}
+        return told | {"next": self._next(found)}
+
+    def _next(self, found: "Advice") -> str | None:
+        """The command that comes after the advice; None where no teacher is to be taken."""
+        if found.take is None:
+            return None
+        from capgap.law.published import candidates_of
+
+        candidates = {one.name: one for one in candidates_of(self.family, self.teachers)}
+        name, text = candidates[found.take].source or found.take, self.measure or "texts/"
+        if self.write is None:
+            asked = ["init", "mine.toml", "--text", text, "--teachers", name]
+            asked += ["--students", self.student, "--tokens", self.tokens]
+            return shlex.join(["capgap", *asked, *(["--gpus", self.gpus] if self.gpus else [])])
+        recipe = run_recipe(self.write.stem, name, self.student, self.tokens, text, self.gpus)
+        write_text(self.write, recipe)
+        return f"capgap plan {self.write}"
 
     def told(self, found: dict[str, Any]) -> str:
         from capgap.law.advise import Advice
         from capgap.report.advice import advice_text
 
-        values = {name: value for name, value in found.items() if name != "verdict"}
-        return advice_text(Advice.model_validate(values))
+        values = {name: found[name] for name in Advice.model_fields}
+        after = f"\n\nnext: {found['next']}" if found["next"] else ""
+        return advice_text(Advice.model_validate(values)) + after
 
 
 class Plan(Answer, OfRecipe):
@@ -281,7 +306,7 @@ class Run(OfRecipe):
 
 
 # in the order of --help
-QUESTIONS = (Quickstart, Sweep, Search, Report, Fit, Recommend, Plan, Run)
+QUESTIONS = (Quickstart, Sweep, Search, Report, Fit, Recommend, Init, Plan, Run)
 WORK = (Column, Prepare, Cache, Score, Prune, Distill, Train, Adapt, Sample, Evaluate)
 for stage in (*QUESTIONS, *WORK, Instruct, Prefer):
     add_stage(stage)
@@ -375,3 +400,4 @@ def _print_answer(talk: "Chat", question: str) -> None:
 
 
 add_stage(Export)
+add_stage(Doctor)

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, PlainSerializer
 from capgap.errors import UserError
 
 HUB_SECONDS = 10.0
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 # Of a checkpoint that brings code
 OWN_CODE = (
     "such code is run by `capgap evaluate` and `capgap chat` alone, with --trust-remote-code, once "
@@ -103,22 +103,41 @@ def looks_like_path(text: str, *, suffixes: tuple[str, ...] = ()) -> bool:
     )
 
 
-def is_cached(name: str, file: str) -> bool:
-    """Whether this file of a model on the hub lies in the hub's cache here."""
+def at_revision(name: str) -> tuple[str, str | None]:
+    """A model of the hub without its @revision, and that: a branch, a tag or a commit."""
+    repository, _, revision = name.partition("@")
+    return (repository, revision or None) if HUB_NAME.fullmatch(name) else (name, None)
+
+
+def cached_file(name: str, file: str) -> Path | None:
+    """Where this file of a model on the hub lies in the cache here; None where it does not."""
     from huggingface_hub import try_to_load_from_cache
 
-    is_name = HUB_NAME.fullmatch(name) is not None
-    return is_name and isinstance(try_to_load_from_cache(name, file), str)
+    if not HUB_NAME.fullmatch(name):
+        return None
+    repository, revision = at_revision(name)
+    found = try_to_load_from_cache(repository, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 def hub_revision(name: str, *, kind: Literal["dataset", "model"]) -> str:
     """The commit a hub name stands for now: one request, so that a missing network is told at once.
     UserError: no network, no such name, or no access."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    repository, revision = at_revision(name)
     try:
-        return str(HfApi().repo_info(name, repo_type=kind, timeout=HUB_SECONDS).sha)
+        found = HfApi().repo_info(
+            repository, revision=revision, repo_type=kind, timeout=HUB_SECONDS
+        )
+        return str(found.sha)
+    except RevisionNotFoundError as error:
+        raise UserError(f"the {kind} {repository!r} has no revision {revision!r}") from error
     except GatedRepoError as error:
         raise UserError(
             f"the {kind} {name!r} on the Hugging Face hub asks for access: accept its terms on its "

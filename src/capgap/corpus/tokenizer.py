@@ -17,7 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from capgap.corpus.names import HUB_NAME, OWN_CODE, hub_revision, is_cached, looks_like_path
+from capgap.corpus.names import (
+    HUB_NAME,
+    OWN_CODE,
+    at_revision,
+    cached_file,
+    hub_revision,
+    looks_like_path,
+)
 from capgap.corpus.tokens import Marks
 from capgap.errors import UserError, border
 
@@ -203,7 +210,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     name = str(Path(path_or_name).expanduser())
-    is_here = Path(name).exists() or is_cached(name, "tokenizer.json")
+    is_here = Path(name).exists() or cached_file(name, "tokenizer.json") is not None
     if not is_here:
         if looks_like_path(str(path_or_name)) or not HUB_NAME.fullmatch(name):
             raise UserError(f"no such tokenizer folder: {name}")
@@ -214,8 +221,12 @@ def load_tokenizer(
     with border(f"cannot read the tokenizer of {name}"):
         try:
             # said here, since transformers would ask the terminal whether to run what it finds
+            repository, revision = at_revision(name)
             tokenizer = AutoTokenizer.from_pretrained(
-                name, local_files_only=is_here, trust_remote_code=trust_remote_code
+                repository,
+                revision=revision or "main",
+                local_files_only=is_here,
+                trust_remote_code=trust_remote_code,
             )
         except ValueError as error:
             if "trust_remote_code" not in str(error):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from capgap.artifact import read_json
-from capgap.corpus.names import HUB_SECONDS, is_cached
+from capgap.corpus.names import HUB_SECONDS, at_revision, cached_file
 from capgap.models.stored import LICENCES
 from capgap.records import RunRecord, read_records
 from capgap.sizes import format_count
@@ -249,7 +249,7 @@ def find_licence(models: Iterable[tuple[str, str]]) -> Licence:
 def is_on_hub(name: str) -> bool:
     """Whether it was loaded from the Hub here: the name of a folder that is gone may be that of a
     stranger's model there."""
-    return not Path(name).exists() and is_cached(name, "config.json")
+    return not Path(name).exists() and cached_file(name, "config.json") is not None
 
 
 def _in_folder(what: str, folder: Path) -> Licence:
@@ -273,14 +273,17 @@ def _in_folder(what: str, folder: Path) -> Licence:
 
 def _on_hub(what: str, name: str) -> Licence:
     """From the card in the cache, or by one request."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import HfApi
 
     source = f"the model card of {what} {name!r}"
     try:
-        if is_cached(name, CARD):
-            fields = front_matter(Path(str(try_to_load_from_cache(name, CARD))))
+        cached = cached_file(name, CARD)
+        if cached is not None:
+            fields = front_matter(cached)
         else:
-            card = HfApi().model_info(name, timeout=HUB_SECONDS).card_data
+            repository, revision = at_revision(name)
+            found = HfApi().model_info(repository, revision=revision, timeout=HUB_SECONDS)
+            card = found.card_data
             fields = {} if card is None else card.to_dict()
     # The client raises errors of whatever HTTP library it is built on: the licence is then unknown,
     # and that is said

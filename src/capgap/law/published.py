@@ -11,6 +11,7 @@ from typing import Any
 
 from capgap.corpus.names import HUB_NAME, looks_like_path
 from capgap.errors import UserError
+from capgap.hub import families
 from capgap.law.surface import DistillationSurface, SupervisedSurface
 from capgap.models.shape import Shape
 from capgap.sizes import ParameterCounts, format_count, parse_count, parse_size
@@ -92,7 +93,8 @@ _DIMENSIONS = ("hidden", "layers", "heads", "kv_heads", "head_size", "ffn")
 class PublishedModel:
     """A member of a family. `tokens` of its pre-training; None where they are not published. year:
     month in which the family came out, as "2024-09". tokenizer: a name that families with the
-    same tokenizer share. head_norms: whether queries and keys have norms of their own."""
+    same tokenizer share. hub: its name on the Hugging Face Hub. head_norms: whether queries and
+    keys have norms of their own."""
 
     name: str
     family: str
@@ -100,6 +102,7 @@ class PublishedModel:
     tokens: int | None
     year: str
     tokenizer: str
+    hub: str
     head_norms: bool = False
 
     def parameters(self) -> ParameterCounts:
@@ -123,8 +126,8 @@ class PublishedFamily:
 def published_families() -> dict[str, PublishedFamily]:
     """Families by their short name: their models' dimensions, parameters and training tokens."""
     found = {}
-    for name, fields in _read("families.toml").items():
-        recipe = (fields["year"], fields.get("tokenizer", name), fields.get("head_norms", False))
+    for name, fields in families().items():
+        head_norms = fields.get("head_norms", False)
         models = []
         for model in fields["models"]:
             shape = Shape(
@@ -135,6 +138,7 @@ def published_families() -> dict[str, PublishedFamily]:
                 **dict(zip(_DIMENSIONS, model["shape"], strict=True)),
             )
             tokens = parse_count(model["tokens"]) if "tokens" in model else None
+            recipe = (fields["year"], fields.get("tokenizer", name), model["hub"], head_norms)
             models.append(PublishedModel(model["name"], name, shape, tokens, *recipe))
         found[name] = PublishedFamily(name, fields["title"], fields["source"], tuple(models))
     return found
@@ -150,9 +154,15 @@ def find_family(name: str) -> PublishedFamily:
 
 
 def find_model(name: str) -> PublishedModel | None:
-    """The published model of that name, None where there is none."""
-    models = (model for family in published_families().values() for model in family.models)
-    return next((one for one in models if one.name.lower() == name.strip().lower()), None)
+    """The published model of that name, or of that name on the Hub, as Qwen/Qwen2.5-7B or with
+    @revision; None where there is none."""
+    return _by_name().get(name.strip().lower().partition("@")[0])
+
+
+@cache
+def _by_name() -> dict[str, PublishedModel]:
+    models = [model for family in published_families().values() for model in family.models]
+    return {name.lower(): model for model in models for name in (model.name, model.hub)}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from capgap.corpus.names import at_revision
 from capgap.errors import UserError, border
 from capgap.models.families import FAMILIES
 from capgap.models.parts import Parts
@@ -186,8 +187,10 @@ def load_model(
         StoredWeights(folder).check_config(config)
     with border(f"cannot load the model {path_or_name}"):
         kind = AutoModelForCausalLM if needs_code else auto_class(config)
+        repository, revision = at_revision(name)
         model, report = kind.from_pretrained(
-            name,
+            repository,
+            revision=revision or "main",
             config=config,
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,

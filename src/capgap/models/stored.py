@@ -9,13 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import DryRunError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from capgap.artifact import file_hash, folder_written, read_json, write_json
-from capgap.corpus.names import HUB_NAME, OWN_CODE, hub_revision, is_cached, looks_like_path
+from capgap.corpus.names import (
+    HUB_NAME,
+    OWN_CODE,
+    at_revision,
+    cached_file,
+    hub_revision,
+    looks_like_path,
+)
 from capgap.errors import UserError, border, first_line, warn_once
+from capgap.sizes import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,6 +36,8 @@ SINGLE = "model.safetensors"
 WRITTEN = "capgap.json"
 SHARD_BYTES = 1 << 30
 ROWS = 4096
+# A download of less is not told
+WORTH_TELLING = 10**8
 # What transformers calls otherwise in memory than in the files of GPT-NeoX
 STORED_AS = {"lm_head.weight": "embed_out.weight"}
 # How names of the table of tokens end
@@ -69,11 +81,13 @@ def read_config(path_or_name: str | Path, *, trust_remote_code: bool = False) ->
             raise UserError(f"{name} is no model folder: it has no config.json")
     elif looks_like_path(name) or not HUB_NAME.fullmatch(name):
         raise UserError(f"{name} is no model folder")
-    elif not is_cached(name, "config.json"):
+    elif cached_file(name, "config.json") is None:
         # without a network the loader below would retry for most of a minute
         hub_revision(name, kind="model")
     with border(f"cannot read the config of the model {name}"):
-        fields = PreTrainedConfig.get_config_dict(name)[0]
+        repository, revision = at_revision(name)
+        at: dict[str, Any] = {"revision": revision or "main"}
+        fields = PreTrainedConfig.get_config_dict(repository, **at)[0]
         if not isinstance(fields, dict):
             raise UserError(f"config.json of the model {name} is no object: give the model's own")
         for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
@@ -89,7 +103,7 @@ def read_config(path_or_name: str | Path, *, trust_remote_code: bool = False) ->
                 f"{name} brings its own code (auto_map in config.json) for the architecture "
                 f"{fields.get('model_type')!r}, which transformers does not have: {OWN_CODE}"
             )
-        config = AutoConfig.from_pretrained(name, trust_remote_code=needs_code)
+        config = AutoConfig.from_pretrained(repository, trust_remote_code=needs_code, **at)
     quantised: Any = getattr(config, "quantization_config", None)
     if quantised is not None:
         settings = quantised if isinstance(quantised, dict) else vars(quantised)
@@ -153,12 +167,36 @@ def local_folder(path_or_name: str | Path) -> Path:
     name = at_home(path_or_name)
     if Path(name).is_dir():
         return Path(name)
-    wanted = ["*.safetensors", "*.json", *COMPANIONS]
-    other_libraries = ["consolidated*", "original/*"]
+    repository, revision = at_revision(name)
+    asked: dict[str, Any] = {
+        "repo_id": repository,
+        "revision": revision,
+        "allow_patterns": ["*.safetensors", "*.json", *COMPANIONS],
+        # of other libraries
+        "ignore_patterns": ["consolidated*", "original/*"],
+    }
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=other_libraries))
+        _tell_download(name, asked)
+        return Path(snapshot_download(**asked))
     except (OSError, ValueError) as error:
         raise UserError(f"no folder {name}, and from the Hub: {first_line(error)}") from None
+
+
+def _tell_download(name: str, asked: Mapping[str, Any]) -> None:
+    """How much of a model will be fetched; UserError where the disk has no room for it."""
+    try:
+        files = snapshot_download(**asked, dry_run=True)
+    except DryRunError:
+        return  # no network: what is in the cache has to do
+    size = sum(one.file_size or 0 for one in files if one.will_download)
+    if size < WORTH_TELLING:
+        return
+    cache = Path(HF_HUB_CACHE)
+    told = f"{format_bytes(size)} of {name} from the Hub into {cache}"
+    there = next(one for one in (cache, *cache.parents) if one.exists())
+    if shutil.disk_usage(there).free < size:
+        raise UserError(f"no space for {told}: free some, or set HF_HOME to another disk")
+    warn_once(f"fetches {told}")
 
 
 class StoredWeights:

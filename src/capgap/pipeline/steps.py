@@ -6,7 +6,7 @@ from typing import Any
 
 from capgap.corpus.names import Given, Weighted
 from capgap.errors import UserError
-from capgap.law.published import find_model
+from capgap.hub import hub_name
 from capgap.pipeline.recipe import RunRecipe
 from capgap.stage import Stage
 from capgap.stages.adapt import Adapt, AdaptSection
@@ -73,13 +73,8 @@ class _Planner:
     def _teacher(self) -> str:
         """The teacher's folder or name; one that is to be trained has steps of its own."""
         asked = self.recipe.teacher
-        if asked.model is not None and asked.weights is None and find_model(asked.model):
-            raise UserError(
-                f"teacher.model {asked.model} is a published name: say where its weights are, as "
-                "teacher.weights=FOLDER or a name on the Hub"
-            )
         if asked.size is None:
-            return asked.weights or asked.model or ""
+            return hub_name(asked.weights or asked.model or "")
         folder = self.out / "teacher"
         text = Prepare(source=asked.source, vocabulary=asked.vocabulary, out=folder / "corpus")
         training = Train(

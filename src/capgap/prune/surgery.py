@@ -15,8 +15,10 @@ from capgap.models.build import shape_of, size_fields
 from capgap.models.families import HEAD, Axes
 from capgap.models.shape import Shape, why_no_cut
 from capgap.models.stored import StoredWeights, empty_model
+from capgap.prune import Method
 from capgap.prune.importance import Importance, score
 from capgap.prune.units import unit_of_rows
+from capgap.sizes import parse_count
 
 
 class Kept(NamedTuple):
@@ -200,18 +202,21 @@ class Surgery:
         return weight
 
 
-def prune(
-    model: PreTrainedModel, batches: Iterable[Tensor] | Importance, non_embedding: int
+def prune_model(
+    model: PreTrainedModel, params: str | int, batches: Iterable[Tensor] | Importance | None = None
 ) -> PreTrainedModel:
-    """Cut `model` to `non_embedding` parameters, within 1%, normally within 0.5%.
+    """A smaller model of `params` non-embedding parameters ("300M"), within 1%, normally 0.5%.
 
-    `batches` are LongTensors [batch, seq + 1] of token ids to measure the importance on, or an
-    importance already measured. Raises UserError as `pruned_shape` and `score` do.
+    `batches` are LongTensors [batch, seq + 1] of token ids to measure the importance of units on,
+    or an importance already measured; without any the weights' norms decide, which is worse
+    (docs/pruning.md). Raises UserError as `pruned_shape` and `score` do.
     """
     # a worker of a sweep is given its shapes: only here one is looked for
     from capgap.prune.shape import pruned_shape
 
-    # first, because it fails at once where the size is impossible
-    shape = pruned_shape(shape_of(model.config), non_embedding)
-    importance = batches if isinstance(batches, Importance) else score(model, batches)
-    return cut(model, importance, shape)
+    # first the shape: it fails at once where the size is impossible
+    shape = pruned_shape(shape_of(model.config), parse_count(params))
+    if not isinstance(batches, Importance):
+        method: Method = "norm" if batches is None else "activation"
+        batches = score(model, batches or (), method=method)
+    return cut(model, batches, shape)

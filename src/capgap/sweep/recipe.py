@@ -4,8 +4,9 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from capgap.hub import hub_name
 from capgap.prune import Depth, Method
 from capgap.section import (
     MAX_EPOCHS,
@@ -50,7 +51,7 @@ class TeachersSection(Section):
     sizes: Annotated[tuple[Count, ...], "Non-embedding parameters; four or more for a fit."] = ()
     tokens: Annotated[Count | None, "Training tokens of each, rounded to whole batches."] = None
     models: Annotated[
-        tuple[str, ...],
+        tuple[Annotated[str, AfterValidator(hub_name)], ...],
         "Folders, or names on the Hub, of models of families (docs/families.md) of one tokenizer.",
     ] = ()
     learning_rate: LearningRate = "auto"

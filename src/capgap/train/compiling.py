@@ -50,17 +50,17 @@ def settle(
     decision = None if folder is None else folder / DECISION
     if asked == "auto" and decision is not None and decision.exists():
         asked = "on" if read_json(decision)["compiled"] else "off"
-    missing = _missing(device)
-    if asked == "on" and missing is not None:
+    lacks = missing(device)
+    if asked == "on" and lacks is not None:
         raise UserError(
-            f"compiled layers (run.compile) need {missing}: install it, or begin with 'off'"
+            f"compiled layers (run.compile) need {lacks}: install it, or begin with 'off'"
         )
     if asked == "on":
         compile_layers(models, shapes)
     if asked != "auto":
         return
     pays = False
-    if missing is None and ranks.told(_seconds(trial) * trials_left > WORTHWHILE_SECONDS):
+    if lacks is None and ranks.told(_seconds(trial) * trials_left > WORTHWHILE_SECONDS):
         plain = min(_seconds(trial) for _ in range(REPEATS))
         compile_layers(models, shapes)
         trial()
@@ -105,7 +105,7 @@ def _by_shape(plain: Callable[..., Any], shapes: Collection[tuple[int, int]]) ->
     return forward
 
 
-def _missing(device: torch.device) -> str | None:
+def missing(device: torch.device) -> str | None:
     """What torch.compile would ask for in vain."""
     # triton compiles its launchers in C
     variable, usual = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")
