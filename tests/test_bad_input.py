@@ -218,7 +218,7 @@ def test_an_output_folder_within_the_text(typed, recipe, tmp_path, idle):
     (texts / "a.txt").write_text(made_up_text(300))
     source = f"corpus.source={texts}"
     answer = typed("sweep", recipe, "--out", texts / "runs", *with_set(source))
-    assert_refused_at_once(answer, texts, "choose another --out")
+    assert_refused_at_once(answer, texts, "choose another folder")
     assert contents(texts).keys() == {str(texts / "a.txt")}
 
 

@@ -449,7 +449,7 @@ def test_the_mean_stands_for_the_whole_six_alone():
     assert six_mean(lacking, limit=None) == (None, "without drop, bbh")
     missing = full(drop={"missing": "no network", "score": None})
     assert six_mean(missing, limit=None) == (None, "drop: no network")
-    assert six_mean(full(), limit=5) == (None, "--limit 5 asks no whole sets")
+    assert six_mean(full(), limit=5) == (None, "limit 5 asks no whole sets")
     other = full(mmlu={"missing": None, "score": 0.5, "shots": 0})
     assert six_mean(other, limit=None) == (None, "mmlu with 0 shots, not 5")
 

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "capgap"
 COUNTED = (".py", ".j2", ".js", ".css")
 CEILINGS = {
-    "lines": 29_550,
-    "files": 143,
+    "lines": 30_199,
+    "files": 147,
     "longest file": 448,
-    "closure of a sweep's worker": 8_471,
-    "closure of capgap quickstart": 18_841,
+    "closure of a sweep's worker": 8_597,
+    "closure of capgap quickstart": 18_995,
 }
 # What a room may import besides itself; rooms below stand in BELOW
 BELOW = {"artifact", "errors", "hub", "machine", "records", "scrub", "section", "sizes", "stage"}
@@ -41,10 +41,10 @@ ARROWS = {
     "sweep": {"config", "corpus", "distill", "evaluate", "export", "law", "models", "prune"}
     | {"report", "stages", "train"},
     "cost": {"distill", "law", "models", "pipeline", "prune", "stages", "sweep", "train"},
-    "pipeline": {"corpus", "law", "stages", "stopping", "train"},
+    "pipeline": {"corpus", "stages", "stopping", "train"},
     "stopping": set(),
     "cli": {"config", "corpus", "cost", "evaluate", "law", "models", "pipeline", "report"}
-    | {"stages", "stopping", "sweep", "tune"},
+    | {"stages", "stopping", "sweep", "train", "tune"},
 }
 
 

@@ -175,7 +175,7 @@ def test_what_was_deleted_is_made_again(done):
 def test_from_and_until(done):
     found, why = states(tiny(), done, again_from="instruct")
     assert [name for name in ALL if found[name] == "run"] == ALL[ALL.index("instruct") :]
-    assert why["instruct"] == "--from asks for it"
+    assert why["instruct"] == "from asks for it"
     selected = runner.plan_pipeline(tiny(), done, until="prune")
     assert selected[-1].step.name == "prune"
     with pytest.raises(UserError, match="no step 'prun' in this run: its steps are teacher-corpus"):

@@ -176,7 +176,7 @@ def test_what_a_search_cannot_look_at_is_refused(tiny_recipe):
         data = tiny_recipe | {name: tiny_recipe.get(name, {}) | v for name, v in changes.items()}
         return GridSearch(parse_recipe(data), SearchSettings(budget=0.7, rungs=2))
 
-    with pytest.raises(UserError, match=r"one init.*not at pruned, fixed.*--set"):
+    with pytest.raises(UserError, match=r"one init.*not at pruned, fixed.*`set`"):
         search(students={"inits": ["pruned", "fixed"]})
     with pytest.raises(UserError, match=r"one token budget, not at 2\.56k, 5\.12k"):
         search(students={"tokens": [2560, 5120]})

@@ -49,7 +49,7 @@ GPUS = {
 }
 
 
-def parse_gpus(text: str, *, where: str = "--gpus") -> tuple[int, str]:
+def parse_gpus(text: str, *, where: str = "`gpus`") -> tuple[int, str]:
     """ "16xA100" or "RTX 4090" as a number and a kind; UserError for anything else."""
     plain = re.sub(r"[\s-]", "", text)
     match = re.fullmatch(r"(?:(\d+)x)?(?:RTX)?(\w+)", plain, re.IGNORECASE)

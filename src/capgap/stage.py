@@ -199,7 +199,7 @@ def settings(kind: type[Stage], overrides: list[str]) -> dict[str, Any]:
     unknown = data.keys() - sections
     if unknown:
         known = ", ".join(sorted(sections))
-        raise UserError(f"--set: unknown key {min(unknown)!r}; known keys: {known}")
+        raise UserError(f"`set`: unknown key {min(unknown)!r}; known keys: {known}")
     return data
 
 

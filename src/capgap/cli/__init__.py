@@ -16,7 +16,7 @@ import typer
 
 from capgap import __version__
 from capgap.cli import commands
-from capgap.cli.app import FAILED, USER_ERROR, app, exit_with
+from capgap.cli.app import FAILED, USER_ERROR, app, as_options, exit_with
 from capgap.errors import Failed, UserError, is_disk_full
 from capgap.machine import forget_leftovers, started
 
@@ -69,7 +69,7 @@ def _run() -> None:
         where = "" if error.rank in (None, 0) else f"rank {error.rank}: "
         # what all processes of torchrun meet alike, the first one tells
         told = error.rank is not None or started()[0] == 0
-        exit_with(f"{where}{error}" if told else "", USER_ERROR)
+        exit_with(f"{where}{as_options(str(error))}" if told else "", USER_ERROR)
     except Failed as error:
         exit_with(str(error), error.code)
     except OSError as error:

@@ -1,6 +1,7 @@
 """Shared by all commands: the application, options that several have, and how a command ends."""
 
 import json
+import re
 import sys
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -14,6 +15,8 @@ from capgap.machine import started
 from capgap.stage import FieldError, Stage, command_line, option, settings
 from capgap.stopping import Signals, Stopped
 
+# Fields of stages as options
+_OPTIONS: dict[str, str] = {}
 USER_ERROR = 2
 FAILED = 1
 
@@ -76,6 +79,11 @@ def stopped(out: Path | None, number: int) -> NoReturn:
     exit_with("" if started()[0] else line, 128 + number)
 
 
+def as_options(text: str) -> str:
+    """A message of the library, whose `fields` are options here."""
+    return re.sub(r"`([a-z_]+)`", lambda one: _OPTIONS.get(one[1], one[0]), text)
+
+
 def add_stage(kind: type[Stage]) -> None:
     """The command of a stage."""
 
@@ -104,6 +112,7 @@ def add_stage(kind: type[Stage]) -> None:
         if stage.failure(found):
             exit_with(stage.failure(found), FAILED)
 
+    _OPTIONS.update((name.rstrip("_"), option(name)) for name in kind.model_fields)
     parameters = command_line(kind)
     shared: dict[str, tuple[Any, Any]] = {"quiet": (Quiet, False), "json_": (Json, False)}
     if issubclass(kind, Answer) and not kind.has_progress:

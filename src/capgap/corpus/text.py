@@ -184,7 +184,7 @@ def _check_alike(first: Corpus, other: Corpus) -> None:
     if other.marks != first.marks:
         raise UserError(
             f"windows of {first.directory} and {other.directory} begin differently: prepare "
-            "both with --begin-windows, or both without"
+            "both with `begin_windows`, or both without"
         )
 
 

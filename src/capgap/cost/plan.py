@@ -53,7 +53,7 @@ def estimate(
     """
     if utilisation is not None and not 0 < utilisation <= 1:
         raise UserError(
-            f"--utilisation {utilisation:g}: give a share above 0 and at most 1, such as 0.4"
+            f"`utilisation` {utilisation:g}: give a share above 0 and at most 1, such as 0.4"
         )
     if isinstance(recipe, RunRecipe):
         return plan_run(recipe, gpus=gpus, utilisation=utilisation)

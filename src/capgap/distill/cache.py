@@ -361,7 +361,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if "teacher_hash" not in manifest or schema != SCHEMA:
         raise UserError(
             f"{folder} holds no teacher cache of version {SCHEMA} (found {schema}): prepare the "
-            "corpus again and run `capgap cache` with another --out"
+            "corpus again and run `capgap cache` into another folder"
         )
     return manifest
 

@@ -73,7 +73,7 @@ class CountingModel(HFLM):
         self._asked = requests
         answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         if any(math.isnan(value) for value, _ in answers):
-            raise NotMeasured("log-likelihoods are not finite: try --dtype fp32")
+            raise NotMeasured("log-likelihoods are not finite: try dtype fp32")
         return answers
 
     def _loglikelihood_tokens(self, requests: Any, *arguments: Any, **options: Any) -> Any:
@@ -105,7 +105,7 @@ class _MustBeNumbers(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if bool((scores.isnan() | scores.isposinf()).any()):
-            raise NotMeasured("logits are not finite: try --dtype fp32")
+            raise NotMeasured("logits are not finite: try dtype fp32")
         return scores
 
 

@@ -36,7 +36,7 @@ class Sampling:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed {self.seed} must be 0 to {2**63 - 1}")
         if self.tokens < 1:
-            raise UserError(f"--tokens {self.tokens} must be above 0")
+            raise UserError(f"`tokens` {self.tokens} must be above 0")
 
     def generator(self, device: torch.device) -> torch.Generator:
         return torch.Generator(device=device).manual_seed(self.seed)

@@ -98,7 +98,7 @@ def six_mean(sets: Results, *, limit: int | None) -> tuple[float | None, str | N
     reasons = [f"without {', '.join(unasked)}"] if unasked else []
     reasons += [fault for name in asked for fault in _faults(name, sets[name])]
     if limit is not None and not all(sets[name]["missing"] for name in asked):
-        reasons.append(f"--limit {limit} asks no whole sets")
+        reasons.append(f"limit {limit} asks no whole sets")
     if reasons:
         return None, "; ".join(reasons)
     return 100 * fmean(float(sets[name]["score"]) for name in SIX), None

@@ -163,7 +163,7 @@ def recommend(
         raise UserError(_of_no_use(law, size, read))
     if read < LEAST_TOKENS * size:
         raise UserError(
-            f"--tokens {format_count(read)} is next to nothing for a student of "
+            f"`tokens` {format_count(read)} is next to nothing for a student of "
             f"{format_count(size)} parameters: give tokens as 126B or 400M"
         )
     machines = None if gpus is None else parse_gpus(gpus)
@@ -207,7 +207,7 @@ def _of_no_use(law: Law, student: int, tokens: int) -> str:
         f"this law says nothing of a student of {format_count(student)} on {format_count(tokens)} "
         f"tokens: it has students of {named(curve.student_parameters for curve in law.curves)} on "
         f"{named(curve.tokens for curve in law.curves)} tokens, and no line over students. Ask "
-        "for one of these, sweep students on both sides of yours, or leave --law away"
+        "for one of these, sweep students on both sides of yours, or leave `law` away"
     )
 
 

@@ -205,8 +205,8 @@ def candidates_of(family: str | None, teachers: Sequence[str]) -> list[Candidate
     found += [_candidate(name.strip()) for name in teachers]
     if not found:
         raise UserError(
-            "no teachers to choose from: give --family (" + ", ".join(published_families()) + ") "
-            "or --teachers, such as Llama-2-7B,Qwen2.5-14B or 3B,7B"
+            "no teachers to choose from: give `family` (" + ", ".join(published_families()) + ") "
+            "or `teachers`, such as Llama-2-7B,Qwen2.5-14B or 3B,7B"
         )
     names = [one.name for one in found]
     twins = sorted({name for name in names if names.count(name) > 1})
@@ -223,8 +223,8 @@ def sources_of(candidates: Sequence[Candidate]) -> dict[str, str]:
     for one in candidates:
         if one.source is None:
             raise UserError(
-                f"--measure reads models, and of {one.name} there are no weights: give a folder or "
-                f"a name on the Hub in --teachers, as {one.name}=FOLDER, or leave --measure away"
+                f"`measure` reads models, and of {one.name} there are no weights: give a folder or "
+                f"a name on the Hub in `teachers`, as {one.name}=FOLDER, or leave `measure` away"
             )
         found[one.name] = one.source
     return found
@@ -256,7 +256,7 @@ def _candidate(given: str) -> Candidate:
         return published(known, place or None)
     if mark:
         if not (name and place):
-            raise UserError(f"--teachers: {given!r} is not of the form NAME=FOLDER")
+            raise UserError(f"`teachers`: {given!r} is not of the form NAME=FOLDER")
         return _by_config(place, name)
     is_hub_name = "/" in name and HUB_NAME.fullmatch(name) and not looks_like_path(name)
     if place or is_hub_name:
@@ -265,7 +265,7 @@ def _candidate(given: str) -> Candidate:
         size, _ = parse_size(name)
     except UserError:
         raise UserError(
-            f"--teachers: {name!r} is no published model (such as Llama-2-7B, Llama-2-13B), no "
+            f"`teachers`: {name!r} is no published model (such as Llama-2-7B, Llama-2-13B), no "
             "folder, no name on the Hub (such as Qwen/Qwen2.5-7B) and no size (such as 7B)"
         ) from None
     return Candidate(name, size, size, None)

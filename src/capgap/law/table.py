@@ -118,7 +118,7 @@ def load_cells(source: Path | str, *, independent_errors: bool = False) -> Cells
     if not source.is_dir():
         return read_table(source, independent_errors=independent_errors)
     if independent_errors:
-        raise UserError("--independent-errors is for tables; records hold every document")
+        raise UserError("`independent_errors` is for tables; records hold every document")
     if has_distillations(source):
         return read_distillations(source)
     return cells_of(read_records(source))

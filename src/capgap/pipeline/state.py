@@ -81,7 +81,7 @@ def decide(
             raise UserError(f"no step {name!r} in this run: its steps are {', '.join(names)}")
     if until is not None:
         if again_from is not None and names.index(again_from) > names.index(until):
-            raise UserError(f"--from {again_from} comes after --until {until}")
+            raise UserError(f"`from` {again_from} comes after `until` {until}")
         steps = steps[: names.index(until) + 1]
     decisions: dict[str, Decision] = {}
     forced = False
@@ -90,8 +90,8 @@ def decide(
         found = _decide(step, state, decisions, forced)
         if again_from is not None and not forced and found.state != "done":
             raise UserError(
-                f"--from {again_from}: the step {step.name} before it is not done ({found.why}): "
-                "leave --from away"
+                f"`from` {again_from}: the step {step.name} before it is not done ({found.why}): "
+                "leave `from` away"
             )
         decisions[step.name] = found
     return list(decisions.values())
@@ -106,7 +106,7 @@ def _decide(step: Step, state: RunState, before: Mapping[str, Decision], forced:
     if begun is None:
         return Decision(step, "run", "it never ran", inputs)
     if forced:
-        return Decision(step, "run", "--from asks for it", inputs)
+        return Decision(step, "run", "from asks for it", inputs)
     upstream = next((before[name] for name in step.after if before[name].state != "done"), None)
     if upstream is not None:
         verb = "runs again" if upstream.state == "run" else "goes on"

@@ -271,7 +271,7 @@ def _source(request: Evaluate, name: str) -> "SetSource":
     from capgap.evaluate.sources import find_source
 
     if name == CODE and not request.allow_code:
-        raise NotMeasured("runs programs that the model wrote, which --allow-code allows")
+        raise NotMeasured("runs programs that the model wrote, which allow_code allows")
     return find_source(SETS[name], request.data, part_names(SETS[name]))
 
 

@@ -136,7 +136,7 @@ def run_measure(
             )
         except FloatingPointError as error:
             raise UserError(
-                f"{name}: {error} with --dtype {dtype}: try --dtype fp32, or leave it out"
+                f"{name}: {error} with `dtype` {dtype}: try `dtype` fp32, or leave it out"
             ) from None
 
     measured, ratios = {}, {}
@@ -176,5 +176,5 @@ def _written(
         )
         written += [Passage(sample.encode(), whole=False)] if sample.strip() else []
     if not written:
-        raise UserError(f"{reader.source} writes nothing: leave --student-model away")
+        raise UserError(f"{reader.source} writes nothing: leave `student_model` away")
     return written

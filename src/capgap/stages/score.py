@@ -131,7 +131,7 @@ def _corpus(request: Score) -> "Text | None":
         return None
     if request.corpus is None:
         raise UserError(
-            f"--method {request.method} reads text: give --corpus, a folder that `capgap corpus "
+            f"`method` {request.method} reads text: give `corpus`, a folder that `capgap corpus "
             f"SOURCE --out FOLDER --tokenizer {request.teacher}` made"
         )
     corpus = open_text(request.corpus, request.window)

@@ -201,7 +201,7 @@ class _Run:
         if reader.positions is not None and self.window > reader.positions:
             raise UserError(
                 f"{stage.model} reads at most {reader.positions} tokens, the window has "
-                f"{self.window}: take --window {reader.positions} or less"
+                f"{self.window}: take a `window` of {reader.positions} or less"
             )
         set_template(self.tokenizer, stage.template, stage.system)
         values = stage.identity()
@@ -283,7 +283,7 @@ class _Run:
         if len(samples) <= count:
             raise UserError(
                 f"{stage.data} leaves {len(samples)} usable lines, too few to hold some out: "
-                "give more, or --heldout-fraction 0"
+                "give more, or `heldout_fraction` 0"
             )
         drawn = set(random.Random(stage.seed).sample(range(len(samples)), count))
         training = [sample for i, sample in enumerate(samples) if i not in drawn]

@@ -51,7 +51,7 @@ def check_sources(recipe: Recipe, out: Path | None = None) -> None:
             if folder and (path in (folder, *folder.parents) or folder in path.parents):
                 raise UserError(
                     f"the output folder {out} and the corpus {name} lie in one another, so the "
-                    "sweep's own files would become text: choose another --out"
+                    "sweep's own files would become text: choose another folder"
                 )
 
 
@@ -81,7 +81,7 @@ def _earlier_recipes(out: Path, recipe: Recipe, grown: Plan | None) -> list[str]
     if "begin_windows" not in found["recipe"].get("corpus", {}):
         raise UserError(
             f"{out} holds a sweep of a version whose texts did not begin as the teachers' own do: "
-            "choose another --out and run it again"
+            "choose another folder and run it again"
         )
     if not any(out.glob("records/*/record.json")) and not any(out.glob("work/checkpoints/*")):
         marker.unlink()
@@ -113,7 +113,7 @@ def _refuse_other_recipe(
         )
         return UserError(
             f"{out} holds the sweep of another recipe ({before['name']}): {', '.join(values)}"
-            f"{why and f', so that {why}'}: choose another --out"
+            f"{why and f', so that {why}'}: choose another folder"
         )
 
     if refused or grown is None:
@@ -169,7 +169,7 @@ def check_records(context: Context, plan: Plan, earlier: Sequence[str]) -> list[
             what = f"capgap {record.versions.get('capgap')} with another shape or learning rate"
         if what is not None:
             raise UserError(
-                f"{context.record_folder(record.id)} was made by {what}: choose another --out, "
+                f"{context.record_folder(record.id)} was made by {what}: choose another folder, "
                 "or delete that folder to have the run made again"
             )
     return records
@@ -197,7 +197,7 @@ def check_disk(context: Context, plan: Plan) -> None:
     if free < needed:
         raise UserError(
             f"no disk space: {context.out} has {free / 1e9:.3g} GB free, the sweep needs about "
-            f"{needed / 1e9:.3g} GB: free some or choose another --out"
+            f"{needed / 1e9:.3g} GB: free some or choose another folder"
         )
 
 

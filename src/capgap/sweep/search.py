@@ -70,13 +70,13 @@ def with_rungs(recipe: Recipe, rungs: int) -> Recipe:
         raise UserError(
             "a search looks at one init, pruned, fixed or scratch, not at "
             f"{', '.join(asked.inits)}: "
-            """choose one, as --set 'students.inits=["pruned"]'"""
+            """choose one, as `set` 'students.inits=["pruned"]'"""
         )
     if len(asked.tokens) > 1:
         budgets = ", ".join(format_count(tokens) for tokens in asked.tokens)
         raise UserError(
             f"a search looks for the best teacher at one token budget, not at {budgets}: choose "
-            f"""one, as --set 'students.tokens=["{format_count(max(asked.tokens))}"]'"""
+            f"""one, as `set` 'students.tokens=["{format_count(max(asked.tokens))}"]'"""
         )
     batch = recipe.training.batch_tokens
     tokens = [round(asked.tokens[0] / RUNG_RATIO**power) for power in reversed(range(rungs))]

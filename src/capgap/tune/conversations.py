@@ -102,7 +102,7 @@ class Reading(Generic[Item]):
         if bad:
             raise UserError(
                 f"{self.path}: {'; '.join(bad)}: mend the file, or leave such lines out with "
-                "--skip-bad"
+                "`skip_bad`"
             )
 
     def sentences(self) -> list[str]:
