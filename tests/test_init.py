@@ -2,11 +2,16 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
+import typer
 
+import capgap
+from capgap.cli import app, commands
 from capgap.config import load_any_recipe
 from capgap.pipeline.recipe import RunRecipe
+from capgap.stage import Stage
 from capgap.sweep.recipe import Recipe
 
 ONE = {"text": "texts/", "teachers": "Qwen2.5-1.5B", "students": "300M", "tokens": "5B"}
@@ -22,8 +27,8 @@ def options(answers: dict[str, str]) -> list[str]:
 
 def test_one_teacher_is_a_run(typed, tmp_path):
     out = tmp_path / "mine.toml"
-    found = json.loads(typed("init", out, *options(ONE), "--gpus", "8xA100", "--json").out)
-    assert found["next"] == [f"capgap plan {out}", f"capgap run {out} --dry-run"]
+    answer = typed("init", out, *options(ONE), "--gpus", "8xA100")
+    assert answer.out == f"written: {out}\nnext: capgap plan {out}\n"
     recipe = load_any_recipe(out)
     assert isinstance(recipe, RunRecipe)
     assert (recipe.teacher.model, recipe.prune.params) == ("Qwen2.5-1.5B", 300_000_000)
@@ -31,13 +36,12 @@ def test_one_teacher_is_a_run(typed, tmp_path):
     assert recipe.corpus[0].source == "texts/"
     planned = typed("plan", out)
     assert planned.code == 0, planned.err
+    assert planned.out.endswith(f"\nnext: capgap run {out}\n")
 
 
 def test_several_teachers_are_a_sweep(typed, tmp_path):
     out = tmp_path / "grid.toml"
-    answer = typed("init", out, *options(SEVERAL))
-    assert answer.code == 0, answer.err
-    assert f"next: capgap sweep {out} --dry-run" in answer.out
+    assert json.loads(typed("init", out, *options(SEVERAL), "--json").out) == {"recipe": str(out)}
     recipe = load_any_recipe(out)
     assert isinstance(recipe, Recipe)
     assert recipe.teachers.models == ("EleutherAI/pythia-160m", "EleutherAI/pythia-410m")
@@ -93,11 +97,57 @@ def test_advice_writes_the_recipe_of_the_run(typed, tmp_path):
     out = tmp_path / "mine.toml"
     asked = ["recommend", "--student", "300M", "--tokens", "5B", "--family", "qwen2.5"]
     told = typed(*asked).out
-    assert "next: capgap init mine.toml" in told
+    assert "next: capgap init mine.toml --text TEXT --teachers Qwen2.5-" in told
     found = json.loads(typed(*asked, "--gpus", "H100", "--write", out, "--json").out)
-    assert found["next"] == f"capgap plan {out}"
     recipe = load_any_recipe(out)
     assert recipe.teacher.model == found["take"]
     assert recipe.hardware.gpus == "H100"
     assert typed("plan", out).code == 0
     assert "exists" in typed(*asked, "--write", out).err
+
+
+FOUND = {
+    "kind": "run", "written": True, "take": "Phi-4", "folder": "made", "chat_template": True,
+    "after": {"student": {"folder": "made/students/student", "failure": None}},
+    "steps": {"export": {"status": "done"}, "instruct": {"status": "done"}},
+}
+
+
+def stages() -> list[Stage]:
+    out = Path("out")
+    corpus = ("corpus=0.5", "other=0.5")
+    loop = {"corpus": corpus, "tokens": "1M", "out": out}
+    return [
+        capgap.Prepare(source="text", tokenizer="teacher", out=out),
+        capgap.Score(teacher="teacher", corpus="corpus", out=out),
+        capgap.Prune(teacher="teacher", scores="scores", keep=0.5, out=out),
+        capgap.Cache(teacher="teacher", corpus=corpus, out=out),
+        capgap.Distill(teacher="teacher", students=("student",), **loop),
+        capgap.Train(models=("student",), **loop),
+        capgap.Adapt(model="model", new="texts", tokens="1M", pieces=10, out=out),
+        capgap.Evaluate(model="model", tasks=("heldout",), corpus=("corpus",)),
+        capgap.Instruct(model="model", data="talks.jsonl", out=out),
+        capgap.Prefer(model="model", data="pairs.jsonl", out=out),
+        capgap.Export(model="model", out=out),
+        capgap.Quickstart(),
+        capgap.Sweep(recipe="laptop", dry_run=True),
+        capgap.Search(recipe="laptop"),
+        commands.Fit(source="cells.csv"),
+        commands.Plan(recipe="laptop"),
+        commands.Run(recipe="minima-tiny"),
+        commands.Recommend(student="300M", tokens="5B", family="phi4", gpus="H100"),
+        commands.Init(out=out),
+    ]
+
+
+@pytest.mark.parametrize("stage", stages(), ids=lambda stage: stage.title())
+def test_what_comes_next_is_a_command(stage):
+    """Of which every option is one, and none that it needs is missing."""
+    words = [str(word) for word in stage.after(FOUND)]
+    parameters = {one.name: one for one in typer.main.get_command(app).commands[words[0]].params}
+    needed = {name for name, one in parameters.items() if one.required}
+    known = {option: name for name, one in parameters.items() for option in one.opts}
+    given = {known[word] for word in words if word.startswith("--")}
+    arguments = {name for name, one in parameters.items() if one.param_type_name == "argument"}
+    assert needed <= given | arguments
+    assert len(words) > 1

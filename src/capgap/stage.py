@@ -107,6 +107,11 @@ class Stage(Section):
         """What a person reads in the end, of what `run` returned."""
         raise NotImplementedError
 
+    def after(self, found: dict[str, Any]) -> Sequence[object]:
+        """The words behind `capgap` of the command that usually comes next, in capitals what only
+        its user knows; none where nothing does."""
+        return ()
+
     def result(self, found: dict[str, Any]) -> str:
         """One phrase of it, beside the name of the step in a run; may be empty."""
         return ""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -109,6 +110,8 @@ def add_stage(kind: type[Stage]) -> None:
         if started()[0] and not kind.has_parts:
             return
         print_json(found) if as_json else print(stage.told(found))
+        if not as_json and not stage.failure(found) and stage.after(found):
+            print("next:", shlex.join(["capgap", *map(str, stage.after(found))]))
         if stage.failure(found):
             exit_with(stage.failure(found), FAILED)
 

@@ -39,7 +39,6 @@ from capgap.sweep.search_stage import Search
 from capgap.sweep.stages import Column, OfRecipe, Quickstart, Sweep
 
 if TYPE_CHECKING:
-    from capgap.law.advise import Advice
     from capgap.pipeline.recipe import RunRecipe
     from capgap.tune.chat import Chat
 
@@ -85,6 +84,10 @@ class Fit(Answer):
 
             page = str(write_law_report(law, self.report, title=Path(self.source).stem))
         return {"law": str(self.out), "report": page, "verdict": sentences(law)}
+
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        asked = ("--student", "SIZE", "--tokens", "TOKENS", "--teachers", "TEACHER,TEACHER")
+        return ("recommend", "--law", self.out, *asked)
 
     def told(self, found: dict[str, Any]) -> str:
         from capgap.law.law import read_law
@@ -170,31 +173,33 @@ class Recommend(Answer):
 
             write_picture(advice_chart(found), self.figure)
         told = found.model_dump(mode="json") | {"verdict": advice_sentences(found)}
-        return told | {"next": self._next(found)}
+        if self.write is not None and found.take is not None:
+            asked = (self.student, self.tokens, self.measure or "texts/", self.gpus)
+            write_text(self.write, run_recipe(self.write.stem, self._teacher(told), *asked))
+        return told
 
-    def _next(self, found: "Advice") -> str | None:
-        """The command that comes after the advice; None where no teacher is to be taken."""
-        if found.take is None:
-            return None
+    def _teacher(self, found: dict[str, Any]) -> str:
+        """The one to take, by the name that its weights have."""
         from capgap.law.published import candidates_of
 
         candidates = {one.name: one for one in candidates_of(self.family, self.teachers)}
-        name, text = candidates[found.take].source or found.take, self.measure or "texts/"
-        if self.write is None:
-            asked = ["init", "mine.toml", "--text", text, "--teachers", name]
-            asked += ["--students", self.student, "--tokens", self.tokens]
-            return shlex.join(["capgap", *asked, *(["--gpus", self.gpus] if self.gpus else [])])
-        recipe = run_recipe(self.write.stem, name, self.student, self.tokens, text, self.gpus)
-        write_text(self.write, recipe)
-        return f"capgap plan {self.write}"
+        return str(candidates[found["take"]].source or found["take"])
+
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        if found["take"] is None:
+            return ()
+        if self.write is not None:
+            return ("plan", self.write)
+        text = ("--text", self.measure or "TEXT", "--teachers", self._teacher(found))
+        size = ("--students", self.student, "--tokens", self.tokens)
+        return ("init", "mine.toml", *text, *size, *(("--gpus", self.gpus) if self.gpus else ()))
 
     def told(self, found: dict[str, Any]) -> str:
         from capgap.law.advise import Advice
         from capgap.report.advice import advice_text
 
         values = {name: found[name] for name in Advice.model_fields}
-        after = f"\n\nnext: {found['next']}" if found["next"] else ""
-        return advice_text(Advice.model_validate(values)) + after
+        return advice_text(Advice.model_validate(values))
 
 
 class Plan(Answer, OfRecipe):
@@ -209,6 +214,10 @@ class Plan(Answer, OfRecipe):
         from capgap import plan
 
         return plan(self.recipe, self.set, gpus=self.gpus, utilisation=self.utilisation)
+
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        changes = [word for one in self.set for word in ("--set", one)]
+        return ("run" if found["kind"] == "run" else "sweep", self.recipe, *changes)
 
     def told(self, found: dict[str, Any]) -> str:
         from capgap.cost.plan import plan_text
@@ -290,6 +299,13 @@ class Run(OfRecipe):
             for decision in plan_pipeline(self.asked, *self.writes, **which)
         ]
         return {"name": self.asked.name, "steps": steps}
+
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        if self.dry_run:
+            return ("run", self.recipe)
+        done = {name for name, step in found["steps"].items() if step["status"] == "done"}
+        verb = "chat" if {"instruct", "prefer"} & done else "sample"
+        return (verb, self.writes[0] / "model") if "export" in done else ()
 
     def told(self, found: dict[str, Any]) -> str:
         lines = []

@@ -71,15 +71,13 @@ class Init(Answer):
         except UserError:
             self.out.unlink()
             raise
-        verb = "run" if len(teachers) == 1 else "sweep"
-        on = f" --gpus {gpus}" if gpus and verb == "sweep" else ""
-        return {
-            "recipe": str(self.out),
-            "next": [f"capgap plan {self.out}{on}", f"capgap {verb} {self.out} --dry-run"],
-        }
+        return {"recipe": str(self.out)}
 
     def told(self, found: dict[str, Any]) -> str:
-        return "\n".join([f"written: {found['recipe']}", *(f"next: {n}" for n in found["next"])])
+        return f"written: {found['recipe']}"
+
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        return ("plan", self.out)
 
     def _answer(self, name: str, question: _Question) -> str:
         given = getattr(self, name)

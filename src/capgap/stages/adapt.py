@@ -149,6 +149,10 @@ class Adapt(_Extension, TrainingStage):
             run.finish()
             return record
 
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        asked = ("--tokenizer", found["folder"], "--out", "corpus")
+        return ("corpus", self.new, *asked)
+
     def told(self, found: dict[str, Any]) -> str:
         tokenizer = found["tokenizer"]
         lines = [

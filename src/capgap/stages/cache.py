@@ -60,6 +60,11 @@ class Cache(Stage):
         "2/4: the second of four processes that share the work; torchrun's do so by themselves.",
     ] = None
 
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        corpora = [word for one in self.corpus for word in ("--corpus", one)]
+        asked = (*corpora, "--window", self.window, "--cache", self.out, "--tokens", "TOKENS")
+        return ("distill", self.teacher, "STUDENT", *asked, "--out", "distilled")
+
     def run(self, *, say: Say = lambda text: None, **_: Any) -> dict[str, Any]:
         """Writes what the cache in the folder still lacks; returns what `--json` prints.
 

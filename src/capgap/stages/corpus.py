@@ -58,6 +58,10 @@ class Prepare(TextSection, Stage):
         tokens, words = found["train_tokens"], found["vocabulary"]
         return f"{tokens:,} training tokens, vocabulary {words}, in {self.out}"
 
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        teacher = self.tokenizer or "TEACHER"
+        return ("score", teacher, "--corpus", self.out, "--out", "scores.safetensors")
+
     def result(self, found: dict[str, Any]) -> str:
         return f"{format_count(found['train_tokens'])} tokens, vocabulary {found['vocabulary']:,}"
 

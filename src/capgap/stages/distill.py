@@ -131,6 +131,12 @@ class Training(TrainingStage):
             )
         return "\n".join(lines)
 
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        folders = [one["folder"] for one in found["after"].values() if not one["failure"]]
+        corpora = [word for one in self.corpus for word in ("--corpus", one.folder)]
+        asked = ("--tasks", "heldout", *corpora, "--window", self.window)
+        return ("evaluate", folders[0], *asked) if folders else ()
+
     def result(self, found: dict[str, Any]) -> str:
         told = []
         for name, after in found["after"].items():

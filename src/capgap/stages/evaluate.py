@@ -161,6 +161,9 @@ class Evaluate(EvaluateSection, Stage):
         where = f"record: {self.out}" + (f", picture: {self.figure}" if drawn else "")
         return "\n".join(filter(None, (record_text(found), where)))
 
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        return ("export", self.model, "--out", "final")
+
     def failure(self, found: dict[str, Any]) -> str:
         if self.figure is not None and found["mean_percent"] is None:
             why = found["mean_missing"] or "none of the six benchmarks was asked for"

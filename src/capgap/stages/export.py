@@ -114,6 +114,9 @@ class Export(Stage):
             )
         return "\n".join(lines)
 
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        return ("chat" if found["chat_template"] else "sample", self.out)
+
     @property
     def writes(self) -> tuple[Path, ...]:
         return (self.out,) if self.gguf is None else (self.out, self.gguf)

@@ -147,6 +147,12 @@ class Prune(Cut, Stage):
         """The candidates, the chosen one, and what it takes."""
         return _table(found) + _summary(found)
 
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        if not found["written"]:
+            return ()
+        asked = ("--corpus", "CORPUS", "--tokens", "TOKENS", "--out", "distilled")
+        return ("distill", self.teacher, self.out, *asked)
+
     def result(self, found: dict[str, Any]) -> str:
         return f"{format_count(found['parameters']['non_embedding'])} non-embedding parameters"
 

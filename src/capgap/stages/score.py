@@ -55,6 +55,10 @@ class Score(ScoreSection, Stage):
         read = f" on {found['tokens']:,} tokens" if found["tokens"] else ""
         return f"{found['method']} scores of {self.teacher}{read}, in {self.out}"
 
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        asked = ("--scores", self.out, "--keep", 0.5, "--out", "student")
+        return ("prune", self.teacher, *asked)
+
 
 def _run(request: Score, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     import torch

@@ -146,6 +146,9 @@ class Tuning(TuningSection, Stage):
             return ""
         return f"held-out loss {found['before']['loss']:.3f} -> {found['after']['loss']:.3f}"
 
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        return ("chat", found["folder"])
+
     def told(self, found: dict[str, Any]) -> str:
         count = f"{found['data']['training']:,} {self.lines}, {found['steps']:,} steps"
         change = f"{self.change(found['before'], found['after'])}\n" if found["before"] else ""

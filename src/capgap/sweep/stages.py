@@ -94,6 +94,12 @@ class Sweep(OfRecipe):
     def told(self, found: dict[str, Any]) -> str:
         return _told_preview(found) if self.dry_run else _told_results(found)
 
+    def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        if self.dry_run:
+            return (self.title(), self.recipe) if self.recipe != self.title() else (self.title(),)
+        own = ("--text", "TEXT", "--teachers", "TEACHER,TEACHER,TEACHER,TEACHER")
+        return ("init", "mine.toml", *own, "--students", "SIZE,SIZE,SIZE", "--tokens", "TOKENS")
+
     def failure(self, found: dict[str, Any]) -> str:
         if self.dry_run or found["best"] is not None:
             return ""
