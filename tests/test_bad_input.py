@@ -574,8 +574,8 @@ def add_record(out: Path) -> None:
     [
         (break_record, [CELL, "is damaged", "delete it"]),
         (break_marker, ["sweep.json", "is damaged", "bring it back"]),
-        (change_rate, [CELL, "learning rate", "another --out"]),
-        (add_record, ["mine", "another recipe", "another --out"]),
+        (change_rate, [CELL, "learning rate", "another folder"]),
+        (add_record, ["mine", "another recipe", "another folder"]),
     ],
 )
 def test_folders_that_were_meddled_with(typed, copied, own, harm, words):
@@ -591,7 +591,7 @@ def test_another_recipe_leaves_the_folder_as_it_is(typed, copied, own):
     before = contents(out)
     answer = typed("sweep", recipe, "--out", out, "--set", "training.alpha=0.25")
     assert_refused_at_once(
-        answer, "another recipe", "training.alpha is 0.5 there and 0.25 here", "another --out"
+        answer, "another recipe", "training.alpha is 0.5 there and 0.25 here", "another folder"
     )
     assert contents(out) == before
 
@@ -665,7 +665,7 @@ def test_sample_from_what_is_no_model(typed, models, finished, monkeypatch):
     monkeypatch.chdir(models)
     out = finished[1]
     assert_refused_at_once(typed("sample", "empty"), "empty")
-    assert_refused_at_once(typed("sample", "./nothing"), "nothing", "no such")
+    assert_refused_at_once(typed("sample", "./nothing"), "nothing", "is no model folder")
     assert_refused_at_once(typed("sample", "a/config.json"), "a/config.json")
     assert_refused_at_once(typed("sample", out), f"its best student is in {out}/student")
 

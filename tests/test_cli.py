@@ -376,3 +376,41 @@ def test_sample_continues_a_text(typed, model_folder):
 def test_sample_begins_a_document_without_a_text(typed, model_folder):
     answer = typed("sample", model_folder, "--tokens", "3", "--json")
     assert json.loads(answer.out)["prompt"] == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("distill", "./nowhere", "student", "--corpus", "corpus", "--tokens", "1M", "--out", "o"),
+        ("score", "./nowhere", "--corpus", "corpus", "--out", "s"),
+        ("prune", "./nowhere", "--scores", "s", "--keep", "0.5", "--out", "p"),
+        ("evaluate", "./nowhere"),
+        ("export", "./nowhere", "--out", "e"),
+        ("sample", "./nowhere", "hello"),
+        ("chat", "./nowhere", "--once", "hello"),
+        ("instruct", "./nowhere", "--data", "x", "--out", "o"),
+        ("sweep", "nowhere"),
+        ("run", "nowhere"),
+        ("fit", "nowhere.csv"),
+        ("report", "nowhere"),
+    ],
+)
+def test_a_wrong_path_is_told_before_anything_heavy_is_loaded(words, tmp_path):
+    """torch and pandas take seconds."""
+    code = (
+        "import sys\n"
+        "from capgap.cli import main\n"
+        f"sys.argv = ['capgap', *{words!r}]\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    print(sorted({'torch', 'pandas', 'transformers'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == "[]\n"
+    assert not list(tmp_path.iterdir())

@@ -107,7 +107,11 @@ def test_advice_writes_the_recipe_of_the_run(typed, tmp_path):
 
 
 FOUND = {
-    "kind": "run", "written": True, "take": "Phi-4", "folder": "made", "chat_template": True,
+    "kind": "run",
+    "written": True,
+    "take": "Phi-4",
+    "folder": "made",
+    "chat_template": True,
     "after": {"student": {"folder": "made/students/student", "failure": None}},
     "steps": {"export": {"status": "done"}, "instruct": {"status": "done"}},
 }

@@ -11,9 +11,10 @@ from typing import Annotated, Any, ClassVar, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from capgap.corpus.names import Weighted, check_model_name, check_prepared
 from capgap.errors import UserError
 from capgap.machine import started
-from capgap.stage import FieldError, Stage, command_line, option, settings
+from capgap.stage import FieldError, Mark, Stage, command_line, option, settings
 from capgap.stopping import Signals, Stopped
 
 # Fields of stages as options
@@ -80,6 +81,14 @@ def stopped(out: Path | None, number: int) -> NoReturn:
     exit_with("" if started()[0] else line, 128 + number)
 
 
+def _check_named(stage: Stage) -> None:
+    """UserError for models and corpora that are not there, before anything heavy is loaded."""
+    for name in stage.marked(Mark.MODEL):
+        check_model_name(name)
+    for one in getattr(stage, "corpus", None) or ():
+        check_prepared(one.folder if isinstance(one, Weighted) else one)
+
+
 def as_options(text: str) -> str:
     """A message of the library, whose `fields` are options here."""
     return re.sub(r"`([a-z_]+)`", lambda one: _OPTIONS.get(one[1], one[0]), text)
@@ -100,6 +109,7 @@ def add_stage(kind: type[Stage]) -> None:
         try:
             named = {name: value for name, value in given.items() if value is not None}
             stage = kind(**named, **sections)
+            _check_named(stage)
             with Signals() as signals:
                 found = signals.run(stage, make_display(Console(stderr=True), quiet=quiet))
         except FieldError as error:

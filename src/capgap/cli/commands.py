@@ -22,10 +22,12 @@ from capgap.cli.app import (
 )
 from capgap.cli.doctor import Doctor
 from capgap.cli.init import Init, run_recipe
+from capgap.corpus.names import check_model_name
 from capgap.errors import UserError
+from capgap.hub import hub_name
 from capgap.section import Words
 from capgap.sizes import parse_count
-from capgap.stage import ARGUMENT, HOW, FieldError, Say
+from capgap.stage import ARGUMENT, HOW, FieldError, Mark, Say
 from capgap.stages.adapt import Adapt
 from capgap.stages.cache import Cache
 from capgap.stages.corpus import Prepare
@@ -51,6 +53,8 @@ class Report(Answer):
     folder: Annotated[Path, ARGUMENT, "The output folder of a sweep or of distillations."]
 
     def run(self, **_: Any) -> dict[str, Any]:
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder} is no output folder of a sweep: no such folder")
         from capgap.sweep.results import refresh
 
         return refresh(self.folder)
@@ -71,6 +75,8 @@ class Fit(Answer):
     independent_errors: Annotated[bool, "The table's loss_stderr is each cell's own noise."] = False
 
     def run(self, **_: Any) -> dict[str, Any]:
+        if not Path(self.source).exists():
+            raise UserError(f"no table {self.source}")
         from capgap import fit
         from capgap.artifact import write_json
         from capgap.report.sentences import sentences
@@ -228,7 +234,7 @@ class Plan(Answer, OfRecipe):
 class Sample(Answer):
     """Let a model continue a text."""
 
-    model: Annotated[str, ARGUMENT, "A Hugging Face folder or name."]
+    model: Annotated[str, ARGUMENT, Mark.MODEL, "A Hugging Face folder or name."]
     text: Annotated[str, ARGUMENT, "The beginning to continue."] = ""
     tokens: Annotated[int, "Tokens to write."] = 80
     temperature: Annotated[float, "0 takes the likeliest token."] = 0.8
@@ -347,6 +353,8 @@ def chat(
     """Talk to a model: /reset forgets what was said, /quit or Ctrl-D ends."""
     if json_ and once is None:
         raise UserError("--json goes with --once QUESTION")
+    model = hub_name(model)
+    check_model_name(model)
     from capgap.evaluate.sample import Sampling
     from capgap.machine import resolve_device
     from capgap.tune.chat import load_chat

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from capgap.corpus.names import MANIFEST
 from capgap.corpus.sources import open_source
 from capgap.corpus.split import HELDOUT_FRACTION, SAMPLE_BYTES, scan, split_for
 from capgap.corpus.tokenizer import TokenCodec
-from capgap.corpus.tokens import MANIFEST, Corpus, load_corpus
+from capgap.corpus.tokens import Corpus, load_corpus
 from capgap.errors import UserError
 
 # A source is read so far

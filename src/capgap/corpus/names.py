@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, PlainSerializer
 
 from capgap.errors import UserError
 
+MANIFEST = "manifest.json"
 HUB_SECONDS = 10.0
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 # Of a checkpoint that brings code
@@ -118,6 +119,26 @@ def cached_file(name: str, file: str) -> Path | None:
     repository, revision = at_revision(name)
     found = try_to_load_from_cache(repository, file, revision=revision)
     return Path(found) if isinstance(found, str) else None
+
+
+def check_model_name(name: str) -> None:
+    """UserError where no folder and no model on the Hub is called so; loads nothing heavy."""
+    if Path(name).expanduser().is_dir():
+        return
+    if looks_like_path(name) or not HUB_NAME.fullmatch(name):
+        raise UserError(f"{name} is no model folder")
+    # without a network a loader would retry for most of a minute
+    if cached_file(name, "config.json") is None:
+        hub_revision(name, kind="model")
+
+
+def check_prepared(folder: Path) -> None:
+    """UserError where no corpus was prepared."""
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"{folder} holds no prepared corpus: make one with `capgap corpus SOURCE --out "
+            f"{folder} --tokenizer TEACHER`"
+        )
 
 
 def hub_revision(name: str, *, kind: Literal["dataset", "model"]) -> str:

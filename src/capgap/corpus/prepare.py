@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from capgap.artifact import difference, folder_written, only_process, plain, write_json
 from capgap.corpus.excerpt import cut_for_evaluation, fit_tokens
+from capgap.corpus.names import MANIFEST
 from capgap.corpus.sources import DEFAULT_SEPARATOR, Source, open_source
 from capgap.corpus.split import (
     HELDOUT_FRACTION,
@@ -40,7 +41,6 @@ from capgap.corpus.tokenizer import (
 )
 from capgap.corpus.tokens import (
     HELDOUT,
-    MANIFEST,
     SCHEMA,
     TOKENIZER,
     Corpus,

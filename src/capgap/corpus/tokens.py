@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from capgap.artifact import file_hash, read_json
+from capgap.corpus.names import MANIFEST, check_prepared
 from capgap.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 # it bears none of these names, the first of them that the tokenizer has ends a text.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<EOS_TOKEN>", "[EOS]")
 
-MANIFEST = "manifest.json"
 HELDOUT = "heldout.bin"
 TOKENIZER = "tokenizer"
 SCHEMA = 2  # 1: documents began with the token that ends them, whatever the tokenizer
@@ -244,12 +244,8 @@ def load_corpus(directory: Path | str, *, window: int) -> Corpus:
     UserError: no whole corpus of this version there, or it is shorter than one window.
     """
     directory = Path(directory)
-    manifest = read_manifest(directory)
-    if manifest is None:
-        raise UserError(
-            f"{directory} holds no prepared corpus: make one with `capgap corpus SOURCE --out "
-            f"{directory} --tokenizer TEACHER`"
-        )
+    check_prepared(directory)
+    manifest = read_json(directory / MANIFEST)
     if manifest.get("schema") != SCHEMA:
         raise UserError(
             f"{directory} was prepared by a version whose documents did not begin as the model's "

@@ -17,12 +17,9 @@ from torch import Tensor
 
 from capgap.artifact import file_hash, folder_written, read_json, write_json
 from capgap.corpus.names import (
-    HUB_NAME,
     OWN_CODE,
     at_revision,
-    cached_file,
-    hub_revision,
-    looks_like_path,
+    check_model_name,
 )
 from capgap.errors import UserError, border, first_line, warn_once
 from capgap.sizes import format_bytes
@@ -79,11 +76,7 @@ def read_config(path_or_name: str | Path, *, trust_remote_code: bool = False) ->
             )
         if not (folder / "config.json").is_file():
             raise UserError(f"{name} is no model folder: it has no config.json")
-    elif looks_like_path(name) or not HUB_NAME.fullmatch(name):
-        raise UserError(f"{name} is no model folder")
-    elif cached_file(name, "config.json") is None:
-        # without a network the loader below would retry for most of a minute
-        hub_revision(name, kind="model")
+    check_model_name(name)
     with border(f"cannot read the config of the model {name}"):
         repository, revision = at_revision(name)
         at: dict[str, Any] = {"revision": revision or "main"}

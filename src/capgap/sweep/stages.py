@@ -75,6 +75,7 @@ class Sweep(OfRecipe):
             raise UserError(
                 f"a {self.title()} starts processes of its own: run it without torchrun"
             )
+        assert self.loaded  # before what is heavy is
         if self.dry_run:
             return self._expected()
         from capgap.sweep.progress import Display
