@@ -612,7 +612,7 @@ def test_the_page_runs_as_it_is_written(typed, text_file, tmp_path, monkeypatch)
         assert done.code == 0, done.err
         if words[1] == "corpus":
             exec(code, {})
-    printed = "\n".join(done.out.splitlines()[-6:]) + "\n"
+    printed = "\n".join(done.out.splitlines()[-7:]) + "\n"
     sizes = r"[\d.]+ kB"
     assert re.sub(sizes, "", printed) == re.sub(sizes, "", shown)
     assert (tmp_path / "handed/README.md").is_file()

@@ -2,7 +2,9 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from capgap.artifact import read_json
 from capgap.section import Section
@@ -44,6 +46,15 @@ class Export(Stage):
     ] = ()
     gguf: Annotated[Path | None, "Also write this file for llama.cpp."] = None
     name: Annotated[str | None, "The model's name in its card; if none, its folder's."] = None
+    push: Annotated[str | None, HOW, "Then upload it to the Hub as OWNER/NAME, private."] = None
+    public: Annotated[bool, HOW, "What is uploaded may be seen by all."] = False
+    dry_run: Annotated[bool, HOW, "Tell what would be uploaded, and upload nothing."] = False
+
+    @model_validator(mode="after")
+    def _of_a_push(self) -> Self:
+        if self.push is None and (self.public or self.dry_run):
+            raise ValueError("public and dry_run are of use with push alone")
+        return self
 
     def run(self, *, say: Say = lambda text: None, **_: Any) -> dict[str, Any]:
         """Writes a Hugging Face folder, and the GGUF file; returns what `--json` prints.
@@ -56,6 +67,7 @@ class Export(Stage):
         from capgap.export.folder import DTYPES, open_source, write_folder
         from capgap.export.gguf_file import check_gguf
         from capgap.export.lineage import find_lineage
+        from capgap.export.push import check_push, push
         from capgap.models.stored import written_beside
         from capgap.stages.inputs import check_words
 
@@ -64,6 +76,8 @@ class Export(Stage):
                 raise FieldError(field, f"{path} exists: choose another, or delete it")
         if self.gguf is not None and self.out.resolve() in self.gguf.resolve().parents:
             raise FieldError("gguf", f"{self.gguf} lies within {self.out}: put it beside")
+        if self.push is not None:
+            check_push(self.push, upload=not self.dry_run)
         shard_bytes = parse_bytes(self.shard_size)
         source = open_source(self.model, DTYPES[self.dtype])
         check_words(self.model, source.config, num_words(source.tokenizer))
@@ -77,6 +91,10 @@ class Export(Stage):
                 write_folder(source, folder, shard_bytes=shard_bytes, say=say)
                 found = self._finish(source, lineage, folder)
             undo.pop_all()
+        if self.push is not None:
+            files = [self.out] if self.gguf is None else [self.out, self.gguf]
+            how = {"public": self.public, "upload": not self.dry_run}
+            found["push"] = push(self.push, files, found["licence"]["id"], **how, say=say)
         return found
 
     def told(self, found: dict[str, Any]) -> str:
@@ -112,6 +130,9 @@ class Export(Stage):
                 f"warning: llama.cpp may cut some words into other tokens, since it knows "
                 f"{gguf['missing_splits']} joins of pieces that this tokenizer does not make"
             )
+        if found["push"] is not None:
+            verb = "uploaded" if found["push"]["uploaded"] else "not uploaded"
+            lines.append(f"{verb}: {found['push']['url'] or found['push']['name']}")
         return "\n".join(lines)
 
     def after(self, found: dict[str, Any]) -> tuple[object, ...]:
@@ -153,5 +174,6 @@ class Export(Stage):
             "records": [str(path) for path in lineage.paths],
             "vllm": check_vllm(source.shape, source.config.dtype, config),
             "gguf": gguf,
+            "push": None,
             "logits_not_compared": check_logits(source, folder, self.gguf),
         }
