@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from capgap import machine
 from capgap.cli import doctor
 from capgap.machine import GPUS, parse_gpus, resolve_device, usable_cores
 from capgap.train.settings import auto_precision
@@ -43,6 +44,26 @@ def test_what_is_missing_is_named(typed, monkeypatch):
     assert "extra chat: lacks trl" in told
     assert "extra gguf: there" in told
     assert "pyyaml MISSING" in told
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (None, "pip install 'capgap[chat]'"),
+        ({"url": "file:///my%20code/capgap"}, "pip install '/my code/capgap[chat]'"),
+        (
+            {"url": "https://host/capgap", "vcs_info": {"vcs": "git"}},
+            "pip install 'capgap[chat] @ git+https://host/capgap'",
+        ),
+    ],
+)
+def test_an_extra_comes_from_where_capgap_came(monkeypatch, origin, command):
+    class Distribution:
+        def read_text(self, name: str) -> str | None:
+            return None if origin is None else json.dumps(origin)
+
+    monkeypatch.setattr(machine, "distribution", lambda name: Distribution())
+    assert machine.install_command("chat") == command
 
 
 def test_no_compiler_is_told(typed, monkeypatch):

@@ -21,6 +21,7 @@ from capgap.evaluate.harness import CountingModel, load_tasks, part_names, run_s
 from capgap.evaluate.scores import Part, combine, comparable, known_flops, six_mean
 from capgap.evaluate.sets import NAMES, SETS, SIX
 from capgap.evaluate.sources import READERS, read_copy, read_local
+from capgap.machine import install_command
 from capgap.models.build import build_model, load_model, save_model
 from capgap.models.shape import ladder_shape
 from capgap.stages.evaluate import Evaluate, EvaluateSection
@@ -845,7 +846,7 @@ def test_models_that_cannot_be_read_are_one_line(typed, student, sets, tmp_path)
 @pytest.mark.parametrize(
     ("version", "line"),
     [
-        (None, "benchmarks need lm-evaluation-harness: pip install 'capgap[evaluate]'"),
+        (None, f"benchmarks need lm-evaluation-harness: {install_command('evaluate')}"),
         ("0.4.5", "lm-eval 0.4.5 is another one than is known here: pip install"),
         ("1.0rc1", "lm-eval 1.0rc1 is another one"),
     ],

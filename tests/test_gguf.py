@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from capgap.corpus.tokenizer import num_words
 from capgap.export.gguf_file import LAYOUTS, SPACE, missing_splits, tokenizer_keys
+from capgap.machine import install_command
 from capgap.models.build import build_model, save_model
 from capgap.models.families import FAMILIES
 from capgap.models.shape import Shape
@@ -365,7 +366,7 @@ def test_what_cannot_be_a_gguf_file_is_one_line(typed, small_corpus, tmp_path, m
     odd = save(tmp_path / "odd", tokenizer, changes={"hidden_act": "gelu"})
     assert "hidden_act=gelu" in refused(odd)
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    assert "pip install 'capgap[gguf]'" in refused(save(tmp_path / "plain", tokenizer))
+    assert install_command("gguf") in refused(save(tmp_path / "plain", tokenizer))
 
 
 def test_a_file_that_was_written_wrong_is_not_kept(small_corpus, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 
@@ -14,6 +15,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import Interrupted, UserError
+from capgap.machine import install_command
 from capgap.models.build import load_model
 from capgap.stages.tuning import Instruct
 from capgap.tune import training
@@ -426,5 +428,5 @@ def test_a_template_of_a_stranger_has_limits(base, monkeypatch, template, told):
 
 def test_a_missing_library_is_told_with_its_extra(request_of, monkeypatch):
     monkeypatch.setattr("capgap.stages.tuning.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'capgap\[chat\]'"):
+    with pytest.raises(UserError, match=re.escape(install_command("chat"))):
         request_of().run()

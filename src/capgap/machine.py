@@ -1,6 +1,7 @@
 """What this machine has: device, cores, memory, versions; limits of what a stranger's file makes it
 do; and GPUs by name, as their makers' data sheets say. Imports no torch before it is needed."""
 
+import json
 import os
 import platform
 import re
@@ -9,8 +10,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from capgap import __version__
 from capgap.errors import UserError
@@ -142,6 +145,16 @@ def versions() -> dict[str, str]:
 
     libraries = {one.__name__: one.__version__ for one in (torch, transformers, tokenizers)}
     return {"capgap": __version__, "python": platform.python_version()} | libraries
+
+
+def install_command(extra: str) -> str:
+    """How an extra's packages are installed from where capgap came: on an index its name may be
+    somebody else's."""
+    origin = json.loads(distribution("capgap").read_text("direct_url.json") or "{}")
+    place = unquote(origin.get("url", "")).removeprefix("file://")
+    if "vcs_info" in origin:
+        return f"pip install 'capgap[{extra}] @ {origin['vcs_info']['vcs']}+{place}'"
+    return f"pip install '{place or 'capgap'}[{extra}]'"
 
 
 def machine(device: str, threads: int | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from capgap.corpus.text import Text
 from capgap.distill.divergences import SparseSignal
 from capgap.distill.head import IGNORED_LABEL, HeadInput, chunks, each_tensor
 from capgap.errors import UserError
+from capgap.machine import install_command
 from capgap.models.build import DTYPES, load_model
 from capgap.models.parallel import ALONE, Ranks, parallelize, release
 from capgap.models.parts import Parts
@@ -150,7 +151,9 @@ def load_teacher(
     try:
         from accelerate import cpu_offload
     except ImportError:
-        raise UserError("run.teacher_offload needs accelerate: pip install accelerate") from None
+        raise UserError(
+            f"run.teacher_offload needs accelerate: {install_command('offload')}"
+        ) from None
     parts.to(device)
     for layer in parts.layers:
         cpu_offload(layer, execution_device=torch.device(device))

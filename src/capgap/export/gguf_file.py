@@ -25,6 +25,7 @@ from capgap.artifact import file_written
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import border
 from capgap.export.card import Licence
+from capgap.machine import install_command
 from capgap.models.stored import StoredWeights, empty_model, read_config
 from capgap.stage import FieldError
 
@@ -95,7 +96,7 @@ def check_gguf(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerFast")
     try:
         import gguf  # noqa: F401
     except ImportError:
-        why = "needs the gguf library: `pip install 'capgap[gguf]'`"
+        why = f"needs the gguf library: `{install_command('gguf')}`"
         raise FieldError("gguf", why) from None
     kind, layout = config.model_type, LAYOUTS.get(config.model_type)
     if layout is None:

@@ -19,6 +19,7 @@ from pydantic import (
 from capgap.artifact import locked_file
 from capgap.errors import UserError
 from capgap.evaluate.sets import CODE, HELDOUT, SETS, SIX, NotMeasured, check_tasks, parse_shots
+from capgap.machine import install_command
 from capgap.section import Count, Dtype, Section, Words
 from capgap.stage import ARGUMENT, HOW, SEVERAL, FieldError, Mark, Say, Stage
 
@@ -254,7 +255,7 @@ def _harness_versions() -> dict[str, str]:
     """UserError where the harness is not there, or is one whose tasks are not known here."""
     from packaging.specifiers import SpecifierSet
 
-    fix = f"pip install 'capgap[evaluate]' brings lm-eval {HARNESS.replace(',', ', ')}"
+    fix = f"{install_command('evaluate')} brings lm-eval {HARNESS.replace(',', ', ')}"
     try:
         found = importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from capgap.artifact import begun, file_hash, find_run, write_json
 from capgap.errors import UserError
+from capgap.machine import install_command
 from capgap.section import Count, Recomputed, Section, Words
 from capgap.stage import ARGUMENT, HOW, FieldError, Mark, Say, ShouldStop, Stage, paced
 from capgap.stages.distill import Track
@@ -183,7 +184,7 @@ class _Run:
         transformers_logging.disable_progress_bar()
         missing = [name for name in LIBRARIES if find_spec(name) is None]
         if missing:
-            raise UserError(f"this needs {', '.join(missing)}: pip install 'capgap[chat]'")
+            raise UserError(f"this needs {', '.join(missing)}: {install_command('chat')}")
         check_trackers(stage.track)
         self.stage, self.say, self.name = stage, say, stage.title()
         if started()[1] > 1:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from capgap.artifact import write_text
+from capgap.machine import install_command
 from capgap.scrub import scrub
 from capgap.stage import FieldError
 
@@ -193,7 +194,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
             meant = f"did you mean {near[0]}?" if near else f"take {', '.join(OPENERS)}"
             raise FieldError("track", f"{name!r} is no tracker: {meant}")
         if find_spec(name) is None:
-            raise FieldError("track", f"{name} needs it installed: `pip install 'capgap[{name}]'`")
+            raise FieldError("track", f"{name} needs it installed: `{install_command(name)}`")
     if "wandb" in names and not _wandb_can_start():
         how = "run `wandb login`, or set WANDB_MODE=offline to keep the run here"
         raise FieldError("track", f"wandb has no key: {how}")
