@@ -97,3 +97,21 @@ def test_hash_covers_what_changes_results_alone(tiny_recipe):
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_shipped_recipes_load(name):
     assert load_any_recipe(find_recipe(name)).name == name
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("seeds=2", "`set`: seeds = 2: a list was expected, such as [2]"),
+        (
+            "students.sizes=30k",
+            """`set`: students.sizes = '30k': a list was expected, such as ["30k"]""",
+        ),
+        ("student.sizes=30k", "`set`: unknown key 'student'; did you mean 'students'?"),
+        ("training.alpha=2", "`set`: training.alpha = 2: "),
+    ],
+)
+def test_an_override_is_to_blame_and_not_the_file(override, line):
+    with pytest.raises(UserError) as refused:
+        load_recipe(find_recipe("quickstart"), [override])
+    assert str(refused.value).startswith(line)

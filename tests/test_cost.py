@@ -357,3 +357,16 @@ def test_each_kind_of_recipe_is_told_from_the_other(typed, tmp_path):
     assert "a sweep has [teachers] and [students], a run [teacher]" in answer.err
     with pytest.raises(UserError, match="no recipe"):
         load_any_recipe(tmp_path / "none.toml")
+
+
+def test_small_models_wait_for_launches(typed):
+    """A step of a model of a few layers takes a GPU milliseconds, however few its FLOPs."""
+    found = json.loads(typed("plan", "laptop", "--gpus", "H100", "--json").out)
+    assert found["bound"] == "launches"
+    # two layers and what is beside them, half a millisecond each
+    assert found["hours"] * 3600 > found["steps"] * 6 * 5e-4
+    eight = json.loads(typed("plan", "laptop", "--gpus", "8xH100", "--json").out)
+    assert found["hours"] / 8 <= eight["hours"] < found["hours"]
+    large = json.loads(typed("plan", "minima-3b", "--json").out)
+    assert [one["bound"] for one in large["places"]] == ["arithmetic", "arithmetic"]
+    assert "wait for the launches" in typed("plan", "laptop", "--gpus", "H100").out

@@ -10,6 +10,7 @@ import pytest
 
 import processes
 from capgap.records import read_records
+from capgap.sweep import workers
 
 TOML = """
 name = "tiny"
@@ -212,3 +213,16 @@ def test_given_teachers_and_report_again(finished, text_file, tmp_path):
     again = run("report", tmp_path / "out", "--json")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["verdict"] == json.loads(done.stdout)["verdict"]
+
+
+def test_a_signal_waits_until_all_workers_are_started():
+    """One in the middle would leave a process that complains of what is gone."""
+    reached = []
+    before = signal.signal(signal.SIGTERM, lambda *_: reached.append("heeded"))
+    try:
+        with workers._uninterrupted():
+            signal.raise_signal(signal.SIGTERM)
+            reached.append("started")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert reached == ["started", "heeded"]

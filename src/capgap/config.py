@@ -25,7 +25,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     UserError: no such file, not TOML, an unknown key (names the nearest), a value out of range, or
     a recipe of a single run.
     """
-    return parse_recipe(_read_toml(path, overrides), where=str(path))
+    return parse_recipe(_read_toml(path, overrides), where=str(path), overrides=overrides)
 
 
 def load_any_recipe(path: Path, overrides: Sequence[str] = ()) -> "Recipe | RunRecipe":
@@ -37,11 +37,11 @@ def load_any_recipe(path: Path, overrides: Sequence[str] = ()) -> "Recipe | RunR
             "and [distill]"
         )
     if not _is_run(data):
-        return parse_recipe(data, where=str(path))
+        return parse_recipe(data, where=str(path), overrides=overrides)
     from capgap.pipeline.recipe import RunRecipe
 
     _find_beside(data, path.parent)
-    return _parsed(RunRecipe, data, str(path))
+    return _parsed(RunRecipe, data, str(path), overrides)
 
 
 def _find_beside(data: dict[str, Any], folder: Path) -> None:
@@ -55,12 +55,15 @@ def _find_beside(data: dict[str, Any], folder: Path) -> None:
             section["data"] = str(folder / given)
 
 
-def parse_recipe(data: dict[str, Any], *, where: str = "recipe") -> Recipe:
+def parse_recipe(
+    data: dict[str, Any], *, where: str = "recipe", overrides: Sequence[str] = ()
+) -> Recipe:
     """A sweep from plain data, such as `recipe` in a sweep.json. UserError, which begins with
-    `where`, names the key, its value and what was expected."""
+    `where`, names the key, its value and what was expected; what the `overrides` in it are to
+    blame for is told as theirs."""
     if _is_run(data):
         raise UserError(f"{where} is the recipe of a run, not of a sweep: see `capgap plan`")
-    return _parsed(Recipe, data, where)
+    return _parsed(Recipe, data, where, overrides)
 
 
 def _is_run(data: dict[str, Any]) -> bool:
@@ -75,11 +78,17 @@ def find_recipe(name_or_path: str) -> Path:
     return path
 
 
-def _parsed(kind: type[_Kind], data: dict[str, Any], where: str) -> _Kind:
+def _parsed(kind: type[_Kind], data: dict[str, Any], where: str, overrides: Sequence[str]) -> _Kind:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{where}: {Problem.of(error, kind).line()}") from None
+        problem = Problem.of(error, kind)
+        for override in overrides:
+            key = override.partition("=")[0].strip()
+            near = f"{problem.key}.", f"{key}."
+            if near[0].startswith(near[1]) or near[1].startswith(near[0]):
+                where = "`set`"
+        raise UserError(f"{where}: {problem.line()}") from None
 
 
 def _read_toml(path: Path, overrides: Sequence[str]) -> dict[str, Any]:

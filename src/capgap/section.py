@@ -1,6 +1,7 @@
 """What recipes and stages are made of: sections, the types of their fields, and what is wrong with
 a value in one line. Light."""
 
+import json
 import tomllib
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
@@ -107,7 +108,8 @@ class Problem(NamedTuple):
         why = " or ".join(text.removeprefix("Value error, ") for text in messages)
         why = why.replace(" or Input should be", " or")
         if first["type"] == "tuple_type":
-            why = """a list was expected, such as ["50k"]; in a shell put '' around it"""
+            asked = json.dumps([first["input"]], default=str)
+            why = f"a list was expected, such as {asked}; in a shell put '' around it"
         return cls(key, None if isinstance(first["input"], dict) else repr(first["input"]), why)
 
     def line(self) -> str:

@@ -205,7 +205,8 @@ class Recommend(Answer):
         from capgap.report.advice import advice_text
 
         values = {name: found[name] for name in Advice.model_fields}
-        return advice_text(Advice.model_validate(values))
+        drawn = "" if self.figure is None else f"\npicture: {self.figure}"
+        return advice_text(Advice.model_validate(values)) + drawn
 
 
 class Plan(Answer, OfRecipe):

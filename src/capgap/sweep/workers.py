@@ -5,9 +5,11 @@ import queue
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
@@ -165,6 +167,28 @@ def relative_cost(task: Task) -> float:
     return RELATIVE.seconds(task.work) or 1.0
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Signals that come while inside are heeded behind it."""
+    sent: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, _: Any) -> None:
+        sent.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for heeded, handler in before.items():
+            signal.signal(heeded, handler)
+        if sent:
+            signal.raise_signal(sent[0])
+
+
 @dataclass
 class _Worker:
     process: BaseProcess
@@ -194,12 +218,14 @@ class Workers:
         start.set_forkserver_preload(["capgap.sweep.tasks"])
         self.messages: Any = start.Queue()
         self.stop = start.Event()
-        for index in range(self.number):
-            tasks = start.Queue()
-            given = (index, self.context, tasks, self.messages, self.stop)
-            process = start.Process(target=work, args=given, daemon=True)
-            process.start()
-            self.workers.append(_Worker(process, tasks))
+        # half a start would leave a process that looks for what is gone
+        with _uninterrupted():
+            for index in range(self.number):
+                tasks = start.Queue()
+                given = (index, self.context, tasks, self.messages, self.stop)
+                process = start.Process(target=work, args=given, daemon=True)
+                process.start()
+                self.workers.append(_Worker(process, tasks))
 
     def __exit__(self, *exception: object) -> None:
         """Lets running tasks save their state, then ends all workers."""
