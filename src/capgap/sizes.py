@@ -7,6 +7,8 @@ from decimal import Decimal, InvalidOperation
 from capgap.errors import UserError
 
 MOST = 10**18  # nothing that is counted here is more
+# Teachers of a ladder read so many tokens for each parameter of the largest, if nobody says more
+LADDER_TOKENS = 10
 _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -59,7 +61,9 @@ def parse_bytes(value: str | int) -> int:
 
 
 def format_percent(share: float) -> str:
-    """A share in percent, to one digit: 1%, 0.3%."""
+    """A share in percent, below ten of them to one digit: 25%, 1%, 0.3%."""
+    if share >= 0.1:
+        return f"{share:.0%}"
     return "less than 0.01%" if share < 1e-4 else f"{100 * share:.1g}%"
 
 

@@ -210,23 +210,69 @@ class Recommend(Answer):
 
 
 class Plan(Answer, OfRecipe):
-    """What a run or a sweep would take: parameters, steps, FLOPs, memory, time and disk."""
+    """What a run or a sweep would take: parameters, steps, FLOPs, memory, time and disk.
 
+    With --question: which small grid tells the best teacher for a student of such a size.
+    """
+
+    recipe: Annotated[str, ARGUMENT, "A recipe file, or a shipped recipe's name."] = ""
     gpus: Annotated[str | None, "For time and what fits: 16xA100; else the recipe's own."] = None
     utilisation: Annotated[
         float | None, "Share of the GPUs' peak that is reached, such as 0.4."
     ] = None
+    question: Annotated[bool, "Which small grid answers for --student on --tokens?"] = False
+    student: Annotated[str | None, "Of the question: 300M without embeddings, 360M total."] = None
+    tokens: Annotated[str | None, "Of the question: what the student will learn from."] = None
+    family: Annotated[str | None, "Of the question: its members are the teachers."] = None
+    teachers: Annotated[
+        Words, "Of the question: teachers as for `capgap recommend`, parted by commas."
+    ] = ()
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if bool(self.recipe) == self.question:
+            raise ValueError("give either a recipe or --question")
+        if self.question and (self.student is None or self.tokens is None):
+            raise ValueError("--question needs --student and --tokens")
+        return self
 
     def run(self, **_: Any) -> dict[str, Any]:
+        if self.question:
+            return self._asked()
         from capgap import plan
 
         return plan(self.recipe, self.set, gpus=self.gpus, utilisation=self.utilisation)
 
+    def _asked(self) -> dict[str, Any]:
+        from capgap.law.advise import student_of
+        from capgap.law.published import candidates_of
+        from capgap.law.question import ask
+
+        teachers = candidates_of(self.family, self.teachers)
+        size = student_of(str(self.student), teachers).non_embedding
+        found = ask(size, parse_count(str(self.tokens)), [one.non_embedding for one in teachers])
+        return found.model_dump(mode="json")
+
     def after(self, found: dict[str, Any]) -> tuple[object, ...]:
+        if self.question:
+            if found["answer"] is None:
+                return ()
+            grid = found["grids"][found["answer"]]
+            teachers, students = (
+                ",".join(map(str, grid[name])) for name in ("teachers", "students")
+            )
+            asked = ("--teachers", teachers, "--students", students)
+            ratio = f"{found['tokens'] / found['student']:.3g}x"
+            return ("init", "grid.toml", "--text", "TEXT", *asked, "--tokens", ratio)
         changes = [word for one in self.set for word in ("--set", one)]
         return ("run" if found["kind"] == "run" else "sweep", self.recipe, *changes)
 
     def told(self, found: dict[str, Any]) -> str:
+        if self.question:
+            from capgap.law.question import Question
+            from capgap.report.advice import question_text
+
+            return question_text(Question.model_validate(found))
         from capgap.cost.plan import plan_text
 
         return plan_text(found)

@@ -8,13 +8,18 @@ from typing import Annotated, Any, NamedTuple
 from capgap.artifact import write_text
 from capgap.cli.app import Answer
 from capgap.errors import UserError
-from capgap.sizes import parse_count, parse_size
+from capgap.sizes import LADDER_TOKENS, parse_count, parse_size
 from capgap.stage import ARGUMENT, FieldError
 
 HEAD = "# Written by `capgap init`; every key: docs/recipes.md\n"
-# Tokens of an optimizer step, from so many training tokens on
-BATCHES = ((10**10, 1 << 21), (10**9, 1 << 19), (10**8, 1 << 17), (0, 1 << 14))
-WINDOW, SHORT_WINDOW = 2048, 512
+# Window, and tokens of an optimizer step, from so many training tokens on
+LOOPS = (
+    (10**10, 2048, 1 << 21),
+    (10**9, 2048, 1 << 19),
+    (10**8, 2048, 1 << 17),
+    (10**6, 512, 1 << 14),
+    (0, 128, 1 << 11),
+)
 
 
 class _Question(NamedTuple):
@@ -24,7 +29,7 @@ class _Question(NamedTuple):
 
 QUESTIONS = {
     "text": _Question("Text: a file, folder, glob, or a dataset on the Hub", "stdlib"),
-    "teachers": _Question("Teachers, parted by commas (one: a run; several: which is best?)", ""),
+    "teachers": _Question("Teachers, parted by commas (one: a run; several, or sizes: which?)", ""),
     "students": _Question("Sizes of students without embeddings, such as 300M,600M", ""),
     "tokens": _Question("Tokens that a student learns from, such as 5B", ""),
     "gpus": _Question("GPUs, such as 8xA100; none for this machine", "none"),
@@ -40,7 +45,9 @@ class Init(Answer):
         str | None, "One for a run, several for a sweep: names, Hub ids, folders."
     ] = None
     students: Annotated[str | None, "Sizes without embeddings, such as 300M,600M."] = None
-    tokens: Annotated[str | None, "Tokens that a student learns from, such as 5B."] = None
+    tokens: Annotated[
+        str | None, "Tokens that a student learns from: 5B, or in a sweep 20x its size."
+    ] = None
     gpus: Annotated[str | None, "Such as 8xA100; none for this machine."] = None
 
     def run(self, **_: Any) -> dict[str, Any]:
@@ -59,7 +66,8 @@ class Init(Answer):
             if not values:
                 raise FieldError(name, "are needed")
         tokens = answers["tokens"]
-        if len(teachers) == 1:
+        is_run = len(teachers) == 1
+        if is_run:
             written = run_recipe(
                 self.out.stem, teachers[0], students[0], tokens, answers["text"], gpus
             )
@@ -94,7 +102,7 @@ def run_recipe(
 ) -> str:
     """One student out of one teacher, as TOML."""
     size, is_total = parse_size(student)
-    window, batch = _batch(parse_count(tokens))
+    window, batch = _loop(parse_count(tokens))
     hardware = f'\n[hardware]\n# what `capgap plan` reckons with\ngpus = "{gpus}"\n' if gpus else ""
     return f"""{HEAD}name = "{name}"
 
@@ -129,28 +137,43 @@ tasks = ["heldout"]
 def sweep_recipe(
     name: str, teachers: list[str], students: list[str], tokens: str, text: str
 ) -> str:
-    """Which of these teachers is best for each student, as TOML."""
-    count = parse_count(tokens)
-    window, batch = _batch(count // 4)
+    """Which of these teachers is best for each student, as TOML; sizes are a ladder to train.
+    tokens: a count, of which a quarter is tried too, or as `20x` the student's size."""
+    ladder = [parse_count(one) for one in teachers] if all(map(_is_size, teachers)) else []
+    if tokens.endswith("x"):
+        ratio = _ratio(tokens)
+        least = ratio * min(map(parse_count, students))
+        budgets = (
+            f"# as many for each of a student's parameters\ntokens_per_parameter = [{ratio:g}]"
+        )
+    else:
+        count = parse_count(tokens)
+        least = count / 4
+        budgets = "# a quarter too: do more tokens want a larger teacher?\n"
+        budgets += f"tokens = [{count // 4}, {count}]"
+    window, batch = _loop(round(least))
+    models = f"# with one tokenizer; four or more tell a curve\nmodels = [{_texts(teachers)}]"
+    if ladder:
+        models = f"# trained here, four or more for a curve\nsizes = [{_texts(teachers)}]\n"
+        models += f"tokens = {LADDER_TOKENS * max(ladder)}"
     return f"""{HEAD}name = "{name}"
 # two seeds tell a difference from luck
 seeds = [0, 1]
 # students without a teacher, of the best teacher alone: what distilling gains
 baselines = "best"
+larger_teachers_only = true
 
 [corpus]
 source = {_text(text)}
 window = {window}
 
 [teachers]
-# with one tokenizer; four or more tell a curve
-models = [{", ".join(map(_text, teachers))}]
+{models}
 
 [students]
 # non-embedding parameters, cut out of every teacher
-sizes = [{", ".join(map(_text, students))}]
-# a quarter too: do more tokens want a larger teacher?
-tokens = [{count // 4}, {count}]
+sizes = [{_texts(students)}]
+{budgets}
 
 [training]
 batch_tokens = {batch}
@@ -158,10 +181,27 @@ micro_batch_tokens = {min(batch, 4 * window)}
 """
 
 
-def _batch(tokens: int) -> tuple[int, int]:
+def _is_size(text: str) -> bool:
+    try:
+        return parse_count(text) > 0
+    except UserError:
+        return False
+
+
+def _ratio(tokens: str) -> float:
+    try:
+        return float(tokens.removesuffix("x"))
+    except ValueError:
+        raise FieldError("tokens", f"{tokens!r}: give 5B, or 20x a student's size") from None
+
+
+def _texts(values: list[str]) -> str:
+    return ", ".join(map(_text, values))
+
+
+def _loop(tokens: int) -> tuple[int, int]:
     """Window and tokens of an optimizer step for so many training tokens."""
-    batch = next(size for least, size in BATCHES if tokens >= least)
-    return (WINDOW if batch >= 1 << 17 else SHORT_WINDOW), batch
+    return next((window, batch) for least, window, batch in LOOPS if tokens >= least)
 
 
 def _parted(text: str) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from capgap.law.advise import Advice, Alone, Row
+from capgap.law.question import Question
 from capgap.report.numbers import ranges
 from capgap.sizes import format_count, format_percent
 from capgap.stage import text_table
@@ -216,3 +217,40 @@ def _measurements(found: Advice) -> str:
 
 def _with_error(value: float, error: float | None) -> str:
     return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def question_text(asked: Question) -> str:
+    """The grids of a question, and which of them answers it."""
+    names = ["grid", "students", "teachers", "they are", "of the cost", "reach", "best teacher"]
+    rows = []
+    for number, grid in enumerate(asked.grids, 1):
+        students, teachers = (
+            f"{len(sizes)}: {format_count(min(sizes))} to {format_count(max(sizes))}"
+            for sizes in (grid.students, grid.teachers)
+        )
+        factor = "not known" if grid.factor is None else f"to a factor of {grid.factor:.1f}"
+        made = "trained" if grid.trained else "yours"
+        share = format_percent(grid.share)
+        rows.append([str(number), students, teachers, made, share, f"{grid.reach:g}x", factor])
+    answer = "No grid here tells neighbours apart: give fewer teachers, or try them."
+    if asked.answer is not None:
+        grid = asked.grids[asked.answer]
+        answer = (
+            f"Grid {asked.answer + 1} answers for {format_percent(grid.share)} of that: it tells "
+            f"the best teacher to a factor of {grid.factor:.1f}, {grid.reach:g} times beyond its "
+            "largest student."
+        )
+    table = "The student is too small for a smaller grid."
+    return "\n".join(
+        [
+            f"Which teacher is best for {format_count(asked.student)} parameters on "
+            f"{format_count(asked.tokens)} tokens? Trying all takes {asked.flops:.2g} FLOPs; "
+            f"neighbours among them are {asked.spacing:.1f} times apart.",
+            f"{answer}\n",
+            text_table(names, rows, left=1) if rows else table,
+            f"\nTwo seeds, {asked.tokens / asked.student:.3g} tokens for each of a student's "
+            "parameters. The factor is the 90% interval in pretended sweeps with the noise and the "
+            "luck of this project's own (docs/results). It holds if the best teacher grows as a "
+            "power of the student on the whole way, which no small grid can tell.",
+        ]
+    )

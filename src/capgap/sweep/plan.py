@@ -166,6 +166,8 @@ def make_plan(recipe: Recipe, given: Sequence[Teacher] = ()) -> Plan:
         for seed in recipe.seeds if is_given else (teacher.seed,):
             name = f"{teacher.id}-seed{seed}" if is_given else teacher.id
             cells = _cells(recipe, teachers, teacher, seed)
+            if not cells:
+                continue
             _refuse_twins([cell.id for cell in cells], "students")
             columns += _cell_columns(name, teacher, seed, cells)
             own = _baseline_columns(recipe, name, seed, cells)
@@ -183,7 +185,7 @@ def _check_number(recipe: Recipe) -> None:
         "architectures": recipe.architectures,
         "teachers": teachers.sizes or teachers.models,
         "students.sizes": students.sizes,
-        "students.tokens": students.tokens,
+        "students.tokens": students.tokens or students.tokens_per_parameter,
         "students.inits": students.inits,
     }
     number = math.prod(len(axis) for axis in axes.values())
@@ -227,8 +229,10 @@ def _cells(recipe: Recipe, teachers: Sequence[Teacher], teacher: Teacher, seed: 
     for init in recipe.students.inits:
         for size in sorted(recipe.students.sizes):
             cut_from = starts[init]
+            if recipe.larger_teachers_only and size >= teacher.size:
+                continue
             shape = _student_shape(recipe, teacher, cut_from, size)
-            for asked_tokens in recipe.students.budgets(init):
+            for asked_tokens in recipe.students.budgets(init, size):
                 tokens = _whole_batches(recipe, asked_tokens)
                 cell = Cell(
                     kind="cell",

@@ -71,7 +71,10 @@ class StudentsSection(Section):
     sizes: Annotated[
         OneOrMore[Count], "Non-embedding parameters; of cuts at most the smallest teacher's."
     ]
-    tokens: Annotated[OneOrMore[Count], "Budgets for every size, rounded to whole batches."]
+    tokens: Annotated[tuple[Count, ...], "Budgets for every size, rounded to whole batches."] = ()
+    tokens_per_parameter: Annotated[
+        tuple[Positive, ...], "Budgets in proportion to each size, in place of `tokens`."
+    ] = ()
     inits: Annotated[OneOrMore[Init], "Where the first weights come from."] = ("pruned",)
     control_tokens: Annotated[
         tuple[Count, ...], "Budgets of the controls, all inits but the first; else all `tokens`."
@@ -81,16 +84,19 @@ class StudentsSection(Section):
 
     @model_validator(mode="after")
     def _known_budgets(self) -> "StudentsSection":
+        if bool(self.tokens) == bool(self.tokens_per_parameter):
+            raise ValueError("give either tokens or tokens_per_parameter")
         unknown = set(self.control_tokens) - set(self.tokens)
         if unknown:
             raise ValueError(f"control_tokens {sorted(unknown)} are none of tokens")
         return self
 
-    def budgets(self, init: str) -> list[int]:
-        """Tokens that students of an init learn from, ascending: the first init has all, the others
-        are controls."""
+    def budgets(self, init: str, size: int) -> list[int]:
+        """Tokens that a student of an init learns from, ascending: the first init has all, the
+        others are controls."""
         own = self.control_tokens if init != self.inits[0] else ()
-        return sorted(own or self.tokens)
+        each = [round(ratio * size) for ratio in self.tokens_per_parameter]
+        return sorted(own or self.tokens or each)
 
 
 class Recipe(Section):
@@ -115,6 +121,10 @@ class Recipe(Section):
     equal_flops: Annotated[
         bool, "Run baselines also on the tokens that their teacher's forward passes would pay for."
     ] = False
+    larger_teachers_only: Annotated[
+        bool,
+        "Students learn from larger teachers alone, where a grid has others.",
+    ] = False
     scoring_tokens: Annotated[Count, "Training tokens to score a teacher's units on."] = 32_768
     scoring_method: Annotated[Method, "How units are scored (docs/pruning.md)."] = "activation"
     scoring_depth: Annotated[Depth | None, "How layers are scored, if not by the method."] = None
@@ -131,7 +141,10 @@ class Recipe(Section):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {list(values)} names one of them twice")
         self.training.check_batches("corpus.window", self.corpus.window)
-        self.training.check_tokens("students.tokens", min(self.students.tokens))
+        students = self.students
+        name = "tokens" if students.tokens else "tokens_per_parameter"
+        least = students.budgets(students.inits[0], min(students.sizes))[0]
+        self.training.check_tokens(f"students.{name}", least)
         if self.teachers.tokens is not None:
             self.training.check_tokens("teachers.tokens", self.teachers.tokens)
         return self
@@ -142,12 +155,15 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+_BUDGETS = ("tokens", "control_tokens", "tokens_per_parameter")
+
+
 def identity(recipe: dict[str, Any]) -> dict[str, Any]:
     """What changes the results, of a recipe as plain data: the name and [run] do not."""
     content = {k: v for k, v in recipe.items() if k not in ("name", "description", "run")}
     # recipes from before there were such keys stay what they were
-    students = {k: v for k, v in recipe["students"].items() if v or k != "control_tokens"}
-    added = ("layers", "equal_flops")
+    students = {k: v for k, v in recipe["students"].items() if v or k not in _BUDGETS}
+    added = ("layers", "equal_flops", "larger_teachers_only")
     return {k: v for k, v in content.items() if v or k not in added} | {"students": students}
 
 

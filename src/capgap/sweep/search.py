@@ -72,6 +72,8 @@ def with_rungs(recipe: Recipe, rungs: int) -> Recipe:
             f"{', '.join(asked.inits)}: "
             """choose one, as `set` 'students.inits=["pruned"]'"""
         )
+    if asked.tokens_per_parameter:
+        raise UserError("a search looks at one token budget: give students.tokens")
     if len(asked.tokens) > 1:
         budgets = ", ".join(format_count(tokens) for tokens in asked.tokens)
         raise UserError(
