@@ -383,6 +383,8 @@ def test_sample_begins_a_document_without_a_text(typed, model_folder):
     [
         ("distill", "./nowhere", "student", "--corpus", "corpus", "--tokens", "1M", "--out", "o"),
         ("score", "./nowhere", "--corpus", "corpus", "--out", "s"),
+        ("train", "--size", "8k", "--corpus", "nowhere", "--tokens", "1M", "--out", "o"),
+        ("train", "--size", "8k", "--corpus", "./nowhere.txt", "--tokens", "1M", "--out", "o"),
         ("prune", "./nowhere", "--scores", "s", "--keep", "0.5", "--out", "p"),
         ("evaluate", "./nowhere"),
         ("export", "./nowhere", "--out", "e"),

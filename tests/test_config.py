@@ -4,6 +4,7 @@ import pytest
 
 from capgap.config import find_recipe, load_any_recipe, load_recipe, parse_recipe, shipped_recipes
 from capgap.errors import UserError
+from capgap.sweep.recipe import identity
 
 
 def test_sizes_are_read_in_words_and_numbers(tiny_recipe):
@@ -90,6 +91,11 @@ def test_files_that_are_no_recipes(tmp_path):
 
 def test_hash_covers_what_changes_results_alone(tiny_recipe):
     base = parse_recipe(tiny_recipe).hash()
+    limited = tiny_recipe | {"corpus": tiny_recipe["corpus"] | {"max_documents": 9}}
+    assert parse_recipe(limited).hash() != base
+    before = parse_recipe(tiny_recipe).model_dump(mode="json")
+    del before["corpus"]["max_documents"]
+    assert identity(before) == identity(parse_recipe(tiny_recipe).model_dump(mode="json"))
     assert parse_recipe(tiny_recipe | {"name": "other", "run": {"workers": 7}}).hash() == base
     assert parse_recipe(tiny_recipe | {"seeds": [1]}).hash() != base
 

@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from capgap.artifact import read_json
+from capgap.artifact import read_json, write_json
 from capgap.corpus import prepare as module
 from capgap.corpus.excerpt import cut_text, fair_limit
 from capgap.corpus.prepare import prepare_corpus
@@ -251,6 +251,68 @@ def test_limits_of_bytes_and_tokens(source: Path, tmp_path: Path) -> None:
     assert everything == sum(len(make_document(number)) for number in range(200))
 
 
+def test_a_limit_of_documents_counts_only_where_it_is_given(source: Path, tmp_path: Path) -> None:
+    corpus = prepare(source, tmp_path / "few", max_documents=20)
+    taken = [make_document(number) for number in range(20)]
+    assert sorted(train_text(corpus) + heldout_text(corpus)) == sorted(taken)
+    first = prepare(source, tmp_path / "all").corpus_hash
+    with pytest.raises(UserError, match="max_documents is 20, was not given"):
+        prepare(source, tmp_path / "all", max_documents=20)
+    # as it was made before there was such a limit
+    manifest = read_json(tmp_path / "all" / "manifest.json")
+    del manifest["request"]["options"]["max_documents"]
+    write_json(tmp_path / "all" / "manifest.json", manifest)
+    made = (tmp_path / "all" / "manifest.json").stat().st_mtime_ns
+    assert prepare(source, tmp_path / "all").corpus_hash == first
+    assert (tmp_path / "all" / "manifest.json").stat().st_mtime_ns == made
+    # of every source as many
+    write_documents(tmp_path / "held.txt", [make_document(number) for number in range(900, 910)])
+    both = prepare(
+        source, tmp_path / "both", heldout_source=str(tmp_path / "held.txt"), max_documents=4
+    )
+    assert train_text(both) == taken[:4]
+    assert len(heldout_text(both)) == 4
+
+
+def test_files_that_are_not_parted(typed, source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_bytes(source.read_bytes() + b"%d" % number)
+    asked = ("--out", tmp_path / "corpus", "--vocabulary", "300", "--separator", "")
+    done = typed("corpus", folder, *asked)
+    assert done.code == 0, done.err
+    assert read_json(tmp_path / "corpus" / "manifest.json")["documents"]["read"] == 3
+    alone = typed("corpus", source, "--out", tmp_path / "alone", "--separator", "")
+    assert alone.code == 2
+    assert "is one document" in alone.err
+    assert "part it by lines '<|endoftext|>'" in alone.err
+
+
+def test_a_text_that_the_tokenizer_knows_little_of_is_warned_of(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # made-up words, enough of them for a vocabulary above 1,000
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice(list("abcdefghijklmnop"), 6)) for _ in range(600)]
+    known = [" ".join(random.choice(words, 300)).encode() for _ in range(40)]
+    large, small = train_tokenizer(known, 1500), train_tokenizer(known, 500)
+    write_documents(tmp_path / "known.txt", known)
+    cyrillic = " ".join(map(chr, range(0x430, 0x450)))
+    strange = [f"{cyrillic} {number}\n".encode() * 20 for number in range(40)]
+    write_documents(tmp_path / "strange.txt", strange)
+    prepare(tmp_path / "known.txt", tmp_path / "a", tokenizer=large)
+    prepare(tmp_path / "strange.txt", tmp_path / "b", tokenizer=small)
+    prepare(tmp_path / "strange.txt", tmp_path / "c", vocabulary=1500)
+    assert not [line for line in caplog.messages if "bytes a token" in line]
+    corpus = prepare(tmp_path / "strange.txt", tmp_path / "d", tokenizer=large)
+    (line,) = [line for line in caplog.messages if "bytes a token" in line]
+    counts = corpus.manifest["train"]
+    rate = counts["bytes"] / (counts["tokens"] - counts["documents"])
+    assert f"{tmp_path}/strange.txt', {rate:.2f} bytes a token" in line
+    assert rate == pytest.approx(1, abs=0.05)
+
+
 def test_heldout_text_of_its_own(source: Path, tmp_path: Path) -> None:
     other = [make_document(3), make_document(5000), make_document(5001)]
     write_documents(tmp_path / "other.txt", other)
@@ -294,6 +356,7 @@ def test_too_little_text(tmp_path: Path, data: bytes, message: str) -> None:
         {"heldout_fraction": 1.0},
         {"heldout_tokens": 0},
         {"max_bytes": 0},
+        {"max_documents": 0},
         {"max_train_tokens": -1},
         {"vocabulary": 100},
     ],

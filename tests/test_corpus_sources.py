@@ -9,7 +9,7 @@ import socket
 import sysconfig
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow
@@ -18,6 +18,7 @@ import pytest
 import zstandard
 
 from capgap.corpus import readers
+from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.sources import describe_left_out, open_source
 from capgap.errors import UserError
 
@@ -63,6 +64,17 @@ def test_text_is_parted_at_separator_lines(tmp_path: Path, ending: str) -> None:
     assert read(path) == DOCUMENTS
     path.write_bytes(COMPRESS[ending](b"a\n---\nb --- c\n"))
     assert read(path, separator="---") == [b"a\n", b"b --- c\n"]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_an_empty_separator_leaves_every_file_whole(tmp_path: Path, ending: str) -> None:
+    # without a separator of its own it would be cut between paragraphs
+    long = b"".join(b"paragraph %d\n\n" % number for number in range(10_000))
+    for number, text in enumerate((SEPARATED, long)):
+        (tmp_path / f"{number}.txt{ending}").write_bytes(COMPRESS[ending](text))
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two"}\n')
+    assert len(read(tmp_path / f"1.txt{ending}")) > 1
+    assert read(tmp_path, separator="") == [SEPARATED, long, b"one", b"two"]
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -261,6 +273,32 @@ def test_dataset_rows(
     assert open_source(name).describe() == {"name": name, "kind": "dataset", "revision": "abc"}
     with pytest.raises(UserError, match="no column 'body'; it has 'text'"):
         read(name, text_column="body")
+
+
+@pytest.mark.parametrize("limits", [{"max_documents": 3}, {"max_bytes": 3 * 200}])
+def test_nothing_of_a_dataset_is_fetched_beyond_the_limit(
+    limits: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    fetched: list[int] = []
+
+    def rows() -> Iterator[dict[str, str]]:
+        for number in range(50):
+            fetched.append(number)
+            # the second row is the first one again
+            yield {"text": f"{max(1, number)} ".rjust(4) * 50}
+
+    monkeypatch.setattr("capgap.corpus.sources.hub_revision", lambda name, kind: "abc")
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows)
+    )
+    made = prepare_corpus("owner/data", tmp_path / "c", vocabulary=300, window=16, **limits)
+    counts = made.manifest
+    assert counts["documents"] == {"read": 4, "duplicates": 1, "in_heldout_source": 0}
+    assert counts["train"]["documents"] + counts["heldout"]["documents"] == 3
+    # in each of the two passes
+    assert fetched == [0, 1, 2, 3] * 2
 
 
 def test_unknown_dataset_config(monkeypatch: pytest.MonkeyPatch) -> None:

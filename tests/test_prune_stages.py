@@ -425,6 +425,24 @@ def test_scores_that_do_not_belong(typed, teacher, scores, small_corpus, tmp_pat
     assert f"{tmp_path / 'student'} exists: choose another folder" in found.err
 
 
+def test_text_is_prepared_beside_its_scores(typed, teacher, text_file, tmp_path):
+    asked = ("--window", 16, "--tokens", 1024)
+    done = typed(
+        *("score", teacher, "--corpus", text_file, "--out", tmp_path / "a.safetensors", *asked)
+    )
+    assert done.code == 0, done.err
+    corpus = tmp_path / "a.corpus"
+    assert f"tokens of {text_file} by the tokenizer of {teacher}, in {corpus}" in done.err
+    # the same scores as of the folder that `capgap corpus` makes
+    prepared = typed("corpus", text_file, "--tokenizer", teacher, "--out", tmp_path / "own")
+    assert prepared.code == 0, prepared.err
+    again = typed(
+        *("score", teacher, "--corpus", tmp_path / "own", "--out", tmp_path / "b", *asked)
+    )
+    assert again.code == 0, again.err
+    assert_same_scores(load_importance(tmp_path / "a.safetensors"), load_importance(tmp_path / "b"))
+
+
 def test_what_cannot_be_scored(typed, teacher, small_corpus, tmp_path):
     def score_with(*more):
         return typed("score", teacher, "--out", tmp_path / "scores", *more)
@@ -437,7 +455,8 @@ def test_what_cannot_be_scored(typed, teacher, small_corpus, tmp_path):
         ([*corpus, "--dtype", "int4"], "--dtype 'int4': Input should be 'stored', 'fp32'"),
         ([*corpus, "--batch-windows", 0], "--batch-windows '0' is no count"),
         ([*corpus, "--device", "cuda:9"], "cuda"),
-        (["--corpus", tmp_path], "holds no prepared corpus"),
+        (["--corpus", tmp_path / "nothing"], "holds no prepared corpus"),
+        (["--corpus", tmp_path], "holds no text, JSON"),
         (["--corpus", small_corpus.directory, "--window", 64], "reads at most 32 tokens"),
     ):
         found = score_with(*asked)

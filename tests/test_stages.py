@@ -132,6 +132,94 @@ def test_distillations_from_two_teachers_are_cells(typed, small_corpus, folder, 
     assert np.isfinite(cells.teachers).all()
 
 
+def test_text_is_prepared_on_the_way_and_found_again(typed, text_file, folder, tmp_path):
+    def run(command, *models, out="run", text=text_file):
+        return typed(
+            *(command, *models, "--corpus", text, "--window", 16, "--tokens", "2k"),
+            *("--out", tmp_path / out, "-s", "training.batch_tokens=256"),
+        )
+
+    first = run("distill", folder / "teacher", folder / "small")
+    assert first.code == 0, first.err
+    corpus = tmp_path / "run" / "corpus"
+    line = f"tokens of {text_file} by the tokenizer of {folder / 'teacher'}, in {corpus}"
+    assert first.err.count(line) == 1
+    record = json.loads((tmp_path / "run" / "distill.json").read_text())
+    assert record["sources"][0]["folder"] == str(corpus)
+    assert f"--corpus {corpus} --window 16" in first.out
+    made = (corpus / "manifest.json").stat().st_mtime_ns
+    again = run("distill", folder / "teacher", folder / "small")
+    assert (again.code, again.out) == (0, first.out)
+    assert (corpus / "manifest.json").stat().st_mtime_ns == made
+    # a prepared folder is taken as it is, and gives the same
+    second = run("distill", folder / "teacher", folder / "small", out="second", text=corpus)
+    assert second.code == 0, second.err
+    assert not (tmp_path / "second" / "corpus").exists()
+    other = json.loads((tmp_path / "second" / "distill.json").read_text())
+    assert other["after"]["small"]["heldout"] == record["after"]["small"]["heldout"]
+    # two texts, one of them prepared; the tokenizer is the first model's
+    mixed = run("train", folder / "small", "--corpus", corpus, out="mixed")
+    assert mixed.code == 0, mixed.err
+    assert f"by the tokenizer of {folder / 'small'}, in {tmp_path / 'mixed' / 'corpus-2'}" in (
+        mixed.err
+    )
+    # a new model alone has no tokenizer yet
+    alone = run("train", "--size", "20k", out="alone")
+    assert alone.code == 0, alone.err
+    assert "by a new tokenizer" in alone.err
+    # a folder of something else is left alone
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "thesis.tex").touch()
+    refused = run("train", folder / "small", out="else")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "holds something else" in refused.err
+    assert [one.name for one in (tmp_path / "else").iterdir()] == ["thesis.tex"]
+
+
+def test_a_student_that_should_be_the_teacher(typed, small_corpus, folder, tmp_path):
+    def run(command, *models, out):
+        return typed(
+            *(command, *models, "--corpus", small_corpus.directory, "--window", 16),
+            *("--tokens", "4k", "--out", tmp_path / out, "-s", "training.batch_tokens=256"),
+        )
+
+    for name in ("large", "small"):
+        done = run("train", folder / name, out=name)
+        assert done.code == 0, done.err
+    large, small = (tmp_path / name / "models" / name for name in ("large", "small"))
+    known = json.loads((tmp_path / "large" / "train.json").read_text())
+    loss = known["after"]["large"]["heldout"]["loss"]
+    untrained = json.loads((tmp_path / "small" / "train.json").read_text())["before"]["small"]
+
+    swapped = run("distill", folder / "small", large, out="run")
+    assert (swapped.code, swapped.out) == (2, "")
+    (line,) = [line for line in swapped.err.splitlines() if line.startswith("capgap: ")]
+    assert "large is larger and better than its teacher" in line
+    assert f"held-out loss {loss:.4f} and {untrained['loss']:.4f})" in line
+    assert f"`capgap distill {large} {folder / 'small'}`" in line
+    # nothing was trained, and the right request takes the same folder
+    right = run("distill", large, folder / "small", out="run")
+    assert right.code == 0, right.err
+    assert "than its teacher" not in right.err
+    assert right.out.splitlines()[0] == f"teacher: held-out loss {loss:.4f}, {large}"
+
+    larger = run("distill", small, folder / "large", out="larger")
+    assert larger.code == 0, larger.err
+    losses = [
+        known["before"]["large"]["loss"],
+        json.loads((tmp_path / "larger" / "distill.json").read_text())["teacher"]["heldout"][
+            "loss"
+        ],
+    ]
+    told = f"held-out loss {losses[0]:.4f} and {losses[1]:.4f})"
+    assert "warning: large is larger than its teacher (11" in larger.err
+    assert told in larger.err
+
+    better = run("distill", folder / "teacher", small, out="better")
+    assert better.code == 0, better.err
+    assert "warning: small reads the held-out text better than its teacher" in better.err
+
+
 def start_distilling(folder, corpus, out, *more):
     """A process with 234 steps to go."""
     return processes.Started(

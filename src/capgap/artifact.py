@@ -232,8 +232,13 @@ def find_run(record: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
         if other is not None:
             raise UserError(f"{out} holds another run ({other}): choose another folder")
         return found
-    check_empty(out, ours=(LOCK, f".{record.name}."))
+    check_free(record)
     return None
+
+
+def check_free(record: Path) -> None:
+    """UserError where the folder of a new run's record holds more than text prepared for it."""
+    check_empty(record.parent, ours=(LOCK, f".{record.name}.", "corpus", ".corpus"))
 
 
 @contextmanager

@@ -45,7 +45,9 @@ LearningRate = Annotated[
     "Peak rate; auto is a rule per size, half of it for what has weights already.",
 ]
 TextColumn = Annotated[str, "Column with the text, for JSON lines, parquet and datasets."]
-Separator = Annotated[str, "Line that parts documents within a text file."]
+Separator = Annotated[str, "Line that parts documents within a text file; if empty, none does."]
+MaxBytes = Annotated[Count | None, "Take documents until they are so many bytes."]
+MaxDocuments = Annotated[Count | None, "Take so many documents and read no further."]
 TextSource = Annotated[str, "stdlib, pydoc, a file, a folder, a glob or a Hugging Face dataset."]
 # every byte and an end
 Vocabulary = Annotated[Count, Field(ge=257), "Tokens of the tokenizer to train."]

@@ -62,6 +62,8 @@ class Stage(Section):
     saves_when_asked: ClassVar[bool] = True
     # Whether each of several processes has a part of its own
     has_parts: ClassVar[bool] = False
+    # Whether its `corpus` may be text that is not prepared yet
+    takes_text: ClassVar[bool] = False
     # The command's name, where the class has another
     command_name: ClassVar[str] = ""
 

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from capgap.corpus.names import Weighted, check_model_name, check_prepared
+from capgap.corpus.sources import check_text
 from capgap.errors import UserError
 from capgap.machine import started
 from capgap.stage import FieldError, Mark, Stage, command_line, option, settings
@@ -86,7 +87,8 @@ def _check_named(stage: Stage) -> None:
     for name in stage.marked(Mark.MODEL):
         check_model_name(name)
     for one in getattr(stage, "corpus", None) or ():
-        check_prepared(one.folder if isinstance(one, Weighted) else one)
+        folder = one.folder if isinstance(one, Weighted) else one
+        check_text(folder) if stage.takes_text else check_prepared(folder)
 
 
 def as_options(text: str) -> str:

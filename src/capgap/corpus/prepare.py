@@ -38,6 +38,7 @@ from capgap.corpus.tokenizer import (
     num_words,
     tokenizer_hash,
     train_tokenizer,
+    warn_of_strange_text,
 )
 from capgap.corpus.tokens import (
     HELDOUT,
@@ -77,6 +78,7 @@ class Options:
     heldout_fraction: float
     heldout_tokens: int
     max_bytes: int | None
+    max_documents: int | None
     max_train_tokens: int | None
     begin_windows: bool
 
@@ -94,6 +96,7 @@ def prepare_corpus(
     heldout_fraction: float = HELDOUT_FRACTION,
     heldout_tokens: int = 60_000,
     max_bytes: int | None = None,
+    max_documents: int | None = None,
     max_train_tokens: int | None = None,
     begin_windows: bool = False,
     expected_hash: str | None = None,
@@ -118,6 +121,7 @@ def prepare_corpus(
             `split_for`.
         heldout_tokens: upper limit of the tokens to evaluate on.
         max_bytes: take documents from the source until they are so many bytes.
+        max_documents: take so many documents, all different, and read no further.
         max_train_tokens: upper limit of training tokens.
         begin_windows: whether every window begins with the token that the tokenizer itself puts
             before a text; without such a token it changes nothing.
@@ -132,8 +136,9 @@ def prepare_corpus(
     """
     if not 0 < heldout_fraction < 1:
         raise UserError(f"heldout_fraction {heldout_fraction} must lie between 0 and 1")
-    limits = {"max_bytes": max_bytes, "max_train_tokens": max_train_tokens}
-    for name, limit in (limits | {"heldout_tokens": heldout_tokens}).items():
+    read = {"max_bytes": max_bytes, "max_documents": max_documents}
+    kept = {"max_train_tokens": max_train_tokens, "heldout_tokens": heldout_tokens}
+    for name, limit in (read | kept).items():
         if limit is not None and limit < 1:
             raise UserError(f"{name} {limit} must be 1 or more")
     if tokenizer is None:
@@ -149,6 +154,7 @@ def prepare_corpus(
         heldout_fraction=heldout_fraction,
         heldout_tokens=heldout_tokens,
         max_bytes=max_bytes,
+        max_documents=max_documents,
         max_train_tokens=max_train_tokens,
         begin_windows=begin_windows,
     )
@@ -238,6 +244,7 @@ class _Writing:
         none = Counter(documents=0, bytes=0, invalid_bytes=0)
         self.train, self.heldout, self.unused = none.copy(), none.copy(), none.copy()
         self.in_heldout_source = 0
+        self.limits = {"max_bytes": options.max_bytes, "max_documents": options.max_documents}
 
     def fill(
         self, directory: Path, tokenizer: "PreTrainedTokenizerFast | None", window: int
@@ -261,6 +268,9 @@ class _Writing:
                 f"corpus {self.source.name!r} is too small: {writer.num_tokens} training tokens do "
                 f"not fill one window of {window}; give more text or a smaller window"
             )
+        if self.options.tokenizer_hash is not None:
+            tokens = writer.num_tokens - self.train["documents"]
+            warn_of_strange_text(self.source.name, self.train["bytes"], tokens, vocabulary)
         evaluated, heldout_ids = cut_for_evaluation(codec, candidates, self.options.heldout_tokens)
         heldout_data = heldout_ids.astype(dtype).tobytes()
         (directory / HELDOUT).write_bytes(heldout_data)
@@ -308,6 +318,7 @@ class _Writing:
         first = scan(
             source,
             max_bytes=self.options.max_bytes,
+            max_documents=self.options.max_documents,
             fraction=self.options.heldout_fraction,
             sample_bytes=min(SAMPLE_BYTES, sample),
             on_document=lambda num_bytes: self.progress("read", num_bytes, None),
@@ -322,8 +333,10 @@ class _Writing:
             if len(first.digests) == 1:
                 raise UserError(
                     f"corpus {self.source.name!r} is one document, and a document is never split "
-                    f"between training and held-out: part it by lines {self.source.separator!r} "
-                    "(or name your own separator), add documents, or give held-out text of its own"
+                    f"between training and held-out: part it by lines "
+                    f"{self.source.separator or DEFAULT_SEPARATOR!r} "
+                    "(or name your own separator), add documents, raise a limit, or give held-out "
+                    "text of its own"
                 )
             split = split_for(self.options.heldout_fraction, first.digests)
             return split, [entry for entry in first.candidates if split.is_heldout(entry[0])]
@@ -334,7 +347,7 @@ class _Writing:
                 f"corpus {self.source.name!r} holds nothing but documents of the held-out source "
                 f"{self.heldout_source.name!r}: give other text to train on"
             )
-        for _, document in Reading().unique(self.heldout_source, max_bytes=self.options.max_bytes):
+        for _, document in Reading().unique(self.heldout_source, **self.limits):
             _count(self.heldout, document)
         return Split(threshold=0, excluded=heldout.digests), heldout.candidates
 
@@ -345,7 +358,7 @@ class _Writing:
         writer.append(between[-1:])
         limit = self.options.max_train_tokens
         reading = Reading()
-        documents = reading.unique(self.source, max_bytes=self.options.max_bytes)
+        documents = reading.unique(self.source, **self.limits)
         for batch in grouped(documents, lambda entry: len(entry[1]), BATCH_BYTES):
             texts = []
             for digest, document in batch:

@@ -72,10 +72,11 @@ class Opened(NamedTuple):
 def read_documents(path: Path, *, text_column: str, separator: str) -> Iterator[bytes]:
     """Yield the documents of one file in order; its first bytes decide how it is read.
 
-    Markdown and Python files are one document each. Any other text is split at lines that hold
-    the separator alone; one of many paragraphs without such a line is cut into pieces between
-    paragraphs. JSON (a list of objects, or one a line), parquet and arrow give one document a row,
-    from `text_column`; a row whose text is null gives none. Archives give those of their files.
+    Markdown and Python files are one document each, and with an empty separator all text files.
+    Any other text is split at lines that hold the separator alone; one of many paragraphs without
+    such a line is cut into pieces between paragraphs. JSON (a list of objects, or one a line),
+    parquet and arrow give one document a row, from `text_column`; a row whose text is null gives
+    none. Archives give those of their files.
 
     Raises:
         UserError: the file cannot be read, is broken, holds no text, or lacks the column (names
@@ -233,12 +234,13 @@ def text_of_row(where: str, row: Any, text_column: str) -> Iterator[bytes]:
 
 
 def _split(where: str, stream: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
-    """Documents between separators; text in which there is none, in pieces of whole paragraphs."""
+    """Documents between separators; text in which there is none, in pieces of whole paragraphs;
+    with an empty separator the whole text."""
     lines: list[bytes] = []
-    num_bytes, is_parted = 0, False
+    num_bytes, is_parted = 0, not separator
     for number, line in enumerate(stream):
         line = line if number else line.removeprefix(UTF_8_MARK)
-        if line.rstrip(b"\r\n") == separator:
+        if separator and line.rstrip(b"\r\n") == separator:
             yield b"".join(lines)
             lines, num_bytes, is_parted = [], 0, True
             continue

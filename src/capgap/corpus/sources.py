@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from capgap.artifact import file_hash
-from capgap.corpus.names import HUB_NAME, hub_revision, looks_like_path
+from capgap.corpus.names import HUB_NAME, MANIFEST, check_prepared, hub_revision, looks_like_path
 from capgap.corpus.readers import (
     SUFFIXES,
     NoText,
@@ -115,14 +115,14 @@ def open_source(
             Hugging Face dataset as `name`, `name:config` or `name:config:split` (split `train` if
             none is named).
         text_column: the column with the text, for JSON lines, parquet and datasets.
-        separator: the line that parts documents within a text file.
+        separator: the line that parts documents within a text file; if empty, none is parted.
 
     Raises:
         UserError: nothing of that name, or nothing in it that can be read.
     """
     if not source.strip():
         raise UserError("the corpus has no name: give a file, folder, glob, dataset or 'stdlib'")
-    if not separator or "\n" in separator:
+    if "\n" in separator:
         raise UserError(f"separator {separator!r} must be the text of exactly one line")
     opened = partial(Source, source, text_column=text_column, separator=separator)
     if source in (STANDARD_LIBRARY, PYTHON_DOCUMENTATION):
@@ -167,6 +167,20 @@ def open_source(
         raise UserError(f"no such file or folder: {source}")
     _dataset_parts(source)
     return opened("dataset")
+
+
+def check_text(named: Path) -> None:
+    """UserError where there is neither a prepared corpus nor text. A data set on the Hub must have
+    its owner in its name, so that a misspelt folder is told without asking the Hub."""
+    name = str(named)
+    repository = name.split(":")[0]
+    is_dataset = "/" in name and HUB_NAME.fullmatch(repository) and not looks_like_path(name)
+    is_here = named.exists() or glob.has_magic(name)
+    is_text = is_here or is_dataset or name in (STANDARD_LIBRARY, PYTHON_DOCUMENTATION)
+    if not is_text or (named / MANIFEST).is_file():
+        check_prepared(named)
+    elif open_source(name).kind == "dataset":
+        hub_revision(repository, kind="dataset")
 
 
 def _topics() -> Iterator[bytes]:

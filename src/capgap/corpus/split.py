@@ -24,12 +24,15 @@ class Reading:
     num_bytes: int = 0
     content: "hashlib._Hash" = field(default_factory=hashlib.sha256)
 
-    def unique(self, source: Source, *, max_bytes: int | None) -> Iterator[tuple[int, bytes]]:
+    def unique(
+        self, source: Source, *, max_bytes: int | None, max_documents: int | None = None
+    ) -> Iterator[tuple[int, bytes]]:
         """Yield digest and text of every document that has not come before. The digest is the
         document's identity, uniform in 0 .. DIGESTS - 1.
 
         Stops before the document that would make them more than `max_bytes`, but not before the
-        first. Only the digests are held in memory.
+        first, and behind so many documents, without reading on. Only the digests are held in
+        memory.
         """
         seen: set[int] = set()
         for document in source.documents():
@@ -46,6 +49,9 @@ class Reading:
             self.num_bytes += len(document)
             self.content.update(digest.to_bytes(DIGEST_BYTES))
             yield digest, document
+            # the next one of a data set would be fetched from the Hub
+            if self.num_bytes == max_bytes or len(seen) == max_documents:
+                return
 
 
 class SmallestDigests:
@@ -134,12 +140,13 @@ def scan(
     source: Source,
     *,
     max_bytes: int | None,
+    max_documents: int | None = None,
     fraction: float = HELDOUT_FRACTION,
     candidate_bytes: int = SAMPLE_BYTES,
     sample_bytes: int = SAMPLE_BYTES,
     on_document: Callable[[int], None] = lambda num_bytes: None,
 ) -> Scan:
-    """Read a source, up to `max_bytes` of it; `on_document` is told the bytes so far.
+    """Read a source up to the limits, as `unique`; `on_document` is told the bytes so far.
 
     Args:
         fraction: the share that is held out, from which the usual threshold follows.
@@ -151,7 +158,8 @@ def scan(
     reading = Reading()
     digests = set()
     largest = (-1, b"")
-    for digest, document in reading.unique(source, max_bytes=max_bytes):
+    documents = reading.unique(source, max_bytes=max_bytes, max_documents=max_documents)
+    for digest, document in documents:
         digests.add(digest)
         candidates.add(digest, document)
         if digest >= int(fraction * DIGESTS):

@@ -26,7 +26,7 @@ from capgap.corpus.names import (
     looks_like_path,
 )
 from capgap.corpus.tokens import Marks
-from capgap.errors import UserError, border
+from capgap.errors import UserError, border, warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,6 +36,9 @@ Item = TypeVar("Item")
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte and the end of a document
 LARGEST_VOCABULARY = 1 << 20
+# Fewer bytes a token mean that a tokenizer of more tokens was made for other text (decisions.md)
+STRANGE_BYTES_PER_TOKEN = 1.5
+STRANGE_VOCABULARY = 1_000
 
 # Text is handed over in pieces of about this size: they bound memory and are encoded in parallel.
 PIECE_CHARACTERS = 1 << 16
@@ -292,6 +295,16 @@ def check_text(text: str, what: str) -> None:
             f"{what} holds {text[error.start]!a} at character {error.start}, which is no whole "
             "character: give it as UTF-8"
         ) from None
+
+
+def warn_of_strange_text(name: str, num_bytes: int, num_tokens: int, vocabulary: int) -> None:
+    """Tells where a tokenizer knows little of the text of this name; tokens without marks."""
+    rate = num_bytes / max(1, num_tokens)
+    if vocabulary > STRANGE_VOCABULARY and rate < STRANGE_BYTES_PER_TOKEN:
+        warn_once(
+            f"the tokenizer has few tokens for the text of {name!r}, {rate:.2f} bytes a token: is "
+            "it another language, or no text?"
+        )
 
 
 def count_invalid_bytes(data: bytes) -> int:

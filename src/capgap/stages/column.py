@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from capgap.artifact import begun, read_json, write_json
+from capgap.artifact import begun, check_free, read_json, write_json
 from capgap.corpus.text import Text
 from capgap.distill.cache import CachedTeacher
 from capgap.distill.teacher import OnlineTeacher, TeacherSource
 from capgap.errors import UserError
-from capgap.machine import machine, resolve_device
+from capgap.machine import machine, resolve_device, started
 from capgap.models.build import build_model, load_model, shape_of
 from capgap.models.identity import count_parameters, model_hash
 from capgap.models.parallel import Ranks, joined
@@ -26,7 +26,7 @@ from capgap.models.stored import (
     local_folder,
     read_config,
 )
-from capgap.sizes import forward_flops, training_flops
+from capgap.sizes import format_count, forward_flops, training_flops
 from capgap.stage import Say, ShouldStop
 from capgap.stages.distill import Training
 from capgap.stages.inputs import check_model, open_text, warn_of_beginning, warn_of_epochs
@@ -48,7 +48,12 @@ def train_column(request: Training, say: Say, should_stop: ShouldStop) -> dict[s
     """
     device = resolve_device(request.running.device)
     check_trackers(request.track)
-    text = open_text(request.corpus, request.window)
+    if not request.record_file.exists():
+        check_free(request.record_file)
+    first = request.teacher or next(iter(request.begun_with), None)
+    into = request.out / "corpus"
+    tell = (lambda line: None) if started()[0] else say
+    text = open_text(request.corpus, request.window, into=into, tokenizer=first, say=tell)
     for name in (request.teacher, *request.begun_with):
         if name is not None:
             check_model(name, text)
@@ -75,6 +80,7 @@ def train_column(request: Training, say: Say, should_stop: ShouldStop) -> dict[s
                 trainer.say = say
             warn_of_epochs(text, request.tokens, trainer.say)
             run = _Run(request, trainer, record, shape)
+            run.begin()
             try:
                 run.train()
             except UserError as error:
@@ -121,7 +127,8 @@ class _Run:
                 rate = auto_learning_rate(count_parameters(model)[0], is_cut=name != request.new)
             self.learners.append(trainer.learner(name, model, request.tokens, rate, alpha))
 
-    def train(self) -> None:
+    def begin(self) -> None:
+        """The losses before the first step; UserError where the teacher should be the student."""
         request, trainer = self.request, self.trainer
         if self.teacher is not None:
             trainer.say(f"teacher: computes in {self.teacher.dtype}")
@@ -130,7 +137,36 @@ class _Run:
             warn_of_beginning(self.teacher.parts, trainer.text, name, trainer.say, trainer.ranks)
         if "before" not in self.record:
             before = {one.id: trainer.evaluate(one.parts).as_dict() for one in self.learners}
-            self._record(before=before, teacher=self._about_teacher())
+            teacher = self._about_teacher()
+            if teacher is not None:
+                self._compare(teacher, before)
+            self._record(before=before, teacher=teacher)
+
+    def _compare(self, teacher: dict[str, Any], before: dict[str, dict[str, Any]]) -> None:
+        """Tells where a student is larger or better than its teacher; UserError if it is both."""
+        loss = teacher["heldout"] and teacher["heldout"]["loss"]
+        for one in self.learners:
+            size, own = count_parameters(one.model)[0], before[one.id]["loss"]
+            is_larger = size > teacher["non_embedding"]
+            is_better = loss is not None and own < loss
+            sizes = " and ".join(map(format_count, (size, teacher["non_embedding"])))
+            losses = f"{own:.4f} and {'unknown' if loss is None else format(loss, '.4f')}"
+            facts = f"{sizes} non-embedding parameters, held-out loss {losses}"
+            if is_larger and is_better:
+                if self.trainer.ranks.is_first:
+                    # nothing was trained, so the folder stays free
+                    self.request.record_file.unlink()
+                raise UserError(
+                    f"{one.id} is larger and better than its teacher ({facts}): they seem to be "
+                    f"swapped, so ask for `capgap distill {self.sources[one.id]} "
+                    f"{self.request.teacher}`"
+                )
+            if is_larger or is_better:
+                what = "is larger" if is_larger else "reads the held-out text better"
+                self.trainer.say(f"warning: {one.id} {what} than its teacher ({facts})")
+
+    def train(self) -> None:
+        request, trainer = self.request, self.trainer
         data_seed = STUDENT_SEED + request.seed
         dtype = trainer.settings(data_seed).autocast_dtype or torch.float32
         peak = matrix_peak(torch.device(trainer.device), dtype) * trainer.ranks.world

@@ -4,7 +4,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from capgap.section import BeginWindows, Count, Section, Separator, TextColumn, TextSource
+from capgap.section import (
+    BeginWindows,
+    Count,
+    MaxBytes,
+    MaxDocuments,
+    Section,
+    Separator,
+    TextColumn,
+    TextSource,
+)
 from capgap.sizes import format_count
 from capgap.stage import ARGUMENT, HOW, Mark, Say, Stage, paced
 
@@ -15,6 +24,8 @@ class TextSection(Section):
     source: Annotated[TextSource, ARGUMENT, Mark.SOURCE]
     text_column: TextColumn = "text"
     separator: Separator = "<|endoftext|>"
+    max_bytes: MaxBytes = None
+    max_documents: MaxDocuments = None
 
 
 class Prepare(TextSection, Stage):

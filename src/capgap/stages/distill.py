@@ -2,7 +2,7 @@
 it, or models from the text alone; and what stages that train have in common."""
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -45,8 +45,10 @@ class Training(TrainingStage):
     alone. `size`: beside the others a new model of `architecture` with random weights.
     """
 
+    takes_text: ClassVar[bool] = True
+
     corpus: Annotated[
-        Given, SEVERAL, "FOLDER[=WEIGHT] that `capgap corpus` prepared; several are mixed."
+        Given, SEVERAL, "FOLDER[=WEIGHT] that `capgap corpus` prepared, or text; several are mixed."
     ]
     tokens: Tokens
     heldout_steps: Annotated[
@@ -110,6 +112,10 @@ class Training(TrainingStage):
 
     def told(self, found: dict[str, Any]) -> str:
         lines = []
+        if self.teacher is not None:
+            heldout = found["teacher"]["heldout"]
+            loss = "unknown (read from a cache)" if heldout is None else f"{heldout['loss']:.4f}"
+            lines.append(f"teacher: held-out loss {loss}, {self.teacher}")
         for name, student in found["after"].items():
             before = found["before"][name]
             if student["failure"]:
@@ -133,7 +139,7 @@ class Training(TrainingStage):
 
     def after(self, found: dict[str, Any]) -> tuple[object, ...]:
         folders = [one["folder"] for one in found["after"].values() if not one["failure"]]
-        corpora = [word for one in self.corpus for word in ("--corpus", one.folder)]
+        corpora = [word for one in found["sources"] for word in ("--corpus", one["folder"])]
         asked = ("--tasks", "heldout", *corpora, "--window", self.window)
         return ("evaluate", folders[0], *asked) if folders else ()
 

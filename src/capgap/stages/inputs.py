@@ -1,9 +1,10 @@
 """What a stage is given by name: checked before any work."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from capgap.corpus.names import Given
+from capgap.corpus.names import MANIFEST, Given, Weighted
 from capgap.corpus.text import Text
 from capgap.errors import UserError
 from capgap.section import MAX_EPOCHS
@@ -15,9 +16,36 @@ if TYPE_CHECKING:
     from capgap.models.parts import Parts
 
 
-def open_text(given: Given, window: int) -> Text:
-    """The text of prepared corpora, as `--corpus` names them; UserError as `Text.open`."""
-    return Text.open(given, window)
+def open_text(
+    given: Given,
+    window: int,
+    *,
+    into: Path | None = None,
+    tokenizer: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Text:
+    """The text of prepared corpora, as `--corpus` names them; UserError as `Text.open`.
+
+    With a folder `into`, text as `capgap corpus` takes it may stand for a corpus: it is prepared
+    there (one of several in a numbered folder beside it) with the tokenizer of the model
+    `tokenizer`, or with a new one, and found there later; UserError also as `prepare_corpus`.
+    """
+    from capgap.corpus.prepare import prepare_corpus
+    from capgap.corpus.sources import check_text
+    from capgap.stages.corpus import corpus_progress
+
+    opened = []
+    for number, (named, weight) in enumerate(given, 1):
+        folder = named
+        if into is not None and not (named / MANIFEST).is_file():
+            folder = into if len(given) == 1 else into.with_name(f"{into.name}-{number}")
+            check_text(named)
+            how = {"tokenizer": tokenizer, "window": window, "progress": corpus_progress(say)}
+            made = prepare_corpus(str(named), folder, **how)
+            whose = "a new tokenizer" if tokenizer is None else f"the tokenizer of {tokenizer}"
+            say(f"corpus: {made.train_tokens:,} tokens of {named} by {whose}, in {folder}")
+        opened.append(Weighted(folder, weight))
+    return Text.open(opened, window)
 
 
 def warn_of_epochs(text: Text, tokens: int, say: Callable[[str], None]) -> None:

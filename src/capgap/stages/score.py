@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -32,12 +32,15 @@ class ScoreSection(Section):
 class Score(ScoreSection, Stage):
     """Measure how much every unit of a model matters, once for many cuts."""
 
+    takes_text: ClassVar[bool] = True
+
     teacher: Annotated[str, ARGUMENT, Mark.MODEL, "A Hugging Face folder or name."]
     out: Annotated[Path, HOW, "File for the scores (safetensors)."]
     corpus: Annotated[
         Given | None,
         SEVERAL,
-        "FOLDER[=WEIGHT] that `capgap corpus` prepared; several are mixed; not for norm, random.",
+        "FOLDER[=WEIGHT] that `capgap corpus` prepared, or text; several are mixed; "
+        "not for norm, random.",
     ] = None
     batch_windows: Annotated[Count, "Windows read at once; scores are means over such batches."] = 8
     seed: Annotated[int, "Decides the windows, and random scores."] = 0
@@ -78,7 +81,7 @@ def _run(request: Score, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     from capgap.stages.inputs import warn_of_beginning
 
     device = torch.device(resolve_device(request.device))
-    corpus = _corpus(request)
+    corpus = _corpus(request, say)
     provenance = _provenance(request, corpus)
     if request.out.exists():
         found = load_importance(request.out)
@@ -128,7 +131,7 @@ def _run(request: Score, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
     return _told(request, importance, time.monotonic() - began)
 
 
-def _corpus(request: Score) -> "Text | None":
+def _corpus(request: Score, say: Say) -> "Text | None":
     from capgap.stages.inputs import check_model, open_text
 
     if not reading_methods(request.method, request.depth):
@@ -138,7 +141,8 @@ def _corpus(request: Score) -> "Text | None":
             f"`method` {request.method} reads text: give `corpus`, a folder that `capgap corpus "
             f"SOURCE --out FOLDER --tokenizer {request.teacher}` made"
         )
-    corpus = open_text(request.corpus, request.window)
+    into, teacher = request.out.with_suffix(".corpus"), request.teacher
+    corpus = open_text(request.corpus, request.window, into=into, tokenizer=teacher, say=say)
     check_model(request.teacher, corpus)
     return corpus
 

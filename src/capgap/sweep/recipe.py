@@ -15,6 +15,8 @@ from capgap.section import (
     Count,
     Init,
     LearningRate,
+    MaxBytes,
+    MaxDocuments,
     OneOrMore,
     Positive,
     PositiveFraction,
@@ -39,7 +41,8 @@ class CorpusSection(Section):
     vocabulary: Annotated[Vocabulary, Field(le=1 << 20)] = 2048
     window: Annotated[int, Field(ge=8), "Tokens of a row; a ladder's models read no more."] = 128
     begin_windows: BeginWindows = False
-    max_bytes: Annotated[Count | None, "Take documents until they are so many bytes."] = None
+    max_bytes: MaxBytes = None
+    max_documents: MaxDocuments = None
     heldout_fraction: Annotated[float, Field(gt=0, lt=0.5), "Share of documents held out."] = 0.02
     heldout_tokens: Annotated[Count, "Most tokens that every model is evaluated on."] = 60_000
     max_epochs: Annotated[Positive, "Most times that a run may read the corpus."] = MAX_EPOCHS
@@ -163,8 +166,10 @@ def identity(recipe: dict[str, Any]) -> dict[str, Any]:
     content = {k: v for k, v in recipe.items() if k not in ("name", "description", "run")}
     # recipes from before there were such keys stay what they were
     students = {k: v for k, v in recipe["students"].items() if v or k not in _BUDGETS}
+    corpus = {k: v for k, v in recipe["corpus"].items() if v or k != "max_documents"}
     added = ("layers", "equal_flops", "larger_teachers_only")
-    return {k: v for k, v in content.items() if v or k not in added} | {"students": students}
+    kept = {k: v for k, v in content.items() if v or k not in added}
+    return kept | {"corpus": corpus, "students": students}
 
 
 class SearchSettings(Section):
