@@ -277,11 +277,9 @@ def test_warnings_of_the_law_are_told():
     assert {row[0].strip("`") for row in rows} == names
 
 
-def test_the_tree_of_the_readme_is_that_of_the_repository():
-    (block,) = code_blocks(sections((ROOT / "README.md").read_text())["The source"], "")
-    for name in re.findall(
-        r"`(\w+/\w+\.py|\w+\.py)`", sections((ROOT / "README.md").read_text())["The source"]
-    ):
+def test_the_tree_is_that_of_the_repository():
+    (block,) = code_blocks((DOCS / "source.md").read_text(), "")
+    for name in re.findall(r"`(\w+/\w+\.py|\w+\.py)`", (DOCS / "source.md").read_text()):
         assert (ROOT / "src/capgap" / name).exists(), name
     told: set[str] = set()
     for line in block.splitlines():
@@ -303,8 +301,17 @@ def test_the_tree_of_the_readme_is_that_of_the_repository():
     assert told == package | folders | {"src/capgap/"}
 
 
+def test_the_readme_s_python_runs(capsys):
+    (block,) = code_blocks((ROOT / "README.md").read_text(), "python")
+    exec(block, {})
+    teacher, hours, command = capsys.readouterr().out.splitlines()
+    assert teacher.startswith("Pythia-")
+    assert float(hours) > 100
+    assert "EleutherAI/pythia-410m" in command
+
+
 def test_what_is_said_to_need_no_torch_imports_none():
-    text = sections((ROOT / "README.md").read_text())["The source"].rpartition("```")[2]
+    text = (DOCS / "source.md").read_text().rpartition("```")[2]
     paths = [name for name in re.findall(r"`([^`]+)`", text) if name.endswith((".py", "/"))]
     assert len(paths) == 16
     names = [f"capgap.{path.removesuffix('.py').strip('/').replace('/', '.')}" for path in paths]
