@@ -74,7 +74,10 @@ def test_the_same_command_has_nothing_to_do(finished):
     again = run(folder)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("done before") == again.stderr.count("[") == 13
-    assert again.stdout.splitlines()[-1] == f"run: {folder / 'out'}"
+    assert again.stdout.splitlines()[-2:] == [
+        f"run: {folder / 'out'}",
+        f"next: capgap chat {folder / 'out/model'}",
+    ]
 
 
 def test_processes_share_the_training(finished, tmp_path):
