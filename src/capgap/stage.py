@@ -254,8 +254,7 @@ def _parameter(name: str, field: FieldInfo, told: str) -> Parameter:
 
 
 def _metavar(field: FieldInfo) -> str | None:
-    """A flag has none."""
-    names = {bool: "", int: "<int>", float: "<float>", Path: "<path>"}
+    names = {int: "<int>", float: "<float>", Path: "<path>"}
     if SEVERAL in field.metadata:
         return None if ARGUMENT in field.metadata else "<str>"
     return next((names[kind] for kind in _kinds(field.annotation) if kind in names), None)

@@ -24,37 +24,36 @@ USER_ERROR = 2
 FAILED = 1
 
 
-class _Help:
-    """`--help` says no type, as other flags have none."""
+class _Flags:
+    """The help says no type of a flag, which takes no value."""
 
-    def get_help_option(self, context: Any) -> Any:
-        found = super().get_help_option(context)  # type: ignore[misc]
-        if found is not None:
-            found.metavar = ""
+    def get_params(self, context: Any) -> Any:
+        found = super().get_params(context)  # type: ignore[misc]
+        for one in found:
+            if getattr(one, "is_flag", False):
+                one.metavar = ""
         return found
 
 
-class Command(_Help, TyperCommand):
+class Command(_Flags, TyperCommand):
     pass
 
 
-class Commands(_Help, TyperGroup):
+class Commands(_Flags, TyperGroup):
     pass
 
 
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Measure the law of capacity gap, pick the teacher, and distil the student.",
 )
 
-Json = Annotated[
-    bool, typer.Option("--json", metavar="", help="One JSON object on standard output.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="No progress.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
 class Answer(Stage):

@@ -393,7 +393,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", metavar="", help="Run the model's own code.")
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
     ] = False,
     json_: Json = False,
 ) -> None:
