@@ -326,7 +326,8 @@ def test_nothing_is_sent_and_nothing_is_printed(typed, request_of, monkeypatch):
     options = ("--batch", 4, "--epochs", 1, "--device", "cpu", "--quiet")
     done = typed("instruct", request.model, "--data", request.data, "--out", request.out, *options)
     assert (done.code, done.err) == (0, "")
-    assert done.out.count("\n") == 2
+    assert done.out.count("\n") == 3
+    assert "next: capgap chat" in done.out
     assert "held-out loss of the answers" in done.out
 
 
@@ -361,7 +362,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(request_of):
         (("--lora", "--lora-modules", "query"), "it has down_proj, gate_proj, k_proj"),
         (("--lora-modules", "q_proj"), "goes with lora"),
         (("--batch", 6, "--micro-batch", 4), "is not a multiple"),
-        (("--window", 4000), "take --window 64 or less"),
+        (("--window", 4000), "take a --window of 64 or less"),
         (("--template", "chatml"), "take one of minichat, own"),
         (("--template", "own"), "has no chat template"),
         (("--system", "a<|endoftext|>"), "a special token of this model: leave it out of the sys"),

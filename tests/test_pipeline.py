@@ -151,6 +151,10 @@ def test_changed_conversations_are_noticed(tmp_path):
     assert states(tiny(f'instruct.data="{data}"'), tmp_path / "out")[0]["instruct"] == "done"
     data.unlink()
     assert states(recipe, tmp_path / "out")[0]["instruct"] == "done"
+    # a data set on the Hub is another
+    assert states(tiny('instruct.data="owner/talks"'), tmp_path / "out")[1]["instruct"] == (
+        "data has changed"
+    )
 
 
 def test_a_stopped_step_goes_on_where_its_command_can(done):

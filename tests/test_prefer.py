@@ -72,7 +72,7 @@ def request_of(base, tmp_path):
 )
 def test_forms_of_a_pair(tmp_path, line):
     (found,) = read_pairs(write_lines(tmp_path / "a.jsonl", [line])).usable
-    assert (found.prompt, found.chosen, found.rejected) == ([said("user", "hi")], "ho", "no")
+    assert (found.messages, found.chosen, found.rejected) == ([said("user", "hi")], "ho", "no")
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,8 @@ def _dataset_parts(source: str) -> tuple[str, str | None, str]:
     return name, config, split
 
 
-def _read_dataset(source: str, text_column: str) -> Iterator[bytes]:
+def dataset_rows(source: str) -> tuple[str, Iterable[dict[str, Any]]]:
+    """The commit that a dataset's name stands for now, and its rows; UserError as that."""
     name, config, split = _dataset_parts(source)
     # Asked first and once: the datasets library would retry for minutes without a network. The
     # revision keeps a second reading equal to the first.
@@ -281,5 +282,9 @@ def _read_dataset(source: str, text_column: str) -> Iterator[bytes]:
         rows = datasets.load_dataset(name, config, split=split, streaming=True, revision=revision)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"dataset {source!r}: {str(error).splitlines()[0]}") from error
-    for row in rows:
+    return revision, rows
+
+
+def _read_dataset(source: str, text_column: str) -> Iterator[bytes]:
+    for row in dataset_rows(source)[1]:
         yield from text_of_row(f"dataset {source!r}", row, text_column)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from capgap.artifact import difference, digest, file_hash, flat, read_json, write_json
+from capgap.corpus.names import looks_like_path
+from capgap.corpus.readers import SUFFIXES
 from capgap.corpus.sources import open_source
 from capgap.errors import UserError
 from capgap.pipeline.steps import Step
@@ -167,7 +169,9 @@ def _identities(stage: Stage, out: Path) -> dict[str, str | None]:
         except UserError:
             found[text] = None
     for name in stage.marked(Mark.FILE):
-        found["data"] = file_hash(Path(name))[:16] if Path(name).is_file() else None
+        # a data set on the Hub goes by its name
+        on_hub = None if looks_like_path(name, suffixes=SUFFIXES) else name
+        found["data"] = file_hash(Path(name))[:16] if Path(name).is_file() else on_hub
     for name in stage.marked(Mark.MODEL):
         if not Path(name).is_relative_to(out):
             found[name] = _folder_identity(Path(name), MODEL_FILES) or name

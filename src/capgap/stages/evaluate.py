@@ -2,8 +2,8 @@
 
 import importlib.metadata
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from capgap.artifact import locked_file
+from capgap.artifact import locked_file, read_json
 from capgap.errors import UserError
 from capgap.evaluate.sets import CODE, HELDOUT, SETS, SIX, NotMeasured, check_tasks, parse_shots
 from capgap.machine import install_command
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # The versions of lm-evaluation-harness whose task files and functions are used
 HARNESS = ">=0.4.13,<0.5"
+FORGOTTEN = 0.05  # nats a token, from which on it is warned of
 
 
 def _shots(given: Any) -> Any:
@@ -245,7 +246,7 @@ def _run(request: Evaluate, say: Say) -> dict[str, Any]:
         record.loaded["dtype"] = str(model.dtype).removeprefix("torch.")
         model = model.to(device).eval()
         for folder, corpus in corpora.items():
-            record.add("heldout", folder, _heldout(model, reader, corpus, window, say))
+            record.add("heldout", folder, heldout_loss(model, reader, corpus, window, say))
         if sources:
             _run_sets(request, model, reader, sources, record, say)
     return record.write(finished=True)
@@ -279,7 +280,7 @@ def _source(request: Evaluate, name: str) -> "SetSource":
     return find_source(SETS[name], request.data, part_names(SETS[name]))
 
 
-def _heldout(
+def heldout_loss(
     model: "PreTrainedModel", reader: "Reader", corpus: "Corpus", window: int, say: Say
 ) -> dict[str, Any]:
     """A corpus's held-out loss, in rows of `window` tokens; the text is cut anew for a model with
@@ -315,6 +316,30 @@ def _heldout(
         "same_tokenizer": is_same,
         "corpus_hash": corpus.corpus_hash,
     }
+
+
+def corpora_of(model: str, given: Sequence[Path]) -> "list[Corpus]":
+    """The given corpora; without any, those that the model was distilled on, if they are there."""
+    from capgap.corpus.tokens import load_corpus
+    from capgap.models.stored import local_folder
+
+    found = [load_corpus(folder, window=1) for folder in given]
+    record = local_folder(model) / "distill.json"
+    for source in read_json(record)["sources"] if record.is_file() and not given else []:
+        with suppress(UserError):
+            corpus = load_corpus(source["folder"], window=1)
+            found += [corpus] if corpus.corpus_hash == source["corpus_hash"] else []
+    return found
+
+
+def forgotten(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
+    """What a person reads of held-out losses by corpus, with a warning where they rose."""
+    for folder, one in before.items():
+        was, now = (each["loss"] or math.nan for each in (one, after[folder]))
+        yield f"held-out loss of the text in {folder} {was:.4f} -> {now:.4f} nats a token"
+        if not now - was <= FORGOTTEN:
+            less = "a lower learning rate, fewer epochs or LoRA keep more"
+            yield f"warning: it forgot {now - was:.2f} nats a token of that text: {less}"
 
 
 def _run_sets(

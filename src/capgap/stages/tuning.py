@@ -4,6 +4,7 @@ answers to a prompt the better one becomes the likelier (DPO)."""
 import random
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,8 +16,9 @@ from capgap.artifact import begun, file_hash, find_run, write_json
 from capgap.errors import UserError
 from capgap.machine import install_command
 from capgap.section import Count, Recomputed, Section, Words
-from capgap.stage import ARGUMENT, HOW, FieldError, Mark, Say, ShouldStop, Stage, paced
+from capgap.stage import ARGUMENT, HOW, SEVERAL, FieldError, Mark, Say, ShouldStop, Stage, paced
 from capgap.stages.distill import Track
+from capgap.stages.evaluate import corpora_of, forgotten, heldout_loss
 from capgap.stages.step_lines import MetricsFile
 from capgap.tune import conversations
 from capgap.tune.conversations import Conversation, Pair, Reading
@@ -57,7 +59,7 @@ class Sample(NamedTuple):
 class TuningSection(Section):
     """How a model learns from conversations."""
 
-    data: Annotated[Path, HOW, Mark.FILE, "Conversations, one a line (.jsonl)."]
+    data: Annotated[Path, HOW, Mark.FILE, "Conversations: .jsonl, .json, parquet, the Hub."]
     batch: Annotated[Count, "Conversations a step."] = 256
     micro_batch: Annotated[Count, "Of these at once; changes memory and speed, not the result."] = 4
     window: Annotated[
@@ -91,6 +93,7 @@ class Tuning(TuningSection, Stage):
 
     model: Annotated[str, ARGUMENT, HOW, Mark.MODEL, "A Hugging Face folder or name."]
     out: Annotated[Path, HOW, "Folder for model, metrics and record."]
+    corpus: Annotated[tuple[Path, ...], SEVERAL, "Prepared text, to tell what is forgotten."] = ()
     warmup_fraction: Annotated[Share, "Share of the steps until the peak rate."] = 0.1
     lora_rank: Annotated[Count, "Rank of the adapters."] = 8
     lora_alpha: Annotated[Rate, "Their scale times the rank."] = 16
@@ -152,8 +155,9 @@ class Tuning(TuningSection, Stage):
 
     def told(self, found: dict[str, Any]) -> str:
         count = f"{found['data']['training']:,} {self.lines}, {found['steps']:,} steps"
-        change = f"{self.change(found['before'], found['after'])}\n" if found["before"] else ""
-        return f"{change}{count}, {found['folder']}"
+        change = [self.change(found["before"], found["after"])] if found["before"] else []
+        lost = forgotten(found.get("text_before") or {}, found.get("text_after") or {})
+        return "\n".join([*change, *lost, f"{count}, {found['folder']}"])
 
     def run(
         self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
@@ -199,8 +203,9 @@ class _Run:
         # a CPU keeps to fp32
         self.bf16 = self.device != "cpu" and autocast_dtype("auto", self.device) is not None
         conversations.check_file(stage.data)
-        reader = Reader.of(stage.model)
+        self.reader = reader = Reader.of(stage.model)
         self.tokenizer, self.config = reader.tokenizer, reader.config
+        self.corpora = corpora_of(stage.model, stage.corpus)
         self.window = stage.window or min(WINDOW, reader.positions or WINDOW)
         if reader.positions is not None and self.window > reader.positions:
             raise UserError(
@@ -215,7 +220,7 @@ class _Run:
             "model": stage.model,
             "model_hash": model_hash(stage.model),
             "data": str(stage.data),
-            "data_hash": file_hash(stage.data),
+            "data_hash": file_hash(stage.data) if stage.data.is_file() else None,
             **values,
             "lora": lora if stage.lora else None,
         }
@@ -228,6 +233,8 @@ class _Run:
 
         stage = self.stage
         training, heldout, data = self._samples()
+        if self.record.get("data", data).get("revision") != data["revision"]:
+            raise UserError(f"{stage.data} is another on the Hub than when this run began")
         steps = stage.epochs * -(-len(training) // stage.batch)
         tell = paced(self.say)
 
@@ -242,6 +249,10 @@ class _Run:
             done = f"{self.name}: step {line['step'] + 1} of {steps}"
             tell(lambda: f"{done}, loss {line['loss']:.4f}")
 
+        def text(model: "PreTrainedModel") -> dict[str, Any] | None:
+            loss = partial(heldout_loss, model, self.reader, window=self.window, say=self.say)
+            return {str(one.directory): loss(one) for one in self.corpora} or None
+
         with begun(stage.record_file, self.asked) as self.record:
             self._keep(data=data, window=self.window)
             self.say(
@@ -252,14 +263,15 @@ class _Run:
             dtype = "stored" if stage.lora and self.device != "cpu" else "fp32"
             model = load_model(stage.model, dtype=DTYPES[dtype]).to(self.device)
             if "before" not in self.record:
-                self._keep(before=scores(model, None))
+                self._keep(before=scores(model, None), text_before=text(model))
             with MetricsFile(stage.out, stage.track, self.asked, self.say) as metrics:
                 rows, folder = [sample.row for sample in training], stage.out / "checkpoints"
                 job = Job(
                     model, self.tokenizer, rows, stage, folder, self.bf16, on_step, should_stop
                 )
                 tuned = tune(job)
-            self._finish(tuned, scores(tuned.model, self.record["before"]))
+            after = scores(tuned.model, self.record["before"])
+            self._finish(tuned, after=after, text_after=text(tuned.model))
             shutil.rmtree(folder, ignore_errors=True)
 
     def _keep(self, **values: Any) -> None:
@@ -269,16 +281,16 @@ class _Run:
     def _samples(self) -> tuple[list[Sample], list[Sample], dict[str, Any]]:
         """(for training, held out, what the record says of the data), drawn by the seed. Says what
         was found in the data; UserError where there is too little."""
-        from capgap.tune.template import special_in
+        from capgap.tune.template import writes
 
-        stage, samples = self.stage, []
-        reading = stage.read()
+        stage, reading = self.stage, self.stage.read()
+        samples = []
         for item in reading.usable:
-            sample = Sample((), {}, "special_token")
-            if not any(special_in(self.tokenizer, text) for text in item.texts):
+            sample = Sample((), {})
+            if writes(self.tokenizer, item, reading):
                 sample = stage.sample(self.tokenizer, item, self.window)
             if sample.finding:
-                reading.findings[sample.finding].append(item.line)
+                reading.found(item.line, sample.finding)
             samples += [sample] if sample.texts else []
         if not stage.skip_bad:
             reading.refuse()
@@ -295,6 +307,7 @@ class _Run:
             self.say(f"{self.name}: {sentence}")
         texts = [text for sample in training for text in sample.texts]
         data = {
+            "revision": reading.revision,
             "lines": reading.num_lines,
             "training": len(training),
             "heldout": count,
@@ -304,7 +317,7 @@ class _Run:
         }
         return training, [samples[i] for i in sorted(drawn)], data
 
-    def _finish(self, tuned: "Tuned", after: Scores | None) -> None:
+    def _finish(self, tuned: "Tuned", **scores: Scores | None) -> None:
         """The model as a folder, in the dtype that it came in, with its licence, tokenizer and
         template; and the rest of the record."""
         from capgap.machine import machine, versions
@@ -329,7 +342,7 @@ class _Run:
             steps=len(tuned.curve["loss"]),
             curve=tuned.curve,
             precision="bf16" if self.bf16 else "fp32",
-            after=after,
+            **scores,
             tokens_read=stage.epochs * data["tokens"],
             tokens_trained=stage.epochs * data["answer_tokens"],
             versions=versions() | {name: version(name) for name in LIBRARIES},
@@ -383,7 +396,7 @@ class PreferSection(TuningSection):
     """The better of two answers becomes likelier (DPO, arXiv 2305.18290). Batch and learning rate
     are those of Zephyr (arXiv 2310.16944)."""
 
-    data: Annotated[Path, HOW, Mark.FILE, "Prompts with a chosen and a rejected answer (.jsonl)."]
+    data: Annotated[Path, HOW, Mark.FILE, "Prompts with a chosen and a rejected answer."]
     batch: Annotated[Count, "Pairs a step."] = 32
     learning_rate: Annotated[
         Rate, "Peak rate, reached after the warm-up; it falls as a cosine to 0."
@@ -404,43 +417,26 @@ class Prefer(PreferSection, Tuning):
 
     def sample(self, tokenizer: "Tokenizer", item: Pair, window: int) -> Sample:
         """Left out where the window does not hold both answers to their ends."""
+        from trl.data_utils import common_prefix_length
+
         from capgap.tune.template import Example, encode, prompt_ids
 
-        # the answer alone counts, not those that the prompt has already
-        prompt = [False] * len(prompt_ids(tokenizer, item.prompt))
-        row, texts = {"prompt": item.prompt}, []
-        for side, answer in (("chosen", item.chosen), ("rejected", item.rejected)):
-            message = {"role": "assistant", "content": answer}
-            row[side] = [message]
-            ids = encode(tokenizer, [*item.prompt, message]).ids
-            texts.append(Example(ids, prompt + [True] * (len(ids) - len(prompt))))
-        if max(len(text.ids) for text in texts) > window:
+        prompt, answers = prompt_ids(tokenizer, item.messages), (item.chosen, item.rejected)
+        said = [{"role": "assistant", "content": answer} for answer in answers]
+        whole = [encode(tokenizer, [*item.messages, answer]).ids for answer in said]
+        if max(map(len, whole)) > window:
             return Sample((), {}, "left_out")
+        # the answer alone counts, not those that the prompt has already
+        start = min(common_prefix_length(prompt, ids) for ids in whole)
+        chosen, rejected = (ids[start:] for ids in whole)
+        row = {"prompt_ids": prompt[:start], "chosen_ids": chosen, "rejected_ids": rejected}
+        texts = [Example(ids, [i >= start for i in range(len(ids))]) for ids in whole]
         return Sample(tuple(texts), row)
 
     def scores(self, losses: "Sequence[HeldoutLoss]", before: Scores | None) -> Scores:
-        """Numbers of DPO (arXiv 2305.18290), from the negative log-likelihoods in nats.
+        from capgap.tune.training import preference_scores
 
-        loss: the mean of -log sigmoid(beta x margin), the margin being by how much more the chosen
-        answer has gained over the model before than the rejected one; accuracy: the share of pairs
-        with a margin above 0, None before training; chosen_likelier: the share whose chosen answer
-        is the likelier text.
-        """
-        import numpy as np
-
-        chosen, rejected = (answers.document_losses for answers in losses)
-        likelier = np.subtract(rejected, chosen)
-        margins = np.zeros_like(likelier)
-        if before is not None:
-            margins = likelier - np.subtract(before["rejected_nats"], before["chosen_nats"])
-        return {
-            "loss": float(np.logaddexp(0, -self.beta * margins).mean()),
-            "accuracy": float((margins > 0).mean()) if margins.any() else None,
-            "margin": float(margins.mean()),
-            "chosen_likelier": float((likelier > 0).mean()),
-            "chosen_nats": chosen,
-            "rejected_nats": rejected,
-        }
+        return preference_scores(losses[0], losses[1], before, self.beta)
 
     def change(self, before: Scores, after: Scores) -> str:
         pairs = f"likelier in {before['chosen_likelier']:.0%} -> {after['chosen_likelier']:.0%}"

@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from capgap.corpus.tokenizer import check_text
 from capgap.errors import UserError, border
 from capgap.machine import limited
 from capgap.stage import FieldError
-from capgap.tune.conversations import Message
+from capgap.tune.conversations import Conversation, Message, Reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -121,10 +124,36 @@ def _check_template(tokenizer: "PreTrainedTokenizerFast") -> None:
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> Example:
-    """The tokens of a whole conversation, the assistant's marked, by the template that
-    `set_template` gave to the tokenizer."""
+    """The tokens of a whole conversation, the assistant's marked but for turns of weight 0, by the
+    template that `set_template` gave to the tokenizer."""
     rendered = _rendered(tokenizer, messages, prompt=False)
-    return Example(list(rendered["input_ids"]), [bool(i) for i in rendered["assistant_masks"]])
+    marked = [bool(i) for i in rendered["assistant_masks"]]
+    learnt = ["weight" not in one for one in messages if one["role"] == "assistant"]
+    if not all(learnt):
+        # the turn that a token lies in or behind, from 1
+        turns = np.cumsum(np.diff(np.array(marked, int), prepend=0) == 1)
+        if turns[-1] != len(learnt):
+            raise UserError(f"{_REFUSED}: it does not part the turns, of which some have weight 0")
+        marked = [counts and learnt[i - 1] for counts, i in zip(marked, turns, strict=True)]
+    return Example(list(rendered["input_ids"]), marked)
+
+
+def writes(tokenizer: "PreTrainedTokenizerFast", item: Conversation, reading: Reading[Any]) -> bool:
+    """Whether a line has no special token, and no key without which the template writes the same;
+    tells the reading."""
+    if any(special_in(tokenizer, text) for text in item.texts):
+        reading.found(item.line, "special_token")
+        return False
+    keys = {key for message in item.messages for key in message} - {"role", "content", "weight"}
+    written = {}
+    for without in {"", *keys} if keys else ():
+        kept = [{key: one for key, one in m.items() if key != without} for m in item.messages]
+        with suppress(UserError):
+            written[without] = _rendered(tokenizer, kept, prompt=False)["input_ids"]
+    lost = sorted(k for k in keys if "" not in written or written.get(k) == written[""])
+    if lost:
+        reading.found(item.line, "not_taken", ", ".join(lost))
+    return not lost
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> list[int]:

@@ -54,7 +54,7 @@ class Job(NamedTuple):
     """The work of a trainer.
 
     Attributes:
-        rows: what TRL reads: `input_ids` and `labels`, or `prompt`, `chosen` and `rejected`.
+        rows: what TRL reads: `input_ids` and `labels`, or ids of `prompt`, `chosen`, `rejected`.
         folder: for checkpoints; the same job goes on from the last one.
         on_step: gets a line of metrics.jsonl after every step.
         should_stop: asked after every step; then a checkpoint is saved, and Interrupted raised.
@@ -104,7 +104,9 @@ class _SFT(_Ours, SFTTrainer):
 
 
 class _DPO(_Ours, DPOTrainer):
-    pass
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """The rows are tokens already."""
+        return dataset
 
 
 class _Steps(TrainerCallback):
@@ -176,7 +178,7 @@ def tune(job: Job) -> Tuned:
     the model without adapters."""
     model, settings, steps = job.model, job.settings, _Steps(job)
     on_cpu = model.device.type == "cpu"
-    is_dpo = "chosen" in job.rows[0]
+    is_dpo = "chosen_ids" in job.rows[0]
     kind, config = (_DPO, DPOConfig) if is_dpo else (_SFT, SFTConfig)
     # transformers has renamed it, and warns of the old name
     old, new = "gradient_checkpointing", "activation_checkpointing"
@@ -317,3 +319,27 @@ def score_answers(
     )
     with torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext():
         return evaluate_heldout(Parts(model), heldout)
+
+
+def preference_scores(
+    chosen: HeldoutLoss, rejected: HeldoutLoss, before: dict[str, Any] | None, beta: float
+) -> dict[str, Any]:
+    """Numbers of DPO (arXiv 2305.18290), from the losses of answers as documents.
+
+    loss: the mean of -log sigmoid(beta x margin), the margin being by how much more the chosen
+    answer has gained over the model before than the rejected one; accuracy: the share of pairs
+    with a margin above 0, None where `before`, the numbers of the model before, is None;
+    chosen_likelier: the share whose chosen answer is the likelier text.
+    """
+    likelier = np.subtract(rejected.document_losses, chosen.document_losses)
+    margins = np.zeros_like(likelier)
+    if before is not None:
+        margins = likelier - np.subtract(before["rejected_nats"], before["chosen_nats"])
+    return {
+        "loss": float(np.logaddexp(0, -beta * margins).mean()),
+        "accuracy": float((margins > 0).mean()) if margins.any() else None,
+        "margin": float(margins.mean()),
+        "chosen_likelier": float((likelier > 0).mean()),
+        "chosen_nats": chosen.document_losses,
+        "rejected_nats": rejected.document_losses,
+    }
