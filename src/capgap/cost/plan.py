@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from capgap.cost.memory import FLOAT, HALF, PARTS, LoopMemory, loop_memory
+from capgap.cost.time import OTHER_LAYERS, slowed, sweep_hours
 from capgap.distill import CHECKSUM_BYTES, TokenRecord
 from capgap.errors import UserError
 from capgap.law.published import find_model, published_families
@@ -17,7 +18,7 @@ from capgap.prune.shape import Target, changed_shape, from_axes, from_ladder, ke
 from capgap.sizes import clock_time, format_bytes, format_count, forward_flops, training_flops
 from capgap.stage import text_table
 from capgap.stages.prune import PruneSection
-from capgap.sweep.cells import Column, Teacher, Work
+from capgap.sweep.cells import Teacher
 from capgap.sweep.plan import Plan, expected_baselines, given_teachers, make_plan, resolve_workers
 from capgap.sweep.recipe import Recipe
 from capgap.train.learning_rate import auto_learning_rate
@@ -27,9 +28,6 @@ CHECKPOINT_BYTES = 3 * FLOAT
 # About: most are the curve and the losses of held-out documents
 RECORD_BYTES = 20_000
 MOST_GPUS = 4096
-# Seconds that a layer takes at least, forward and backward: some 60 launches of kernels of 5 to 10
-# microseconds; tables, head, loss and optimizer count as so many layers. Assumed, not measured
-LAYER_LAUNCH, OTHER_LAYERS = 5e-4, 4
 # Rows of a table after adaptation come in these
 ROWS_MULTIPLE = 64
 
@@ -111,7 +109,7 @@ def plan_run(
         }
         layers: float = student.layers + OTHER_LAYERS
         layers += (teacher.shape.layers + OTHER_LAYERS) / 3 if training.alpha > 0 else 0
-        place |= _slowed(place["hours"], steps * loop.micro_batches * layers)
+        place |= slowed(place["hours"], steps * loop.micro_batches * layers)
         places.append(place | _memory(loop, machine))
     rate = recipe.distill.learning_rate
     if rate == "auto":
@@ -322,7 +320,7 @@ def plan_sweep(
         "workers": workers,
         "memory_task": name,
         "disk": _sweep_disk(plan, len(plan.teachers) + sum(len(one.cells) for one in columns)),
-        **_sweep_hours(plan, columns, total, hardware, share),
+        **sweep_hours(plan, columns, total, hardware, share),
     } | _memory(loop, hardware)
 
 
@@ -351,46 +349,6 @@ def _loops(plan: Plan, gpus: Gpus) -> Iterator[tuple[str, LoopMemory]]:
             yield column.id, loop((column.assistant.shape,), above)
             above = column.assistant.shape
         yield column.id, loop(tuple(cell.shape for cell in column.cells), above)
-
-
-def _slowed(hours: float | None, layer_steps: float) -> dict[str, Any]:
-    """`hours`, no less than the launches take of so many layers' steps, and what is `bound`."""
-    launches = layer_steps * LAYER_LAUNCH / 3600
-    if hours is None:
-        return {"hours": None, "bound": None}
-    bound = "launches" if launches > hours else "arithmetic"
-    return {"hours": max(hours, launches), "bound": bound}
-
-
-def _layer_steps(plan: Plan, work: Work) -> float:
-    """Layers times the micro-batches that go through them; a forward pass is a third of a step."""
-    training = plan.recipe.training
-
-    def layers(models: Sequence[tuple[Shape, int]]) -> int:
-        return sum((shape.layers + OTHER_LAYERS) * tokens for shape, tokens in models)
-
-    micro = training.micro_batch_tokens or training.batch_tokens
-    return (layers(work.trained) + layers(work.read) / 3) / micro
-
-
-def _sweep_hours(
-    plan: Plan, columns: Sequence[Column], total: int, gpus: Gpus, share: float
-) -> dict[str, Any]:
-    """All work shared out evenly, but no less than the longest task with the teachers it needs."""
-    if gpus is None:
-        return _slowed(None, 0)
-    alone = {one.id: sum(one.work.flops(plan.recipe).values()) for one in plan.teachers}
-    longest = max(
-        max((alone[name] for name in column.teachers), default=0)
-        + column.work.training_flops
-        + column.work.forward_flops
-        for column in columns
-    )
-    trained = share * (1 - plan.recipe.run.checkpoint_share)
-    slowest = max(hours(total, gpus, trained), hours(longest, (1, gpus[1]), trained))
-    tasks: list[Teacher | Column] = [*plan.teachers, *columns]
-    steps = [_layer_steps(plan, task.work) for task in tasks]
-    return _slowed(slowest, max(sum(steps) / gpus[0], *steps))
 
 
 def _sweep_disk(plan: Plan, runs: int) -> dict[str, int]:
