@@ -294,7 +294,7 @@ def test_programs_run_only_when_allowed(student, sets, tmp_path, monkeypatch):
     monkeypatch.setattr("capgap.evaluate.harness.run_program", count)
     record, samples = evaluated(student, sets, tmp_path, "humaneval")
     assert record["tasks"]["humaneval"] == {
-        "missing": "runs programs that the model wrote, which --allow-code allows",
+        "missing": "runs programs that the model wrote, which allow_code allows",
         "score": None,
         "score_stderr": None,
     }
@@ -834,7 +834,7 @@ def test_models_that_cannot_be_read_are_one_line(typed, student, sets, tmp_path)
     torch.save({}, pickled / "pytorch_model.bin")
     for model, line in (
         (pickled, "is a pickle, which can run any code when it is read): convert the model"),
-        (tmp_path / "nothing", "no such tokenizer folder"),
+        (tmp_path / "nothing", "is no model folder"),
         (sets, "no tokenizer in"),
     ):
         answer = typed("evaluate", model, "--tasks", "piqa", "--data", sets)

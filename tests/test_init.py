@@ -112,6 +112,7 @@ FOUND = {
     "take": "Phi-4",
     "folder": "made",
     "chat_template": True,
+    "sources": [{"folder": "made/corpus"}],
     "after": {"student": {"folder": "made/students/student", "failure": None}},
     "steps": {"export": {"status": "done"}, "instruct": {"status": "done"}},
 }

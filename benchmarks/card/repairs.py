@@ -120,7 +120,7 @@ def compiled(place: Place) -> dict[str, Any]:
             teacher = OnlineTeacher(build_model(above, seed=9).to(place.device))
             settings = LoopSettings(6, 4, 0, autocast_dtype=precision, compile=asked)
             counters.clear()
-            with mock.patch("capgap.train.compiling._missing", return_value=None):
+            with mock.patch("capgap.train.compiling.missing", return_value=None):
                 train(learners, corpus, settings, teacher=teacher, on_step=on_step)
             seconds = (moments[-1] - moments[2]) / (len(moments) - 3)
             figures[f"compile {asked}: tokens/s"] = work.tokens * len(shapes) / seconds
