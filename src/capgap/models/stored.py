@@ -19,6 +19,7 @@ from capgap.artifact import file_hash, folder_written, read_json, write_json
 from capgap.corpus.names import (
     OWN_CODE,
     at_revision,
+    cached_file,
     check_model_name,
 )
 from capgap.errors import UserError, border, first_line, warn_once
@@ -177,6 +178,8 @@ def local_folder(path_or_name: str | Path) -> Path:
 
 def _tell_download(name: str, asked: Mapping[str, Any]) -> None:
     """How much of a model will be fetched; UserError where the disk has no room for it."""
+    if any(cached_file(name, file) is not None for file in (SINGLE, INDEX)):
+        return  # there, but for what another process fetches or a stopped one left
     try:
         files = snapshot_download(**asked, dry_run=True)
     except DryRunError:
