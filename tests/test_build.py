@@ -1,6 +1,7 @@
 import math
 import shutil
 import socket
+import time
 from dataclasses import replace
 
 import pytest
@@ -153,6 +154,8 @@ def test_load_errors_are_one_clear_line(tmp_path, monkeypatch):
 
 def test_a_model_in_the_hubs_cache_is_that_of_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    # the Hub's client would wait, and try again
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     commit = "ab" * 20
     cached = tmp_path / "models--team--name"
