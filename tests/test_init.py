@@ -10,6 +10,7 @@ import typer
 import capgap
 from capgap.cli import app, commands
 from capgap.config import load_any_recipe
+from capgap.law.published import find_model
 from capgap.pipeline.recipe import RunRecipe
 from capgap.stage import Stage
 from capgap.sweep.recipe import Recipe
@@ -58,11 +59,11 @@ def test_all_parameters_may_be_meant(typed, tmp_path):
 def test_in_a_terminal_it_asks(typed, tmp_path, monkeypatch):
     asked = []
 
-    answers = {"Teachers": ONE["teachers"], "Sizes": ONE["students"], "Tokens": ONE["tokens"]}
+    answers = {name: ONE[name] for name in ("teachers", "students", "tokens")}
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(
         "builtins.input",
-        lambda question: asked.append(question) or answers.get(question.split()[0].strip(","), ""),
+        lambda question: asked.append(question) or answers.get(question.split()[0], ""),
     )
     found = typed("init", tmp_path / "mine.toml")
     assert found.code == 0, found.err
@@ -156,3 +157,29 @@ def test_what_comes_next_is_a_command(stage):
     arguments = {name for name, one in parameters.items() if one.param_type_name == "argument"}
     assert needed <= given | arguments
     assert len(words) > 1
+
+
+def test_a_dry_run_leads_to_the_same_command():
+    """With its overrides and its folder."""
+    how = {"out": Path("mine"), "set": ("seeds=[1]",), "dry_run": True}
+    words = ("laptop", "--set", "seeds=[1]", "--out", "mine")
+    assert capgap.Sweep(recipe="laptop", **how).after({}) == ("sweep", *words)
+    asked = commands.Run(recipe="minima-tiny", from_="prune", **how)
+    assert asked.after({}) == ("run", "minima-tiny", *words[1:], "--from", "prune")
+
+
+def test_a_student_may_be_named(typed, tmp_path):
+    out = tmp_path / "mine.toml"
+    asked = ["recommend", "--student", "Qwen2.5-0.5B", "--tokens", "5B", "--family", "qwen2.5"]
+    assert typed(*asked, "--write", out).code == 0
+    assert (
+        load_any_recipe(out).prune.params == find_model("Qwen2.5-0.5B").parameters().non_embedding
+    )
+
+
+def test_without_a_teacher_to_take_nothing_is_written(typed, tmp_path):
+    out = tmp_path / "mine.toml"
+    asked = ["recommend", "--student", "9B", "--tokens", "5B", "--family", "llama3.2"]
+    answer = typed(*asked, "--write", out)
+    assert f"{out} is not written: no teacher is to be taken" in answer.out
+    assert not out.exists()

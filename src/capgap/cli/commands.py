@@ -31,7 +31,7 @@ from capgap.stages.prune import Prune
 from capgap.stages.score import Score
 from capgap.stages.tuning import Instruct, Prefer
 from capgap.sweep.search_stage import Search
-from capgap.sweep.stages import Column, OfRecipe, Quickstart, Sweep
+from capgap.sweep.stages import Column, OfRecipe, Quickstart, RecipeName, Sweep
 
 if TYPE_CHECKING:
     from capgap.pipeline.recipe import RunRecipe
@@ -172,7 +172,7 @@ class Recommend(Answer):
             write_picture(advice_chart(found), self.figure)
         told = found.model_dump(mode="json") | {"verdict": advice_sentences(found)}
         if self.write is not None and found.take is not None:
-            asked = (self.student, self.tokens, self.measure or "texts/", self.gpus)
+            asked = (self._size(told), self.tokens, self.measure or "texts/", self.gpus)
             write_text(self.write, run_recipe(self.write.stem, self._teacher(told), *asked))
         return told
 
@@ -183,13 +183,20 @@ class Recommend(Answer):
         candidates = {one.name: one for one in candidates_of(self.family, self.teachers)}
         return str(candidates[found["take"]].source or found["take"])
 
+    def _size(self, found: dict[str, Any]) -> str:
+        """The student's, as it was given; of a model's name its own."""
+        from capgap.law.published import find_model
+
+        named = find_model(self.student) is not None
+        return str(found["student"]["non_embedding"]) if named else self.student
+
     def after(self, found: dict[str, Any]) -> tuple[object, ...]:
         if found["take"] is None:
             return ()
         if self.write is not None:
             return ("plan", self.write)
         text = ("--text", self.measure or "TEXT", "--teachers", self._teacher(found))
-        size = ("--students", self.student, "--tokens", self.tokens)
+        size = ("--students", self._size(found), "--tokens", self.tokens)
         return ("init", "mine.toml", *text, *size, *(("--gpus", self.gpus) if self.gpus else ()))
 
     def told(self, found: dict[str, Any]) -> str:
@@ -198,6 +205,8 @@ class Recommend(Answer):
 
         values = {name: found[name] for name in Advice.model_fields}
         drawn = "" if self.figure is None else f"\npicture: {self.figure}"
+        if self.write is not None and found["take"] is None:
+            drawn += f"\n{self.write} is not written: no teacher is to be taken"
         return advice_text(Advice.model_validate(values)) + drawn
 
 
@@ -207,7 +216,7 @@ class Plan(Answer, OfRecipe):
     With --question: which small grid tells the best teacher for a student of such a size.
     """
 
-    recipe: Annotated[str, ARGUMENT, "A recipe file, or a shipped recipe's name."] = ""
+    recipe: RecipeName = ""
     gpus: Annotated[str | None, "For time and what fits: 16xA100; else the recipe's own."] = None
     utilisation: Annotated[
         float | None, "Share of the GPUs' peak that is reached, such as 0.4."
@@ -347,7 +356,7 @@ class Run(OfRecipe):
 
     def after(self, found: dict[str, Any]) -> tuple[object, ...]:
         if self.dry_run:
-            return ("run", self.recipe)
+            return tuple(self.but(dry_run=False).command())
         done = {name for name, step in found["steps"].items() if step["status"] == "done"}
         verb = "chat" if {"instruct", "prefer"} & done else "sample"
         return (verb, self.writes[0] / "model") if "export" in done else ()

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from capgap.artifact import write_text
 from capgap.cli.app import Answer
@@ -22,25 +22,15 @@ LOOPS = (
 )
 
 
-class _Question(NamedTuple):
-    text: str
-    default: str
-
-
-QUESTIONS = {
-    "text": _Question("Text: a file, folder, glob, or a dataset on the Hub", "stdlib"),
-    "teachers": _Question("Teachers, parted by commas (one: a run; several, or sizes: which?)", ""),
-    "students": _Question("Sizes of students without embeddings, such as 300M,600M", ""),
-    "tokens": _Question("Tokens that a student learns from, such as 5B", ""),
-    "gpus": _Question("GPUs, such as 8xA100; none for this machine", "none"),
-}
+# What is asked for, and what stands where nothing is answered; empty: it is needed
+QUESTIONS = {"text": "stdlib", "teachers": "", "students": "", "tokens": "", "gpus": "none"}
 
 
 class Init(Answer):
     """Write a commented recipe from five answers, given as options or asked for."""
 
     out: Annotated[Path, ARGUMENT, "The file to write, such as mine.toml."]
-    text: Annotated[str | None, "Text: a file, folder, glob, or a dataset on the Hub."] = None
+    text: Annotated[str | None, "A file, folder, glob, or a dataset on the Hub."] = None
     teachers: Annotated[
         str | None, "One for a run, several for a sweep: names, Hub ids, folders."
     ] = None
@@ -59,7 +49,7 @@ class Init(Answer):
 
         if self.out.exists():
             raise UserError(f"{self.out} exists: choose another file, or delete it")
-        answers = {name: self._answer(name, question) for name, question in QUESTIONS.items()}
+        answers = {name: self._answer(name, usual) for name, usual in QUESTIONS.items()}
         gpus = None if answers["gpus"] == "none" else answers["gpus"]
         teachers, students = (_parted(answers[name]) for name in ("teachers", "students"))
         for name, values in (("teachers", teachers), ("students", students)):
@@ -87,14 +77,15 @@ class Init(Answer):
     def after(self, found: dict[str, Any]) -> tuple[object, ...]:
         return ("plan", self.out)
 
-    def _answer(self, name: str, question: _Question) -> str:
+    def _answer(self, name: str, usual: str) -> str:
         given = getattr(self, name)
+        texts = type(self).model_fields[name].metadata
+        told = next(one for one in texts if isinstance(one, str)).rstrip(".")
         if given is None and sys.stdin.isatty():
-            default = f" [{question.default}]" if question.default else ""
-            given = input(f"{question.text}{default}: ").strip()
-        if not given and not question.default:
-            raise FieldError(name, f"is needed. {question.text}")
-        return str(given or question.default)
+            given = input(f"{name} ({told}){f' [{usual}]' if usual else ''}: ").strip()
+        if not given and not usual:
+            raise FieldError(name, f"is needed: {told}")
+        return str(given or usual)
 
 
 def run_recipe(

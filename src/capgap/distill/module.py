@@ -98,7 +98,7 @@ class DistillationLoss(nn.Module):
         self.column = teacher if isinstance(teacher, TeacherColumn) else None
         # in a list: a frozen teacher is no part of what is trained and saved
         self._teacher: list[Parts] = []
-        if isinstance(teacher, PreTrainedModel):
+        if not isinstance(teacher, TeacherColumn):
             self._teacher = [Parts(teacher).eval().requires_grad_(False)]
         heads = [self.student.head, *(one.head for one in self._teacher)]
         self.vocabulary = min(len(head.weight) for head in heads)

@@ -27,10 +27,13 @@ PARTS = {
 }
 
 
+RecipeName = Annotated[str, ARGUMENT, "A recipe file, or a shipped recipe's name."]
+
+
 class OfRecipe(Stage):
     """What is asked of a recipe, by default that of a sweep."""
 
-    recipe: Annotated[str, ARGUMENT, "A recipe file, or a shipped recipe's name."]
+    recipe: RecipeName
     set: Annotated[
         tuple[str, ...], SEVERAL, "SECTION.KEY=VALUE of the recipe; may be given several times."
     ] = ()
@@ -97,7 +100,7 @@ class Sweep(OfRecipe):
 
     def after(self, found: dict[str, Any]) -> tuple[object, ...]:
         if self.dry_run:
-            return (self.title(), self.recipe) if self.recipe != self.title() else (self.title(),)
+            return tuple(self.but(dry_run=False).command())
         own = ("--text", "TEXT", "--teachers", "TEACHER,TEACHER,TEACHER,TEACHER")
         return ("init", "mine.toml", *own, "--students", "SIZE,SIZE,SIZE", "--tokens", "TOKENS")
 
