@@ -77,7 +77,10 @@ def heads(dtype, *, vocabulary=1003, tokens=150):
 @pytest.mark.parametrize("name", get_args(DivergenceName))
 @pytest.mark.parametrize(("dtype", "far"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_losses_and_gradients_are_those_of_float64(name, dtype, far, temperature, record_property):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, id="compiled")])
+def test_losses_and_gradients_are_those_of_float64(
+    name, dtype, far, temperature, compiled, record_property
+):
     student, teacher, targets = heads(dtype)
     found = []
     # a leaf in fp32, whose gradient is not rounded; the product reads it in `dtype`
@@ -92,6 +95,7 @@ def test_losses_and_gradients_are_those_of_float64(name, dtype, far, temperature
             temperature=temperature,
             divergence=Divergence(name),
             chunk_tokens=64,
+            compiled=compiled and read is not None,
         )
         result.students[0].loss.backward()
         found.append([result.students[0].loss.detach(), *(one.grad for one in leaves)])

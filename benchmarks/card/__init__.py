@@ -88,7 +88,11 @@ MEASUREMENTS = [
         ("benchmarks/card/limits.py",),
         ("card.limits", "limits"),
     ),
-    _right("losses", "losses and gradients against float64 (`pytest -m cuda`)", "loss or float64"),
+    _right(
+        "losses",
+        "losses and gradients against float64 (`pytest -m cuda`)",
+        "(loss or float64) and not compiled",
+    ),
     _right(
         "training",
         "columns, caches, resume, cuts, evaluation, commands (`pytest -m cuda`)",
@@ -112,7 +116,12 @@ MEASUREMENTS = [
     ),
     _step("1b-of-1b", "a step: 1B student of a 1B teacher"),
     _step("1b-of-3b", "a step: 1B student of a 3B teacher"),
+    _step(
+        "compiled",
+        '1B student of a 1B teacher with compiled layers and loss (`compile = "on"`)',
+    ),
     _step("column", "a step: three 0.5B students of a 3B teacher"),
+    _step("compiled-column", "three 0.5B students of a 3B teacher with compiled layers and loss"),
     _step("cached", "a step: 1B student of a 3B teacher's cache"),
     _step("3b-of-8b", "a step: 3.2B student of an 8B teacher, 8,192 tokens"),
     Measurement(
@@ -164,4 +173,11 @@ MEASUREMENTS = [
     _step("quickstart-column", "the quickstart's largest teacher with its students", SMALL),
     _step("column-1m", "three 1M students of a 2.5M teacher", SMALL),
     _step("column-10m", "three 10M students of a 25M teacher", SMALL),
+    Measurement(
+        "together",
+        "several columns at once on one card, each of three 10M students of a 25M teacher",
+        80,
+        LOOP,
+        ("card.steps", "together", "column-10m"),
+    ),
 ]

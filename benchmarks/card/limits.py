@@ -2,7 +2,10 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -17,6 +20,13 @@ def wait(place: Place) -> None:
     """Until the device has done what it was given."""
     if place.is_gpu:
         torch.cuda.synchronize()
+
+
+def toy_compiler(place: Place) -> AbstractContextManager[Any]:
+    """torch's own way of trying: a toy does not wait for a compiler."""
+    if not place.is_toy:
+        return nullcontext()
+    return mock.patch.object(torch, "compile", partial(torch.compile, backend="eager"))
 
 
 def best_seconds(place: Place, work: Callable[[], Any], repeats: int = REPEATS) -> float:

@@ -13,13 +13,14 @@ from capgap.distill.head import HeadInput
 from capgap.distill.losses import column_loss
 from capgap.models.shape import Shape
 from card import Place
-from card.limits import best_seconds
+from card.limits import best_seconds, toy_compiler
 from peers.cases import LOSS_ENGINES, Case
 from peers.losses import LOSSES, LossInput
 from peers.watch import MemoryMeter
 
 STUDENT_WIDTH, TEACHER_WIDTH = 2048, 4096
 ROWS = 8192
+OURS = ("ours", "compiled")
 
 
 def case_of(place: Place, vocabulary: int) -> Case:
@@ -41,9 +42,14 @@ def once(source: LossInput, engine: Callable[[LossInput], Tensor]) -> None:
 
 def loss_alone(place: Place, vocabulary: int) -> dict[str, Any]:
     """capgap, plain torch and Liger on the same numbers; what does not fit says so."""
+    with toy_compiler(place):
+        return _loss_alone(place, vocabulary)
+
+
+def _loss_alone(place: Place, vocabulary: int) -> dict[str, Any]:
     case = case_of(place, vocabulary)
     figures: dict[str, Any] = {}
-    for name in ("ours", "plain", "liger"):
+    for name in (*OURS, "plain", "liger"):
         about = LOSS_ENGINES[name]
         if not about.installed:
             figures[f"{about.title}, ms"] = f"{about.package} is not installed"
@@ -54,24 +60,24 @@ def loss_alone(place: Place, vocabulary: int) -> dict[str, Any]:
             seconds = best_seconds(place, lambda s=source, e=LOSSES[name]: once(s, e), repeats=5)
         # what another's code raises must not cost our own figures
         except Exception as error:
-            if name == "ours":
+            if name in OURS:
                 raise
             figures[f"{about.title}, ms"] = type(error).__name__
             continue
         figures[f"{about.title}, ms"] = 1000 * seconds
         figures[f"{about.title}, GB above its inputs"] = (meter.peak() - meter.held) / 1e9
-        if name == "ours":
+        if name in OURS:
             rows = chunk_rows(torch.device(place.device).type, case.student.vocabulary)
             chunks = -(-case.tokens // rows)
-            figures["kernels a chunk"] = kernels(place, source) / chunks
+            figures[f"{about.title}, kernels a chunk"] = kernels(place, source, name) / chunks
     return figures
 
 
-def kernels(place: Place, source: LossInput) -> int:
+def kernels(place: Place, source: LossInput, name: str) -> int:
     """Of a forward and a backward pass; on a CPU operators."""
     kind = ProfilerActivity.CUDA if place.is_gpu else ProfilerActivity.CPU
     with profile(activities=[kind]) as profiler:
-        once(source, LOSSES["ours"])
+        once(source, LOSSES[name])
     if place.is_gpu:
         # launches are events as well
         return sum(event.device_type == DeviceType.CUDA for event in profiler.events())

@@ -3,7 +3,6 @@
 import tempfile
 import time
 import warnings
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from capgap.train.loop import LoopSettings, Progress, train
 from capgap.train.metrics import StageClock
 from capgap.train.settings import autocast_dtype, teacher_dtype
 from card import Place
-from card.limits import best_seconds, wait
+from card.limits import best_seconds, toy_compiler, wait
 from card.steps import SHAPES, Work, random_corpus, shrunk
 from peers.measure import make_model
 
@@ -97,13 +96,7 @@ def compiled(place: Place) -> dict[str, Any]:
     work = replace(work, tokens=6 * work.window)
     precision = autocast_dtype("auto", place.device)
     figures: dict[str, Any] = {}
-    # torch's own way of trying: a toy does not wait for a compiler
-    patched = (
-        mock.patch.object(torch, "compile", partial(torch.compile, backend="eager"))
-        if place.is_toy
-        else nullcontext()
-    )
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), patched:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), toy_compiler(place):
         warnings.simplefilter("ignore")
         corpus = random_corpus(Path(folder) / "corpus", work, 8)
         for asked in ("off", "on"):

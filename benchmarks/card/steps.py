@@ -1,11 +1,15 @@
 """Training steps through `capgap.train.loop.train`, random weights on random tokens."""
 
 import json
+import math
+import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,14 +30,17 @@ from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, Progress, train
 from capgap.train.settings import autocast_dtype, matrix_peak
 from card import DoesNotFit, Place
-from card.limits import wait
+from card.limits import toy_compiler, wait
 from distillation import write_corpus
 from peers.cases import Case
 from peers.measure import make_model, measure_steps
 from peers.watch import MemoryMeter
 
-# That warm up, are timed, and are profiled
-STEPS = (3, 5, 2)
+# That warm up, are timed, and are profiled; of small models' short steps more
+STEPS, SHORT_STEPS = (3, 5, 2), (20, 100, 5)
+SHORT = 1e13
+# Columns that share the card
+TOGETHER = (1, 2, 4, 8, 16)
 # of the card's memory, by the plan's figure
 ROOM = 0.9
 VOCABULARY = 128_256
@@ -119,6 +126,8 @@ def work_of(place: Place, name: str) -> Work:
         "1b-of-3b": Work((one,), three),
         "column": Work((half,) * 3, three),
         "cached": Work((one,), three, is_cached=True),
+        "compiled": Work((one,), one, compile="on"),
+        "compiled-column": Work((half,) * 3, three, compile="on"),
         "3b-of-8b": Work((three,), eight, tokens=8192, activation_checkpointing=True),
     }[name]
     return shrunk(work) if place.is_toy else work
@@ -173,14 +182,56 @@ def training(place: Place, name: str) -> dict[str, Any]:
     return train_work(place, work, precision)
 
 
-def steps_of(place: Place) -> tuple[int, int, int]:
-    return (1, 1, 1) if place.is_toy else STEPS
-
-
-def train_work(place: Place, work: Work, precision: torch.dtype | None) -> dict[str, Any]:
-    """Steps that warm up, are timed, and are profiled; tokens are those of all students."""
+def steps_of(place: Place, work: Work) -> tuple[int, int, int]:
     assert work.tokens is not None
-    warmup, timed, profiled_steps = steps_of(place)
+    is_short = place.is_gpu and work.tokens * work.token_flops < SHORT
+    return (1, 1, 1) if place.is_toy else SHORT_STEPS if is_short else STEPS
+
+
+def together(place: Place, name: str) -> dict[str, Any]:
+    """Tokens/s of all students of several columns at once, each in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["card.steps"])
+    figures: dict[str, Any] = {}
+    for count in TOGETHER[1:2] if place.is_toy else TOGETHER:
+        barrier, told = context.Barrier(count, timeout=60), context.SimpleQueue()
+        given = (place, name, barrier, told)
+        processes = [context.Process(target=beside, args=given) for _ in range(count)]
+        for process in processes:
+            process.start()
+        figures[f"{count} at once, tokens/s"] = sum(told.get() for _ in processes)
+        for process in processes:
+            process.join()
+    return figures
+
+
+def beside(place: Place, name: str, barrier: Barrier, told: SimpleQueue) -> None:
+    """One of them: all begin together, and go on until the last is done."""
+    if place.is_toy:
+        torch.set_num_threads(1)
+    try:
+        work = work_of(place, name)
+        figures = train_work(place, work, autocast_dtype("auto", place.device), barrier.wait)
+        told.put(figures["tokens/s"])
+    except BaseException:
+        # the others would wait for it
+        barrier.abort()
+        told.put(math.nan)
+        raise
+
+
+def train_work(
+    place: Place,
+    work: Work,
+    precision: torch.dtype | None,
+    begin: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
+    """Steps that warm up, are timed, and are profiled; tokens are those of all students.
+
+    begin: is called before and after what is timed.
+    """
+    assert work.tokens is not None
+    warmup, timed, profiled_steps = steps_of(place, work)
     steps = warmup + timed + profiled_steps
     low = precision or torch.float32
     peak = matrix_peak(torch.device(place.device), low)
@@ -191,6 +242,7 @@ def train_work(place: Place, work: Work, precision: torch.dtype | None) -> dict[
     def on_step(progress: Progress) -> None:
         if progress.step in (warmup, warmup + timed):
             wait(place)
+            begin()
             moments.append(time.perf_counter())
         if progress.step == warmup + timed:
             profiler.start()
@@ -221,7 +273,8 @@ def train_work(place: Place, work: Work, precision: torch.dtype | None) -> dict[
             autocast_dtype=precision,
             compile=work.compile,
         )
-        train(learners, corpus, settings, teacher=teacher, on_step=on_step)
+        with toy_compiler(place):
+            train(learners, corpus, settings, teacher=teacher, on_step=on_step)
         wait(place)
         profiler.stop()
         held = meter.peak() - meter.held
@@ -333,7 +386,7 @@ def peer(place: Place, engine: str) -> dict[str, Any]:
         1,
         1.0,
     )
-    warmup, timed, _ = steps_of(place)
+    warmup, timed, _ = steps_of(place, work)
     with tempfile.TemporaryDirectory() as folder:
         random_corpus(Path(folder) / "corpus", replace(work, tokens=case.tokens), warmup + timed)
         found = measure_steps(

@@ -47,6 +47,7 @@ STEP_ENGINES = {
 }
 LOSS_ENGINES = {
     "ours": Engine("capgap"),
+    "compiled": Engine("capgap, compiled"),
     "plain": Engine("full logits"),
     "liger": Engine("Liger's chunked JSD", package="liger_kernel"),
     "trl": Engine("TRL's chunked divergence", package="trl", has_hard_loss=False),

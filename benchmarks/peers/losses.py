@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +53,14 @@ class LossInput:
 LossEngine = Callable[[LossInput], Tensor]
 
 
-def ours(source: LossInput) -> Tensor:
+def ours(source: LossInput, *, compiled: bool = False) -> Tensor:
     dtype = torch.bfloat16 if source.case.precision == "bf16" else None
     result = column_loss(
         [HeadInput(source.hidden, source.weight, dtype=dtype)],
         source.targets,
         alphas=[source.case.alpha],
         teacher=HeadInput(source.teacher_hidden, source.teacher_weight),
+        compiled=compiled,
     )
     return result.students[0].loss / source.case.tokens
 
@@ -99,7 +101,13 @@ def trl(source: LossInput) -> Tensor:
     return losses.mean()
 
 
-LOSSES: dict[str, LossEngine] = {"ours": ours, "plain": plain, "liger": liger, "trl": trl}
+LOSSES: dict[str, LossEngine] = {
+    "ours": ours,
+    "compiled": partial(ours, compiled=True),
+    "plain": plain,
+    "liger": liger,
+    "trl": trl,
+}
 
 
 def autocast(case: Case) -> torch.autocast:

@@ -18,8 +18,9 @@ from urllib.parse import unquote
 from capgap import __version__
 from capgap.errors import UserError
 
-# The share of a GPU's peak that training reaches, where nothing else is stated
-UTILISATION = 0.4
+# The share of a data sheet's peak that training reaches, where nothing else is stated: an H200
+# reached 0.26 to 0.35 (docs/benchmarks.md)
+UTILISATION = 0.3
 # What torchrun tells its processes, all of it
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

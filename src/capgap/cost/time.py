@@ -8,9 +8,10 @@ from capgap.models.shape import Shape
 from capgap.sweep.cells import Column, Teacher, Work
 from capgap.sweep.plan import Plan
 
-# Seconds that a layer takes at least, forward and backward: some 60 launches of kernels of 5 to 10
-# microseconds; tables, head, loss and optimizer count as so many layers. Assumed, not measured
-LAYER_LAUNCH, OTHER_LAYERS = 5e-4, 4
+# Seconds that a layer takes at least, forward and backward; tables, head, loss and optimizer count
+# as so many layers. An H200 took 1.2 to 2.7 ms, and computed for a tenth to a fifth of it
+# (docs/benchmarks.md)
+LAYER_LAUNCH, OTHER_LAYERS = 1.5e-3, 4
 
 
 def slowed(hours: float | None, layer_steps: float) -> dict[str, Any]:

@@ -73,6 +73,9 @@ class Divergence:
 
 def expectation(probabilities: Tensor, values: Tensor) -> Tensor:
     """Sum of probabilities x values a row, [rows, 1]."""
+    if torch.compiler.is_compiling():
+        # vecdot is a matrix product, which nothing is fused with
+        return (probabilities * values).sum(-1, keepdim=True)
     return torch.linalg.vecdot(probabilities, values).unsqueeze(-1)
 
 

@@ -126,7 +126,10 @@ class ReadyHead:
         return out if self.bias is None else out.add_(self.bias)
 
     def logits_(self, product: Tensor) -> Tensor:
-        """The model's logits of a product, in its place."""
+        """The model's logits of a product, in its place unless it is compiled: then they are not
+        written at all."""
+        if torch.compiler.is_compiling():
+            product = product.clone()
         if self.logit_scale != 1.0:
             product.mul_(self.logit_scale)
         if self.softcap is not None:
@@ -190,6 +193,10 @@ def softmax_(logits: Tensor, probabilities: Tensor) -> Tensor:
     logit is now 0, so its probability tells the sum.
     """
     logits.sub_(logits.amax(-1, keepdim=True))
+    if torch.compiler.is_compiling():
+        total = logits.exp().sum(-1, keepdim=True).log()
+        probabilities.copy_((logits - total).exp())
+        return total
     torch.softmax(logits, -1, out=probabilities)
     return probabilities.amax(-1, keepdim=True).log_().neg_()
 

@@ -7,8 +7,9 @@ batch, so the result does not depend on how the batch was split. The gradient is
 chunk's logits are at hand, so nothing is computed twice.
 """
 
+import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ from capgap.distill.head import (
 )
 
 FORWARD_KL = Divergence()
+# Of a compiled loss in one process, at the most
+VERSIONS = 64
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def column_loss(
     temperature: float = 1.0,
     divergence: Divergence = FORWARD_KL,
     chunk_tokens: int | None = None,
+    compiled: bool = False,
 ) -> ColumnLoss:
     """Losses of all students of one teacher, whose logits are computed once a chunk: of each the
     sum over tokens of (1 - alpha) CE + alpha temperature^2 D, with D the `divergence`, to be
@@ -79,7 +83,8 @@ def column_loss(
 
     targets [tokens], IGNORED_LABEL where a position does not count. A student with alpha 0 costs
     no soft term; alpha above 0 needs a teacher. A SparseSignal stands for a teacher whose logits
-    were not kept: it holds for one temperature, drawn words for the forward KL alone.
+    were not kept: it holds for one temperature, drawn words for the forward KL alone. compiled:
+    what lies between the products of a chunk goes through torch.compile.
 
     Raises ValueError where alphas, heads or the signal do not fit together.
     """
@@ -102,7 +107,9 @@ def column_loss(
         raise ValueError(f"heads of {sorted(words)} words: cut all to the vocabulary they share")
     (vocabulary,) = words
     chunk_tokens = chunk_tokens or chunk_rows(targets.device.type, vocabulary)
-    work = _Pass(students, targets, alphas, teacher, temperature, divergence, chunk_tokens)
+    work = _Pass(
+        students, targets, alphas, teacher, temperature, divergence, chunk_tokens, compiled
+    )
     tensors = [tensor for one in students for tensor in (one.hidden, one.weight, one.bias)]
     losses, sums, teacher_sums = _ColumnLoss.apply(work, *tensors)
     knows_best = not isinstance(teacher, SparseSignal) or teacher.knows_best
@@ -204,6 +211,17 @@ class _TeacherChunk:
 _Soft = _TeacherChunk | SparseSignal
 
 
+@functools.cache
+def _fused(rows: Callable[..., None]) -> Callable[..., None]:
+    """By torch.compile, whose kernels serve all students of one vocabulary; a version for every
+    number of rows, alpha and kind of teacher."""
+    from torch._dynamo import config
+
+    config.recompile_limit += VERSIONS
+    config.accumulated_recompile_limit += VERSIONS
+    return torch.compile(rows, dynamic=False)
+
+
 @dataclass
 class _Pass:
     """One pass over all tokens, chunk by chunk, with the memory that chunks and blocks are computed
@@ -222,6 +240,7 @@ class _Pass:
     temperature: float
     divergence: Divergence
     chunk_tokens: int
+    compiled: bool
 
     def run(self, *, learns: bool) -> list[_Gradients] | None:
         """Fills `sums` and `teacher_sums`; the students' gradients if it `learns`."""
@@ -233,6 +252,7 @@ class _Pass:
         signal = self.teacher.to(wide) if isinstance(self.teacher, SparseSignal) else None
         head = self.teacher.ready() if isinstance(self.teacher, HeadInput) else None
         self._take_memory(students[0])
+        student_rows = _fused(_Pass._student_rows) if self.compiled else _Pass._student_rows
         for rows in chunks(len(self.targets), self.chunk_tokens):
             valid = (self.targets[rows] != IGNORED_LABEL).to(wide).unsqueeze(1)
             labels = self.targets[rows].clamp_min(0).unsqueeze(1)
@@ -246,21 +266,24 @@ class _Pass:
             for index, (student, alpha) in enumerate(zip(students, self.alphas, strict=True)):
                 soft = teacher if alpha > 0 else None
                 product = student.product(rows, self.logits[: len(labels)])
-                # in the memory of the logits, in the dtype of the student's products: with rows of
-                # fewer bytes the gradient of a block ends where its logits ended, or before
-                memory = self.logits.view(-1).view(student.weight.dtype)[: product.numel()]
+                # rows of fewer bytes than logits: the gradient of a block ends where its logits
+                # ended, or before; kernels of their own order write elsewhere
+                memory = self.probabilities if self.compiled else self.logits
+                memory = memory.view(-1).view(student.weight.dtype)[: product.numel()]
                 product_gradient = memory.view(product.shape)
                 row_sums = valid.new_empty(len(labels), 4)
                 for block in chunks(len(labels), self.block):
-                    logits = student.logits_(product[block])
-                    slope = student.slope(logits)
-                    soft_block = None if soft is None else soft.rows(block)
-                    gradient = self._logit_gradient(
-                        logits, labels[block], valid[block], alpha, soft_block, row_sums[block]
+                    student_rows(
+                        self,
+                        student,
+                        product[block],
+                        labels[block],
+                        valid[block],
+                        alpha,
+                        None if soft is None else soft.rows(block),
+                        row_sums[block],
+                        product_gradient[block],
                     )
-                    if not isinstance(slope, float) or slope != 1.0:
-                        gradient.mul_(slope)
-                    product_gradient[block].copy_(gradient)
                 self.sums[index].add_((row_sums * valid).sum(0))
                 if gradients is not None:
                     gradients[index].add(rows, product_gradient)
@@ -269,7 +292,7 @@ class _Pass:
     def _take_memory(self, student: ReadyHead) -> None:
         device, padded = self.targets.device, len(student.weight)
         rows = min(self.chunk_tokens, len(self.targets))
-        self.block = block_rows(device.type, padded, rows)
+        self.block = rows if self.compiled else block_rows(device.type, padded, rows)
 
         def empty(count: int) -> Tensor:
             return torch.empty(count, padded, dtype=student.wide, device=device)
@@ -292,23 +315,58 @@ class _Pass:
         whole = _TeacherChunk(probabilities, logs, log_total, expected, torch.empty_like(labels))
         product = teacher.product(rows, self.logits[:count])
         row_sums = valid.new_empty(count, 2)
+        teacher_rows = _fused(_Pass._teacher_rows) if self.compiled else _Pass._teacher_rows
         for block in chunks(count, self.block):
-            chunk, logits = whole.rows(block), teacher.logits_(product[block])
-            chunk.best.copy_(likeliest(logits))
-            total = softmax_(logits, chunk.probabilities)
-            mean = expectation(chunk.probabilities, logits)
-            ce = total - logits.gather(1, labels[block])
-            torch.cat([ce, total - mean], 1, out=row_sums[block])
-            if self.temperature != 1.0:
-                total = softmax_(logits.div_(self.temperature), chunk.probabilities)
-                mean = expectation(chunk.probabilities, logits)
-            chunk.log_total.copy_(total)
-            torch.mul(mean, valid[block], out=chunk.expected)
-            chunk.probabilities.mul_(valid[block])
-            if chunk.logs is not None:
-                torch.sub(logits, total, out=chunk.logs)
+            part = whole.rows(block)
+            teacher_rows(
+                self, teacher, product[block], labels[block], valid[block], row_sums[block], part
+            )
         self.teacher_sums.add_((row_sums * valid).sum(0))
         return whole
+
+    def _teacher_rows(
+        self,
+        teacher: ReadyHead,
+        product: Tensor,
+        labels: Tensor,
+        valid: Tensor,
+        row_sums: Tensor,
+        chunk: _TeacherChunk,
+    ) -> None:
+        """Fills `chunk`, and `row_sums` [rows, 2] with (ce, entropy), of a block's product."""
+        logits = teacher.logits_(product)
+        chunk.best.copy_(likeliest(logits))
+        total = softmax_(logits, chunk.probabilities)
+        mean = expectation(chunk.probabilities, logits)
+        row_sums.copy_(torch.cat([total - logits.gather(1, labels), total - mean], 1))
+        if self.temperature != 1.0:
+            total = softmax_(logits.div_(self.temperature), chunk.probabilities)
+            mean = expectation(chunk.probabilities, logits)
+        chunk.log_total.copy_(total)
+        chunk.expected.copy_(mean * valid)
+        chunk.probabilities.mul_(valid)
+        if chunk.logs is not None:
+            torch.sub(logits, total, out=chunk.logs)
+
+    def _student_rows(
+        self,
+        student: ReadyHead,
+        product: Tensor,
+        labels: Tensor,
+        valid: Tensor,
+        alpha: float,
+        teacher: _Soft | None,
+        row_sums: Tensor,
+        gradient: Tensor,
+    ) -> None:
+        """Fills `gradient` [rows, padded], d loss / d product of a block, and `row_sums` [rows, 4]
+        with (ce, divergence, kl, agreement)."""
+        logits = student.logits_(product)
+        slope = student.slope(logits)
+        found = self._logit_gradient(logits, labels, valid, alpha, teacher, row_sums)
+        if not isinstance(slope, float) or slope != 1.0:
+            found.mul_(slope)
+        gradient.copy_(found)
 
     def _logit_gradient(
         self,
@@ -319,23 +377,26 @@ class _Pass:
         teacher: _Soft | None,
         row_sums: Tensor,
     ) -> Tensor:
-        """d loss / d logits of a block [rows, padded], in the memory of `probabilities`.
-
-        Overwrites `logits`; fills `row_sums` [rows, 4] with (ce, divergence, kl, agreement).
-        """
-        probabilities = self.probabilities[: len(logits)]
+        """d loss / d logits, in the memory of `probabilities`; overwrites `logits`."""
+        fused = torch.compiler.is_compiling()
+        probabilities = torch.empty_like(logits) if fused else self.probabilities[: len(logits)]
         log_total = softmax_(logits, probabilities)
         ce = log_total - logits.gather(1, labels)
         if teacher is None:
             probabilities.mul_(valid)
-            torch.cat([ce, torch.zeros_like(row_sums[:, 1:])], 1, out=row_sums)
+            row_sums.copy_(torch.cat([ce, torch.zeros_like(row_sums[:, 1:])], 1))
         else:
             best = teacher.best if isinstance(teacher, _TeacherChunk) else teacher.words[:, :1]
             # the largest logit is 0 now
             agrees = (logits.gather(1, best) == 0).to(ce.dtype)
             term = self._add_soft_gradient(logits, probabilities, log_total, valid, alpha, teacher)
-            torch.cat([ce, term.value, term.kl, agrees], 1, out=row_sums)
-        return probabilities.scatter_add_(1, labels, valid * (alpha - 1.0))
+            row_sums.copy_(torch.cat([ce, term.value, term.kl, agrees], 1))
+        at_label = valid * (alpha - 1.0)
+        if fused:
+            # within the kernel that writes all words
+            is_label = torch.arange(logits.shape[1], device=logits.device) == labels
+            return probabilities.add_(torch.where(is_label, at_label, 0.0))
+        return probabilities.scatter_add_(1, labels, at_label)
 
     def _add_soft_gradient(
         self,

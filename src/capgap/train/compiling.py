@@ -1,6 +1,6 @@
-"""torch.compile for the layers of models, where it is measured to pay.
+"""torch.compile for the layers of models and the loss, where it is measured to pay.
 
-Compiling fuses what lies between the matrix products of a layer; it takes half a minute and more,
+Compiling fuses what lies between the matrix products; it takes half a minute and more,
 and what it gains depends on machine and sizes, so a long run tries both ways at its beginning.
 """
 
@@ -32,20 +32,21 @@ DECISION = "compiled.json"
 def settle(
     asked: str,
     models: Sequence[Parts],
-    trial: Callable[[], None],
+    trial: Callable[[bool], None],
     *,
     shapes: Collection[tuple[int, int]],
     trials_left: int,
     folder: Path | None,
     device: torch.device,
     ranks: Ranks,
-) -> None:
-    """Leaves the models' layers compiled or not: `on`, `off`, or `auto`, by measurement.
+) -> bool:
+    """Leaves the models' layers compiled or not: `on`, `off`, or `auto`, by measurement; returns
+    whether they are.
 
-    trial: a piece of the work that changes nothing; trials_left: how many the run has before it;
-    shapes: (rows, tokens) of its micro-batches. The decision is kept in the folder, so that a run
-    that continues computes as it began. Raises UserError where compiling is asked for, and what it
-    needs is not there.
+    trial: a piece of the work that changes nothing, told whether layers are compiled; trials_left:
+    how many the run has before it; shapes: (rows, tokens) of its micro-batches. The decision is
+    kept in the folder, so that a run that continues computes as it began. Raises UserError where
+    compiling is asked for, and what it needs is not there.
     """
     decision = None if folder is None else folder / DECISION
     if asked == "auto" and decision is not None and decision.exists():
@@ -58,18 +59,19 @@ def settle(
     if asked == "on":
         compile_layers(models, shapes)
     if asked != "auto":
-        return
+        return asked == "on"
     pays = False
-    if lacks is None and ranks.told(_seconds(trial) * trials_left > WORTHWHILE_SECONDS):
-        plain = min(_seconds(trial) for _ in range(REPEATS))
+    if lacks is None and ranks.told(_seconds(trial, False) * trials_left > WORTHWHILE_SECONDS):
+        plain = min(_seconds(trial, False) for _ in range(REPEATS))
         compile_layers(models, shapes)
-        trial()
-        compiled = min(_seconds(trial) for _ in range(REPEATS))
+        trial(True)
+        compiled = min(_seconds(trial, True) for _ in range(REPEATS))
         pays = ranks.told(compiled < LEAST_GAIN * plain)
         if not pays:
             undo(models)
     if decision is not None and ranks.is_first:
         write_json(decision, {"compiled": pays})
+    return pays
 
 
 def compile_layers(models: Sequence[Parts], shapes: Collection[tuple[int, int]]) -> None:
@@ -119,7 +121,7 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-def _seconds(trial: Callable[[], None]) -> float:
+def _seconds(trial: Callable[[bool], None], compiled: bool) -> float:
     start = time.perf_counter()
-    trial()
+    trial(compiled)
     return time.perf_counter() - start

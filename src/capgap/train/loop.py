@@ -273,6 +273,7 @@ class _Column:
                 betas=settings.betas,
             )
             self.stopped[learner.id] = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.is_compiled = False
         self.reporter = Reporter(self.learners, self.device, self.teacher is not None)
 
     def step(self, step: int, read: _ReadBatch) -> list[StepReports]:
@@ -305,11 +306,12 @@ class _Column:
         )
 
     def settle_compiling(self, read: _ReadBatch, step: int, folder: Path | None) -> None:
-        """Compiles layers, or does not: see `compiling.settle`."""
+        """Compiles layers and loss, or does not: see `compiling.settle`."""
         active = [learner for learner in self.learners if learner.active(step)]
         batch, *others = read.batch.micro_batches(self.settings.micro_batch_windows)
 
-        def trial() -> None:
+        def trial(compiled: bool) -> None:
+            self.is_compiled = compiled
             with _random_state(self.settings.data_seed, step, self.ranks.rank, self.device):
                 result = self._forward(active, batch)
                 torch.autograd.backward([one.loss for one in result.students])
@@ -322,7 +324,7 @@ class _Column:
         if isinstance(self.teacher, OnlineTeacher) and not self.teacher.is_offloaded:
             models.append(self.teacher.parts)
         steps = max(learner.steps for learner in active) - step
-        compiling.settle(
+        self.is_compiled = compiling.settle(
             self.settings.compile,
             models,
             trial,
@@ -362,6 +364,8 @@ class _Column:
                 teacher=signal,
                 temperature=self.settings.temperature,
                 divergence=self.settings.divergence,
+                # blocks that stay in a CPU's cache leave nothing to fuse
+                compiled=self.is_compiled and self.device.type != "cpu",
             )
 
     def _update(self, learner: Learner, step: int, loss: Tensor) -> Tensor:

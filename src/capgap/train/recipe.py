@@ -91,5 +91,6 @@ class RunSection(Section):
     checkpoint_share: Annotated[ProperFraction, "Most that checkpoints take of the time."] = 0.02
     checkpoints: Annotated[int, Field(ge=1), "Checkpoints of a running task that are kept."] = 2
     compile: Annotated[
-        Literal["auto", "on", "off"], "torch.compile for layers; auto keeps the faster of both."
+        Literal["auto", "on", "off"],
+        "torch.compile for layers, and on a GPU the loss; auto keeps the faster of both.",
     ] = "auto"
