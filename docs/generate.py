@@ -27,7 +27,7 @@ from typer.models import ArgumentInfo
 import capgap
 from capgap.config import Recipe
 from capgap.pipeline.recipe import RunRecipe
-from capgap.section import Count, section_in
+from capgap.section import Count, Size, section_in
 from capgap.stage import Stage, command_line
 
 DOCS = Path(__file__).parent
@@ -36,7 +36,7 @@ SHARED = (
     "| `--json` | | one JSON object on standard output |",
 )
 NOUNS = {str: "text", Path: "path", int: "whole number", float: "number"}
-IS_COUNT = get_args(Count)[1]
+IS_COUNT, IS_SIZE = get_args(Count)[1], get_args(Size)[1]
 NUMBERS = {2: "two", 3: "three"}
 
 
@@ -116,6 +116,8 @@ def type_in_words(kind: Any, marks: list[Any], *, several: bool = False) -> str:
     parts = get_args(kind)
     if get_origin(kind) is Annotated:
         return type_in_words(parts[0], [*flat(parts[1:]), *marks], several=several)
+    if IS_SIZE in marks:
+        return "sizes" if several else "size"
     if get_origin(kind) is Literal:
         words = [f"`{one}`" for one in parts]
         if several or len(words) == 1:

@@ -4,6 +4,7 @@ import pytest
 
 from capgap.config import find_recipe, load_any_recipe, load_recipe, parse_recipe, shipped_recipes
 from capgap.errors import UserError
+from capgap.models.shape import ladder_shape
 from capgap.sweep.recipe import identity
 
 
@@ -14,9 +15,27 @@ def test_sizes_are_read_in_words_and_numbers(tiny_recipe):
     assert recipe.students.tokens == (500_000, 1_000_000)
 
 
+def test_sizes_with_embeddings_become_those_without(tiny_recipe):
+    tiny_recipe["students"] = {"sizes": ["30k total", "9k"], "tokens": ["0.5M"]}
+    recipe = parse_recipe(tiny_recipe)
+    with_embeddings, plain = recipe.students.sizes
+    vocabulary, window = recipe.corpus.vocabulary, recipe.corpus.window
+    shape = ladder_shape("llama", with_embeddings, vocabulary=vocabulary, positions=window)
+    assert shape.parameters().total == pytest.approx(30_000, rel=0.02)
+    assert plain == 9_000
+    # what the results depend on is the size that it became
+    tiny_recipe["students"]["sizes"] = [with_embeddings, "9k"]
+    assert parse_recipe(tiny_recipe).hash() == recipe.hash()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"students": {"sizes": ["80 total"], "tokens": [2560]}}, ["80 total", "the smallest"]),
+        (
+            {"students": {"sizes": ["80k total"], "tokens": [2560]}, "corpus": {"tokenizer": "x"}},
+            ["students.sizes in total", "without embeddings"],
+        ),
         ({"students": {"sizes": ["8k"], "token": [2560]}}, ["'students.token'", "'tokens'"]),
         ({"trainings": {}}, ["'trainings'", "'training'"]),
         ({"name": None}, ["name", "None"]),

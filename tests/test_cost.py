@@ -256,7 +256,7 @@ def test_advice_where_it_does_not_fit():
     assert estimate(changed)["advice"] == []
 
 
-@pytest.mark.parametrize("ask", [{"keep": 0.4}, {"params": 60_000}, {"total_params": 90_000}])
+@pytest.mark.parametrize("ask", [{"keep": 0.4}, {"params": 60_000}, {"params": "90k total"}])
 def test_a_run_cuts_the_shape_that_prune_cuts(tmp_path, ask):
     shape = Shape("llama", 64, 4, 4, 4, 16, 160, 500, 64, tied=False)
     to_config(shape).save_pretrained(tmp_path / "teacher")

@@ -31,9 +31,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("**/*.md")])
 # pictures are drawn from finished sweeps and come apart from the text
 PICTURES = DOCS / "images"
 # Of which docs/recipes.md makes the names of types
-PLAIN_WORDS = {"count", "counts", "number", "numbers", "path", "text", "texts", "whole"}
+PLAIN_WORDS = {"count", "counts", "number", "numbers", "path", "size", "sizes", "text", "texts"}
 PLAIN_WORDS |= {"above", "at", "below", "between", "from", "least", "more", "most", "to"}
-PLAIN_WORDS |= {"and", "false", "list", "of", "one", "or", "true", "two"}
+PLAIN_WORDS |= {"and", "false", "list", "of", "one", "or", "true", "two", "whole"}
 
 
 def sections(text: str) -> dict[str, str]:

@@ -257,7 +257,7 @@ def test_the_shape_of_minima_3b_without_weights(typed, tmp_path):
     assert found["parameters"]["total"] == 3_020_442_624
     assert found["teacher_parameters"]["total"] == 6_879_449_088
     # by its size alone, a shape of as many parameters
-    found = typed(*asked, "--total-params", "3.02B", "--multiple", 128, "--json")
+    found = typed(*asked, "--params", "3.02B total", "--multiple", 128, "--json")
     found = json.loads(found.out)
     assert found["parameters"]["total"] == pytest.approx(3.02e9, rel=0.01)
     assert found["shape"]["hidden"] % 128 == found["shape"]["ffn"] % 128 == 0
@@ -311,7 +311,7 @@ def test_a_stopped_cut_leaves_nothing(teacher, scores, tmp_path, monkeypatch):
     ("asked", "told"),
     [
         (["--params", "2M"], "the teacher has"),
-        (["--total-params", "300"], "the smallest cut of this teacher has"),
+        (["--params", "300 total"], "the smallest cut of this teacher has"),
         (["--keep", "1.5"], "--keep '1.5': Input should be less than or equal to 1"),
         (["--keep", "0.5", "--multiple", "0"], "--multiple '0' is no count"),
         (["--keep", "0.5", "--params", "30k"], "not keep and params"),

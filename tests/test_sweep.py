@@ -4,6 +4,7 @@ import functools
 import json
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,30 @@ run = functools.partial(processes.run, main=processes.capgap_without_pictures)
 def finished(text_file, tmp_path_factory):
     """(output folder, the JSON the command printed) of a sweep with all inits and baselines."""
     folder = tmp_path_factory.mktemp("sweep")
-    recipe = write_recipe(folder, text_file, students='inits = ["pruned", "fixed", "scratch"]')
+    students = 'inits = ["pruned", "fixed", "scratch"]'
+    top = 'track = ["tensorboard"]\n' if find_spec("tensorboard") else ""
+    recipe = write_recipe(folder, text_file, students=students, top=top)
     done = processes.run("sweep", recipe, "--out", folder / "out", "--json")
     assert done.returncode == 0, done.stderr
     return folder / "out", json.loads(done.stdout), done.stderr
+
+
+def test_trackers_are_told_every_step_of_every_task(finished):
+    """Each teacher and column is a run of its own, with all that its students report."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, _, _ = finished
+    folders = {one.parent.parent.name: one for one in out.glob("trackers/*/trackers/tensorboard")}
+    records = read_records(out)
+    assert {one.id for one in records if one.kind == "teacher"} < set(folders)
+    told = {}
+    for folder in folders.values():
+        found = EventAccumulator(str(folder)).Reload()
+        for tag in found.Tags()["scalars"]:
+            told[tag] = [event.step for event in found.Scalars(tag)]
+    for record in records:
+        assert told[f"{record.id}/loss"] == list(range(record.steps)), record.id
 
 
 def test_everything_promised_is_there(finished):

@@ -6,11 +6,11 @@ import tomllib
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic.fields import FieldInfo
 
 from capgap.errors import UserError
-from capgap.sizes import parse_count
+from capgap.sizes import parse_count, parse_size
 
 
 def _count(value: Any) -> int:
@@ -19,6 +19,14 @@ def _count(value: Any) -> int:
     except UserError as error:
         # pydantic then tells the key as well
         raise ValueError(str(error)) from None
+
+
+def _size(value: Any) -> int | str:
+    try:
+        parameters, is_total = parse_size(value)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return f"{parameters} total" if is_total else parameters
 
 
 # Text that is read more often teaches less than new text
@@ -38,6 +46,10 @@ _Kind = TypeVar("_Kind")
 OneOrMore = Annotated[tuple[_Kind, ...], Field(min_length=1)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
+# Of a model, without its embeddings, or with them as "360M total"
+Size = Annotated[int | str, PlainValidator(_size)]
+# The same, of which a recipe makes parameters without embeddings
+LadderSize = Annotated[int, PlainValidator(_size)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LearningRate = Annotated[
@@ -56,6 +68,10 @@ BeginWindows = Annotated[
 ]
 Recomputed = Annotated[
     bool, "Layers are computed again in the backward pass: less memory, about a third more work."
+]
+Track = Annotated[
+    tuple[Literal["tensorboard", "trackio", "wandb"], ...],
+    "Trackers told every step (docs/distillation.md).",
 ]
 Dtype = Literal["stored", "fp32", "bf16"]
 Init = Literal["pruned", "fixed", "scratch", "chain"]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from capgap.artifact import write_text
 from capgap.cli.app import Answer
 from capgap.errors import UserError
-from capgap.sizes import LADDER_TOKENS, parse_count, parse_size
+from capgap.sizes import LADDER_TOKENS, parse_count
 from capgap.stage import ARGUMENT, FieldError
 
 HEAD = "# Written by `capgap init`; every key: docs/recipes.md\n"
@@ -92,7 +92,6 @@ def run_recipe(
     name: str, teacher: str, student: str, tokens: str, text: str, gpus: str | None
 ) -> str:
     """One student out of one teacher, as TOML."""
-    size, is_total = parse_size(student)
     window, batch = _loop(parse_count(tokens))
     hardware = f'\n[hardware]\n# what `capgap plan` reckons with\ngpus = "{gpus}"\n' if gpus else ""
     return f"""{HEAD}name = "{name}"
@@ -106,8 +105,8 @@ model = {_text(teacher)}
 source = {_text(text)}
 
 [prune]
-# {"all" if is_total else "non-embedding"} parameters of the student that is cut out
-{"total_params" if is_total else "params"} = {size}
+# of the student that is cut out; without embeddings, or with them as "360M total"
+params = {_text(student)}
 
 [distill]
 tokens = {_text(tokens)}

@@ -12,10 +12,17 @@ from capgap.distill import CHECKSUM_BYTES, TokenRecord
 from capgap.errors import UserError
 from capgap.law.published import find_model, published_families
 from capgap.machine import GPUS, UTILISATION, hours, parse_gpus
-from capgap.models.shape import Shape, ladder_shape
+from capgap.models.shape import Shape, ladder_shape, ladder_size
 from capgap.pipeline.recipe import RunRecipe
 from capgap.prune.shape import Target, changed_shape, from_axes, from_ladder, keep_target, suited
-from capgap.sizes import clock_time, format_bytes, format_count, forward_flops, training_flops
+from capgap.sizes import (
+    clock_time,
+    format_bytes,
+    format_count,
+    forward_flops,
+    parse_size,
+    training_flops,
+)
 from capgap.stage import text_table
 from capgap.stages.prune import PruneSection
 from capgap.sweep.cells import Teacher
@@ -117,7 +124,7 @@ def plan_run(
     return {
         "kind": "run",
         "name": recipe.name,
-        "teacher": recipe.teacher.model or f"new, {format_count(recipe.teacher.size or 0)}",
+        "teacher": recipe.teacher.model or f"new, {format_count(above.non_embedding)}",
         "teacher_params": above.total,
         "student_params": counts.total,
         "teacher_parameters": above.as_dict(),
@@ -150,7 +157,9 @@ def find_teacher(recipe: RunRecipe) -> GivenTeacher:
     if name is None:
         size, words = recipe.teacher.size, recipe.teacher.vocabulary
         assert size is not None
-        shape = ladder_shape(recipe.teacher.architecture, size, vocabulary=words, positions=window)
+        rows = {"vocabulary": words, "positions": window}
+        kind = recipe.teacher.architecture
+        shape = ladder_shape(kind, ladder_size(kind, size, **rows), **rows)
         stored = FLOAT
     elif known is not None:
         if known.head_norms:
@@ -187,9 +196,8 @@ def student_shape(asked: PruneSection, teacher: Shape) -> Shape:
         target = keep_target(teacher, asked.keep)
         keep = target.parameters / target.count(teacher)
         return suited(teacher, target, from_axes(teacher, keep), layers=teacher.layers)[0]
-    parameters = asked.params or asked.total_params
-    assert parameters is not None
-    target = Target(parameters, total=asked.params is None)
+    assert asked.params is not None
+    target = Target(*parse_size(asked.params))
     return suited(teacher, target, from_ladder(teacher, target))[0]
 
 

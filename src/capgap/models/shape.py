@@ -1,11 +1,13 @@
 """The shape of a model: its sizes, its parameters by part, and the ladder. Imports no torch."""
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
+from typing import Any
 
 from capgap.errors import UserError
 from capgap.models.families import FAMILIES, HEAD, Family, Tensors
-from capgap.sizes import ParameterCounts, format_count
+from capgap.sizes import ParameterCounts, format_count, parse_size
 
 ARCHITECTURES = tuple(FAMILIES)
 
@@ -137,6 +139,29 @@ def power_of_two_within(limit: float) -> int:
 def smallest_ladder_size(layers: int | None = None) -> int:
     """The smallest non-embedding count that has a ladder shape, of so many layers."""
     return 12 * (layers or _SMALLEST_LAYERS) * _SMALLEST_HIDDEN**2
+
+
+def ladder_size(architecture: str, size: int | str, **rows: Any) -> int:
+    """Non-embedding parameters of a ladder's model of a size: these, or all, as "360M total".
+
+    rows as in `ladder_shape`. Raises UserError where not even the smallest has so few.
+    """
+    parameters, is_total = parse_size(size)
+    if not is_total:
+        return parameters
+    sizes = range(smallest_ladder_size(rows.get("layers")), parameters)
+    found = bisect_left(
+        sizes,
+        parameters,
+        key=lambda one: ladder_shape(architecture, one, **rows).parameters().total,
+    )
+    if not found:
+        least = ladder_shape(architecture, sizes.start, **rows).parameters().total
+        raise UserError(
+            f"{size} is too few for {rows['vocabulary']:,} tokens: the smallest {architecture} "
+            f"model has {least} ({format_count(least)})"
+        )
+    return sizes[found - 1]
 
 
 def ladder_shape(

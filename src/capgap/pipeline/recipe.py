@@ -1,6 +1,6 @@
 """The recipe of a single run: the stages from a teacher to a student that answers."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,9 @@ from capgap.section import (
     PositiveFinite,
     PositiveFraction,
     Section,
+    Size,
     TextSource,
+    Track,
     Vocabulary,
 )
 from capgap.stages.adapt import AdaptSection
@@ -26,8 +28,6 @@ from capgap.stages.score import ScoreSection
 from capgap.stages.tuning import InstructSection, PreferSection
 from capgap.train.recipe import RunSection, TrainingSection
 
-Tracker = Literal["tensorboard", "trackio", "wandb"]
-
 
 class TeacherSection(Section):
     """A model that exists, or a small one to train from nothing."""
@@ -37,7 +37,7 @@ class TeacherSection(Section):
     ] = None
     weights: Annotated[str | None, "Of a published model: a folder or a name on the Hub."] = None
     size: Annotated[
-        Count | None, "In place of `model`: non-embedding parameters of one to train from nothing."
+        Size | None, "In place of `model`: parameters of one to train from nothing."
     ] = None
     architecture: Annotated[Architecture, "The new model's."] = "llama"
     source: TextSource = "stdlib"
@@ -92,7 +92,7 @@ class RunRecipe(Section):
 
     name: Annotated[str, "Names the run."]
     description: Annotated[str, "For the reader."] = ""
-    track: Annotated[tuple[Tracker, ...], "Trackers told every step (docs/distillation.md)."] = ()
+    track: Track = ()
     teacher: TeacherSection
     corpus: tuple[CorpusEntry, ...] = ()
     adapt: AdaptSection | None = None

@@ -20,6 +20,7 @@ from capgap.sizes import clock_time
 from capgap.stage import Say
 from capgap.stages.distill import TrainingStage
 from capgap.stopping import Signals, Stopped
+from capgap.train.trackers import gather_trackers
 
 
 class StepFailed(Failed):
@@ -65,9 +66,7 @@ def run_pipeline(
         decisions = decide(steps, state, again_from=again_from, until=until)
         state.forget_others(steps)
         state.record["recipe"] = recipe.model_dump(mode="json")
-        if "trackio" in recipe.track:
-            # the library takes one folder for all that a process tells it
-            os.environ.setdefault("TRACKIO_DIR", str(out / "trackers" / "trackio"))
+        gather_trackers(recipe.track, out)
         work = _Work(state, signals, recipe.hardware.processes, lock, say, quiet)
         for number, decision in enumerate(decisions, 1):
             head = f"[{number}/{len(decisions)}] {decision.step.name}"

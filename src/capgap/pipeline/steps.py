@@ -129,7 +129,8 @@ class _Planner:
             scores=scored.out,
             shape=cut.sizes or None,
             out=self.out / "cut" / "student",
-            **{name: getattr(cut, name) for name in ("keep", "params", "total_params")},
+            keep=cut.keep,
+            params=cut.params,
         )
         self._add("prune", student, ("score", *self.needed))
 

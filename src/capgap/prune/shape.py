@@ -13,7 +13,7 @@ from capgap.models.shape import (
     smallest_ladder_size,
     why_no_cut,
 )
-from capgap.sizes import format_count
+from capgap.sizes import format_count, parse_size
 
 # Non-embedding parameters from which on a student is made for the kernels of GPUs
 LARGE = 500_000_000
@@ -52,12 +52,13 @@ class Target:
 
 def pruned_shape(
     teacher: Shape,
-    non_embedding: int,
+    size: int | str,
     *,
     vocabulary: int | None = None,
     layers: int | None = None,
 ) -> Shape:
-    """The shape inside `teacher` that has `non_embedding` parameters, nearest to the ladder's.
+    """The shape inside `teacher` of a size, "300M" without embeddings or "360M total" with them,
+    nearest to the ladder's.
 
     `vocabulary`: so many rows of its table stay, all by default, where others only pad it.
     `layers`: of so many. The ladder's own model of that size is taken where it fits into the
@@ -65,8 +66,8 @@ def pruned_shape(
     """
     if vocabulary is not None:
         teacher = replace(teacher, vocabulary=min(vocabulary, teacher.vocabulary))
-    target = Target(non_embedding)
-    if target.count(teacher) > non_embedding >= smallest_ladder_size(layers):
+    target = Target(*parse_size(size))
+    if target.count(teacher) > target.parameters >= smallest_ladder_size(layers):
         model = _ladder_model(teacher, target, layers)
         if why_no_cut(teacher, model) is None and _suits(teacher, model, target):
             return model

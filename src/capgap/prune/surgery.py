@@ -18,7 +18,6 @@ from capgap.models.stored import StoredWeights, empty_model
 from capgap.prune import Method
 from capgap.prune.importance import Importance, score
 from capgap.prune.units import unit_of_rows
-from capgap.sizes import parse_count
 
 
 class Kept(NamedTuple):
@@ -205,7 +204,8 @@ class Surgery:
 def prune_model(
     model: PreTrainedModel, params: str | int, batches: Iterable[Tensor] | Importance | None = None
 ) -> PreTrainedModel:
-    """A smaller model of `params` non-embedding parameters ("300M"), within 1%, normally 0.5%.
+    """A smaller model of `params` parameters, "300M" without embeddings or "360M total" with them,
+    within 1%, normally 0.5%.
 
     `batches` are LongTensors [batch, seq + 1] of token ids to measure the importance of units on,
     or an importance already measured; without any the weights' norms decide, which is worse
@@ -215,7 +215,7 @@ def prune_model(
     from capgap.prune.shape import pruned_shape
 
     # first the shape: it fails at once where the size is impossible
-    shape = pruned_shape(shape_of(model.config), parse_count(params))
+    shape = pruned_shape(shape_of(model.config), params)
     if not isinstance(batches, Importance):
         method: Method = "norm" if batches is None else "activation"
         batches = score(model, batches or (), method=method)

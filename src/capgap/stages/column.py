@@ -17,7 +17,7 @@ from capgap.machine import machine, resolve_device, started
 from capgap.models.build import build_model, load_model, shape_of
 from capgap.models.identity import count_parameters, model_hash
 from capgap.models.parallel import Ranks, joined
-from capgap.models.shape import Shape, ladder_shape
+from capgap.models.shape import Shape, ladder_shape, ladder_size
 from capgap.models.stored import (
     LICENCES,
     RECORDS,
@@ -61,7 +61,8 @@ def train_column(request: Training, say: Say, should_stop: ShouldStop) -> dict[s
     if request.size is not None:
         # reads one window and no more
         limits = {"vocabulary": text.vocabulary, "positions": request.window}
-        shape = ladder_shape(request.architecture, request.size, **limits)
+        size = ladder_size(request.architecture, request.size, **limits)
+        shape = ladder_shape(request.architecture, size, **limits)
     identity = request.identity() | text.identity
     # its hash tells more than its folder, which may move
     del identity["corpus"]
@@ -171,13 +172,8 @@ class _Run:
         dtype = trainer.settings(data_seed).autocast_dtype or torch.float32
         peak = matrix_peak(torch.device(trainer.device), dtype) * trainer.ranks.world
         with MetricsFile(request.out, request.track, request.identity(), trainer.say) as metrics:
-            lines = StepLines(
-                metrics,
-                tokens=request.tokens,
-                flops=self._token_flops(),
-                peak=peak,
-                say=trainer.say,
-            )
+            share = self._token_flops() / peak
+            lines = StepLines(metrics, share, tokens=request.tokens, say=trainer.say)
             losses = trainer.train(
                 self.learners,
                 self.teacher,

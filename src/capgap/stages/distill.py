@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from capgap.corpus.names import Given
-from capgap.section import Count, LearningRate, Section
-from capgap.sizes import format_count
+from capgap.section import Count, LearningRate, Section, Size
+from capgap.sizes import format_count, parse_size
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage
 from capgap.train.recipe import ABOUT_A_TEACHER, RunSection, TrainingSection
 
@@ -57,7 +57,7 @@ class Training(TrainingStage):
     ] = None
     teacher: str | None = None
     cache: Path | None = None
-    size: Count | None = None
+    size: Size | None = None
     architecture: str = "llama"
 
     @property
@@ -68,7 +68,10 @@ class Training(TrainingStage):
     @property
     def new(self) -> str | None:
         """The name of the new model, where one is asked for."""
-        return None if self.size is None else f"{self.architecture}-{format_count(self.size)}"
+        if self.size is None:
+            return None
+        parameters, is_total = parse_size(self.size)
+        return f"{self.architecture}-{format_count(parameters)}{'-total' if is_total else ''}"
 
     @property
     def names(self) -> list[str]:
@@ -183,7 +186,8 @@ class Train(Training):
         tuple[str, ...], ARGUMENT, SEVERAL, "Hugging Face folders or names to train on."
     ] = ()
     size: Annotated[
-        Count | None, "Non-embedding parameters of a new model beside those named, such as 300k."
+        Size | None,
+        "Parameters of a new model beside those named: 300k without embeddings, or `400k total`.",
     ] = None
     architecture: Annotated[str, "Of the new model: one of the families (docs/families.md)."] = (
         "llama"

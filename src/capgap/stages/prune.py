@@ -19,8 +19,8 @@ from capgap.prune.shape import (
     keep_target,
     suited,
 )
-from capgap.section import Count, PositiveFraction, Section
-from capgap.sizes import clock_time, format_bytes, format_count
+from capgap.section import Count, PositiveFraction, Section, Size
+from capgap.sizes import clock_time, format_bytes, format_count, parse_size
 from capgap.stage import ARGUMENT, HOW, Mark, Say, Stage, paced, text_table
 
 if TYPE_CHECKING:
@@ -62,8 +62,9 @@ class Cut(Section):
         PositiveFraction | None,
         "Share of the non-embedding parameters, such as 0.4.",
     ] = None
-    params: Annotated[Count | None, "Non-embedding parameters, such as 3B."] = None
-    total_params: Annotated[Count | None, "All parameters, such as 3B."] = None
+    params: Annotated[
+        Size | None, "Parameters, 3B without embeddings or `3.2B total` with them."
+    ] = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -72,14 +73,14 @@ class Cut(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        ways = {"keep": self.keep, "params": self.params, "total_params": self.total_params}
+        ways = {"keep": self.keep, "params": self.params}
         given = [name for name, value in ways.items() if value is not None]
         given += ["shape"] if self.sizes else []
         if len(given) != 1:
             told = " and ".join(given) or "none"
             raise ValueError(
-                "give one of keep, params, total_params and shape (some of hidden, heads, kv_heads,"
-                f" ffn and layers) for the student's size, not {told}"
+                "give one of keep, params and shape (some of hidden, heads, kv_heads, ffn and "
+                f"layers) for the student's size, not {told}"
             )
         return self
 
@@ -267,9 +268,8 @@ def _plan(request: Prune) -> "tuple[_Plan, Importance | None]":
     if request.keep is not None:
         target = keep_target(own, request.keep)
     else:
-        parameters = request.params or request.total_params
-        assert parameters is not None
-        target = Target(parameters, total=request.params is None)
+        assert request.params is not None
+        target = Target(*parse_size(request.params))
     layers = None
     prefer = request.prefer or ("ladder" if request.keep is None else "axes")
     if prefer == "axes":

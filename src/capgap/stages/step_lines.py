@@ -42,24 +42,31 @@ class MetricsFile:
         """A line with its `step`."""
         if self._stream is None:
             self._trackers.begin(line["step"], _keep_before(self._path, line["step"]))
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = self._path.open("a", buffering=1)
         self._stream.write(json.dumps(line) + "\n")
         self._trackers.log(line)
 
 
 class StepLines:
-    """What the loop reports of a training on so many tokens, in `metrics` and now and then aloud.
+    """What the loop reports of a training, in `metrics` and, by `say`, now and then aloud.
 
-    `flops` a token by 6 S + 2 T; `peak` FLOPs a second of all devices.
+    `share_of_peak` is what a token a second is of the FLOPs that all devices could do in it, by
+    6 S + 2 T; `tokens` those of the training.
     """
 
     def __init__(
-        self, metrics: MetricsFile, *, tokens: int, flops: int, peak: float, say: Say
+        self,
+        metrics: MetricsFile,
+        share_of_peak: float | None = None,
+        *,
+        tokens: int = 0,
+        say: Say | None = None,
     ) -> None:
         self.metrics = metrics
         self.tokens = tokens
-        self.share_of_peak = flops / peak
-        self.tell = paced(say)
+        self.share_of_peak = share_of_peak
+        self.tell = say and paced(say)
 
     def add(self, progress: "Progress") -> None:
         for step in progress.reports:
@@ -78,11 +85,12 @@ class StepLines:
             "step": step,
             "tokens": (step + 1) * tokens,
             "tokens_per_second": rate,
-            "utilisation": None if rate is None else rate * self.share_of_peak,
+            "utilisation": rate and self.share_of_peak and rate * self.share_of_peak,
             "students": reports,
         }
         self.metrics.add(line)
-        self.tell(lambda: self._sentence(line))
+        if self.tell is not None:
+            self.tell(lambda: self._sentence(line))
 
     def _sentence(self, line: dict[str, Any]) -> str:
         rate, speed = line["tokens_per_second"], ""

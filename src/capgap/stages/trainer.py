@@ -3,7 +3,8 @@ text. `train`, `distill` and the tasks of a sweep make, train, measure and save 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -138,6 +139,20 @@ class Trainer:
             ranks=self.ranks,
         )
         return ended
+
+    @contextmanager
+    def tracked(
+        self, names: tuple[str, ...], out: Path, asked: dict[str, Any]
+    ) -> Iterator[Callable[[Progress], None]]:
+        """What tells trackers of a training's steps, and keeps them in `out`; nobody without
+        names."""
+        if not names:
+            yield lambda progress: None
+            return
+        from capgap.stages.step_lines import MetricsFile, StepLines
+
+        with MetricsFile(out, names, asked, self.say) as metrics:
+            yield StepLines(metrics).add
 
     def save(self, learner: Learner, folder: Path) -> None:
         """The model as a Hugging Face folder."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from capgap.hub import hub_name
+from capgap.models.shape import ladder_size
 from capgap.prune import Depth, Method
 from capgap.section import (
     MAX_EPOCHS,
@@ -14,6 +15,7 @@ from capgap.section import (
     BeginWindows,
     Count,
     Init,
+    LadderSize,
     LearningRate,
     MaxBytes,
     MaxDocuments,
@@ -25,6 +27,7 @@ from capgap.section import (
     Separator,
     TextColumn,
     TextSource,
+    Track,
     Vocabulary,
 )
 from capgap.train.recipe import RunSection, TrainingSection
@@ -51,7 +54,7 @@ class CorpusSection(Section):
 class TeachersSection(Section):
     """Either a ladder to train (`sizes`, `tokens`) or models that exist (`models`)."""
 
-    sizes: Annotated[tuple[Count, ...], "Non-embedding parameters; four or more for a fit."] = ()
+    sizes: Annotated[tuple[LadderSize, ...], "Parameters of each; four or more for a fit."] = ()
     tokens: Annotated[Count | None, "Training tokens of each, rounded to whole batches."] = None
     models: Annotated[
         tuple[Annotated[str, AfterValidator(hub_name)], ...],
@@ -72,7 +75,7 @@ class StudentsSection(Section):
     """The students of every teacher."""
 
     sizes: Annotated[
-        OneOrMore[Count], "Non-embedding parameters; of cuts at most the smallest teacher's."
+        OneOrMore[LadderSize], "Parameters of each; of cuts at most the smallest teacher's."
     ]
     tokens: Annotated[tuple[Count, ...], "Budgets for every size, rounded to whole batches."] = ()
     tokens_per_parameter: Annotated[
@@ -107,6 +110,7 @@ class Recipe(Section):
 
     name: Annotated[str, "Names the sweep and its default output folder."]
     description: Annotated[str, "For the reader."] = ""
+    track: Track = ()
     architectures: Annotated[
         OneOrMore[Architecture], "What a ladder is built of; given teachers bring their own."
     ] = ("llama",)
@@ -138,6 +142,29 @@ class Recipe(Section):
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
+    def _without_embeddings(self) -> "Recipe":
+        """Sizes in total become those without embeddings that a ladder's models of it have."""
+        rows = {
+            "vocabulary": self.corpus.vocabulary,
+            "positions": self.corpus.window,
+            "layers": self.layers,
+        }
+        for name in ("teachers", "students"):
+            section = getattr(self, name)
+            if all(isinstance(size, int) for size in section.sizes):
+                continue
+            if len(self.architectures) > 1 or self.teachers.models or self.corpus.tokenizer:
+                raise ValueError(
+                    f"{name}.sizes in total need one architecture and a vocabulary that is trained "
+                    "here: give them without embeddings"
+                )
+            kind = self.architectures[0]
+            sizes = [ladder_size(kind, size, **rows) for size in section.sizes]
+            # frozen but for its own making
+            self.__dict__[name] = section.model_copy(update={"sizes": tuple(sizes)})
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         for name in ("seeds", "architectures"):
             values = getattr(self, name)
@@ -163,7 +190,8 @@ _BUDGETS = ("tokens", "control_tokens", "tokens_per_parameter")
 
 def identity(recipe: dict[str, Any]) -> dict[str, Any]:
     """What changes the results, of a recipe as plain data: the name and [run] do not."""
-    content = {k: v for k, v in recipe.items() if k not in ("name", "description", "run")}
+    told = ("name", "description", "track", "run")
+    content = {k: v for k, v in recipe.items() if k not in told}
     # recipes from before there were such keys stay what they were
     students = {k: v for k, v in recipe["students"].items() if v or k not in _BUDGETS}
     corpus = {k: v for k, v in recipe["corpus"].items() if v or k != "max_documents"}

@@ -35,6 +35,7 @@ from capgap.sweep.recipe import Recipe
 from capgap.sweep.results import best_of, verdict_of
 from capgap.sweep.workers import EndMessage, Workers, peak_memory
 from capgap.train.settings import resolved_precision
+from capgap.train.trackers import gather_trackers
 
 
 def run_sweep(
@@ -120,6 +121,7 @@ def prepare(plan: Plan, out: Path, say: Say) -> None:
 @contextmanager
 def _begun(plan: Plan, out: Path, threads: int | None, *, is_whole: bool) -> Iterator["_Folder"]:
     """The output folder, checked, and this process's alone while inside. UserError as `claimed`."""
+    gather_trackers(plan.recipe.track, out)
     check_sources(plan.recipe, out)
     with claimed(out, plan.recipe, grown=plan if is_whole else None) as earlier:
         context = context_of(plan.recipe, out, threads)

@@ -178,15 +178,23 @@ class TaskRun:
     def _train(
         self, learners: list[Learner], name: str, data_seed: int, **more: Any
     ) -> dict[str, Loss | None]:
-        """As `Trainer.train`."""
-        return self.trainer.train(
-            learners,
-            more.pop("teacher", None),
-            data_seed=data_seed,
-            checkpoints=self.context.checkpoint_folder(name),
-            on_step=self.on_step,
-            **more,
-        )
+        """As `Trainer.train`; trackers have a run of this name."""
+        out = self.context.out / "trackers" / name
+        asked = {"sweep": self.recipe.name, "data_seed": data_seed}
+        with self.trainer.tracked(self.recipe.track, out, asked) as track:
+
+            def on_step(progress: Progress) -> None:
+                self.on_step(progress)
+                track(progress)
+
+            return self.trainer.train(
+                learners,
+                more.pop("teacher", None),
+                data_seed=data_seed,
+                checkpoints=self.context.checkpoint_folder(name),
+                on_step=on_step,
+                **more,
+            )
 
     def _score(self, model: PreTrainedModel, name: str) -> None:
         """Keeps the importance of a model's units under that name; UserError where the model's loss

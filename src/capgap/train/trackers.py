@@ -186,6 +186,15 @@ class Trackers:
             self._run.say(f"warning: {name} failed ({scrub(cause)}): training goes on without it")
 
 
+def gather_trackers(names: tuple[str, ...], out: Path) -> None:
+    """Of all runs of a folder, in this process and those that it starts; UserError as
+    `check_trackers`."""
+    check_trackers(names)
+    if "trackio" in names:
+        # the library takes one folder for all that a process tells it
+        os.environ.setdefault("TRACKIO_DIR", str(out / "trackers" / "trackio"))
+
+
 def check_trackers(names: tuple[str, ...]) -> None:
     """UserError before any work: an unknown name, a package that is not installed, no key."""
     for name in names:
