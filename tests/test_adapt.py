@@ -366,11 +366,12 @@ def test_mistakes_are_told_in_a_line_before_any_work(typed, model, texts, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_one_document_is_told(typed, model, tmp_path):
+def test_one_document_is_told(typed, model, texts, tmp_path):
     (tmp_path / "new.txt").write_text("one document")
-    done = typed(*asked(model, tmp_path, tmp_path / "run"))
-    assert done.code == 2
-    assert "has 1 documents: 2 or more are needed" in done.err
+    for folder, more in ((tmp_path, ()), (texts, ("--separator", "", "--max-documents", 9))):
+        done = typed(*asked(model, folder, tmp_path / f"run{len(more)}"), *more)
+        assert done.code == 2
+        assert "has 1 documents: 2 or more are needed" in done.err
 
 
 def test_the_commands_of_the_page_run(typed, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import Interrupted, UserError
-from capgap.stages.tuning import Instruct, Prefer
+from capgap.stages.instruct import Instruct, Prefer
 from capgap.tune.conversations import read_conversations, read_pairs
 from capgap.tune.template import encode, set_template, writes
 from talks import said, save_base, talks, write_lines
@@ -363,6 +363,15 @@ def test_what_was_forgotten_is_told(tmp_path, base, kind):
         later = {str(corpus): record["text_before"][str(corpus)] | {"loss": was + change}}
         told = stage.told(record | {"text_after": later})
         assert (f"warning: it forgot {change:.2f} nats a token" in told) is warns
+    if kind is Instruct:
+        # nine tokens of text for one of an answer
+        mixed = stage.but(text_share=0.9, window=64, out=tmp_path / "mixed").run()
+        data = mixed["data"]
+        assert data["text_tokens"] == pytest.approx(3 * 9 * data["answer_tokens"], abs=32)
+        assert mixed["tokens_trained"] == data["text_tokens"] + 3 * data["answer_tokens"]
+        assert mixed["text_after"][str(corpus)]["loss"] < now - 0.05
+        with pytest.raises(UserError, match="give a `corpus`"):
+            stage.but(text_share=0.5, corpus=(), out=tmp_path / "none").run()
     # without --corpus: what the record in the model's folder says that it was distilled on
     own = load_corpus(corpus, window=1)
     lineage = {"sources": [{"folder": str(corpus), "corpus_hash": own.corpus_hash}]}

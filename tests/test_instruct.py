@@ -17,7 +17,7 @@ from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import Interrupted, UserError
 from capgap.machine import install_command
 from capgap.models.build import load_model
-from capgap.stages.tuning import Instruct
+from capgap.stages.instruct import Instruct
 from capgap.tune import training
 from capgap.tune.conversations import read_conversations
 from capgap.tune.template import encode, fitted, prompt_ids, set_template

@@ -11,7 +11,7 @@ from capgap.corpus.tokenizer import load_tokenizer
 from capgap.errors import Interrupted
 from capgap.evaluate.measured import HeldoutLoss
 from capgap.models.build import load_model
-from capgap.stages.tuning import Prefer
+from capgap.stages.instruct import Prefer
 from capgap.tune import training
 from capgap.tune.conversations import read_pairs
 from capgap.tune.template import encode, set_template

@@ -133,10 +133,10 @@ def test_distillations_from_two_teachers_are_cells(typed, small_corpus, folder, 
 
 
 def test_text_is_prepared_on_the_way_and_found_again(typed, text_file, folder, tmp_path):
-    def run(command, *models, out="run", text=text_file):
+    def run(command, *models, out="run", text=text_file, more=()):
         return typed(
             *(command, *models, "--corpus", text, "--window", 16, "--tokens", "2k"),
-            *("--out", tmp_path / out, "-s", "training.batch_tokens=256"),
+            *("--out", tmp_path / out, "-s", "training.batch_tokens=256", *more),
         )
 
     first = run("distill", folder / "teacher", folder / "small")
@@ -167,6 +167,11 @@ def test_text_is_prepared_on_the_way_and_found_again(typed, text_file, folder, t
     alone = run("train", "--size", "20k", out="alone")
     assert alone.code == 0, alone.err
     assert "by a new tokenizer" in alone.err
+    # read as `capgap corpus` would
+    few = run("train", folder / "small", out="few", more=("--max-documents", 5))
+    assert few.code == 0, few.err
+    manifest = json.loads((tmp_path / "few" / "corpus" / "manifest.json").read_text())
+    assert manifest["documents"]["read"] == 5
     # a folder of something else is left alone
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thesis.tex").touch()

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from capgap.stages.evaluate import Evaluate as Evaluate
     from capgap.stages.export import Export as Export
     from capgap.stages.inputs import open_text as open_text
+    from capgap.stages.instruct import Instruct as Instruct
+    from capgap.stages.instruct import Prefer as Prefer
     from capgap.stages.prune import Prune as Prune
     from capgap.stages.score import Score as Score
-    from capgap.stages.tuning import Instruct as Instruct
-    from capgap.stages.tuning import Prefer as Prefer
     from capgap.sweep.search_stage import Search as Search
     from capgap.sweep.stages import Column as Column
     from capgap.sweep.stages import Quickstart as Quickstart
@@ -106,8 +106,8 @@ STAGES = {
     "Distill": "stages.distill",
     "Evaluate": "stages.evaluate",
     "Export": "stages.export",
-    "Instruct": "stages.tuning",
-    "Prefer": "stages.tuning",
+    "Instruct": "stages.instruct",
+    "Prefer": "stages.instruct",
     "Prepare": "stages.corpus",
     "Prune": "stages.prune",
     "Quickstart": "sweep.stages",

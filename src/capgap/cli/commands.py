@@ -27,9 +27,9 @@ from capgap.stages.corpus import Prepare
 from capgap.stages.distill import Distill, Train
 from capgap.stages.evaluate import Evaluate
 from capgap.stages.export import Export
+from capgap.stages.instruct import Instruct, Prefer
 from capgap.stages.prune import Prune
 from capgap.stages.score import Score
-from capgap.stages.tuning import Instruct, Prefer
 from capgap.sweep.search_stage import Search
 from capgap.sweep.stages import Column, OfRecipe, Quickstart, RecipeName, Sweep
 

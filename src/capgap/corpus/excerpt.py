@@ -61,13 +61,25 @@ def excerpt(source: str, num_bytes: int) -> list[Passage]:
     ]
 
 
-def training_sample(source: str, num_bytes: int) -> list[bytes]:
+def training_sample(
+    source: str,
+    num_bytes: int,
+    *,
+    max_bytes: int | None = None,
+    max_documents: int | None = None,
+    **reading: str,
+) -> list[bytes]:
     """Documents of a source that `capgap corpus` trains on, not of those it holds out: about
-    `num_bytes` of the smallest digests.
+    `num_bytes` of the smallest digests, of the first `max_bytes` and `max_documents`.
 
-    UserError: nothing there, no text, one document alone.
+    `reading` and UserError as `open_source`; also no text, one document alone.
     """
-    scanned = scan(open_source(source), max_bytes=READ_BYTES, sample_bytes=num_bytes)
+    scanned = scan(
+        open_source(source, **reading),
+        max_bytes=min(READ_BYTES, max_bytes or READ_BYTES),
+        max_documents=max_documents,
+        sample_bytes=num_bytes,
+    )
     if len(scanned.digests) < 2:
         raise UserError(
             f"{source!r} has {len(scanned.digests)} documents: 2 or more are needed, one of them "

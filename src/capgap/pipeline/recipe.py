@@ -23,9 +23,9 @@ from capgap.stages.corpus import TextSection
 from capgap.stages.distill import DistillSection
 from capgap.stages.evaluate import EvaluateSection
 from capgap.stages.export import ExportSection
+from capgap.stages.instruct import InstructSection, PreferSection
 from capgap.stages.prune import PruneSection
 from capgap.stages.score import ScoreSection
-from capgap.stages.tuning import InstructSection, PreferSection
 from capgap.train.recipe import RunSection, TrainingSection
 
 

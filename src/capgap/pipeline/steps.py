@@ -14,9 +14,10 @@ from capgap.stages.corpus import Prepare
 from capgap.stages.distill import Distill, Train
 from capgap.stages.evaluate import Evaluate
 from capgap.stages.export import Export
+from capgap.stages.instruct import Instruct, Prefer
 from capgap.stages.prune import Prune
 from capgap.stages.score import Score
-from capgap.stages.tuning import Instruct, Prefer, Tuning, TuningSection
+from capgap.stages.tuning import Tuning, TuningSection
 from capgap.train.recipe import ABOUT_A_TEACHER, TrainingSection
 
 

@@ -19,9 +19,10 @@ from capgap.corpus.names import Weighted
 from capgap.errors import Interrupted, UserError
 from capgap.machine import machine, resolve_device, started, versions
 from capgap.scrub import scrub
-from capgap.section import Count, LearningRate, ProperFraction, Section
+from capgap.section import Count, LearningRate, ProperFraction
 from capgap.sizes import format_bytes, parse_count
 from capgap.stage import ARGUMENT, Mark, Say, ShouldStop
+from capgap.stages.corpus import TextOptions
 from capgap.stages.distill import Tokens, Train, TrainingStage
 from capgap.train.recipe import ABOUT_A_TEACHER
 
@@ -38,7 +39,7 @@ def _tokens(given: Any) -> Any:
     return 0 if str(given).strip() == "0" else parse_count(given)
 
 
-class _Extension(Section):
+class _Extension(TextOptions):
     """What the model is to learn with how many new tokens, beside which old text.
 
     `old` is text of the kind that the model knows: pieces that would change its tokens are not
@@ -195,7 +196,7 @@ def _check(request: Adapt) -> None:
     config = Reader.of(request.model).config
     check_window(request.model, shape_of(config).positions, request.window)
     for source in request.sources.values():
-        open_source(source)
+        open_source(source, text_column=request.text_column, separator=request.separator)
 
 
 def _follow(request: Adapt, say: Say, should_stop: ShouldStop) -> dict[str, Any]:
@@ -237,7 +238,8 @@ class _Run:
         least, most = SAMPLE_BYTES
         num_bytes = min(max(least, pieces * SAMPLE_BYTES_PER_PIECE), most)
         texts = {
-            name: training_sample(one, num_bytes) for name, one in self.request.sources.items()
+            name: training_sample(one, num_bytes, **self.request.reading)
+            for name, one in self.request.sources.items()
         }
         size = format_bytes(sum(map(len, texts["new"])))
         self.say(f"adapt: learns {pieces} pieces on {size} of new text")
@@ -268,9 +270,8 @@ class _Run:
         # a run that was killed between its last two steps has no other
         after = load_tokenizer(self.extended if self.extended.exists() else self.model)
         for name, source in request.sources.items():
-            made = prepare_corpus(
-                source, request.text(name), tokenizer=after, window=request.window
-            )
+            how = {"tokenizer": after, "window": request.window, **request.reading}
+            made = prepare_corpus(source, request.text(name), **how)
             self.say(f"adapt: {made.train_tokens:,} tokens of {name} text")
         if "fertility" not in self.record:
             before = load_tokenizer(request.model)

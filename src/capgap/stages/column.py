@@ -53,7 +53,8 @@ def train_column(request: Training, say: Say, should_stop: ShouldStop) -> dict[s
     first = request.teacher or next(iter(request.begun_with), None)
     into = request.out / "corpus"
     tell = (lambda line: None) if started()[0] else say
-    text = open_text(request.corpus, request.window, into=into, tokenizer=first, say=tell)
+    given, reading = request.corpus, request.reading
+    text = open_text(given, request.window, into=into, tokenizer=first, say=tell, **reading)
     for name in (request.teacher, *request.begun_with):
         if name is not None:
             check_model(name, text)

@@ -18,14 +18,24 @@ from capgap.sizes import format_count
 from capgap.stage import ARGUMENT, HOW, Mark, Say, Stage, paced
 
 
-class TextSection(Section):
-    """Text in: stdlib, pydoc, a file, a folder, a glob or a Hugging Face dataset."""
+class TextOptions(Section):
+    """How text is read that is not prepared yet."""
 
-    source: Annotated[TextSource, ARGUMENT, Mark.SOURCE]
     text_column: TextColumn = "text"
     separator: Separator = "<|endoftext|>"
     max_bytes: MaxBytes = None
     max_documents: MaxDocuments = None
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """As `prepare_corpus` takes them."""
+        return self.model_dump(include=set(TextOptions.model_fields))
+
+
+class TextSection(TextOptions):
+    """Text in: stdlib, pydoc, a file, a folder, a glob or a Hugging Face dataset."""
+
+    source: Annotated[TextSource, ARGUMENT, Mark.SOURCE]
 
 
 class Prepare(TextSection, Stage):

@@ -10,6 +10,7 @@ from capgap.corpus.names import Given
 from capgap.section import Count, LearningRate, Section, Size
 from capgap.sizes import format_count, parse_size
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage
+from capgap.stages.corpus import TextOptions
 from capgap.train.recipe import ABOUT_A_TEACHER, RunSection, TrainingSection
 
 Tokens = Annotated[Count, "Training tokens, such as 10M, cut to whole steps."]
@@ -22,7 +23,7 @@ Track = Annotated[
 ]
 
 
-class TrainingStage(Stage):
+class TrainingStage(TextOptions, Stage):
     """A stage that trains, by itself or with the other processes of torchrun."""
 
     out: Annotated[Path, HOW, "Folder for models, metrics and record."]

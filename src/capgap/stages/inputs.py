@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from capgap.corpus.names import MANIFEST, Given, Weighted
 from capgap.corpus.text import Text
@@ -23,12 +23,14 @@ def open_text(
     into: Path | None = None,
     tokenizer: str | None = None,
     say: Callable[[str], None] = lambda line: None,
+    **reading: Any,
 ) -> Text:
     """The text of prepared corpora, as `--corpus` names them; UserError as `Text.open`.
 
     With a folder `into`, text as `capgap corpus` takes it may stand for a corpus: it is prepared
     there (one of several in a numbered folder beside it) with the tokenizer of the model
-    `tokenizer`, or with a new one, and found there later; UserError also as `prepare_corpus`.
+    `tokenizer`, or with a new one, and found there later; `reading` and UserError also as
+    `prepare_corpus`.
     """
     from capgap.corpus.prepare import prepare_corpus
     from capgap.corpus.sources import check_text
@@ -40,8 +42,8 @@ def open_text(
         if into is not None and not (named / MANIFEST).is_file():
             folder = into if len(given) == 1 else into.with_name(f"{into.name}-{number}")
             check_text(named)
-            how = {"tokenizer": tokenizer, "window": window, "progress": corpus_progress(say)}
-            made = prepare_corpus(str(named), folder, **how)
+            reading |= {"tokenizer": tokenizer, "window": window, "progress": corpus_progress(say)}
+            made = prepare_corpus(str(named), folder, **reading)
             whose = "a new tokenizer" if tokenizer is None else f"the tokenizer of {tokenizer}"
             say(f"corpus: {made.train_tokens:,} tokens of {named} by {whose}, in {folder}")
         opened.append(Weighted(folder, weight))

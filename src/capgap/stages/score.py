@@ -12,6 +12,7 @@ from capgap.errors import UserError
 from capgap.prune import Depth, Method, reading_methods
 from capgap.section import Count, Dtype, Recomputed, Section
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage, paced
+from capgap.stages.corpus import TextOptions
 
 if TYPE_CHECKING:
     from capgap.corpus.text import Text
@@ -29,7 +30,7 @@ class ScoreSection(Section):
     window: Annotated[int, Field(ge=8), "Tokens of a window."] = 512
 
 
-class Score(ScoreSection, Stage):
+class Score(ScoreSection, TextOptions, Stage):
     """Measure how much every unit of a model matters, once for many cuts."""
 
     takes_text: ClassVar[bool] = True
@@ -142,7 +143,8 @@ def _corpus(request: Score, say: Say) -> "Text | None":
             f"SOURCE --out FOLDER --tokenizer {request.teacher}` made"
         )
     into, teacher = request.out.with_suffix(".corpus"), request.teacher
-    corpus = open_text(request.corpus, request.window, into=into, tokenizer=teacher, say=say)
+    given, reading = request.corpus, request.reading
+    corpus = open_text(given, request.window, into=into, tokenizer=teacher, say=say, **reading)
     check_model(request.teacher, corpus)
     return corpus
 

@@ -1,5 +1,4 @@
-"""The stages `instruct` and `prefer`: a model learns to answer from conversations, and of two
-answers to a prompt the better one becomes the likelier (DPO)."""
+"""How a model learns from conversations or pairs of answers: what both stages share."""
 
 import random
 import shutil
@@ -21,12 +20,13 @@ from capgap.stages.distill import Track
 from capgap.stages.evaluate import corpora_of, forgotten, heldout_loss
 from capgap.stages.step_lines import MetricsFile
 from capgap.tune import conversations
-from capgap.tune.conversations import Conversation, Pair, Reading
+from capgap.tune.conversations import Reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
+    from capgap.corpus.tokens import Corpus
     from capgap.evaluate.measured import HeldoutLoss
     from capgap.tune.template import Example
     from capgap.tune.training import Tuned
@@ -132,6 +132,12 @@ class Tuning(TuningSection, Stage):
         """A line in at most `window` tokens."""
         raise NotImplementedError
 
+    def plain_rows(
+        self, corpora: "Sequence[Corpus]", answer_tokens: int, window: int
+    ) -> list[dict[str, Any]]:
+        """Prepared text that is learnt beside, of all epochs."""
+        return []
+
     def scores(self, losses: "Sequence[HeldoutLoss]", before: Scores | None) -> Scores:
         """What the record says of the held-out answers, one loss for each text of a sample;
         `before`: what it said before training, None there."""
@@ -235,7 +241,12 @@ class _Run:
         training, heldout, data = self._samples()
         if self.record.get("data", data).get("revision") != data["revision"]:
             raise UserError(f"{stage.data} is another on the Hub than when this run began")
-        steps = stage.epochs * -(-len(training) // stage.batch)
+        plain = stage.plain_rows(self.corpora, data["answer_tokens"], self.window)
+        # text is another in every epoch, so that the epochs are one
+        trained = stage.but(epochs=1) if plain else stage
+        rows = [sample.row for sample in training] * (stage.epochs // trained.epochs) + plain
+        data["text_tokens"] = sum(len(row["labels"]) for row in plain)
+        steps = trained.epochs * -(-len(rows) // stage.batch)
         tell = paced(self.say)
 
         def scores(model: "PreTrainedModel", before: Scores | None) -> Scores | None:
@@ -257,7 +268,8 @@ class _Run:
             self._keep(data=data, window=self.window)
             self.say(
                 f"{self.name}: {len(training):,} for training, {len(heldout):,} held out; "
-                f"{steps} steps of {min(stage.batch, len(training))}"
+                + (f"{data['text_tokens']:,} tokens of text beside; " if plain else "")
+                + f"{steps} steps of {min(stage.batch, len(rows))}"
             )
             # fp32; as it is stored where adapters alone learn, on a GPU
             dtype = "stored" if stage.lora and self.device != "cpu" else "fp32"
@@ -265,9 +277,9 @@ class _Run:
             if "before" not in self.record:
                 self._keep(before=scores(model, None), text_before=text(model))
             with MetricsFile(stage.out, stage.track, self.asked, self.say) as metrics:
-                rows, folder = [sample.row for sample in training], stage.out / "checkpoints"
+                folder = stage.out / "checkpoints"
                 job = Job(
-                    model, self.tokenizer, rows, stage, folder, self.bf16, on_step, should_stop
+                    model, self.tokenizer, rows, trained, folder, self.bf16, on_step, should_stop
                 )
                 tuned = tune(job)
             after = scores(tuned.model, self.record["before"])
@@ -343,101 +355,9 @@ class _Run:
             curve=tuned.curve,
             precision="bf16" if self.bf16 else "fp32",
             **scores,
-            tokens_read=stage.epochs * data["tokens"],
-            tokens_trained=stage.epochs * data["answer_tokens"],
+            tokens_read=stage.epochs * data["tokens"] + data["text_tokens"],
+            tokens_trained=stage.epochs * data["answer_tokens"] + data["text_tokens"],
             versions=versions() | {name: version(name) for name in LIBRARIES},
             machine=machine(self.device, None),
         )
         shutil.copyfile(stage.record_file, folder / stage.record_file.name)
-
-
-class InstructSection(TuningSection):
-    """The student learns to answer from conversations."""
-
-    neftune: Annotated[Rate | None, "Noise on the embeddings, such as 5 (2310.05914)."] = None
-    system: SystemPrompt = ""
-
-
-class Instruct(InstructSection, Tuning):
-    """Teach a model to answer from conversations; the same command continues a stopped run."""
-
-    lines: ClassVar = "conversations"
-    numbers: ClassVar = {"mean_token_accuracy": "token_accuracy"}
-    options: ClassVar = {"neftune_noise_alpha": "neftune"}
-
-    template: Annotated[str, "minichat, or the tokenizer's own."] = "minichat"
-    lora_dropout: Annotated[Share, "Dropout on their inputs."] = 0.05
-
-    def read(self) -> Reading[Conversation]:
-        return conversations.read_conversations(self.data)
-
-    def sample(self, tokenizer: "Tokenizer", item: Conversation, window: int) -> Sample:
-        """Cut behind the last answer that ends within the window."""
-        from capgap.tune.template import encode, fitted
-
-        whole = encode(tokenizer, item.messages)
-        example = fitted(whole, window)
-        if example is None:
-            return Sample((), {}, "left_out")
-        row = {"input_ids": example.ids, "labels": example.labels}
-        return Sample((example,), row, "" if example is whole else "cut")
-
-    def scores(self, losses: "Sequence[HeldoutLoss]", before: Scores | None) -> Scores:
-        """Nats per token of the held-out answers."""
-        values = losses[0].as_dict()
-        return {name: values[name] for name in ("loss", "loss_stderr", "bits_per_byte", "tokens")}
-
-    def change(self, before: Scores, after: Scores) -> str:
-        losses = f"{before['loss']:.4f} -> {after['loss']:.4f}"
-        return f"held-out loss of the answers {losses} nats a token"
-
-
-class PreferSection(TuningSection):
-    """The better of two answers becomes likelier (DPO, arXiv 2305.18290). Batch and learning rate
-    are those of Zephyr (arXiv 2310.16944)."""
-
-    data: Annotated[Path, HOW, Mark.FILE, "Prompts with a chosen and a rejected answer."]
-    batch: Annotated[Count, "Pairs a step."] = 32
-    learning_rate: Annotated[
-        Rate, "Peak rate, reached after the warm-up; it falls as a cosine to 0."
-    ] = 5e-7
-    epochs: Annotated[Count, "Times that every pair is read."] = 1
-    beta: Annotated[Rate, "How strongly the model holds to what it was."] = 0.1
-
-
-class Prefer(PreferSection, Tuning):
-    """Make the better of two answers likelier (DPO); the same command continues a stopped run."""
-
-    lines: ClassVar = "pairs"
-    numbers: ClassVar = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-    options: ClassVar = {"beta": "beta"}
-
-    def read(self) -> Reading[Pair]:
-        return conversations.read_pairs(self.data)
-
-    def sample(self, tokenizer: "Tokenizer", item: Pair, window: int) -> Sample:
-        """Left out where the window does not hold both answers to their ends."""
-        from trl.data_utils import common_prefix_length
-
-        from capgap.tune.template import Example, encode, prompt_ids
-
-        prompt, answers = prompt_ids(tokenizer, item.messages), (item.chosen, item.rejected)
-        said = [{"role": "assistant", "content": answer} for answer in answers]
-        whole = [encode(tokenizer, [*item.messages, answer]).ids for answer in said]
-        if max(map(len, whole)) > window:
-            return Sample((), {}, "left_out")
-        # the answer alone counts, not those that the prompt has already
-        start = min(common_prefix_length(prompt, ids) for ids in whole)
-        chosen, rejected = (ids[start:] for ids in whole)
-        row = {"prompt_ids": prompt[:start], "chosen_ids": chosen, "rejected_ids": rejected}
-        texts = [Example(ids, [i >= start for i in range(len(ids))]) for ids in whole]
-        return Sample(tuple(texts), row)
-
-    def scores(self, losses: "Sequence[HeldoutLoss]", before: Scores | None) -> Scores:
-        from capgap.tune.training import preference_scores
-
-        return preference_scores(losses[0], losses[1], before, self.beta)
-
-    def change(self, before: Scores, after: Scores) -> str:
-        pairs = f"likelier in {before['chosen_likelier']:.0%} -> {after['chosen_likelier']:.0%}"
-        return f"of the held-out pairs the chosen answer is {pairs}"
