@@ -22,7 +22,7 @@ from capgap.artifact import read_json, write_json
 from capgap.config import load_recipe, parse_recipe
 from capgap.corpus import prepare as prepare_module
 from capgap.corpus.tokenizer import train_tokenizer
-from capgap.errors import Interrupted, WorkerDied
+from capgap.errors import WorkerDied
 from capgap.models.build import build_model, save_model
 from capgap.models.shape import ladder_shape
 from capgap.records import read_records
@@ -38,7 +38,7 @@ class WorkBegan(Exception):
 
 
 class IdleWorkers:
-    def __init__(self, context: Context, number: int) -> None:
+    def __init__(self, context: Context, number: int, gpus: tuple[str, ...] = ()) -> None:
         self.context = context
 
     def __enter__(self) -> "IdleWorkers":
@@ -50,7 +50,10 @@ class IdleWorkers:
     def start(self) -> None:
         pass
 
-    def run(self, tasks: Any, **options: Any) -> None:
+    def has_place(self) -> bool:
+        return True
+
+    def submit(self, task: Any, micro_batch_tokens: int | None) -> str:
         raise WorkBegan
 
 
@@ -59,17 +62,23 @@ class OwnWorkers(IdleWorkers):
 
     ran: list[str]
 
-    def run(self, tasks: Any, *, finished: set[str], on_end: Any, on_start: Any, **_: Any) -> None:
-        for task in tasks:
-            on_start(0, task)
-            messages: Any = queue.Queue()
-            stop: Any = threading.Event()
-            ended = workers._run(0, self.context, task, messages, stop)
-            assert ended.outcome == "done", ended.message
-            assert ended.peak_memory > 0
-            on_end(task, ended)
-            finished.add(task.id)
-            OwnWorkers.ran.append(task.id)
+    ended: tuple[Any, ...] = ()
+
+    def has_place(self) -> bool:
+        return not self.ended
+
+    def submit(self, task: Any, micro_batch_tokens: int | None) -> str:
+        own = self.context.with_micro_batch(micro_batch_tokens)
+        ended = workers.run_task("here", own, task, lambda step: None, lambda: False)
+        assert ended.outcome == "done", ended.message
+        assert ended.peak_memory > 0
+        OwnWorkers.ran.append(task.id)
+        self.ended = (ended,)
+        return ended.place
+
+    def messages(self) -> tuple[Any, ...]:
+        ended, self.ended = self.ended, ()
+        return ended
 
 
 @pytest.fixture
@@ -627,9 +636,7 @@ def test_a_disk_that_fills_up_in_a_worker(copied, monkeypatch):
     column = next(one for one in plan.columns if any(cell.id == CELL for cell in one.cells))
     training = plan.recipe.training.model_copy(update={"teacher_dtype": "stored"})
     context = Context(plan.recipe, out, "cpu", 1, training)
-    messages: Any = queue.Queue()
-    stop: Any = threading.Event()
-    ended = workers._run(0, context, column, messages, stop)
+    ended = workers.run_task("here", context, column, lambda step: None, lambda: False)
     assert ended.outcome == "user_error"
     assert "no disk space left" in ended.message
     assert not (out / "records" / CELL).exists()
@@ -728,20 +735,9 @@ def test_a_dead_worker_is_noticed_while_others_talk(tiny_recipe):
     context = Context(plan.recipe, Path("out"), "cpu", 1, plan.recipe.training)
     pool = workers.Workers(context, 1)
     process: Any = Dead()
-    pool.workers = [workers._Worker(process, queue.Queue(), plan.teachers[0])]
-    pool.messages = queue.Queue()
-    for _ in range(1000):
-        pool.messages.put(workers.StepMessage(0, plan.teachers[0].id, 1, 1.0, None))
-    told: list[object] = []
+    name = plan.teachers[0].id
+    pool.workers = [workers._Worker(0, "worker 1", process, queue.Queue(), name)]
+    pool.talk = queue.Queue()
+    pool.talk.put(workers.StepMessage(name, 1, 1.0, None))
     with pytest.raises(WorkerDied, match=r"llama-t14k-seed0 ended with code -9"):
-        pool.run([], finished=set(), on_step=told.append, on_end=told.append, on_start=told.append)
-    assert len(told) < 1000
-    with pytest.raises(Interrupted):
-        pool.run(
-            [],
-            finished=set(),
-            should_stop=lambda: True,
-            on_step=told.append,
-            on_end=told.append,
-            on_start=told.append,
-        )
+        pool.messages()

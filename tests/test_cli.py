@@ -30,8 +30,8 @@ from capgap.report.sentences import sentences
 from capgap.sweep import preview, progress, runner
 from capgap.sweep.plan import make_plan
 from capgap.sweep.recipe import Recipe
+from capgap.sweep.schedule import EndMessage, Speed, StepMessage
 from capgap.sweep.stages import PARTS
-from capgap.sweep.workers import EndMessage, Speed, StepMessage
 from report_data import Plan, write_output
 
 COMMANDS = ("quickstart", "sweep", "report", "corpus", "sample")
@@ -197,7 +197,7 @@ def test_a_folder_called_like_a_recipe_does_not_hide_it(typed, here, monkeypatch
 def test_where_a_sweep_goes(typed, monkeypatch, arguments, folder, quiet):
     asked = []
 
-    def run_sweep(recipe, out, shown, should_stop):
+    def run_sweep(recipe, out, shown, should_stop, on):
         asked.append((recipe.name, out, shown.is_live))
         shown.say("at work")
         raise KeyboardInterrupt
@@ -345,11 +345,11 @@ def test_bars_on_a_terminal_say_what_runs_and_how_far_it_is(tiny_recipe):
     teacher, *_ = make_plan(parse_recipe(tiny_recipe)).teachers
     with display:
         display.expect([teacher], [])
-        display.started(0, teacher)
-        display.step(StepMessage(0, teacher.id, teacher.tokens // 2, 1000.0, 3.5))
+        display.started(teacher, "worker 1")
+        display.step(StepMessage(teacher.id, teacher.tokens // 2, 1000.0, 3.5))
         display.bars.refresh()
         assert display.share == pytest.approx(0.5)
-        display.ended(teacher, EndMessage(0, teacher.id, "done", "a warning", busy=61.0))
+        display.ended(teacher, EndMessage(teacher.id, "done", "a warning", busy=61.0))
     shown = screen.getvalue()
     assert f"teacher {teacher.id}" in shown
     assert "2.56k of 5.12k tokens, 1,000 tokens/s, loss 3.500" in shown

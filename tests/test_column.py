@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -69,3 +72,39 @@ def test_tasks_one_by_one_are_the_sweep(recipe, tmp_path, monkeypatch, typed):
     assert results(out) == results(whole)
     assert (out / "report.html").exists() or found["best"]
     assert json.loads((out / "sweep.json").read_text())["best"]["cell"] == found["best"]
+
+
+def test_of_two_workers_one_is_killed_and_the_other_does_it_all(
+    tiny_recipe, recipe, tmp_path, monkeypatch
+):
+    tiny_recipe["teachers"]["tokens"] = 25_600
+    tiny_recipe["students"]["tokens"] = [51_200]
+    tiny_recipe["baselines"] = "best"
+    tiny_recipe["run"] = {"checkpoint_seconds": 0.1, "checkpoint_share": 0.9, "workers": 1}
+    recipe.write_text(as_toml(tiny_recipe))
+    whole, out = tmp_path / "whole", tmp_path / "shared"
+    use_own_workers(monkeypatch)
+    Sweep(recipe=str(recipe), out=whole).run()
+    command = [sys.executable, "-m", "capgap", "sweep", recipe, "--out", out, "--worker"]
+    logs = [tmp_path / name for name in ("first", "second")]
+    processes = []
+    for log in logs:
+        with log.open("w") as told:
+            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told))
+    first, second = processes
+    deadline = time.monotonic() + 60
+    # both are at work, and a column is half done
+    while not list(out.glob("work/checkpoints/column-*/*/manifest.json")) or any(
+        "start " not in log.read_text() for log in logs
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    assert second.wait(timeout=120) == 0, logs[1].read_text()
+    assert results(out) == results(whole)
+    assert (out / "report.html").exists()
+    # a third call finds everything done
+    third = subprocess.run(command, capture_output=True, text=True)
+    assert third.returncode == 0, third.stderr
+    assert "every task is done; another process wrote the report" in third.stdout

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from typer.testing import CliRunner
 
 import capgap
@@ -171,6 +172,23 @@ def test_example_recipes_load(number):
 def test_dotted_names_are_there(page):
     for dotted in set(re.findall(r"\bcapgap(?:\.\w+)+", page.read_text())) - {"capgap.json"}:
         assert pydoc.locate(dotted) is not None, dotted
+
+
+def test_scripts_and_files_for_clusters_are_well_formed():
+    """As far as a shell and a YAML reader can tell."""
+    text = (DOCS / "cluster.md").read_text()
+    scripts = code_blocks(text, "bash")
+    assert len(scripts) == 2
+    for script in scripts:
+        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    (job,) = (yaml.safe_load(block) for block in code_blocks(text, "yaml"))
+    groups = job["spec"]["rayClusterSpec"]
+    for group in (groups["headGroupSpec"], *groups["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        named = {volume["name"] for volume in pod["volumes"]}
+        mounted = {one["name"] for each in pod["containers"] for one in each["volumeMounts"]}
+        assert mounted == named
 
 
 def test_the_public_api_is_told():

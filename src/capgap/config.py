@@ -1,5 +1,6 @@
 """The typed recipes of sweeps and of single runs: strict TOML, overrides, hash. No torch."""
 
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,7 +95,9 @@ def _parsed(kind: type[_Kind], data: dict[str, Any], where: str, overrides: Sequ
 def _read_toml(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     check_regular(path, "a recipe")
     try:
-        data = tomllib.loads(path.read_text())
+        text = path.read_text()
+        # what a sweep writes for the processes of its tasks
+        data = json.loads(text)["recipe"] if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         known = ", ".join(sorted(shipped_recipes()))
         raise UserError(f"no recipe {str(path)!r}; shipped recipes: {known}") from None

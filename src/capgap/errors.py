@@ -71,6 +71,12 @@ def warn_once(line: str) -> None:
     logging.getLogger("capgap").warning("warning: %s", line)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory for what was asked; torch has a type for GPUs."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(one in str(error) for one in words)
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that a disk or a quota is full.
 

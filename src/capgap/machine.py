@@ -21,6 +21,7 @@ from capgap.errors import UserError
 # The share of a data sheet's peak that training reaches, where nothing else is stated: an H200
 # reached 0.26 to 0.35 (docs/benchmarks.md)
 UTILISATION = 0.3
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 # What torchrun tells its processes, all of it
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -100,6 +101,17 @@ def resolve_device(asked: str) -> str:
     if device.index >= torch.cuda.device_count():
         raise UserError(f"device {str(device)!r}, but there are {torch.cuda.device_count()} GPUs")
     return str(device)
+
+
+def visible_gpus(asked: str) -> tuple[str, ...]:
+    """All GPUs that the device `auto` or `cuda` means, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    if asked not in ("auto", "cuda") or not torch.cuda.is_available():
+        return ()
+    named = os.environ.get(VISIBLE_GPUS)
+    count = torch.cuda.device_count()
+    return tuple(named.split(",") if named else map(str, range(count)))[:count]
 
 
 def started() -> tuple[int, int]:

@@ -249,6 +249,13 @@ class Context:
     threads: int | None
     training: TrainingSection
 
+    def with_micro_batch(self, tokens: int | None) -> "Context":
+        """With so many tokens at once, the recipe's if None."""
+        if tokens is None:
+            return self
+        changed = self.training.model_copy(update={"micro_batch_tokens": tokens})
+        return replace(self, training=changed)
+
     @property
     def corpus_folder(self) -> Path:
         return self.out / "corpus"
@@ -276,6 +283,10 @@ class Context:
 
     def assistant_outcome(self, assistant_id: str) -> Path:
         return self.out / "work" / "assistants" / f"{assistant_id}.json"
+
+    @property
+    def leases(self) -> Path:
+        return self.out / "work" / "leases"
 
     def checkpoint_folder(self, task_id: str) -> Path:
         return self.out / "work" / "checkpoints" / task_id

@@ -427,14 +427,16 @@ def baseline_of(cell: Cell) -> Cell:
     return replace(cell, kind="baseline", alpha=0.0, teacher=teacher)
 
 
-def resolve_workers(asked: int | str, device: str, *, most: int) -> tuple[int, int | None]:
+def resolve_workers(
+    asked: int | str, device: str, *, most: int, gpus: int = 1
+) -> tuple[int, int | None]:
     """(worker processes, torch threads of each); `most` tasks can run at once.
 
     Small models gain more from one thread a process on every core than from many threads in one.
-    A GPU is given to a single worker.
+    A GPU is given to a single worker, unless more are asked for than there are GPUs.
     """
     if device != "cpu":
-        return (1 if asked == "auto" else min(most, int(asked))), None
+        return min(most, gpus if asked == "auto" else int(asked)), None
     cores = usable_cores()
     workers = min(most, cores if asked == "auto" else int(asked))
     return workers, max(1, cores // workers)

@@ -17,7 +17,7 @@ from capgap.sweep.cells import Cell, Teacher, Work
 from capgap.sweep.checks import check_sources
 from capgap.sweep.plan import Plan, expected_baselines, plan_of, resolve_workers
 from capgap.sweep.recipe import Recipe
-from capgap.sweep.workers import Speed
+from capgap.sweep.schedule import Speed
 from capgap.train.learner import make_optimizer
 from capgap.train.settings import autocast_dtype, teacher_dtype
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from capgap.sizes import clock_time, format_count
 from capgap.stage import Say, paced
 from capgap.sweep.cells import Column, Task, Teacher
-from capgap.sweep.workers import EndMessage, StepMessage, relative_cost
+from capgap.sweep.schedule import EndMessage, StepMessage, relative_cost
 
 LINE_EVERY = 10.0  # seconds between two lines of a running task where there is no terminal
 
@@ -39,7 +39,7 @@ class Display:
         self.whole = TaskID(0)
         self.start = time.monotonic()
         self.work_began: float | None = None
-        self.running: dict[int, _Running] = {}
+        self.running: dict[str, _Running] = {}
         self.known = self.later = 0.0
         self.before = self.finished = 0.0
         self.tasks = self.ended_tasks = 0
@@ -67,15 +67,16 @@ class Display:
         self.before += sum(before)
         self.finished += sum(before)
 
-    def started(self, worker: int, task: Task) -> None:
+    def started(self, task: Task, place: str) -> None:
         self.work_began = self.work_began or time.monotonic()
-        bar = self.bars.add_task(describe(task), total=max(1, task.tokens), state="")
-        self.running[worker] = _Running(task, paced(self.say, LINE_EVERY), bar)
+        where = "" if place.startswith("worker") else f" on {place}"
+        bar = self.bars.add_task(f"{describe(task)}{where}", total=max(1, task.tokens), state="")
+        self.running[task.id] = _Running(task, paced(self.say, LINE_EVERY), bar)
         if not self.is_live:
-            self.say(f"start {describe(task)}")
+            self.say(f"start {describe(task)}{where}")
 
     def step(self, message: StepMessage) -> None:
-        running = self.running[message.worker]
+        running = self.running[message.task]
         task = running.task
         running.share = message.tokens / max(1, task.tokens)
         loss = "" if message.loss is None else f", loss {message.loss:.3f}"
@@ -93,14 +94,16 @@ class Display:
         self.bars.update(self.whole, completed=100 * self.share, state=whole)
 
     def ended(self, task: Task, message: EndMessage) -> None:
-        running = self.running.pop(message.worker)
-        self.bars.update(running.bar, visible=False)
-        self.finished += relative_cost(task)
-        self.ended_tasks += 1
-        if message.outcome == "done":
+        running = self.running.pop(message.task, None)
+        if running is not None:
+            self.bars.update(running.bar, visible=False)
+        if message.outcome == "done" or running is None:
+            self.finished += relative_cost(task)
+            self.ended_tasks += 1
             for warning in message.message.splitlines():
                 self.say(warning)
-            self.say(f"done {describe(task)} in {clock_time(message.busy)}")
+            how = "by another process" if running is None else f"in {clock_time(message.busy)}"
+            self.say(f"done {describe(task)} {how}")
 
     @property
     def done(self) -> float:

@@ -2,19 +2,20 @@
 
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from capgap.artifact import read_json, write_json
+from capgap.artifact import InUse, locked, read_json, write_json
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.tokens import Corpus
 from capgap.errors import Interrupted, UserError
-from capgap.machine import machine, resolve_device, versions
+from capgap.machine import machine, resolve_device, versions, visible_gpus
 from capgap.records import RunRecord, read_records
 from capgap.report.page import write_report
 from capgap.sizes import format_count
@@ -29,20 +30,38 @@ from capgap.sweep.checks import (
     claimed,
     lost_teachers,
 )
+from capgap.sweep.leases import Leases
 from capgap.sweep.plan import Plan, expected_baselines, plan_of, resolve_workers, select_baselines
 from capgap.sweep.progress import Display
 from capgap.sweep.recipe import Recipe
 from capgap.sweep.results import best_of, verdict_of
-from capgap.sweep.workers import EndMessage, Workers, peak_memory
+from capgap.sweep.schedule import (
+    LOOK_SECONDS,
+    Alone,
+    Attempt,
+    Claims,
+    EndMessage,
+    Engine,
+    Schedule,
+    Where,
+)
+from capgap.sweep.workers import Workers, peak_memory
 from capgap.train.settings import resolved_precision
 from capgap.train.trackers import gather_trackers
 
 
 def run_sweep(
-    recipe: Recipe, out: Path, display: Display, should_stop: ShouldStop = lambda: False
+    recipe: Recipe,
+    out: Path,
+    display: Display,
+    should_stop: ShouldStop = lambda: False,
+    on: Where = "here",
 ) -> dict[str, Any]:
     """Runs what is not recorded yet, then fits the law and writes the report; returns what `capgap
     sweep --json` prints.
+
+    `on`: worker processes `here`, alone in the folder; `shared` with other calls that take tasks by
+    leases, here too; the nodes of a `ray` cluster.
 
     Stopped or killed at any moment, the same call continues: finished runs are never computed
     again, half-done ones go on from their checkpoints. So does a recipe that has grown. UserError
@@ -58,7 +77,7 @@ def run_sweep(
         best = best_cells(plan, read_records(runner.context.out))
         runner.run(plan.teachers, select_baselines(plan, best))
 
-    return run_folder(plan, out, display, everything, should_stop, is_whole=True)
+    return run_folder(plan, out, display, everything, should_stop, is_whole=True, on=on)
 
 
 def run_folder(
@@ -69,25 +88,46 @@ def run_folder(
     should_stop: ShouldStop = lambda: False,
     *,
     is_whole: bool = False,
+    on: Where = "here",
 ) -> dict[str, Any]:
     """Everything around the runs: checks, corpus, workers, results. `work` asks for runs of the
     plan. `is_whole`: for all of them, so that there must be disk space for them, and the folder may
     hold some of a smaller plan."""
     asked = plan.recipe.run
-    number, threads = resolve_workers(asked.workers, resolve_device(asked.device), most=plan.width)
-    with _begun(plan, out, threads, is_whole=is_whole) as folder:
+    device, gpus = resolve_device(asked.device), visible_gpus(asked.device)
+    number, threads = resolve_workers(asked.workers, device, most=plan.width, gpus=len(gpus) or 1)
+    with ExitStack() as stack:
+        if on == "here":
+            folder = stack.enter_context(_begun(plan, out, threads, is_whole=is_whole))
+            claims: Claims = Alone()
+        else:
+            folder = stack.enter_context(joined(plan, out, threads, display.say, is_whole))
+            leases = stack.enter_context(Leases(folder.context.leases, stale=asked.lease_seconds))
+            claims = leases
         context = folder.context
-        with display, Workers(context, number) as workers:
-            if not folder.records:
+        stack.enter_context(display)
+        engine: Engine = Workers(context, number, gpus)
+        if on == "ray":
+            from capgap.sweep.on_ray import RayNodes
+
+            _become_driver(leases, folder, display.say, should_stop)
+            # every task takes its own lease, where it runs
+            claims, engine = Alone(), RayNodes(context, leases.owner)
+        with engine:
+            if on == "here" and not folder.records:
                 # they load torch while the corpus is prepared
-                workers.start()
+                engine.start()
             corpus = folder.prepare(display.say)
             try:
-                work(Runner(folder, workers, display, should_stop))
+                work(Runner(folder, engine, display, should_stop, claims))
             except (KeyboardInterrupt, SystemExit, Interrupted):
                 display.say("stopping: every worker saves its state")
                 raise
+        display.bars.stop()
+        if on == "shared" and not _is_finisher(leases, folder, should_stop):
+            return {"out": str(out), "report": str(out / "report.html"), "finished": "elsewhere"}
         display.say("fitting the law and writing the report")
+        folder.gather()
         folder.write(finished=datetime.now(UTC).isoformat(timespec="seconds"))
         with folder.stage("report"):
             best = best_of(context, plan, corpus)
@@ -112,10 +152,56 @@ def run_folder(
         }
 
 
-def prepare(plan: Plan, out: Path, say: Say) -> None:
-    """What is needed before any task: the folder's record of the recipe, and the corpus."""
-    with _begun(plan, out, None, is_whole=True) as folder:
-        folder.prepare(say)
+@contextmanager
+def joined(
+    plan: Plan, out: Path, threads: int | None, say: Say, is_whole: bool = True
+) -> Iterator["_Folder"]:
+    """The output folder beside other processes, prepared: the first does it, the others wait."""
+    has_said = False
+    while not _is_prepared(out, plan.recipe.hash()):
+        try:
+            with _begun(plan, out, None, is_whole=is_whole) as folder:
+                folder.prepare(say)
+        except InUse as error:
+            if not has_said:
+                say(f"{error}: waits for it to be prepared")
+            has_said = True
+            time.sleep(LOOK_SECONDS)
+    with locked(out, shared=True):
+        context = context_of(plan.recipe, out, threads)
+        earlier = read_json(out / "sweep.json").get("grown_from", [])
+        records = check_records(context, plan, earlier)
+        yield _Folder(plan, context, records, earlier, is_shared=True)
+
+
+def _is_prepared(out: Path, recipe_hash: str) -> bool:
+    path = out / "sweep.json"
+    found = read_json(path) if path.exists() else {}
+    return found.get("recipe_hash") == recipe_hash and found.get("corpus") is not None
+
+
+def _become_driver(leases: Leases, folder: "_Folder", say: Say, should_stop: ShouldStop) -> None:
+    """Waits until no other call has tasks run in the folder."""
+    if not leases.take("driver"):
+        say(
+            f"another driver is at work in {folder.context.out}: waits until it ends, or is not "
+            f"heard of for {leases.stale:g} s"
+        )
+    while not leases.take("driver"):
+        if should_stop():
+            raise Interrupted
+        time.sleep(LOOK_SECONDS)
+
+
+def _is_finisher(leases: Leases, folder: "_Folder", should_stop: ShouldStop) -> bool:
+    """Whether the results are this process's to write; False when another has written them."""
+    while not leases.take("report"):
+        if read_json(folder.path).get("finished") is not None:
+            return False
+        if should_stop():
+            raise Interrupted
+        time.sleep(LOOK_SECONDS)
+    return read_json(folder.path).get("finished") is None
 
 
 @contextmanager
@@ -147,9 +233,10 @@ class Runner:
     """Runs teachers and columns of one plan, as often as asked; what is recorded is left alone."""
 
     folder: "_Folder"
-    workers: Workers
+    engine: Engine
     display: Display
     should_stop: ShouldStop
+    claims: Claims = field(default_factory=Alone)
 
     def __post_init__(self) -> None:
         self.context = self.folder.context
@@ -170,18 +257,35 @@ class Runner:
         tasks: list[Task] = [*own, *columns]
         done = [task.id for task in tasks if self.context.is_done(task) and task not in lost]
         self.display.expect(tasks, done, later)
-        self.workers.run(
-            [task for task in tasks if task.id not in done],
-            finished=self._finished,
+        schedule = Schedule(
+            self.engine,
+            self.claims,
+            is_done=self.context.is_done,
+            micro_batch=self._smaller,
             should_stop=self.should_stop,
             on_start=self.display.started,
             on_step=self.display.step,
             on_end=self._ended,
+            on_failure=self._failed,
+            attempts=self.folder.attempts,
+            is_shared=self.folder.is_shared,
         )
+        schedule.run([task for task in tasks if task.id not in done], self._finished)
+
+    def _smaller(self, tokens: int | None) -> int | None:
+        """Half of what went through the models at once, in whole windows that divide a batch."""
+        training, window = self.context.recipe.training, self.context.recipe.corpus.window
+        windows = (tokens or training.micro_batch_tokens or training.batch_tokens) // window
+        smaller = [one for one in range(1, windows // 2 + 1) if windows % one == 0]
+        return smaller[-1] * window if smaller else None
 
     def _ended(self, task: Task, message: EndMessage) -> None:
         self.display.ended(task, message)
         self.folder.add(message)
+
+    def _failed(self, attempt: Attempt) -> None:
+        self.display.say(f"warning: {attempt.sentence()}")
+        self.folder.write()
 
 
 def best_cells(plan: Plan, records: Sequence[RunRecord]) -> list[Cell]:
@@ -199,10 +303,17 @@ def best_cells(plan: Plan, records: Sequence[RunRecord]) -> list[Cell]:
 
 class _Folder:
     """The output folder of a plan with its corpus, and with `sweep.json`: what the sweep is, and
-    seconds by stage over all its sessions. `records` are those that are there."""
+    seconds by stage over all its sessions. `records` are those that are there. Of processes that
+    share it one writes at the end, by `gather`; before, each has a file of its own."""
 
     def __init__(
-        self, plan: Plan, context: Context, records: Sequence[RunRecord], earlier: Sequence[str]
+        self,
+        plan: Plan,
+        context: Context,
+        records: Sequence[RunRecord],
+        earlier: Sequence[str],
+        *,
+        is_shared: bool = False,
     ) -> None:
         self.plan = plan
         self.context = context
@@ -227,8 +338,11 @@ class _Folder:
             "corpus": before.get("corpus"),
             "best": ended.get("best"),
         }
-        self.stages: dict[str, float] = before.get("stages", {})
-        self._peaks: dict[int, int] = {}
+        self.is_shared = is_shared
+        self._own = context.out / "work" / "sessions" / f"{uuid.uuid4().hex}.json"
+        self.stages: dict[str, float] = {} if is_shared else before.get("stages", {})
+        self.attempts = [Attempt(**one) for one in before.get("attempts", [])]
+        self._peaks: dict[str, int] = {}
         self._peak_before: int = before.get("peak_memory_bytes", 0)
         self._wall_before: float = before.get("wall_seconds", 0.0)
         self._start = time.monotonic()
@@ -243,7 +357,7 @@ class _Folder:
 
     def add(self, message: EndMessage) -> None:
         """What a task spent outside all stages is `python`: the overhead of our own code."""
-        self._peaks[message.worker] = message.peak_memory
+        self._peaks[message.place] = message.peak_memory
         for name, seconds in message.seconds.items():
             self._spent(name, seconds)
         self._spent("python", max(0.0, message.busy - sum(message.seconds.values())))
@@ -265,10 +379,29 @@ class _Folder:
         self.fields |= changed
         measured = {
             "stages": self.stages,
+            "attempts": [vars(one) for one in self.attempts],
             "wall_seconds": self.wall_seconds,
             "peak_memory_bytes": self.peak_memory,
         }
-        write_json(self.path, self.fields | measured)
+        if self.is_shared:
+            write_json(self._own, measured)
+        else:
+            write_json(self.path, self.fields | measured)
+
+    def gather(self) -> None:
+        """What all processes that shared the folder spent; from here on this one writes."""
+        if not self.is_shared:
+            return
+        self.write()
+        self.is_shared = False
+        before = read_json(self.path)
+        self.stages, self.attempts = before.get("stages", {}), []
+        for path in sorted(self._own.parent.glob("*.json")):
+            found = read_json(path)
+            self.attempts += [Attempt(**one) for one in found["attempts"]]
+            for name, seconds in found["stages"].items():
+                self._spent(name, seconds)
+        shutil.rmtree(self._own.parent)
 
     def prepare(self, say: Say) -> Corpus:
         """The corpus of the sweep; once something is recorded, no other text may take its place."""

@@ -23,6 +23,7 @@ from capgap.sweep.plan import Plan, plan_of
 from capgap.sweep.progress import Display
 from capgap.sweep.recipe import Recipe, SearchSettings
 from capgap.sweep.runner import Runner, run_folder
+from capgap.sweep.schedule import Where
 from capgap.sweep.search_model import (
     Choice,
     History,
@@ -44,6 +45,7 @@ def run_search(
     display: Display,
     settings: SearchSettings,
     should_stop: ShouldStop = lambda: False,
+    on: Where = "here",
 ) -> dict[str, Any]:
     """The best teacher of every student for a share of the grid's FLOPs; writes search.json and
     what a sweep writes, and returns what `capgap search --json` prints. Stopped at any moment, the
@@ -53,7 +55,7 @@ def run_search(
     does not pay for the first runs.
     """
     search = GridSearch(recipe, settings)
-    result = run_folder(search.plan, out, display, search.run, should_stop)
+    result = run_folder(search.plan, out, display, search.run, should_stop, on=on)
     trace = search.trace()
     return result | {"search": {name: trace[name] for name in TOLD}}
 

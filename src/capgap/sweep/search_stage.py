@@ -33,7 +33,7 @@ class Search(Sweep, SearchSettings):
     def _run(self, display: "Display", should_stop: ShouldStop) -> dict[str, Any]:
         from capgap.sweep.search import run_search
 
-        return run_search(self.loaded, self.folder, display, self, should_stop)
+        return run_search(self.loaded, self.folder, display, self, should_stop, self.where)
 
     def told(self, found: dict[str, Any]) -> str:
         if not self.dry_run:

@@ -1,13 +1,18 @@
 """The stages of grids: a whole sweep, and one of its tasks by itself."""
 
-import time
+import os
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from capgap.artifact import InUse, locked, read_json
-from capgap.errors import UserError
+from pydantic import model_validator
+
+from capgap.artifact import InUse
+from capgap.errors import Interrupted, UserError
 from capgap.machine import started
+from capgap.section import Count
 from capgap.sizes import clock_time, format_count
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Say, ShouldStop, Stage, paced, text_table
 from capgap.sweep.recipe import Recipe
@@ -16,8 +21,11 @@ if TYPE_CHECKING:
     from capgap.sweep.cells import Context, Task
     from capgap.sweep.plan import Plan
     from capgap.sweep.progress import Display
+    from capgap.sweep.schedule import EndMessage, StepMessage, Where
 
-WAIT = 1.0  # seconds
+# What a task says that is begun again with less at once, or when another is done with it
+OUT_OF_MEMORY = "no memory for what is read at once"
+IN_USE = "another process is at work on"
 PARTS = {
     "teacher_training": "T train",
     "teacher_forward": "T forward",
@@ -56,10 +64,25 @@ class Sweep(OfRecipe):
     dry_run: Annotated[
         bool, HOW, "Print every run, its cost and the time; run and write nothing."
     ] = False
+    on: Annotated[Literal["here", "ray"], HOW, "Run tasks here, or on a Ray cluster:"] = "here"
+    worker: Annotated[
+        bool, HOW, "Take tasks beside other such calls that work in the same folder."
+    ] = False
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.worker and self.on == "ray":
+            raise ValueError("worker and on=ray: take one, since Ray's tasks are workers")
+        return self
 
     @property
     def folder(self) -> Path:
         return self.out or Path("runs") / f"{self.loaded.name}{self.folder_ending}"
+
+    @property
+    def where(self) -> "Where":
+        """As `run_sweep` takes it."""
+        return "shared" if self.worker else self.on
 
     @property
     def writes(self) -> tuple[Path, ...]:
@@ -93,7 +116,7 @@ class Sweep(OfRecipe):
     def _run(self, display: "Display", should_stop: ShouldStop) -> dict[str, Any]:
         from capgap.sweep.runner import run_sweep
 
-        return run_sweep(self.loaded, self.folder, display, should_stop)
+        return run_sweep(self.loaded, self.folder, display, should_stop, self.where)
 
     def told(self, found: dict[str, Any]) -> str:
         return _told_preview(found) if self.dry_run else _told_results(found)
@@ -105,7 +128,7 @@ class Sweep(OfRecipe):
         return ("init", "mine.toml", *own, "--students", "SIZE,SIZE,SIZE", "--tokens", "TOKENS")
 
     def failure(self, found: dict[str, Any]) -> str:
-        if self.dry_run or found["best"] is not None:
+        if self.dry_run or "finished" in found or found["best"] is not None:
             return ""
         return f"no cell of the {self.title()} was finished; see the report"
 
@@ -153,6 +176,8 @@ def _told_preview(found: dict[str, Any]) -> str:
 
 def _told_results(found: dict[str, Any]) -> str:
     """The answer, where the results lie, and each stage's share of the work."""
+    if "finished" in found:
+        return f"every task is done; another process wrote the report: {found['report']}"
     stages = found["stages"]
     total = sum(stages.values())
     rows = [
@@ -180,6 +205,15 @@ class Column(OfRecipe):
 
     task: Annotated[str | None, ARGUMENT, "Which; without it all are listed."] = None
     out: Annotated[Path, HOW, "The sweep's output folder, which all its tasks share."]
+    runs: Annotated[
+        tuple[str, ...], SEVERAL, HOW, "Of a column these runs alone; may be given several times."
+    ] = ()
+    micro_batch_tokens: Annotated[
+        Count | None, HOW, "Tokens at once, in place of the recipe's, where memory is short."
+    ] = None
+    owner: Annotated[
+        str | None, HOW, "Name of who asks: it may take the task over from its own earlier try."
+    ] = None
 
     def run(
         self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
@@ -187,31 +221,33 @@ class Column(OfRecipe):
         """Prepares the folder where no task has yet, trains, and records every run.
 
         Several tasks may run at once in one folder, on one machine or on several that share it,
-        but not beside a sweep. UserError: no such task, or one whose teacher is not trained yet.
+        but not beside a sweep that is alone in it. UserError: no such task, one whose teacher is
+        not trained yet, or one that another process is at.
         """
         from capgap.sweep.plan import plan_of
-        from capgap.sweep.runner import context_of
+        from capgap.sweep.runner import context_of, joined
 
         plan = plan_of(self.loaded)
         always = plan.baselines if plan.recipe.baselines == "all" else ()
         tasks = {task.id: task for task in plan.tasks(always)}
+        if self.runs:
+            assert self.task is not None
+            tasks[self.task] = _part_of(plan, self.task, self.runs)
         if self.task is None:
             context = context_of(plan.recipe, self.out, None)
             return {"tasks": [_described(context, task) for task in tasks.values()]}
         if self.task not in tasks:
             raise UserError(f"no task {self.task!r} in this sweep: without one all are listed")
-        self._prepare(plan, say)
-        with locked(self.out, shared=True):
-            context = context_of(plan.recipe, self.out, None)
-            task = tasks[self.task]
+        task = tasks[self.task]
+        with joined(plan, self.out, None, say) as folder:
+            context = folder.context
             missing = _described(context, task)["needs"]
             if missing:
                 raise UserError(
                     f"{task.id} needs {missing[0]}, which is not trained yet: run it first"
                 )
-            with locked(context.out / "work" / "tasks" / task.id):
-                warnings = _run_task(context, task, say, should_stop)
-            return _described(context, task) | {"warnings": warnings}
+            ended = self._work(context, task, say, should_stop)
+            return _described(context, task) | {"warnings": ended.message.splitlines()} | ended.cost
 
     def told(self, found: dict[str, Any]) -> str:
         if self.task is None:
@@ -220,25 +256,44 @@ class Column(OfRecipe):
         warnings = "".join(f"{warning}\n" for warning in found["warnings"])
         return f"{warnings}{found['id']}: {found['state']}, recorded in {self.out}/records"
 
-    def _prepare(self, plan: "Plan", say: Say) -> None:
-        """The first of several tasks does it; the others wait."""
-        from capgap.sweep.runner import prepare
+    def _work(
+        self, context: "Context", task: "Task", say: Say, should_stop: ShouldStop
+    ) -> "EndMessage":
+        """How the task ended, which is well."""
+        from capgap.sweep.leases import Leases
+        from capgap.sweep.schedule import EndMessage
+        from capgap.sweep.workers import run_task
 
-        has_said = False
-        while not _is_prepared(self.out, plan.recipe.hash()):
-            try:
-                prepare(plan, self.out, say)
-            except InUse as error:
-                if not has_said:
-                    say(f"{error}: waits for it to be prepared")
-                has_said = True
-                time.sleep(WAIT)
+        stale = context.recipe.run.lease_seconds
+        with Leases(context.leases, self.owner, stale=stale) as leases:
+            if context.is_done(task):
+                return EndMessage(task.id, "done")
+            if not leases.take(task.id):
+                raise InUse(f"{IN_USE} {task.id} in {self.out}")
+            tell, parent = paced(say), os.getppid()
 
+            def on_step(message: "StepMessage") -> None:
+                leases.tell(task.id, vars(message))
+                tell(lambda: f"{task.id}: {message.tokens:,} of {task.tokens:,} tokens")
 
-def _is_prepared(out: Path, recipe_hash: str) -> bool:
-    path = out / "sweep.json"
-    found = read_json(path) if path.exists() else {}
-    return found.get("recipe_hash") == recipe_hash and found.get("corpus") is not None
+            def stops() -> bool:
+                # whoever asked for it was killed: others may begin it again
+                is_orphan = self.owner is not None and os.getppid() != parent
+                return should_stop() or task.id in leases.lost() or is_orphan
+
+            own = context.with_micro_batch(self.micro_batch_tokens)
+            ended = run_task(os.uname().nodename, own, task, on_step, stops)
+        if ended.outcome == "stopped":
+            raise Interrupted
+        if ended.outcome == "crashed":
+            raise RuntimeError(f"{task.id} broke:\n{ended.message}")
+        if ended.outcome == "out_of_memory":
+            raise UserError(
+                f"{OUT_OF_MEMORY} ({ended.message}): fewer `micro_batch_tokens` take less"
+            )
+        if ended.outcome == "user_error":
+            raise UserError(ended.message)
+        return ended
 
 
 def _described(context: "Context", task: "Task") -> dict[str, Any]:
@@ -248,19 +303,11 @@ def _described(context: "Context", task: "Task") -> dict[str, Any]:
     return {"id": task.id, "state": state, "runs": list(task.runs), "needs": missing}
 
 
-def _run_task(context: "Context", task: "Task", say: Say, should_stop: ShouldStop) -> list[str]:
-    """What there was to warn of."""
-    from capgap.sweep.tasks import TaskRun
-    from capgap.train.loop import Progress
-    from capgap.train.metrics import StageClock
-
-    if context.is_done(task):
-        return []
-    tell = paced(say)
-
-    def on_step(progress: Progress) -> None:
-        tell(lambda: f"{task.id}: {progress.tokens:,} of {task.tokens:,} tokens")
-
-    run = TaskRun(context, StageClock(context.device), should_stop, on_step)
-    run.run(task)
-    return run.warnings
+def _part_of(plan: "Plan", name: str, runs: Sequence[str]) -> "Task":
+    """The column with these runs alone, under a name of its own: a search has such, and baselines
+    of the best teachers. UserError where none has them."""
+    for column in (*plan.columns, *plan.baselines):
+        own = tuple(cell for cell in column.cells if cell.id in runs)
+        if own:
+            return replace(column, id=name, cells=own)
+    raise UserError(f"no column of this sweep has the run {runs[0]!r}")

@@ -1,6 +1,7 @@
-"""Worker processes, and which task runs next on which. Knows nothing of models or screens."""
+"""Worker processes of this machine, one a core or one a GPU."""
 
 import multiprocessing
+import os
 import queue
 import resource
 import signal
@@ -8,50 +9,39 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
-from typing import Any, Literal
+from typing import Any
 
-from capgap.errors import Interrupted, UserError, WorkerDied, is_disk_full
-from capgap.sweep.cells import Context, Task, Teacher, Work
+from capgap.errors import (
+    Interrupted,
+    UserError,
+    WorkerDied,
+    first_line,
+    is_disk_full,
+    is_out_of_memory,
+)
+from capgap.machine import VISIBLE_GPUS
+from capgap.sweep.cells import Context, Task
+from capgap.sweep.schedule import EndMessage, Outcome, StepMessage
 
-Outcome = Literal["done", "stopped", "user_error", "crashed"]
 STEPS_EVERY = 0.25  # seconds between two messages about steps
 PARENT_CHECK_SECONDS = 1.0
 POLL_SECONDS = 0.2
 
 
-@dataclass(frozen=True)
-class StepMessage:
-    worker: int
-    task: str
-    tokens: int
-    tokens_per_second: float
-    loss: float | None
-
-
-@dataclass(frozen=True)
-class EndMessage:
-    """How a task ended. `seconds` are those of its stages, `busy` of the whole task;
-    `peak_memory` is the worker's so far, in bytes."""
-
-    worker: int
-    task: str
-    outcome: Outcome
-    message: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-    busy: float = 0.0
-    peak_memory: int = 0
+# What a worker is given: a task, and what it takes at once in place of the recipe's micro-batch
+Given = tuple[Task, int | None]
 
 
 def work(
-    worker: int,
+    place: str,
     context: Context,
-    tasks: "Queue[Task | None]",
+    tasks: "Queue[Given | None]",
     messages: "Queue[StepMessage | EndMessage]",
     stop: Event,
 ) -> None:
@@ -65,8 +55,14 @@ def work(
         torch.set_num_threads(context.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    while (task := _next_task(tasks)) is not None:
-        messages.put(_run(worker, context, task, messages, stop))
+
+    def stops() -> bool:
+        return stop.is_set() or _is_orphan()
+
+    while (given := _next_task(tasks)) is not None:
+        task, micro_batch_tokens = given
+        own = context.with_micro_batch(micro_batch_tokens)
+        messages.put(run_task(place, own, task, messages.put, stops))
 
 
 def _is_orphan() -> bool:
@@ -75,7 +71,7 @@ def _is_orphan() -> bool:
     return parent is not None and not parent.is_alive()
 
 
-def _next_task(tasks: "Queue[Task | None]") -> Task | None:
+def _next_task(tasks: "Queue[Given | None]") -> Given | None:
     """Waits for a task; None at the end."""
     while not _is_orphan():
         try:
@@ -85,13 +81,14 @@ def _next_task(tasks: "Queue[Task | None]") -> Task | None:
     return None
 
 
-def _run(
-    worker: int,
+def run_task(
+    place: str,
     context: Context,
     task: Task,
-    messages: "Queue[StepMessage | EndMessage]",
-    stop: Event,
+    tell: Callable[[StepMessage], None],
+    should_stop: Callable[[], bool],
 ) -> EndMessage:
+    """A task in this process, and how it ended."""
     from capgap.sweep.tasks import TaskRun
     from capgap.train.loop import Progress
     from capgap.train.metrics import StageClock
@@ -109,10 +106,7 @@ def _run(
             last = [one for step in progress.reports for one in step.learners.values()][-1:]
             loss = last[0].loss if last else None
             rate = learner_tokens / (now - start)
-            messages.put(StepMessage(worker, task.id, progress.tokens, rate, loss))
-
-    def should_stop() -> bool:
-        return stop.is_set() or _is_orphan()
+            tell(StepMessage(task.id, progress.tokens, rate, loss))
 
     outcome: Outcome = "done"
     message = ""
@@ -126,6 +120,8 @@ def _run(
         outcome, message = "user_error", str(error)
     except Exception as error:
         outcome, message = "crashed", traceback.format_exc()
+        if is_out_of_memory(error):
+            outcome, message = "out_of_memory", first_line(error)
         if is_disk_full(error):
             outcome = "user_error"
             message = (
@@ -133,38 +129,14 @@ def _run(
                 "what is finished is kept"
             )
     busy = time.monotonic() - start
-    return EndMessage(worker, task.id, outcome, message, clock.seconds, busy, peak_memory())
+    peak = peak_memory()
+    return EndMessage(task.id, outcome, message, clock.seconds, busy, peak, place)
 
 
 def peak_memory() -> int:
     """The largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds a token = overhead + FLOPs a token / flops_per_second, for one worker. A forward pass
-    has a third of the overhead of a training step."""
-
-    overhead: float
-    flops_per_second: float
-
-    def seconds(self, work: Work) -> float:
-        trained = sum(tokens for _, tokens in work.trained)
-        tokens = trained + sum(tokens for _, tokens in work.read) / 3
-        flops = work.training_flops + work.forward_flops
-        return tokens * self.overhead + flops / self.flops_per_second
-
-
-# Small models are bound by what every token costs whatever the size: on one CPU thread it was
-# measured at about half a million floating-point operations a token and model.
-RELATIVE = Speed(overhead=5e5, flops_per_second=1.0)
-
-
-def relative_cost(task: Task) -> float:
-    """Expected time in units of their own; that of a teacher that exists is next to none."""
-    return RELATIVE.seconds(task.work) or 1.0
 
 
 @contextmanager
@@ -189,20 +161,38 @@ def _uninterrupted() -> Iterator[None]:
             signal.raise_signal(sent[0])
 
 
+@contextmanager
+def _seen(gpu: str | None) -> Iterator[None]:
+    """A process that is started inside sees that GPU alone, by number 0."""
+    before = os.environ.get(VISIBLE_GPUS)
+    if gpu is not None:
+        os.environ[VISIBLE_GPUS] = gpu
+    try:
+        yield
+    finally:
+        if gpu is not None:
+            os.environ.pop(VISIBLE_GPUS)
+            if before is not None:
+                os.environ[VISIBLE_GPUS] = before
+
+
 @dataclass
 class _Worker:
+    number: int
+    place: str
     process: BaseProcess
     tasks: Any
-    task: Task | None = None
+    task: str | None = None
 
 
 @dataclass
 class Workers:
-    """A pool of worker processes; use as a context manager. They start with the first task, or
-    when `start` is called."""
+    """An engine of worker processes, on all GPUs in turn. They start with the first task, or when
+    `start` is called."""
 
     context: Context
     number: int
+    gpus: tuple[str, ...] = ()
     workers: list[_Worker] = field(default_factory=list)
 
     def __enter__(self) -> "Workers":
@@ -216,16 +206,23 @@ class Workers:
         kind = "forkserver" if self.context.device == "cpu" else "spawn"
         start: Any = multiprocessing.get_context(kind)
         start.set_forkserver_preload(["capgap.sweep.tasks"])
-        self.messages: Any = start.Queue()
+        self.begin, self.talk = start, start.Queue()
         self.stop = start.Event()
         # half a start would leave a process that looks for what is gone
         with _uninterrupted():
-            for index in range(self.number):
-                tasks = start.Queue()
-                given = (index, self.context, tasks, self.messages, self.stop)
-                process = start.Process(target=work, args=given, daemon=True)
-                process.start()
-                self.workers.append(_Worker(process, tasks))
+            for number in range(self.number):
+                self._begin(number)
+
+    def _begin(self, number: int) -> None:
+        """A worker process, which sees one GPU where there are some."""
+        gpu = self.gpus[number % len(self.gpus)] if self.gpus else None
+        place = f"worker {number + 1}" if gpu is None else f"GPU {gpu}"
+        tasks = self.begin.Queue()
+        given = (place, self.context, tasks, self.talk, self.stop)
+        process = self.begin.Process(target=work, args=given, daemon=True)
+        with _seen(gpu):
+            process.start()
+        self.workers.append(_Worker(number, place, process, tasks))
 
     def __exit__(self, *exception: object) -> None:
         """Lets running tasks save their state, then ends all workers."""
@@ -243,68 +240,43 @@ class Workers:
             if worker.process.is_alive():
                 worker.process.kill()
 
-    def run(
-        self,
-        tasks: Iterable[Task],
-        *,
-        finished: set[str],
-        should_stop: Callable[[], bool] = lambda: False,
-        on_start: Callable[[int, Task], None],
-        on_step: Callable[[StepMessage], None],
-        on_end: Callable[[Task, EndMessage], None],
-    ) -> None:
-        """Runs all tasks, the costliest that can start first. `finished` (ids) grows with them.
+    def has_place(self) -> bool:
+        return any(worker.task is None for worker in self.workers)
 
-        UserError if a task met a user's mistake, WorkerDied if its process ended, RuntimeError with
-        its traceback if it broke, Interrupted when `should_stop` said so; the others save their
-        state first.
-        """
-        # teachers first, since columns wait for them; then the longest, so that ends meet
-        waiting = sorted(
-            tasks, key=lambda one: (isinstance(one, Teacher), relative_cost(one)), reverse=True
-        )
-        if waiting:
-            self.start()
-        while waiting or any(worker.task is not None for worker in self.workers):
-            if should_stop():
-                raise Interrupted
-            # every time: the messages of the others would else hide a worker that died
-            self._check_alive()
-            for index, worker in enumerate(self.workers):
-                ready = (one for one in waiting if one.needs <= finished)
-                task = None if worker.task is not None else next(ready, None)
-                if task is not None:
-                    waiting.remove(task)
-                    worker.task = task
-                    worker.tasks.put(task)
-                    on_start(index, task)
-            message = self._next_message()
-            if isinstance(message, StepMessage):
-                on_step(message)
-            elif message is not None:
-                worker = self.workers[message.worker]
-                ended, worker.task = worker.task, None
-                assert ended is not None
-                on_end(ended, message)
-                if message.outcome == "user_error":
-                    raise UserError(message.message)
-                if message.outcome == "crashed":
-                    raise RuntimeError(f"{message.task} broke:\n{message.message}")
-                assert message.outcome == "done"
-                finished.add(ended.id)
+    def submit(self, task: Task, micro_batch_tokens: int | None) -> str:
+        worker = next(one for one in self.workers if one.task is None)
+        worker.task = task.id
+        worker.tasks.put((task, micro_batch_tokens))
+        return worker.place
 
-    def _next_message(self) -> StepMessage | EndMessage | None:
-        try:
-            return self.messages.get(timeout=POLL_SECONDS)
-        except queue.Empty:
-            return None
-
-    def _check_alive(self) -> None:
+    def messages(self) -> "list[StepMessage | EndMessage]":
+        """WorkerDied where a process ended by itself."""
+        # every time: the messages of the others would else hide a worker that died
         for worker in self.workers:
             if not worker.process.is_alive():
-                doing = "waiting for work" if worker.task is None else f"at {worker.task.id}"
+                doing = "waiting for work" if worker.task is None else f"at {worker.task}"
                 raise WorkerDied(
                     f"the worker process {doing} ended with code {worker.process.exitcode}, "
                     "mostly for lack of memory: try fewer workers (run.workers=1); "
                     "the same command continues"
                 )
+        message = self._next_message()
+        if isinstance(message, EndMessage):
+            self._worker_of(message.task).task = None
+        return [] if message is None else [message]
+
+    def cancel(self, task: str) -> None:
+        worker = self._worker_of(task)
+        worker.process.kill()
+        worker.process.join()
+        self.workers.remove(worker)
+        self._begin(worker.number)
+
+    def _worker_of(self, task: str) -> _Worker:
+        return next(worker for worker in self.workers if worker.task == task)
+
+    def _next_message(self) -> StepMessage | EndMessage | None:
+        try:
+            return self.talk.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            return None

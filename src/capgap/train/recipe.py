@@ -89,6 +89,9 @@ class RunSection(Section):
     ] = "auto"
     checkpoint_seconds: Annotated[float, Field(ge=0), "Least time between checkpoints."] = 30.0
     checkpoint_share: Annotated[ProperFraction, "Most that checkpoints take of the time."] = 0.02
+    lease_seconds: Annotated[
+        Positive, "Other processes take over a task whose own is not heard of for so long."
+    ] = 60.0
     checkpoints: Annotated[int, Field(ge=1), "Checkpoints of a running task that are kept."] = 2
     compile: Annotated[
         Literal["auto", "on", "off"],

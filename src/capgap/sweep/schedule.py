@@ -1,0 +1,260 @@
+"""Which task runs next, on whatever runs tasks: processes of this machine, or a cluster's nodes.
+
+Knows nothing of models or screens, and no clock but the one that it is given.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from capgap.errors import Interrupted, UserError
+from capgap.sweep.cells import Task, Teacher, Work
+
+Outcome = Literal["done", "stopped", "user_error", "crashed", "out_of_memory", "lost", "taken"]
+# Where the tasks of a sweep run: processes of this machine, alone in the folder or beside others
+# that share it; the nodes of a Ray cluster
+Where = Literal["here", "shared", "ray"]
+# How often a task is begun whose process, node or memory fails it
+ATTEMPTS = 5
+# Between two looks at what others have done in a folder that several work in
+LOOK_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class StepMessage:
+    task: str
+    tokens: int
+    tokens_per_second: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class EndMessage:
+    """How a task ended, and where. `seconds` are those of its stages, `busy` of the whole task;
+    `peak_memory` is that of its process so far, in bytes."""
+
+    task: str
+    outcome: Outcome
+    message: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    busy: float = 0.0
+    peak_memory: int = 0
+    place: str = ""
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("seconds", "busy", "peak_memory")}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A try that failed, for the records. `micro_batch_tokens`: what the next one takes at once,
+    None for the recipe's."""
+
+    task: str
+    place: str
+    outcome: Outcome
+    reason: str
+    micro_batch_tokens: int | None = None
+
+    def sentence(self) -> str:
+        """What happened, and what is done."""
+        how = ""
+        if self.outcome == "out_of_memory" and self.micro_batch_tokens is not None:
+            how = f" with {self.micro_batch_tokens:,} tokens at once"
+        what = self.outcome.replace("_", " ")
+        return f"{self.task} on {self.place}: {what} ({self.reason}); tried again{how}"
+
+
+class Engine(AbstractContextManager["Engine"], Protocol):
+    """What runs tasks. Leaving it lets running ones save their state."""
+
+    def start(self) -> None:
+        """Begins what takes a while; `submit` does it otherwise."""
+
+    def has_place(self) -> bool:
+        """Whether another task can begin now."""
+
+    def submit(self, task: Task, micro_batch_tokens: int | None) -> str:
+        """Begins a task; returns where. UserError where nothing could ever run it."""
+
+    def messages(self) -> Sequence[StepMessage | EndMessage]:
+        """What came since, after waiting for a moment; raises what ends the sweep."""
+
+    def cancel(self, task: str) -> None:
+        """Ends a running task, whose state others have."""
+
+
+class Claims(Protocol):
+    """Whose a task is, where several processes work in one folder."""
+
+    def take(self, task: str) -> bool:
+        """Whether it is ours now."""
+
+    def release(self, task: str) -> None:
+        """Others may take it."""
+
+    def lost(self) -> set[str]:
+        """Those of ours that others have taken over."""
+
+
+class Alone:
+    """No process works in the folder but this one."""
+
+    def take(self, task: str) -> bool:
+        return True
+
+    def release(self, task: str) -> None:
+        pass
+
+    def lost(self) -> set[str]:
+        return set()
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds a token = overhead + FLOPs a token / flops_per_second, for one worker. A forward pass
+    has a third of the overhead of a training step."""
+
+    overhead: float
+    flops_per_second: float
+
+    def seconds(self, work: Work) -> float:
+        trained = sum(tokens for _, tokens in work.trained)
+        tokens = trained + sum(tokens for _, tokens in work.read) / 3
+        flops = work.training_flops + work.forward_flops
+        return tokens * self.overhead + flops / self.flops_per_second
+
+
+# Small models are bound by what every token costs whatever the size: on one CPU thread it was
+# measured at about half a million floating-point operations a token and model.
+RELATIVE = Speed(overhead=5e5, flops_per_second=1.0)
+
+
+def relative_cost(task: Task) -> float:
+    """Expected time in units of their own; that of a teacher that exists is next to none."""
+    return RELATIVE.seconds(task.work) or 1.0
+
+
+@dataclass
+class Schedule:
+    """Runs tasks on an engine, each after those that it needs, the costliest first.
+
+    is_done: whether a task is recorded, by whomever. micro_batch: what a task takes at once after
+    it had no memory for more, None where it cannot be less. `attempts` are those that failed, from
+    earlier sessions too. is_shared: other processes run tasks of the same folder.
+    """
+
+    engine: Engine
+    claims: Claims
+    is_done: Callable[[Task], bool]
+    micro_batch: Callable[[int | None], int | None]
+    should_stop: Callable[[], bool]
+    on_start: Callable[[Task, str], None]
+    on_step: Callable[[StepMessage], None]
+    on_end: Callable[[Task, EndMessage], None]
+    on_failure: Callable[[Attempt], None]
+    attempts: list[Attempt] = field(default_factory=list)
+    is_shared: bool = False
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self._tries: Counter[str] = Counter()
+        self._not_before: dict[str, float] = {}
+
+    def run(self, tasks: Iterable[Task], finished: set[str]) -> None:
+        """Runs all tasks; `finished` (ids) grows with them.
+
+        UserError if a task met a user's mistake or failed too often, RuntimeError with its
+        traceback if it broke, Interrupted when `should_stop` said so, what the engine raises; the
+        others save their state first.
+        """
+        # teachers first, since columns wait for them; then the longest, so that ends meet
+        waiting = sorted(
+            tasks, key=lambda one: (isinstance(one, Teacher), relative_cost(one)), reverse=True
+        )
+        if waiting:
+            self.engine.start()
+        running: dict[str, Task] = {}
+        looked = self.clock()
+        while waiting or running:
+            if self.should_stop():
+                raise Interrupted
+            for task in self._ready(waiting, finished):
+                waiting.remove(task)
+                if self.is_shared and self.is_done(task):
+                    self.claims.release(task.id)
+                    self._elsewhere(task, finished)
+                    continue
+                running[task.id] = task
+                self.on_start(task, self.engine.submit(task, self._last_micro_batch(task.id)))
+            for message in self.engine.messages():
+                if isinstance(message, StepMessage):
+                    self.on_step(message)
+                elif message.task in running:
+                    ended = running.pop(message.task)
+                    if self._ended(ended, message):
+                        finished.add(ended.id)
+                    else:
+                        waiting.insert(0, ended)
+            if self.is_shared and self.clock() - looked > LOOK_SECONDS:
+                looked = self.clock()
+                for task in list(filter(self.is_done, waiting)):
+                    waiting.remove(task)
+                    self._elsewhere(task, finished)
+                for name in self.claims.lost() & running.keys():
+                    self.engine.cancel(name)
+                    waiting.append(running.pop(name))
+
+    def _elsewhere(self, task: Task, finished: set[str]) -> None:
+        """Another process has done it."""
+        finished.add(task.id)
+        self.on_end(task, EndMessage(task.id, "taken"))
+
+    def _ready(self, waiting: Sequence[Task], finished: set[str]) -> Iterator[Task]:
+        """What may begin now, as long as there are places."""
+        for task in list(waiting):
+            if not self.engine.has_place():
+                return
+            is_early = self.clock() < self._not_before.get(task.id, -math.inf)
+            if is_early or not task.needs <= finished:
+                continue
+            if self.claims.take(task.id):
+                yield task
+            else:
+                self._not_before[task.id] = self.clock() + LOOK_SECONDS
+
+    def _last_micro_batch(self, task: str) -> int | None:
+        tried = [one.micro_batch_tokens for one in self.attempts if one.task == task]
+        return tried[-1] if tried else None
+
+    def _ended(self, task: Task, message: EndMessage) -> bool:
+        """Whether it is done; raises where it should not be tried again."""
+        self.on_end(task, message)
+        self.claims.release(task.id)
+        if message.outcome == "user_error":
+            raise UserError(message.message)
+        if message.outcome == "crashed":
+            raise RuntimeError(f"{task.id} broke:\n{message.message}")
+        if message.outcome == "taken":
+            self._not_before[task.id] = self.clock() + LOOK_SECONDS
+        if message.outcome in ("done", "taken"):
+            return message.outcome == "done"
+        before = self._last_micro_batch(task.id)
+        smaller = self.micro_batch(before) if message.outcome == "out_of_memory" else before
+        attempt = Attempt(task.id, message.place, message.outcome, message.message, smaller)
+        self.attempts.append(attempt)
+        self.on_failure(attempt)
+        self._tries[task.id] += 1
+        if message.outcome == "out_of_memory" and smaller is None:
+            raise UserError(f"{task.id} has no memory for one window: {message.message}")
+        if self._tries[task.id] >= ATTEMPTS:
+            raise UserError(
+                f"{task.id} failed {ATTEMPTS} times, at last on {message.place}: "
+                f"{message.message}; the same command tries again"
+            )
+        return False

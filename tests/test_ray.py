@@ -1,0 +1,172 @@
+"""A sweep on the nodes of a Ray cluster is the sweep of one machine, whatever happens to them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from capgap.config import parse_recipe
+from capgap.errors import UserError
+from capgap.records import read_records
+from capgap.sweep.cells import Context
+from capgap.sweep.on_ray import RayNodes
+from capgap.sweep.plan import make_plan
+from capgap.sweep.stages import Sweep
+from test_bad_input import as_toml, use_own_workers
+
+pytest.importorskip("ray", reason="capgap[ray] is not installed")
+
+
+@pytest.fixture
+def recipe(tiny_recipe, text_file, tmp_path):
+    tiny_recipe["corpus"] |= {"source": str(text_file), "heldout_tokens": 500}
+    tiny_recipe["teachers"] = {"sizes": ["14k", "20k"], "tokens": 25_600}
+    tiny_recipe["students"] = {"sizes": ["8k"], "tokens": [51_200]}
+    tiny_recipe["baselines"] = "best"
+    tiny_recipe["run"] = {"checkpoint_seconds": 0.1, "checkpoint_share": 0.9, "device": "cpu"}
+    path = tmp_path / "tiny.toml"
+    path.write_text(as_toml(tiny_recipe))
+    return path
+
+
+NODES = """
+import sys
+from ray.cluster_utils import Cluster
+
+# a node that is gone is known to be in a second
+config = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 300}
+head = {"num_cpus": 1, "include_dashboard": False, "_system_config": config}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+node = cluster.add_node(num_cpus=1)
+print(cluster.address, flush=True)
+for line in sys.stdin:
+    cluster.remove_node(node, allow_graceful=False)
+    node = cluster.add_node(num_cpus=1)
+    print("replaced", flush=True)
+cluster.shutdown()
+"""
+
+
+class Nodes:
+    """Two nodes of one core in processes of their own; the first is the head."""
+
+    def __init__(self):
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", NODES],
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.address = self.process.stdout.readline().strip()
+
+    def replace(self):
+        """The second is killed, and another comes."""
+        self.process.stdin.write("replace\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "replaced\n"
+
+
+@pytest.fixture
+def cluster():
+    found = Nodes()
+    yield found
+    found.process.communicate()
+
+
+def begin(recipe, out, cluster, *more):
+    """The command, as a process of its own; its standard output is the answer alone, the rest goes
+    to a file beside `out`."""
+    command = [sys.executable, "-m", "capgap", "sweep", recipe, "--out", out, "--on", "ray", *more]
+    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    with told_of(out).open("w") as error:
+        return subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=error
+        )
+
+
+def told_of(out):
+    return out.with_name(f"{out.name}.log")
+
+
+def results(out):
+    return {
+        record.id: (record.heldout, record.curve, record.after_cut, record.flops)
+        for record in read_records(out)
+    }
+
+
+def wait_for(is_true, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert process.poll() is None, process.args
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_node_and_the_driver_die_and_the_records_are_the_same(
+    recipe, tmp_path, monkeypatch, cluster
+):
+    whole, out = tmp_path / "whole", tmp_path / "nodes"
+    use_own_workers(monkeypatch)
+    Sweep(recipe=str(recipe), out=whole).run()
+    driver = begin(recipe, out, cluster)
+    checkpoints = out / "work" / "checkpoints"
+    # the driver is killed while two teachers are at work
+    wait_for(lambda: len(list(checkpoints.glob("*/*/manifest.json"))) >= 2, driver)
+    driver.kill()
+    driver.communicate()
+    driver = begin(recipe, out, cluster, "--json")
+    # a node goes while a column is at work, and another comes
+    wait_for(lambda: list(checkpoints.glob("column-*/*/manifest.json")), driver)
+    cluster.replace()
+    answer, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, told_of(out).read_text()
+    found = json.loads(answer)
+    assert found["best"] == json.loads((whole / "sweep.json").read_text())["best"]["cell"]
+    assert results(out) == results(whole)
+    # what was lost is in the record, where the node had a task
+    attempts = json.loads((out / "sweep.json").read_text())["attempts"]
+    assert all(one["outcome"] == "lost" for one in attempts)
+
+
+def test_a_sweep_is_stopped_and_what_no_node_can_run_is_told(recipe, tmp_path, cluster):
+    out = tmp_path / "out"
+    driver = begin(recipe, out, cluster)
+    checkpoints = out / "work" / "checkpoints"
+    wait_for(lambda: list(checkpoints.glob("*/*/manifest.json")), driver)
+    log = told_of(out).rename(tmp_path / "first.log")
+    second = begin(recipe, out, cluster)
+    wait_for(lambda: f"another driver is at work in {out}" in told_of(out).read_text(), second)
+    for process, told in ((second, told_of(out)), (driver, log)):
+        process.send_signal(signal.SIGINT)
+        answer, _ = process.communicate(timeout=60)
+        assert (process.returncode, answer) == (130, ""), told.read_text()
+        assert "the same command continues" in told.read_text()
+
+
+def test_a_task_that_no_node_can_ever_run_is_told(tiny_recipe, tmp_path, monkeypatch):
+    plan = make_plan(parse_recipe(tiny_recipe))
+    context = Context(plan.recipe, tmp_path, "cpu", 1, plan.recipe.training)
+    nodes = RayNodes(context, "me")
+    for resources, told in (
+        ({"CPU": 4.0, "memory": 1e9}, r"needs 1.5\d*e\+09 memory, the largest has 1e\+09"),
+        ({"CPU": 0.0, "memory": 1e12}, "needs 1 CPU, the largest has 0"),
+    ):
+        monkeypatch.setattr(nodes, "_nodes", lambda found=resources: [found])
+        with pytest.raises(UserError, match=f"no node .* can run {plan.teachers[0].id}: it {told}"):
+            nodes.submit(plan.teachers[0], None)
+    # on GPUs what a driver without one would decide holds for no node
+    monkeypatch.setattr(nodes, "_nodes", lambda: [{"CPU": 4.0, "GPU": 1.0, "memory": 1e12}])
+    changed = plan.recipe.model_copy(
+        update={"run": plan.recipe.run.model_copy(update={"device": "auto"})}
+    )
+    nodes.context = replace(context, recipe=changed)
+    with pytest.raises(UserError, match=r"say training\.precision in the recipe"):
+        nodes.submit(plan.teachers[0], None)

@@ -1,0 +1,260 @@
+"""Tasks run after what they need, once, and again where memory or a node failed them."""
+
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capgap.config import parse_recipe
+from capgap.errors import Interrupted, UserError
+from capgap.sweep.cells import Context
+from capgap.sweep.leases import Leases
+from capgap.sweep.plan import make_plan
+from capgap.sweep.schedule import ATTEMPTS, Alone, EndMessage, Schedule, StepMessage
+from capgap.sweep.workers import Workers
+
+
+@dataclass
+class Pretended:
+    """An engine of some places under a false clock: a task takes a second, and ends as `outcomes`
+    say, first to last, then well."""
+
+    places: int = 2
+    outcomes: dict[str, list[str]] = field(default_factory=dict)
+    now: float = 0.0
+    begun: list[tuple[str, int | None]] = field(default_factory=list)
+    running: list[str] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    most: int = 0
+
+    def __enter__(self) -> "Pretended":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+    def has_place(self) -> bool:
+        return len(self.running) < self.places
+
+    def submit(self, task: Any, micro_batch_tokens: int | None) -> str:
+        assert task.id not in self.running
+        self.begun.append((task.id, micro_batch_tokens))
+        self.running.append(task.id)
+        self.most = max(self.most, len(self.running))
+        return "somewhere"
+
+    def messages(self) -> list[Any]:
+        self.now += 1.0
+        if not self.running:
+            return []
+        task = self.running.pop(0)
+        outcome: Any = (self.outcomes.get(task) or ["done"]).pop(0)
+        return [StepMessage(task, 1, 1.0, None), EndMessage(task, outcome, "why", place="node 7")]
+
+    def cancel(self, task: str) -> None:
+        self.running.remove(task)
+        self.cancelled.append(task)
+
+
+@pytest.fixture
+def plan(tiny_recipe):
+    return make_plan(parse_recipe(tiny_recipe))
+
+
+def schedule(engine: Pretended, **changes: Any) -> Schedule:
+    told: dict[str, Any] = {
+        "claims": Alone(),
+        "is_done": lambda task: False,
+        "micro_batch": lambda tokens: {None: 128, 128: 64}.get(tokens),
+        "should_stop": lambda: False,
+        "on_start": lambda task, place: None,
+        "on_step": lambda message: None,
+        "on_end": lambda task, message: None,
+        "on_failure": lambda attempt: None,
+    }
+    return Schedule(engine, **(told | changes), clock=lambda: engine.now)
+
+
+def test_every_task_runs_once_behind_what_it_needs(plan):
+    tasks = [*plan.columns, *plan.teachers]
+    engine, finished = Pretended(places=3), set()
+    schedule(engine).run(tasks, finished)
+    order = [name for name, _ in engine.begun]
+    assert sorted(order) == sorted(task.id for task in tasks)
+    assert finished == set(order)
+    assert engine.most == 3
+    for task in tasks:
+        assert all(order.index(name) < order.index(task.id) for name in task.needs)
+    # of those that can begin the costliest first
+    assert order[0] == max(plan.teachers, key=lambda one: one.size).id
+
+
+def test_a_task_without_memory_takes_half_at_once_and_that_is_kept(plan):
+    name, failures = plan.teachers[0].id, []
+    engine = Pretended(outcomes={name: ["out_of_memory", "lost", "out_of_memory"]})
+    work = schedule(engine, on_failure=failures.append)
+    work.run([plan.teachers[0]], set())
+    assert [tokens for _, tokens in engine.begun] == [None, 128, 128, 64]
+    assert [(one.outcome, one.micro_batch_tokens, one.place) for one in failures] == [
+        ("out_of_memory", 128, "node 7"),
+        ("lost", 128, "node 7"),
+        ("out_of_memory", 64, "node 7"),
+    ]
+    assert "tried again with 128 tokens at once" in failures[0].sentence()
+    # a later session begins with what the last one ended with
+    again = Pretended()
+    schedule(again, attempts=failures).run([plan.teachers[0]], set())
+    assert again.begun == [(name, 64)]
+    engine.outcomes[name] = ["out_of_memory"]
+    with pytest.raises(UserError, match=f"{name} has no memory for one window: why"):
+        work.run([plan.teachers[0]], set())
+
+
+def test_a_task_that_fails_again_and_again_ends_the_sweep(plan):
+    name = plan.teachers[0].id
+    engine = Pretended(outcomes={name: ["lost"] * ATTEMPTS})
+    with pytest.raises(UserError, match=f"{name} failed {ATTEMPTS} times, at last on node 7: why"):
+        schedule(engine).run(plan.teachers, set())
+    for outcome, kind in (("user_error", UserError), ("crashed", RuntimeError)):
+        with pytest.raises(kind, match="why"):
+            schedule(Pretended(outcomes={name: [outcome]})).run([plan.teachers[0]], set())
+    with pytest.raises(Interrupted):
+        schedule(Pretended(), should_stop=lambda: True).run(plan.teachers, set())
+
+
+def test_what_others_do_is_waited_for_and_not_done_again(plan):
+    first, second = plan.teachers[:2]
+    column = next(one for one in plan.columns if second.id in one.needs)
+    ended = []
+
+    class Others(Alone):
+        def take(self, task: str) -> bool:
+            return task != second.id
+
+    engine = Pretended(places=1)
+    work = schedule(
+        engine,
+        claims=Others(),
+        is_shared=True,
+        is_done=lambda task: task.id == second.id and engine.now > 8,
+        on_end=lambda task, message: ended.append((task.id, message.outcome)),
+    )
+    work.run([first, second, column], set())
+    assert [name for name, _ in engine.begun] == [first.id, column.id]
+    assert ended == [(first.id, "done"), (second.id, "taken"), (column.id, "done")]
+    assert engine.now > 8
+
+
+def test_what_others_have_taken_over_is_ended_here(plan):
+    first = plan.teachers[0]
+    lost = {first.id}
+
+    class Others(Alone):
+        def lost(self) -> set[str]:
+            return lost if engine.now < 5 else set()
+
+    class Slow(Pretended):
+        def messages(self) -> list[Any]:
+            self.now += 1.0
+            return super().messages() if self.now > 5 else []
+
+    engine = Slow()
+    work = schedule(engine, claims=Others(), is_shared=True)
+    work.run([first], set())
+    assert engine.cancelled[0] == first.id
+    assert engine.running == []
+
+
+def test_each_worker_sees_one_gpu(plan, monkeypatch):
+    seen = []
+
+    class Process:
+        def __init__(self, **given: Any) -> None:
+            self.place = given["args"][0]
+
+        def start(self) -> None:
+            seen.append((self.place, os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+        def is_alive(self) -> bool:
+            return False
+
+    class Begin:
+        Queue = Event = staticmethod(lambda: pytest.importorskip("queue").Queue())
+        Process = staticmethod(lambda **given: Process(**given))
+        set_forkserver_preload = staticmethod(lambda names: None)
+
+    monkeypatch.setattr("multiprocessing.get_context", lambda kind: Begin)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    context = Context(plan.recipe, Path("out"), "cuda:0", None, plan.recipe.training)
+    Workers(context, 3, ("3", "5")).start()
+    assert seen == [("GPU 3", "3"), ("GPU 5", "5"), ("GPU 3", "3")]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+
+
+# --- leases ---------------------------------------------------------------------------------------
+
+
+def test_one_of_many_takes_a_task(tmp_path):
+    leases = [Leases(tmp_path, stale=60) for _ in range(16)]
+    taken: list[int] = []
+    begin = threading.Barrier(len(leases))
+
+    def take(number: int) -> None:
+        begin.wait()
+        if leases[number].take("task"):
+            taken.append(number)
+
+    threads = [threading.Thread(target=take, args=(n,)) for n in range(len(leases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 1
+    owner = leases[taken[0]]
+    owner.release("task")
+    # given back: another may, and the first no more
+    others = [one for one in leases if one is not owner]
+    assert others[0].take("task")
+    assert not owner.take("task")
+
+
+def test_a_lease_that_nobody_renews_is_taken_over_once(tmp_path):
+    now = [0.0]
+    gone = Leases(tmp_path, stale=10)
+    assert gone.take("task")
+    others = [Leases(tmp_path, stale=10, clock=lambda: now[0]) for _ in range(2)]
+    for second in range(11):
+        now[0] = float(second)
+        assert not any(one.take("task") for one in others), second
+    now[0] = 11.0
+    assert [one.take("task") for one in others] == [True, False]
+    # its clock begins with what it sees now
+    assert json.loads((tmp_path / "task" / "2").read_text())["owner"] == others[0].owner
+    # the same owner needs not wait for itself
+    assert Leases(tmp_path, others[0].owner, stale=10).take("task")
+
+
+def test_an_owner_that_lives_keeps_its_lease_and_hears_of_its_loss(tmp_path):
+    with Leases(tmp_path, stale=0.5) as mine, Leases(tmp_path, stale=0.5) as other:
+        assert mine.take("task")
+        mine.tell("task", {"tokens": 5})
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            assert not other.take("task")
+            time.sleep(0.05)
+        assert other.told("task")["progress"] == {"tokens": 5}
+        assert mine.lost() == set()
+        (tmp_path / "task" / "2").write_text("{}")
+        deadline = time.monotonic() + 10
+        while mine.lost() != {"task"}:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert json.loads((tmp_path / "task" / "2").read_text()) == {}
