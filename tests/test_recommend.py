@@ -77,7 +77,7 @@ def test_llama_2_and_3b_gives_7b_by_the_linear_law(typed):
     assert 3_150_000_000 < student < 3_250_000_000
     tokens = 126_000_000_000
     assert first["flops_total"] == 6 * student * tokens + 2 * 6_738_415_616 * tokens
-    assert first["hours"] == pytest.approx(first["flops_total"] / (16 * 312e12 * 0.4) / 3600)
+    assert first["hours"] == pytest.approx(first["flops_total"] / (16 * 312e12 * 0.3) / 3600)
     # where line and surface part, both are said, with the error of the difference
     assert told["surface"]["nearest"] == "Llama-2-13B"
     assert 0.001 < first["difference"] < 0.003

@@ -1,5 +1,6 @@
 """The shape of a pruned model: an exact size inside a teacher. Imports no torch."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ class Target:
         return self.count(shape) / self.parameters - 1
 
 
+@functools.cache
 def pruned_shape(
     teacher: Shape,
     size: int | str,

@@ -3,10 +3,11 @@
 Knows nothing of models or screens, and no clock but the one that it is given.
 """
 
+import heapq
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -140,6 +141,50 @@ def relative_cost(task: Task) -> float:
     return RELATIVE.seconds(task.work) or 1.0
 
 
+class _Waiting:
+    """Tasks that have not begun: those whose needs are met, the costliest first, and the others.
+
+    A grid has thousands: nothing here looks at all of them."""
+
+    def __init__(self, tasks: Iterable[Task], finished: Collection[str]) -> None:
+        # teachers first, since columns wait for them; then the longest, so that ends meet
+        ordered = sorted(
+            tasks, key=lambda one: (isinstance(one, Teacher), relative_cost(one)), reverse=True
+        )
+        self.tasks = {task.id: task for task in ordered}
+        self._rank = {name: rank for rank, name in enumerate(self.tasks)}
+        self._missing = {task.id: set(task.needs) - set(finished) for task in ordered}
+        self._waits_for: dict[str, list[str]] = {}
+        for name, missing in self._missing.items():
+            for need in missing:
+                self._waits_for.setdefault(need, []).append(name)
+        self._ready = [(rank, name) for name, rank in self._rank.items() if not self._missing[name]]
+        self._later: list[tuple[float, str]] = []
+
+    def finish(self, need: str) -> None:
+        """What only waited for it is ready."""
+        for name in self._waits_for.pop(need, ()):
+            self._missing[name].discard(need)
+            if not self._missing[name] and name in self.tasks:
+                heapq.heappush(self._ready, (self._rank[name], name))
+
+    def next(self, now: float) -> Task | None:
+        """Takes one that may begin."""
+        while self._later and self._later[0][0] <= now:
+            name = heapq.heappop(self._later)[1]
+            heapq.heappush(self._ready, (self._rank[name], name))
+        while self._ready:
+            name = heapq.heappop(self._ready)[1]
+            if name in self.tasks:
+                return self.tasks.pop(name)
+        return None
+
+    def give_back(self, task: Task, when: float = -math.inf) -> None:
+        """It may begin again, or not before a time."""
+        self.tasks[task.id] = task
+        heapq.heappush(self._later, (when, task.id))
+
+
 @dataclass
 class Schedule:
     """Runs tasks on an engine, each after those that it needs, the costliest first.
@@ -164,7 +209,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         self._tries: Counter[str] = Counter()
-        self._not_before: dict[str, float] = {}
+        self._micro_batches = {one.task: one.micro_batch_tokens for one in self.attempts}
 
     def run(self, tasks: Iterable[Task], finished: set[str]) -> None:
         """Runs all tasks; `finished` (ids) grows with them.
@@ -173,64 +218,54 @@ class Schedule:
         traceback if it broke, Interrupted when `should_stop` said so, what the engine raises; the
         others save their state first.
         """
-        # teachers first, since columns wait for them; then the longest, so that ends meet
-        waiting = sorted(
-            tasks, key=lambda one: (isinstance(one, Teacher), relative_cost(one)), reverse=True
-        )
-        if waiting:
-            self.engine.start()
+        waiting = _Waiting(tasks, finished)
         running: dict[str, Task] = {}
+
+        def finish(name: str) -> None:
+            finished.add(name)
+            waiting.finish(name)
+
+        def elsewhere(task: Task) -> None:
+            finish(task.id)
+            self.on_end(task, EndMessage(task.id, "taken"))
+
+        if waiting.tasks:
+            self.engine.start()
         looked = self.clock()
-        while waiting or running:
+        while waiting.tasks or running:
             if self.should_stop():
                 raise Interrupted
-            for task in self._ready(waiting, finished):
-                waiting.remove(task)
-                if self.is_shared and self.is_done(task):
+            while self.engine.has_place():
+                task = waiting.next(self.clock())
+                if task is None:
+                    break
+                if not self.claims.take(task.id):
+                    waiting.give_back(task, self.clock() + LOOK_SECONDS)
+                elif self.is_shared and self.is_done(task):
                     self.claims.release(task.id)
-                    self._elsewhere(task, finished)
-                    continue
-                running[task.id] = task
-                self.on_start(task, self.engine.submit(task, self._last_micro_batch(task.id)))
+                    elsewhere(task)
+                else:
+                    running[task.id] = task
+                    micro_batch = self._micro_batches.get(task.id)
+                    self.on_start(task, self.engine.submit(task, micro_batch))
             for message in self.engine.messages():
                 if isinstance(message, StepMessage):
                     self.on_step(message)
                 elif message.task in running:
                     ended = running.pop(message.task)
                     if self._ended(ended, message):
-                        finished.add(ended.id)
+                        finish(ended.id)
                     else:
-                        waiting.insert(0, ended)
+                        is_taken = message.outcome == "taken"
+                        waiting.give_back(ended, self.clock() + LOOK_SECONDS * is_taken)
             if self.is_shared and self.clock() - looked > LOOK_SECONDS:
                 looked = self.clock()
-                for task in list(filter(self.is_done, waiting)):
-                    waiting.remove(task)
-                    self._elsewhere(task, finished)
+                for task in list(filter(self.is_done, waiting.tasks.values())):
+                    del waiting.tasks[task.id]
+                    elsewhere(task)
                 for name in self.claims.lost() & running.keys():
                     self.engine.cancel(name)
-                    waiting.append(running.pop(name))
-
-    def _elsewhere(self, task: Task, finished: set[str]) -> None:
-        """Another process has done it."""
-        finished.add(task.id)
-        self.on_end(task, EndMessage(task.id, "taken"))
-
-    def _ready(self, waiting: Sequence[Task], finished: set[str]) -> Iterator[Task]:
-        """What may begin now, as long as there are places."""
-        for task in list(waiting):
-            if not self.engine.has_place():
-                return
-            is_early = self.clock() < self._not_before.get(task.id, -math.inf)
-            if is_early or not task.needs <= finished:
-                continue
-            if self.claims.take(task.id):
-                yield task
-            else:
-                self._not_before[task.id] = self.clock() + LOOK_SECONDS
-
-    def _last_micro_batch(self, task: str) -> int | None:
-        tried = [one.micro_batch_tokens for one in self.attempts if one.task == task]
-        return tried[-1] if tried else None
+                    waiting.give_back(running.pop(name))
 
     def _ended(self, task: Task, message: EndMessage) -> bool:
         """Whether it is done; raises where it should not be tried again."""
@@ -240,14 +275,13 @@ class Schedule:
             raise UserError(message.message)
         if message.outcome == "crashed":
             raise RuntimeError(f"{task.id} broke:\n{message.message}")
-        if message.outcome == "taken":
-            self._not_before[task.id] = self.clock() + LOOK_SECONDS
         if message.outcome in ("done", "taken"):
             return message.outcome == "done"
-        before = self._last_micro_batch(task.id)
+        before = self._micro_batches.get(task.id)
         smaller = self.micro_batch(before) if message.outcome == "out_of_memory" else before
         attempt = Attempt(task.id, message.place, message.outcome, message.message, smaller)
         self.attempts.append(attempt)
+        self._micro_batches[task.id] = smaller
         self.on_failure(attempt)
         self._tries[task.id] += 1
         if message.outcome == "out_of_memory" and smaller is None:
