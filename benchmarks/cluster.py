@@ -32,7 +32,7 @@ HOUR = 3600.0
 BEGIN = 60.0
 
 
-def grid(teachers: int, seeds: int, students: int) -> Plan:
+def grid(teachers: int, seeds: int, students: int, growth: float = 1.12) -> Plan:
     """teachers x seeds columns of so many students."""
     return make_plan(
         parse_recipe(
@@ -42,7 +42,7 @@ def grid(teachers: int, seeds: int, students: int) -> Plan:
                 "baselines": "best",
                 "corpus": {"source": "stdlib", "vocabulary": 32768, "window": 1024},
                 "teachers": {
-                    "sizes": [round(2e7 * 1.12**number) for number in range(teachers)],
+                    "sizes": [round(2e7 * growth**number) for number in range(teachers)],
                     "tokens": "2B",
                 },
                 "students": {
@@ -173,9 +173,9 @@ def ray_engine(folder: Path, plan: Plan, seconds: float) -> Any:
 
 def through_ray(folder: Path, count: int, seconds: float) -> float:
     """Seconds that so many sleeping tasks take, the engine's start not counted."""
-    plan = grid(max(1, count // 10), 10, 1)
+    plan = grid(max(1, count // 10), 10, 1, growth=1.01)
     engine = ray_engine(folder, plan, seconds)
-    tasks = list(plan.teachers)[:count]
+    tasks = plan.teachers[:count]
     schedule = Schedule(
         engine,
         Alone(),
