@@ -65,6 +65,9 @@ class Nodes:
             text=True,
         )
         self.address = self.process.stdout.readline().strip()
+        if not self.address:
+            self.process.communicate()
+            pytest.skip("Ray starts no cluster on this machine")
 
     def replace(self):
         """The second is killed, and another comes."""
