@@ -108,6 +108,17 @@ class Cards:
         raise NotImplementedError
 
 
+def untold(engine: Any, **more: Any) -> Schedule:
+    """A schedule of which nobody hears."""
+
+    def nothing(*told: object) -> None:
+        pass
+
+    told = dict.fromkeys(("on_start", "on_step", "on_end", "on_failure", "micro_batch"), nothing)
+    asked: Any = dict.fromkeys(("is_done", "should_stop"), lambda *asked: False)
+    return Schedule(engine, Alone(), **told, **asked, **more)
+
+
 def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
     plan = grid(arguments.columns // 40, 40, 2)
     tasks = plan.tasks(())
@@ -117,20 +128,8 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, share in shares.items()
     }
     cards = Cards(arguments.cards, hours, arguments.between_failures, 0.05)
-    attempts: list[Any] = []
     began = time.process_time()
-    schedule = Schedule(
-        cards,
-        Alone(),
-        is_done=lambda task: False,
-        micro_batch=lambda tokens: None,
-        should_stop=lambda: False,
-        on_start=lambda task, place: None,
-        on_step=lambda message: None,
-        on_end=lambda task, message: None,
-        on_failure=attempts.append,
-        clock=lambda: HOUR * cards.now,
-    )
+    schedule = untold(cards, clock=lambda: HOUR * cards.now)
     finished: set[str] = set()
     schedule.run(tasks, finished)
     assert finished == {task.id for task in tasks}
@@ -176,17 +175,7 @@ def through_ray(folder: Path, count: int, seconds: float) -> float:
     plan = grid(max(1, count // 10), 10, 1, growth=1.01)
     engine = ray_engine(folder, plan, seconds)
     tasks = plan.teachers[:count]
-    schedule = Schedule(
-        engine,
-        Alone(),
-        is_done=lambda task: False,
-        micro_batch=lambda tokens: None,
-        should_stop=lambda: False,
-        on_start=lambda task, place: None,
-        on_step=lambda message: None,
-        on_end=lambda task, message: None,
-        on_failure=lambda attempt: None,
-    )
+    schedule = untold(engine)
     began = time.monotonic()
     schedule.run(tasks, set())
     taken = time.monotonic() - began
