@@ -25,7 +25,14 @@ from capgap.config import parse_recipe
 from capgap.sweep.cells import Context
 from capgap.sweep.leases import BEATS
 from capgap.sweep.plan import Plan, make_plan
-from capgap.sweep.schedule import Alone, EndMessage, Schedule, StepMessage, relative_cost
+from capgap.sweep.schedule import (
+    Alone,
+    EndMessage,
+    Engine,
+    Schedule,
+    StepMessage,
+    relative_cost,
+)
 
 HOUR = 3600.0
 # A process with torch that reads its model and corpus
@@ -56,7 +63,7 @@ def grid(teachers: int, seeds: int, students: int, growth: float = 1.12) -> Plan
 
 
 @dataclass
-class Cards:
+class Cards(Engine):
     """An engine of pretended cards. A task takes `hours` by its cost; a card fails once in
     `between_failures` hours, and what its task did since the last checkpoint is done again."""
 
@@ -71,15 +78,6 @@ class Cards:
     busy: float = 0.0
     failures: int = 0
     polls: int = 0
-
-    def __enter__(self) -> "Cards":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def start(self) -> None:
-        pass
 
     def has_place(self) -> bool:
         return len(self.ends) < self.number
@@ -103,9 +101,6 @@ class Cards:
             self.checkpoint_hours
         )
         return [EndMessage(task, "lost", "the card failed", place="card")]
-
-    def cancel(self, task: str) -> None:
-        raise NotImplementedError
 
 
 def untold(engine: Any, **more: Any) -> Schedule:

@@ -30,6 +30,7 @@ from capgap.sweep import checks, progress, results, runner, tasks, workers
 from capgap.sweep.cells import Context
 from capgap.sweep.checks import claimed
 from capgap.sweep.plan import make_plan
+from capgap.sweep.schedule import Engine
 from conftest import Answer, made_up_text
 
 
@@ -37,24 +38,18 @@ class WorkBegan(Exception):
     """Training would have begun: every check was passed."""
 
 
-class IdleWorkers:
+class IdleWorkers(Engine):
     def __init__(self, context: Context, number: int, gpus: tuple[str, ...] = ()) -> None:
         self.context = context
-
-    def __enter__(self) -> "IdleWorkers":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def start(self) -> None:
-        pass
 
     def has_place(self) -> bool:
         return True
 
     def submit(self, task: Any, micro_batch_tokens: int | None) -> str:
         raise WorkBegan
+
+    def messages(self) -> tuple[Any, ...]:
+        return ()
 
 
 class OwnWorkers(IdleWorkers):

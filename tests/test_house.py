@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "capgap"
 COUNTED = (".py", ".j2", ".js", ".css")
 CEILINGS = {
-    "lines": 32_384,
+    "lines": 32_404,
     "files": 155,
-    "longest file": 448,
-    "closure of a sweep's worker": 9_185,
-    "closure of capgap quickstart": 20_519,
+    "longest file": 450,
+    "closure of a sweep's worker": 9_189,
+    "closure of capgap quickstart": 20_539,
 }
 # What a room may import besides itself; rooms below stand in BELOW
 BELOW = {"artifact", "errors", "hub", "machine", "records", "scrub", "section", "sizes", "stage"}

@@ -15,12 +15,12 @@ from capgap.errors import Interrupted, UserError
 from capgap.sweep.cells import Context
 from capgap.sweep.leases import Leases
 from capgap.sweep.plan import make_plan
-from capgap.sweep.schedule import ATTEMPTS, Alone, EndMessage, Schedule, StepMessage
+from capgap.sweep.schedule import ATTEMPTS, Alone, EndMessage, Engine, Schedule, StepMessage
 from capgap.sweep.workers import Workers
 
 
 @dataclass
-class Pretended:
+class Pretended(Engine):
     """An engine of some places under a false clock: a task takes a second, and ends as `outcomes`
     say, first to last, then well."""
 
@@ -31,15 +31,6 @@ class Pretended:
     running: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     most: int = 0
-
-    def __enter__(self) -> "Pretended":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def start(self) -> None:
-        pass
 
     def has_place(self) -> bool:
         return len(self.running) < self.places
@@ -197,6 +188,43 @@ def test_each_worker_sees_one_gpu(plan, monkeypatch):
     Workers(context, 3, ("3", "5")).start()
     assert seen == [("GPU 3", "3"), ("GPU 5", "5"), ("GPU 3", "3")]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("sweep", "quickstart", "--on", "ray"), "--on ray needs it installed: `pip install"),
+        (("sweep", "quickstart", "--on", "ray", "--worker"), "worker and on=ray: take one"),
+        (("sweep", "quickstart", "--on", "slurm"), "Input should be 'here' or 'ray'"),
+        (("column", "quickstart", "--runs", "x"), "--runs are those of a task: name it"),
+        (("column", "quickstart", "x", "--runs", "x"), "no column of this sweep has the run 'x'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_before_any_work(typed, tmp_path, monkeypatch, asked, told):
+    monkeypatch.setattr("capgap.sweep.on_ray.find_spec", lambda name: None)
+    answer = typed(*asked, "--out", tmp_path / "out")
+    assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1)
+    assert told in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_storage_that_fails_for_a_while_costs_no_lease(tmp_path, monkeypatch):
+    with Leases(tmp_path, stale=0.2) as mine:
+        assert mine.take("task")
+        before = json.loads((tmp_path / "task" / "1").read_text())["beat"]
+        listdir = os.listdir
+
+        def fails(*given: Any) -> Any:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr("os.listdir", fails)
+        time.sleep(0.1)
+        monkeypatch.setattr("os.listdir", listdir)
+        deadline = time.monotonic() + 10
+        while json.loads((tmp_path / "task" / "1").read_text())["beat"] <= before + 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert mine.lost() == set()
 
 
 # --- leases ---------------------------------------------------------------------------------------

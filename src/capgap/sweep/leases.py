@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,19 +121,20 @@ class Leases:
             beat += 1
             with self._guard:
                 for task, path in self._mine.items():
-                    if self._newest(task)[1] != path:
-                        self._lost.add(task)
-                    elif task not in self._lost:
-                        self._say(path, beat=beat)
+                    # storage that fails for a while must not end what runs
+                    with suppress(OSError):
+                        if self._newest(task)[1] != path:
+                            self._lost.add(task)
+                        elif task not in self._lost:
+                            self._say(path, beat=beat)
 
     def _say(self, path: Path, beat: int) -> None:
         try:
             said = {"owner": self.owner, "beat": beat, "process": [*_place(), os.getpid()]}
             said |= {"host": os.uname().nodename, "progress": self._told.get(path.parent.name)}
             write_json(path, said)
-        except OSError as error:
-            # storage that fails for a while must not end what runs; others wait for a while too
-            warn_once(f"no word of {path.parent.name} in {self.folder}: {error.strerror}")
+        except (OSError, UserError) as error:
+            warn_once(f"no word of {path.parent.name} in {self.folder}: {error}")
 
 
 def _place() -> list[Any]:

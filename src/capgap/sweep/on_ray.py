@@ -22,7 +22,7 @@ from capgap.machine import install_command, usable_cores
 from capgap.stage import FieldError
 from capgap.sweep.cells import Column, Context, Task
 from capgap.sweep.leases import Leases
-from capgap.sweep.schedule import LOOK_SECONDS, EndMessage, Outcome, StepMessage
+from capgap.sweep.schedule import LOOK_SECONDS, EndMessage, Engine, Outcome, StepMessage
 from capgap.sweep.stages import IN_USE, OUT_OF_MEMORY
 
 # A process with torch, before any model
@@ -31,6 +31,13 @@ BYTES_PER_PARAMETER = 16
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.2
 USER_ERROR = 2
+ERROR_CHARACTERS = 20_000
+
+
+def check_installed() -> None:
+    """UserError without Ray."""
+    if find_spec("ray") is None:
+        raise FieldError("on", f"ray needs it installed: `{install_command('ray')}`")
 
 
 def run_column(words: list[str]) -> dict[str, Any]:
@@ -54,20 +61,17 @@ def run_column(words: list[str]) -> dict[str, Any]:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(STOP_SECONDS)
                 process.kill()
-        texts = []
-        for stream in (out, error):
-            stream.seek(0)
-            texts.append(stream.read()[-20_000:])
-    return {"code": process.returncode, "out": texts[0], "error": texts[1]}
+        out.seek(0)
+        error.seek(0)
+        told = error.read()[-ERROR_CHARACTERS:]
+        return {"code": process.returncode, "out": out.read(), "error": told}
 
 
-class RayNodes:
+class RayNodes(Engine):
     """Tasks on all nodes of the cluster that RAY_ADDRESS or this machine knows, else on one that is
     started here; `owner` is whoever drives them."""
 
     def __init__(self, context: Context, owner: str) -> None:
-        if find_spec("ray") is None:
-            raise FieldError("on", f"ray needs it installed: `{install_command('ray')}`")
         self.context, self.owner = context, owner
         self.leases = Leases(context.leases, owner, stale=context.recipe.run.lease_seconds)
         self.running: dict[Any, Task] = {}
@@ -102,9 +106,6 @@ class RayNodes:
                 ray.cancel(reference)
             if self.running:
                 ray.wait(list(self.running), num_returns=len(self.running), timeout=STOP_SECONDS)
-
-    def start(self) -> None:
-        pass
 
     def has_place(self) -> bool:
         """As many at once as the nodes hold now; others may come and go."""
@@ -152,8 +153,9 @@ class RayNodes:
                 found.append(EndMessage(task.id, "crashed", str(error), place=place))
             # the node, its worker or the driver's word to it is gone
             except ray.exceptions.RayError as error:
-                reason = type(error).__name__
-                found.append(EndMessage(task.id, "lost", reason, place=place))
+                is_memory = isinstance(error, ray.exceptions.OutOfMemoryError)
+                outcome: Outcome = "out_of_memory" if is_memory else "lost"
+                found.append(EndMessage(task.id, outcome, type(error).__name__, place=place))
         if time.monotonic() - self._looked > LOOK_SECONDS:
             self._looked = time.monotonic()
             for task in self.running.values():
@@ -161,9 +163,6 @@ class RayNodes:
                 if progress:
                     found.append(StepMessage(**progress))
         return found
-
-    def cancel(self, task: str) -> None:
-        raise NotImplementedError("tasks hold their own leases")
 
     def _needs(self, model_bytes: int) -> dict[str, float]:
         asked = self.context.recipe.run.device

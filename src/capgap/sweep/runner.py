@@ -93,6 +93,10 @@ def run_folder(
     """Everything around the runs: checks, corpus, workers, results. `work` asks for runs of the
     plan. `is_whole`: for all of them, so that there must be disk space for them, and the folder may
     hold some of a smaller plan."""
+    if on == "ray":
+        from capgap.sweep.on_ray import RayNodes, check_installed
+
+        check_installed()
     asked = plan.recipe.run
     device, gpus = resolve_device(asked.device), visible_gpus(asked.device)
     number, threads = resolve_workers(asked.workers, device, most=plan.width, gpus=len(gpus) or 1)
@@ -108,8 +112,6 @@ def run_folder(
         stack.enter_context(display)
         engine: Engine = Workers(context, number, gpus)
         if on == "ray":
-            from capgap.sweep.on_ray import RayNodes
-
             _become_driver(leases, folder, display.say, should_stop)
             # every task takes its own lease, where it runs
             claims, engine = Alone(), RayNodes(context, leases.owner)
@@ -182,12 +184,14 @@ def _is_prepared(out: Path, recipe_hash: str) -> bool:
 
 def _become_driver(leases: Leases, folder: "_Folder", say: Say, should_stop: ShouldStop) -> None:
     """Waits until no other call has tasks run in the folder."""
-    if not leases.take("driver"):
-        say(
-            f"another driver is at work in {folder.context.out}: waits until it ends, or is not "
-            f"heard of for {leases.stale:g} s"
-        )
+    has_said = False
     while not leases.take("driver"):
+        if not has_said:
+            say(
+                f"another driver is at work in {folder.context.out}: waits until it ends, or is "
+                f"not heard of for {leases.stale:g} s"
+            )
+        has_said = True
         if should_stop():
             raise Interrupted
         time.sleep(LOOK_SECONDS)
@@ -260,7 +264,7 @@ class Runner:
         schedule = Schedule(
             self.engine,
             self.claims,
-            is_done=self.context.is_done,
+            is_done=lambda task: self.context.is_done(task) and task not in lost,
             micro_batch=self._smaller,
             should_stop=self.should_stop,
             on_start=self.display.started,

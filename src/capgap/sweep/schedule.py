@@ -6,6 +6,7 @@ Knows nothing of models or screens, and no clock but the one that it is given.
 import heapq
 import math
 import time
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -71,23 +72,29 @@ class Attempt:
         return f"{self.task} on {self.place}: {what} ({self.reason}); tried again{how}"
 
 
-class Engine(AbstractContextManager["Engine"], Protocol):
+class Engine(AbstractContextManager["Engine"]):
     """What runs tasks. Leaving it lets running ones save their state."""
 
-    def start(self) -> None:
-        """Begins what takes a while; `submit` does it otherwise."""
+    def __exit__(self, *exception: object) -> None:
+        """There is nothing to end."""
 
+    def start(self) -> None:
+        """Begins what takes a while, where something does; `submit` does it otherwise."""
+
+    @abstractmethod
     def has_place(self) -> bool:
         """Whether another task can begin now."""
 
+    @abstractmethod
     def submit(self, task: Task, micro_batch_tokens: int | None) -> str:
         """Begins a task; returns where. UserError where nothing could ever run it."""
 
+    @abstractmethod
     def messages(self) -> Sequence[StepMessage | EndMessage]:
         """What came since, after waiting for a moment; raises what ends the sweep."""
 
     def cancel(self, task: str) -> None:
-        """Ends a running task, whose state others have."""
+        """Ends a running task, whose state others have; none where tasks hold their own leases."""
 
 
 class Claims(Protocol):

@@ -14,7 +14,17 @@ from capgap.errors import Interrupted, UserError
 from capgap.machine import started
 from capgap.section import Count
 from capgap.sizes import clock_time, format_count
-from capgap.stage import ARGUMENT, HOW, SEVERAL, Say, ShouldStop, Stage, paced, text_table
+from capgap.stage import (
+    ARGUMENT,
+    HOW,
+    SEVERAL,
+    FieldError,
+    Say,
+    ShouldStop,
+    Stage,
+    paced,
+    text_table,
+)
 from capgap.sweep.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -231,7 +241,8 @@ class Column(OfRecipe):
         always = plan.baselines if plan.recipe.baselines == "all" else ()
         tasks = {task.id: task for task in plan.tasks(always)}
         if self.runs:
-            assert self.task is not None
+            if self.task is None:
+                raise FieldError("runs", "are those of a task: name it")
             tasks[self.task] = _part_of(plan, self.task, self.runs)
         if self.task is None:
             context = context_of(plan.recipe, self.out, None)

@@ -27,7 +27,7 @@ from capgap.errors import (
 )
 from capgap.machine import VISIBLE_GPUS
 from capgap.sweep.cells import Context, Task
-from capgap.sweep.schedule import EndMessage, Outcome, StepMessage
+from capgap.sweep.schedule import EndMessage, Engine, Outcome, StepMessage
 
 STEPS_EVERY = 0.25  # seconds between two messages about steps
 PARENT_CHECK_SECONDS = 1.0
@@ -186,7 +186,7 @@ class _Worker:
 
 
 @dataclass
-class Workers:
+class Workers(Engine):
     """An engine of worker processes, on all GPUs in turn. They start with the first task, or when
     `start` is called."""
 
@@ -194,9 +194,6 @@ class Workers:
     number: int
     gpus: tuple[str, ...] = ()
     workers: list[_Worker] = field(default_factory=list)
-
-    def __enter__(self) -> "Workers":
-        return self
 
     def start(self) -> None:
         """Starts the processes, unless they run."""
