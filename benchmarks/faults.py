@@ -86,24 +86,25 @@ static int fails(const char *path) {
     const char *folder = getenv("FAILING_FOLDER"), *flag = getenv("FAILING_WHILE");
     return folder && flag && path && strstr(path, folder) && access(flag, F_OK) == 0;
 }
-#define REAL(name, type) static type real; if (!real) real = (type)dlsym(RTLD_NEXT, name)
+#define REAL(name, type) static __typeof__(type) *real; \\
+    if (!real) real = (__typeof__(type) *)dlsym(RTLD_NEXT, name)
 #define MODE mode_t mode = 0; if (flags & (O_CREAT | O_TMPFILE)) { \\
     va_list more; va_start(more, flags); mode = va_arg(more, mode_t); va_end(more); }
 #define REFUSE(path, value) if (fails(path)) { errno = EIO; return value; }
 
 #define OPEN(name) int name(const char *path, int flags, ...) { MODE REFUSE(path, -1) \\
-    REAL(#name, int (*)(const char *, int, ...)); return real(path, flags, mode); }
+    REAL(#name, int(const char *, int, ...)); return real(path, flags, mode); }
 OPEN(open) OPEN(open64)
 #define OPENAT(name) int name(int at, const char *path, int flags, ...) { MODE REFUSE(path, -1) \\
-    REAL(#name, int (*)(int, const char *, int, ...)); return real(at, path, flags, mode); }
+    REAL(#name, int(int, const char *, int, ...)); return real(at, path, flags, mode); }
 OPENAT(openat) OPENAT(openat64)
 #define FOPEN(name) FILE *name(const char *path, const char *how) { REFUSE(path, NULL) \\
-    REAL(#name, FILE *(*)(const char *, const char *)); return real(path, how); }
+    REAL(#name, FILE *(const char *, const char *)); return real(path, how); }
 FOPEN(fopen) FOPEN(fopen64)
 int rename(const char *from, const char *to) { REFUSE(to, -1)
-    REAL("rename", int (*)(const char *, const char *)); return real(from, to); }
+    REAL("rename", int(const char *, const char *)); return real(from, to); }
 int mkdir(const char *path, mode_t mode) { REFUSE(path, -1)
-    REAL("mkdir", int (*)(const char *, mode_t)); return real(path, mode); }
+    REAL("mkdir", int(const char *, mode_t)); return real(path, mode); }
 """
 
 

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from capgap.errors import UserError, is_disk_full, warn_once
+from capgap.errors import UserError, is_disk_full, patiently, warn_once
 from capgap.scrub import scrub
 
 LOCK = ".lock"
@@ -125,9 +125,13 @@ def folder_written(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Writes UTF-8, never half of it."""
-    with file_written(Path(path)) as aside:
-        aside.write_text(text, encoding="utf-8", newline="")
+    """Writes UTF-8, never half of it; storage that is away is waited for."""
+
+    def write() -> None:
+        with file_written(Path(path)) as aside:
+            aside.write_text(text, encoding="utf-8", newline="")
+
+    patiently(write)
 
 
 def write_json(path: Path | str, obj: Any) -> None:
@@ -155,7 +159,7 @@ def read_json(path: Path | str, *, schema: int | None = None, **keys: type) -> d
     """
     path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(patiently(lambda: path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -3,9 +3,21 @@
 import errno
 import functools
 import logging
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+Found = TypeVar("Found")
+
+# What a disk on a network says while it is away; a mistake of the user's never has these
+AWAY = (
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+)
+PATIENCE_SECONDS = 60.0
 
 
 class UserError(Exception):
@@ -84,3 +96,23 @@ def is_disk_full(error: BaseException) -> bool:
     """
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or "No space left on device" in str(error)
+
+
+def is_storage_away(told: object) -> bool:
+    """Whether an error, or what was printed of one, says that storage fails which may come back."""
+    is_known = isinstance(told, OSError) and told.errno in AWAY
+    return is_known or any(os.strerror(code) in str(told) for code in AWAY)
+
+
+def patiently(act: Callable[[], Found]) -> Found:
+    """What `act` gives, which is tried again for PATIENCE_SECONDS while storage is away."""
+    pause = 0.25
+    while True:
+        try:
+            return act()
+        except (OSError, UserError) as error:
+            if pause > PATIENCE_SECONDS / 2 or not is_storage_away(error):
+                raise
+            warn_once(f"storage fails and is tried again: {first_line(error)}")
+        time.sleep(pause)
+        pause *= 2

@@ -17,7 +17,7 @@ import typer
 from capgap import __version__
 from capgap.cli import commands
 from capgap.cli.app import FAILED, USER_ERROR, app, as_options, exit_with
-from capgap.errors import Failed, UserError, is_disk_full
+from capgap.errors import Failed, UserError, is_disk_full, is_storage_away
 from capgap.machine import forget_leftovers, started
 
 # What the machine refuses, and only its user can mend
@@ -75,7 +75,7 @@ def _run() -> None:
     except OSError as error:
         if is_disk_full(error):
             exit_with("no disk space left: free some and run the same command again", USER_ERROR)
-        if error.errno in REFUSALS:
+        if error.errno in REFUSALS or is_storage_away(error):
             exit_with(f"{error.filename}: {error.strerror}", USER_ERROR)
         raise
 

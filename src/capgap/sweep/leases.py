@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from capgap.artifact import read_json, write_json
-from capgap.errors import UserError, warn_once
+from capgap.errors import UserError, patiently, warn_once
 
 # An owner is heard of so often before it counts as gone
 BEATS = 10
@@ -60,9 +60,13 @@ class Leases:
         if path is not None and not self._is_free(path):
             return False
         mine = self.folder / task / str(number + 1)
-        try:
+
+        def make() -> None:
             mine.parent.mkdir(parents=True, exist_ok=True)
             mine.open("x").close()
+
+        try:
+            patiently(make)
         except FileExistsError:
             return False
         except OSError as error:

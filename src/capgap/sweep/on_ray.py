@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from capgap.artifact import write_json
-from capgap.errors import UserError
+from capgap.errors import UserError, is_storage_away
 from capgap.machine import install_command, usable_cores
 from capgap.stage import FieldError
 from capgap.sweep.cells import Column, Context, Task
@@ -210,8 +210,9 @@ def _ended(task: Task, found: dict[str, Any], place: str) -> EndMessage:
             outcome = "out_of_memory"
         elif IN_USE in lines[-1]:
             outcome = "taken"
-    elif found["code"] < 0 or found["code"] > 128:
-        # by a signal: of the node, or for memory
+    # by a signal: of the node, or for memory
+    is_killed = found["code"] < 0 or found["code"] > 128
+    if is_killed or is_storage_away(lines[-1] if outcome == "user_error" else found["error"]):
         outcome = "lost"
     message = found["error"] if outcome == "crashed" else lines[-1].removeprefix("capgap: ")
     return EndMessage(task.id, outcome, message, place=place)

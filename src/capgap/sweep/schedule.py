@@ -263,8 +263,7 @@ class Schedule:
                     if self._ended(ended, message):
                         finish(ended.id)
                     else:
-                        is_taken = message.outcome == "taken"
-                        waiting.give_back(ended, self.clock() + LOOK_SECONDS * is_taken)
+                        waiting.give_back(ended, self.clock() + self._pause(message))
             if self.is_shared and self.clock() - looked > LOOK_SECONDS:
                 looked = self.clock()
                 for task in list(filter(self.is_done, waiting.tasks.values())):
@@ -273,6 +272,12 @@ class Schedule:
                 for name in self.claims.lost() & running.keys():
                     self.engine.cancel(name)
                     waiting.give_back(running.pop(name))
+
+    def _pause(self, message: EndMessage) -> float:
+        """Seconds until a task is begun again: at once, then later and later, since what failed
+        may be storage that will be back."""
+        tries = self._tries[message.task]
+        return LOOK_SECONDS if message.outcome == "taken" else LOOK_SECONDS * (2 ** (tries - 1) - 1)
 
     def _ended(self, task: Task, message: EndMessage) -> bool:
         """Whether it is done; raises where it should not be tried again."""

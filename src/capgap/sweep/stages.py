@@ -302,7 +302,7 @@ class Column(OfRecipe):
             raise UserError(
                 f"{OUT_OF_MEMORY} ({ended.message}): fewer `micro_batch_tokens` take less"
             )
-        if ended.outcome == "user_error":
+        if ended.outcome in ("user_error", "lost"):
             raise UserError(ended.message)
         return ended
 

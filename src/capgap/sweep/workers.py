@@ -24,6 +24,7 @@ from capgap.errors import (
     first_line,
     is_disk_full,
     is_out_of_memory,
+    is_storage_away,
 )
 from capgap.machine import VISIBLE_GPUS
 from capgap.sweep.cells import Context, Task
@@ -116,10 +117,12 @@ def run_task(
         message = "\n".join(run.warnings)
     except Interrupted:
         outcome = "stopped"
-    except UserError as error:
-        outcome, message = "user_error", str(error)
     except Exception as error:
         outcome, message = "crashed", traceback.format_exc()
+        if isinstance(error, UserError):
+            outcome, message = "user_error", str(error)
+        if is_storage_away(error):
+            outcome, message = "lost", first_line(error)
         if is_out_of_memory(error):
             outcome, message = "out_of_memory", first_line(error)
         if is_disk_full(error):
