@@ -54,12 +54,8 @@ device = "cpu"
 checkpoint_seconds = 0.1
 checkpoint_share = 0.9
 """
-# a node that is gone is known to be in a second, a head in ten
-SYSTEM = {
-    "health_check_initial_delay_ms": 500,
-    "health_check_period_ms": 300,
-    "gcs_rpc_server_reconnect_timeout_s": 10,
-}
+# a node that is gone is known to be in a second
+SYSTEM = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 300}
 # Drawing the report would take longer than all the rest
 DRIVER = """
 from capgap.cli import main

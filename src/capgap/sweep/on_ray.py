@@ -7,6 +7,7 @@ by the same path. Who runs a task, and how far it is, stands in its lease.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,8 @@ PROCESS_BYTES = 1_500_000_000
 BYTES_PER_PARAMETER = 16
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.2
+# Ray itself ends a driver without a word, a minute after it last heard of the head
+HEAD_SECONDS = 30.0
 USER_ERROR = 2
 ERROR_CHARACTERS = 20_000
 
@@ -76,6 +79,7 @@ class RayNodes(Engine):
         self.leases = Leases(context.leases, owner, stale=context.recipe.run.lease_seconds)
         self.running: dict[Any, Task] = {}
         self._looked = 0.0
+        self._heard = time.monotonic()
         self._slots = 0
         self._slots_at = -LOOK_SECONDS
 
@@ -91,6 +95,7 @@ class RayNodes(Engine):
                 except ConnectionError:
                     ray.init(num_cpus=usable_cores(), include_dashboard=False, **quiet)
             stack.callback(ray.shutdown)
+            self.head = ray.get_runtime_context().gcs_address
             # a try that is lost is ours to count
             self.remote = ray.remote(max_retries=0)(run_column)
             self.recipe = self.context.out / "work" / "recipe.json"
@@ -111,6 +116,9 @@ class RayNodes(Engine):
         """As many at once as the nodes hold now; others may come and go."""
         if time.monotonic() - self._slots_at > LOOK_SECONDS:
             self._slots_at = time.monotonic()
+            if not self._has_head():
+                # asking it for its nodes would wait
+                return False
             self._slots = sum(_times(self._needs(0), node) for node in self._nodes())
         # one more, so that no node waits for us
         return len(self.running) <= self._slots
@@ -163,6 +171,21 @@ class RayNodes(Engine):
                 if progress:
                     found.append(StepMessage(**progress))
         return found
+
+    def _has_head(self) -> bool:
+        """Whether the cluster's head answers; UserError where it has not for HEAD_SECONDS."""
+        host, port = self.head.rsplit(":", 1)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_SECONDS).close()
+        except OSError as error:
+            if time.monotonic() - self._heard > HEAD_SECONDS:
+                raise UserError(
+                    f"the head of the Ray cluster, {self.head}, is gone ({error.strerror}): start "
+                    "the cluster again; the same command continues"
+                ) from None
+            return False
+        self._heard = time.monotonic()
+        return True
 
     def _needs(self, model_bytes: int) -> dict[str, float]:
         asked = self.context.recipe.run.device
