@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from capgap.corpus.prepare import ShardWriter, token_dtype
+from capgap.corpus.tokens import ShardWriter, token_dtype
 from capgap.machine import machine
 from peers.cases import BASE, LOSS_ENGINES, STEP_ENGINES, Case, Engine, cpu_cases
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from capgap.artifact import read_json, write_json
+from capgap.corpus import chunks, tokens
 from capgap.corpus import prepare as module
 from capgap.corpus.excerpt import cut_text, fair_limit
 from capgap.corpus.prepare import prepare_corpus
@@ -184,7 +185,7 @@ def test_windows_cover_the_stream_with_one_token_shared(
 ) -> None:
     whole = prepare(source, tmp_path / "whole")
     # So small that a window reaches over several shards.
-    monkeypatch.setattr(module, "SHARD_TOKENS", 7)
+    monkeypatch.setattr(tokens, "SHARD_TOKENS", 7)
     parts = prepare(source, tmp_path / "parts", max_train_tokens=2000)
     assert len(parts.manifest["train"]["shards"]) > 100
     for corpus in (whole, parts):
@@ -210,7 +211,7 @@ def test_shards_have_their_hashes_and_are_cut_in_files_without_effect(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prepare(source, tmp_path / "whole")
-    monkeypatch.setattr(module, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(tokens, "SHARD_TOKENS", 1000)
     parts = prepare(source, tmp_path / "parts")
     for corpus in (whole, parts):
         for shard in corpus.manifest["train"]["shards"]:
@@ -514,7 +515,7 @@ def test_full_disk_leaves_nothing_behind(
     def full_disk(path: Path, mode: str) -> Any:
         return open("/dev/full" if path.name.startswith("train") else path, mode)
 
-    monkeypatch.setattr(module, "open", full_disk, raising=False)
+    monkeypatch.setattr(tokens, "open", full_disk, raising=False)
     with pytest.raises(UserError, match="no disk space left") as caught:
         prepare(source, tmp_path / "corpus")
     assert isinstance(caught.value.__cause__, OSError)
@@ -575,7 +576,7 @@ def test_documents_are_encoded_in_batches_without_effect(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prepare(source, tmp_path / "whole")
-    monkeypatch.setattr(module, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(chunks, "BATCH_BYTES", 1000)
     assert prepare(source, tmp_path / "parts").corpus_hash == whole.corpus_hash
 
 

@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from capgap.corpus.names import MANIFEST
 from capgap.corpus.sources import open_source
-from capgap.corpus.split import HELDOUT_FRACTION, SAMPLE_BYTES, scan, split_for
+from capgap.corpus.split import (
+    HELDOUT_FRACTION,
+    SAMPLE_BYTES,
+    Reading,
+    scan,
+    smallest_digests,
+    split_for,
+)
+from capgap.corpus.split import training_sample as sample_for
 from capgap.corpus.tokenizer import TokenCodec
 from capgap.corpus.tokens import Corpus, load_corpus
 from capgap.errors import UserError
@@ -45,9 +53,8 @@ def excerpt(source: str, num_bytes: int) -> list[Passage]:
         found = heldout_passages(corpus)
     else:
         limit = max(SAMPLE_BYTES, num_bytes)
-        read = scan(
-            open_source(source), max_bytes=READ_BYTES, candidate_bytes=limit, sample_bytes=0
-        )
+        reading = Reading(max_bytes=READ_BYTES)
+        read = scan(open_source(source), reading, candidate_bytes=limit, sample_bytes=0)
         found = [Passage(document, whole=True) for _, document in read.candidates]
     valid = [Passage(text.decode("utf-8", "ignore").encode(), whole) for text, whole in found]
     passages = [one for one in valid if one.text.strip()]
@@ -74,18 +81,18 @@ def training_sample(
 
     `reading` and UserError as `open_source`; also no text, one document alone.
     """
-    scanned = scan(
-        open_source(source, **reading),
-        max_bytes=min(READ_BYTES, max_bytes or READ_BYTES),
-        max_documents=max_documents,
-        sample_bytes=num_bytes,
-    )
-    if len(scanned.digests) < 2:
+    opened = open_source(source, **reading)
+    limits = Reading(min(READ_BYTES, max_bytes or READ_BYTES), max_documents)
+    found = scan(opened, limits, sample_bytes=num_bytes)
+    if len(limits.seen) < 2:
         raise UserError(
-            f"{source!r} has {len(scanned.digests)} documents: 2 or more are needed, one of them "
+            f"{source!r} has {len(limits.seen)} documents: 2 or more are needed, one of them "
             "to hold out; a line <|endoftext|> parts those of a text file"
         )
-    return scanned.training_sample(split_for(HELDOUT_FRACTION, scanned.digests))
+    largest = found.largest[0]
+    smallest = smallest_digests(found.rows)
+    split = split_for(HELDOUT_FRACTION, len(limits.seen), smallest, largest[0])
+    return sample_for(split, found.sample, largest)
 
 
 def heldout_passages(corpus: Corpus) -> list[Passage]:

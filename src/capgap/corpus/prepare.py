@@ -2,38 +2,47 @@
 
 Two passes over the source: the first removes duplicates, fixes the split and collects what the
 tokenizer learns from; the second writes tokens. Neither holds more than a bounded part of the text.
+Both go chunk by chunk, in as many processes as there are, whose number changes no byte.
 """
 
 import hashlib
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from capgap.artifact import difference, folder_written, only_process, plain, write_json
-from capgap.corpus.excerpt import cut_for_evaluation, fit_tokens
+from capgap.corpus.chunks import (
+    Chunk,
+    Found,
+    chunks_of,
+    compare,
+    count,
+    no_documents,
+    read_chunk,
+    write_chunk,
+)
+from capgap.corpus.excerpt import cut_for_evaluation
 from capgap.corpus.names import MANIFEST
 from capgap.corpus.sources import DEFAULT_SEPARATOR, Source, open_source
 from capgap.corpus.split import (
     HELDOUT_FRACTION,
     SAMPLE_BYTES,
     Reading,
-    Scan,
     Split,
-    scan,
     split_for,
+    training_sample,
 )
 from capgap.corpus.tokenizer import (
     TokenCodec,
     check_vocabulary,
-    count_invalid_bytes,
-    grouped,
     load_tokenizer,
     num_words,
     tokenizer_hash,
@@ -46,11 +55,14 @@ from capgap.corpus.tokens import (
     TOKENIZER,
     Corpus,
     Marks,
+    ShardWriter,
     damage,
     load_corpus,
     read_manifest,
+    token_dtype,
 )
 from capgap.errors import UserError
+from capgap.in_order import On, in_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -65,8 +77,7 @@ NEW = "it is new"
 SOURCES = ("source", "heldout_source")
 # Bounds the time that training a tokenizer takes; a larger vocabulary needs more text
 SAMPLE_BYTES_PER_TOKEN = 8_000
-BATCH_BYTES = 4_000_000
-SHARD_TOKENS = 1 << 26
+BATCH_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,8 @@ def prepare_corpus(
     begin_windows: bool = False,
     expected_hash: str | None = None,
     replace: bool = False,
+    workers: int = 1,
+    on: On = "here",
     progress: Progress | None = None,
 ) -> Corpus:
     """Turn text into tokens for training and evaluation, or reuse what lies there unchanged.
@@ -127,6 +140,7 @@ def prepare_corpus(
             before a text; without such a token it changes nothing.
         expected_hash: the `corpus_hash` it must have; text that gives another is refused, and
             the corpus that lies there stays.
+        workers, on: as for `in_order`; a stopped preparation goes on where it was.
         replace: whether the corpus of another request gives way too.
         progress: called with ("read" | "tokenize", bytes done, bytes in all or None).
 
@@ -158,7 +172,9 @@ def prepare_corpus(
         max_train_tokens=max_train_tokens,
         begin_windows=begin_windows,
     )
-    writing = _Writing(opened, heldout, options, progress or (lambda stage, done, total: None))
+    told = progress or (lambda stage, done, total: None)
+    run = partial(in_order, workers=workers, on=on)
+    writing = _Writing(opened, heldout, options, told, run)
     directory = Path(directory).expanduser().absolute()
     with only_process(directory):
         reason = _why_prepare(directory, writing.request, replace=replace)
@@ -167,8 +183,11 @@ def prepare_corpus(
                 logger.info("preparing the corpus in %s: %s", directory, reason)
             else:
                 logger.warning("making the corpus in %s anew: %s", directory, reason)
-            with folder_written(directory) as partial:
-                made = writing.fill(partial, tokenizer, window)
+            with (
+                _worth_keeping(directory.with_name(f".{directory.name}.chunks")) as work,
+                folder_written(directory) as aside,
+            ):
+                made = writing.fill(aside, tokenizer, window, work)
                 if expected_hash not in (None, made):
                     raise UserError(
                         f"the corpus is not the one that was used before ({source}: {reason}; its "
@@ -178,61 +197,37 @@ def prepare_corpus(
     return load_corpus(directory, window=window)
 
 
-def token_dtype(vocabulary: int) -> np.dtype[Any]:
-    """The smallest little-endian type that holds every token id."""
-    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
-
-
-class ShardWriter:
-    """Appends token ids to `PREFIX-00000.bin` and on, raw, each of SHARD_TOKENS but the last.
-
-    `shards`: for every file its name, tokens and sha256; `num_tokens`: written so far.
-    """
-
-    def __init__(self, directory: Path, prefix: str, dtype: np.dtype[Any]) -> None:
-        self.shards: list[dict[str, Any]] = []
-        self.num_tokens = 0
-        self._path = directory / prefix
-        self._dtype = dtype
-        self._all = hashlib.sha256()
-        self._shard_hash = hashlib.sha256()
-
-    @property
-    def sha256(self) -> str:
-        """Of all tokens, however they are cut in files."""
-        return self._all.hexdigest()
-
-    def append(self, ids: NDArray[np.int64]) -> None:
-        """Write ids, int64 [num_tokens]; goes on in a new file when one is full."""
-        while len(ids):
-            filled = self.num_tokens % SHARD_TOKENS
-            if filled == 0:
-                name = f"{self._path.name}-{len(self.shards):05d}.bin"
-                self.shards.append({"name": name, "tokens": 0})
-                self._shard_hash = hashlib.sha256()
-            now, ids = ids[: SHARD_TOKENS - filled], ids[SHARD_TOKENS - filled :]
-            shard, data = self.shards[-1], now.astype(self._dtype).tobytes()
-            with open(self._path.with_name(shard["name"]), "ab") as stream:
-                stream.write(data)
-            # hashed as it is written, so nothing is read again
-            self._all.update(data)
-            self._shard_hash.update(data)
-            shard["sha256"] = self._shard_hash.hexdigest()
-            shard["tokens"] += len(now)
-            self.num_tokens += len(now)
+@contextmanager
+def _worth_keeping(work: Path) -> Iterator[Path]:
+    """A folder for what is found on the way, which goes at the end; where it was stopped, or there
+    was something wrong with one chunk of several, the same call goes on with it."""
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        yield work
+    except BaseException:
+        if len(list(work.glob("*.rows.npy"))) < 2:
+            shutil.rmtree(work)
+        raise
+    shutil.rmtree(work)
 
 
 class _Writing:
     """A corpus folder in the making, and the counts of its parts; `unused` is training text beyond
-    the tokens asked for."""
+    the tokens asked for. `run`: `in_order`, somewhere."""
 
     def __init__(
-        self, source: Source, heldout_source: Source | None, options: Options, progress: Progress
+        self,
+        source: Source,
+        heldout_source: Source | None,
+        options: Options,
+        progress: Progress,
+        run: Callable[..., Iterator[Any]],
     ) -> None:
         self.source = source
         self.heldout_source = heldout_source
         self.options = options
         self.progress = progress
+        self.run = run
         # as the manifest holds it: tuples are lists there
         self.request = plain(
             {
@@ -241,28 +236,35 @@ class _Writing:
                 "heldout_source": heldout_source and heldout_source.fingerprint(),
             }
         )
-        none = Counter(documents=0, bytes=0, invalid_bytes=0)
-        self.train, self.heldout, self.unused = none.copy(), none.copy(), none.copy()
-        self.in_heldout_source = 0
-        self.limits = {"max_bytes": options.max_bytes, "max_documents": options.max_documents}
+        self.train, self.heldout, self.unused = (no_documents() for _ in range(3))
+        self.sample_bytes = min(SAMPLE_BYTES, (options.vocabulary or 0) * SAMPLE_BYTES_PER_TOKEN)
 
     def fill(
-        self, directory: Path, tokenizer: "PreTrainedTokenizerFast | None", window: int
+        self, directory: Path, tokenizer: "PreTrainedTokenizerFast | None", window: int, work: Path
     ) -> str:
         """Fill an empty folder and return the corpus's hash; UserError for a source that is empty,
-        broken, or too small to split or to fill a window."""
-        first = self._scan(self.source)
-        split, candidates = self._choose_split(first)
+        broken, or too small to split or to fill a window. `work`: a folder of what is found on the
+        way."""
+        heldout_chunks = self._read(self.heldout_source, work)
+        chunks = self._read(self.source, work)
+        heldout = compare(heldout_chunks, [], self.sample_bytes) if heldout_chunks else None
+        found = compare(chunks, heldout_chunks, self.sample_bytes)
+        split = self._choose_split(found, heldout)
         if tokenizer is None:
-            tokenizer = train_tokenizer(first.training_sample(split), self.options.vocabulary or 0)
-        tokenizer.save_pretrained(str(directory / TOKENIZER))
+            fair = [one for one in found.sample if one[0] not in found.excluded]
+            sample = training_sample(split, fair, found.largest[0])
+            tokenizer = train_tokenizer(sample, self.options.vocabulary or 0)
+        identity = tokenizer_hash(tokenizer)
+        tokenizer.save_pretrained(str(work / identity))
+        shutil.copytree(work / identity, directory / TOKENIZER)
         codec = TokenCodec(tokenizer)
         marks = Marks.of(tokenizer, begin_windows=self.options.begin_windows)
         vocabulary = num_words(tokenizer)
         dtype = token_dtype(vocabulary)
 
         writer = ShardWriter(directory, "train", dtype)
-        self._write(writer, codec, first, split)
+        writer.append(marks.between[-1:])
+        self._write(writer, chunks, work / identity, split, found.num_bytes)
         if writer.num_tokens <= window:
             raise UserError(
                 f"corpus {self.source.name!r} is too small: {writer.num_tokens} training tokens do "
@@ -271,11 +273,17 @@ class _Writing:
         if self.options.tokenizer_hash is not None:
             tokens = writer.num_tokens - self.train["documents"]
             warn_of_strange_text(self.source.name, self.train["bytes"], tokens, vocabulary)
+        if heldout is None:
+            candidates = [one for one in found.candidates if split.is_heldout(one[0])]
+        else:
+            candidates = heldout.candidates
+        for chunk in heldout_chunks:
+            for _, document in chunk.used():
+                count(self.heldout, document)
         evaluated, heldout_ids = cut_for_evaluation(codec, candidates, self.options.heldout_tokens)
         heldout_data = heldout_ids.astype(dtype).tobytes()
         (directory / HELDOUT).write_bytes(heldout_data)
 
-        identity = tokenizer_hash(tokenizer)
         heldout_hash = hashlib.sha256(heldout_data).hexdigest()
         content = f"{identity} {marks} {writer.sha256} {heldout_hash}"
         corpus_hash = hashlib.sha256(content.encode()).hexdigest()
@@ -288,9 +296,9 @@ class _Writing:
             "dtype": dtype.str,
             "invalid_bytes_kept": codec.is_byte_level,
             "documents": {
-                "read": first.reading.documents,
-                "duplicates": first.reading.duplicates,
-                "in_heldout_source": self.in_heldout_source,
+                "read": found.documents,
+                "duplicates": found.documents - found.unique,
+                "in_heldout_source": len(found.excluded),
             },
             "train": {
                 **self.train,
@@ -313,85 +321,83 @@ class _Writing:
         write_json(directory / MANIFEST, manifest)
         return corpus_hash
 
-    def _scan(self, source: Source) -> Scan:
-        sample = (self.options.vocabulary or 0) * SAMPLE_BYTES_PER_TOKEN
-        first = scan(
-            source,
-            max_bytes=self.options.max_bytes,
-            max_documents=self.options.max_documents,
-            fraction=self.options.heldout_fraction,
-            sample_bytes=min(SAMPLE_BYTES, sample),
-            on_document=lambda num_bytes: self.progress("read", num_bytes, None),
-        )
-        if not first.digests:
-            raise UserError(f"corpus {source.name!r} is empty: it holds no text")
-        return first
+    def _read(self, source: Source | None, work: Path) -> list[Chunk]:
+        """First pass over a source, with limits chunk after chunk here; its chunks."""
+        if source is None:
+            return []
+        known = (self.options.heldout_fraction, self.sample_bytes)
+        role = "train" if source is self.source else "heldout"
+        chunks = chunks_of(source, work, role, known)
+        reading = Reading(self.options.max_bytes, self.options.max_documents)
+        if reading.is_limited:
+            for number, chunk in enumerate(chunks, 1):
+                read_chunk(chunk, reading, *known, lambda done: self.progress("read", done, None))
+                if reading.is_full:
+                    return chunks[:number]
+            return chunks
+        done = 0
+        for num_bytes in self.run(read_chunk, ((chunk, Reading(), *known) for chunk in chunks)):
+            done += num_bytes
+            self.progress("read", done, None)
+        return chunks
 
-    def _choose_split(self, first: Scan) -> tuple[Split, list[tuple[int, bytes]]]:
-        """The split, and the documents to evaluate on."""
-        if self.heldout_source is None:
-            if len(first.digests) == 1:
+    def _choose_split(self, found: Found, heldout: Found | None) -> Split:
+        for source, each in ((self.source, found), (self.heldout_source, heldout)):
+            if source is not None and each is not None and not each.documents:
+                raise UserError(f"corpus {source.name!r} is empty: it holds no text")
+        if self.heldout_source is not None:
+            if found.unique == len(found.excluded):
                 raise UserError(
-                    f"corpus {self.source.name!r} is one document, and a document is never split "
-                    f"between training and held-out: part it by lines "
-                    f"{self.source.separator or DEFAULT_SEPARATOR!r} "
-                    "(or name your own separator), add documents, raise a limit, or give held-out "
-                    "text of its own"
+                    f"corpus {self.source.name!r} holds nothing but documents of the held-out "
+                    f"source {self.heldout_source.name!r}: give other text to train on"
                 )
-            split = split_for(self.options.heldout_fraction, first.digests)
-            return split, [entry for entry in first.candidates if split.is_heldout(entry[0])]
-
-        heldout = self._scan(self.heldout_source)
-        if first.digests <= heldout.digests:
+            return Split(threshold=0)
+        if found.unique == 1:
             raise UserError(
-                f"corpus {self.source.name!r} holds nothing but documents of the held-out source "
-                f"{self.heldout_source.name!r}: give other text to train on"
+                f"corpus {self.source.name!r} is one document, and a document is never split "
+                f"between training and held-out: part it by lines "
+                f"{self.source.separator or DEFAULT_SEPARATOR!r} "
+                "(or name your own separator), add documents, raise a limit, or give held-out "
+                "text of its own"
             )
-        for _, document in Reading().unique(self.heldout_source, **self.limits):
-            _count(self.heldout, document)
-        return Split(threshold=0, excluded=heldout.digests), heldout.candidates
+        largest = found.largest[0][0]
+        return split_for(self.options.heldout_fraction, found.unique, found.smallest, largest)
 
-    def _write(self, writer: ShardWriter, codec: TokenCodec, first: Scan, split: Split) -> None:
-        """Second pass: write every training document and what parts it from the next; the first one
-        begins like the others."""
-        between = codec.marks.between
-        writer.append(between[-1:])
-        limit = self.options.max_train_tokens
-        reading = Reading()
-        documents = reading.unique(self.source, **self.limits)
-        for batch in grouped(documents, lambda entry: len(entry[1]), BATCH_BYTES):
-            texts = []
-            for digest, document in batch:
-                if split.is_heldout(digest):
-                    _count(self.heldout, document)
-                elif digest in split.excluded:
-                    self.in_heldout_source += 1
-                elif limit is not None and writer.num_tokens >= limit:
-                    _count(self.unused, document)
-                else:
-                    texts.append(document)
-            for text, ids in zip(texts, codec.encode_many(texts), strict=True):
-                room = len(ids) + 1 if limit is None else limit - writer.num_tokens
-                if len(ids) < room:
-                    _count(self.train, text)
-                    writer.append(np.concatenate([ids, between])[: limit and room])
-                    continue
-                cut, ids = fit_tokens(codec, text, room)
-                _count(self.unused, text[len(cut) :])
-                if cut:
-                    _count(self.train, cut)
+    def _write(
+        self,
+        writer: ShardWriter,
+        chunks: Sequence[Chunk],
+        tokenizer: Path,
+        split: Split,
+        num_bytes: int,
+    ) -> None:
+        """Second pass: appends the tokens of all chunks, in their order."""
+        most = self.options.max_train_tokens
+        limits: list[int | None] = []
+
+        def room() -> int | None:
+            return None if most is None else max(0, most - writer.num_tokens)
+
+        def arguments() -> Iterator[tuple[Any, ...]]:
+            for chunk in chunks:
+                # while those before are at work it may turn out to be less
+                limits.append(room())
+                yield chunk, tokenizer, split, limits[-1], writer.dtype
+
+        parts = {"train": self.train, "heldout": self.heldout, "unused": self.unused}
+        for number, told in enumerate(self.run(write_chunk, arguments())):
+            chunk, left = chunks[number], room()
+            is_over = left is not None and (told["tokens"] > left or told["is_full"])
+            if is_over and left != limits[number]:
+                told = write_chunk(chunk, tokenizer, split, left, writer.dtype)
+            for name, part in parts.items():
+                part.update(told[name])
+            with chunk.file("tokens").open("rb") as stream:
+                while len(ids := np.fromfile(stream, writer.dtype, BATCH_TOKENS)):
                     writer.append(ids)
-                # a cut before a long word may leave room that no later document should fill
-                limit = writer.num_tokens
-            self.progress("tokenize", reading.num_bytes, first.reading.num_bytes)
-        if reading.content.digest() != first.reading.content.digest():
-            raise UserError(
-                f"corpus {self.source.name!r} changed while it was read; prepare it again"
-            )
-
-
-def _count(part: Counter[str], document: bytes) -> None:
-    part.update(documents=1, bytes=len(document), invalid_bytes=count_invalid_bytes(document))
+            if told["is_full"]:
+                most = writer.num_tokens
+            self.progress("tokenize", sum(part["bytes"] for part in parts.values()), num_bytes)
 
 
 def _why_prepare(directory: Path, asked: dict[str, Any], *, replace: bool) -> str | None:

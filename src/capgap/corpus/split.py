@@ -2,8 +2,12 @@
 
 import hashlib
 import heapq
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from capgap.corpus.sources import Source
 
@@ -13,49 +17,62 @@ MIN_HELDOUT_DOCUMENTS = 8
 HELDOUT_FRACTION = 0.02
 # Text that a pass over a source holds in memory
 SAMPLE_BYTES = 64_000_000
+# A document: its digest, where it comes in what was read, its size
+ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("index", "<i8"), ("bytes", "<i8")])
+
+
+def digest_of(document: bytes) -> int:
+    """The document's identity, uniform in 0 .. DIGESTS - 1."""
+    return int.from_bytes(hashlib.blake2b(document, digest_size=DIGEST_BYTES).digest())
+
+
+def number_of(row: Any) -> int:
+    """The digest in a ROW."""
+    return int(row["high"]) << 64 | int(row["low"])
 
 
 @dataclass
 class Reading:
-    """What one pass over a source has met so far."""
+    """What passes over sources have met so far. Limits hold over all of them: `max_bytes` and
+    `max_documents` of different documents, whose digests are held in memory then alone."""
 
-    documents: int = 0
-    duplicates: int = 0
+    max_bytes: int | None = None
+    max_documents: int | None = None
     num_bytes: int = 0
-    content: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    is_full: bool = False
+    seen: set[int] = field(default_factory=set)
 
-    def unique(
-        self, source: Source, *, max_bytes: int | None, max_documents: int | None = None
-    ) -> Iterator[tuple[int, bytes]]:
-        """Yield digest and text of every document that has not come before. The digest is the
-        document's identity, uniform in 0 .. DIGESTS - 1.
+    @property
+    def is_limited(self) -> bool:
+        return (self.max_bytes, self.max_documents) != (None, None)
+
+    def documents(self, source: Source) -> Iterator[tuple[int, bytes]]:
+        """Digest and text of every document.
 
         Stops before the document that would make them more than `max_bytes`, but not before the
-        first, and behind so many documents, without reading on. Only the digests are held in
-        memory.
+        first, and behind so many documents, without reading on.
         """
-        seen: set[int] = set()
         for document in source.documents():
-            hashed = hashlib.blake2b(document, digest_size=DIGEST_BYTES)
-            digest = int.from_bytes(hashed.digest())
-            if digest in seen:
-                self.documents += 1
-                self.duplicates += 1
-                continue
-            if max_bytes is not None and seen and self.num_bytes + len(document) > max_bytes:
-                return
-            self.documents += 1
-            seen.add(digest)
-            self.num_bytes += len(document)
-            self.content.update(digest.to_bytes(DIGEST_BYTES))
+            digest = digest_of(document)
+            if not self.is_limited:
+                self.num_bytes += len(document)
+            elif digest not in self.seen:
+                size = self.num_bytes + len(document)
+                if self.max_bytes is not None and self.seen and size > self.max_bytes:
+                    self.is_full = True
+                    return
+                self.seen.add(digest)
+                self.num_bytes = size
             yield digest, document
             # the next one of a data set would be fetched from the Hub
-            if self.num_bytes == max_bytes or len(seen) == max_documents:
+            self.is_full = self.num_bytes == self.max_bytes or len(self.seen) == self.max_documents
+            if self.is_full:
                 return
 
 
 class SmallestDigests:
-    """Keeps the documents of the smallest digests within a limit: a sample without an order's bias.
+    """Keeps the documents of the smallest digests that together are within a limit, whatever the
+    order and however often they come: a sample without an order's bias.
 
     The first document is kept whatever its size.
     """
@@ -63,14 +80,21 @@ class SmallestDigests:
     def __init__(self, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._heap: list[tuple[int, bytes]] = []  # the largest digest, negated, on top
+        self._kept: set[int] = set()
         self._num_bytes = 0
+        self._end = DIGESTS  # the smallest that had no room
 
     def add(self, digest: int, document: bytes) -> None:
         """Offer a document; those of larger digests make room for it."""
+        if digest >= self._end or digest in self._kept:
+            return
         heapq.heappush(self._heap, (-digest, document))
+        self._kept.add(digest)
         self._num_bytes += len(document)
         while len(self._heap) > 1 and self._num_bytes > self._max_bytes:
-            _, dropped = heapq.heappop(self._heap)
+            negated, dropped = heapq.heappop(self._heap)
+            self._end = -negated
+            self._kept.remove(self._end)
             self._num_bytes -= len(dropped)
 
     def documents(self) -> list[tuple[int, bytes]]:
@@ -80,32 +104,27 @@ class SmallestDigests:
 
 @dataclass(frozen=True)
 class Split:
-    """Held out is what has a digest below the threshold.
-
-    Attributes:
-        threshold: 0 when the held-out text is a source of its own.
-        excluded: digests of that source, which must not be trained on either.
-    """
+    """Held out is what has a digest below the threshold. `threshold` is 0 when
+    the held-out text is a source of its own."""
 
     threshold: int
-    excluded: frozenset[int] = frozenset()
 
     def is_heldout(self, digest: int) -> bool:
         """Whether the document belongs to the held-out part."""
         return digest < self.threshold
 
 
-def split_for(fraction: float, digests: Collection[int]) -> Split:
-    """The split that holds out about `fraction` of two or more documents.
+def split_for(fraction: float, num_documents: int, smallest: Sequence[int], largest: int) -> Split:
+    """The split that holds out about `fraction` of two or more documents, whose digests are
+    `smallest`, by rising size MIN_HELDOUT_DOCUMENTS of them or all, to `largest`.
 
     The threshold is that of the fraction, so that a document's part does not hang on the others.
     Only where that leaves too few, the documents of the smallest digests are held out: a tenth of
     them, up to MIN_HELDOUT_DOCUMENTS and at least one, since a standard error over documents
     needs several. One document at least is left for training.
     """
-    num_least = max(1, min(MIN_HELDOUT_DOCUMENTS, len(digests) // 10))
-    least = heapq.nsmallest(num_least, digests)[-1] + 1
-    return Split(min(max(int(fraction * DIGESTS), least), max(digests)))
+    num_least = max(1, min(MIN_HELDOUT_DOCUMENTS, num_documents // 10))
+    return Split(min(max(int(fraction * DIGESTS), smallest[num_least - 1] + 1), largest))
 
 
 @dataclass(frozen=True)
@@ -113,57 +132,68 @@ class Scan:
     """What a first pass over a source leaves behind.
 
     Attributes:
-        reading: what was met, with the hash of all digests.
-        digests: of all documents.
+        rows: of all documents, ROW [num_documents], by rising digest and then by index.
         candidates: documents of the smallest digests; those to evaluate on are among them.
         sample: documents of the smallest digests above the usual threshold.
-        largest: the document of the largest digest.
+        largest: the document of the largest digest, if there is any.
     """
 
-    reading: Reading
-    digests: frozenset[int]
+    rows: NDArray[Any]
     candidates: list[tuple[int, bytes]]
     sample: list[tuple[int, bytes]]
-    largest: tuple[int, bytes]
+    largest: list[tuple[int, bytes]]
 
-    def training_sample(self, split: Split) -> list[bytes]:
-        """Documents of the sample that belong to the training part; one at least."""
-        sample = [
-            document
-            for digest, document in self.sample
-            if not split.is_heldout(digest) and digest not in split.excluded
-        ]
-        return sample or [self.largest[1]]
+
+def training_sample(
+    split: Split, sample: Sequence[tuple[int, bytes]], largest: tuple[int, bytes]
+) -> list[bytes]:
+    """Documents of a `Scan`'s sample that belong to the training part; one at least."""
+    return [text for digest, text in sample if not split.is_heldout(digest)] or [largest[1]]
+
+
+def smallest_digests(rows: NDArray[Any]) -> list[int]:
+    """The first digests of a `Scan`'s rows that are different, MIN_HELDOUT_DOCUMENTS at most."""
+    found: list[int] = []
+    at = 0
+    while at < len(rows) and len(found) < MIN_HELDOUT_DOCUMENTS:
+        found.append(number_of(rows[at]))
+        # those of one text stand together
+        while at < len(rows) and number_of(rows[at]) == found[-1]:
+            at += 1
+    return found
 
 
 def scan(
     source: Source,
+    reading: Reading,
     *,
-    max_bytes: int | None,
-    max_documents: int | None = None,
     fraction: float = HELDOUT_FRACTION,
     candidate_bytes: int = SAMPLE_BYTES,
     sample_bytes: int = SAMPLE_BYTES,
     on_document: Callable[[int], None] = lambda num_bytes: None,
 ) -> Scan:
-    """Read a source up to the limits, as `unique`; `on_document` is told the bytes so far.
+    """Read a source; `on_document` is told the bytes so far.
 
     Args:
+        reading: whose limits hold, and which goes on.
         fraction: the share that is held out, from which the usual threshold follows.
         candidate_bytes: how much text of candidates is kept.
         sample_bytes: how much text of the sample is kept.
     """
     candidates = SmallestDigests(max_bytes=candidate_bytes)
     sample = SmallestDigests(max_bytes=sample_bytes)
-    reading = Reading()
-    digests = set()
-    largest = (-1, b"")
-    documents = reading.unique(source, max_bytes=max_bytes, max_documents=max_documents)
-    for digest, document in documents:
-        digests.add(digest)
+    digests, sizes = bytearray(), []
+    largest: list[tuple[int, bytes]] = []
+    for digest, document in reading.documents(source):
+        digests += digest.to_bytes(DIGEST_BYTES)
+        sizes.append(len(document))
         candidates.add(digest, document)
         if digest >= int(fraction * DIGESTS):
             sample.add(digest, document)
-        largest = max(largest, (digest, document))
+        largest = [max([*largest, (digest, document)])]
         on_document(reading.num_bytes)
-    return Scan(reading, frozenset(digests), candidates.documents(), sample.documents(), largest)
+    rows = np.empty(len(sizes), ROW)
+    rows["high"], rows["low"] = np.frombuffer(digests, ">u8").reshape(-1, 2).T
+    rows["index"], rows["bytes"] = np.arange(len(sizes)), sizes
+    order = np.lexsort((rows["low"], rows["high"]))
+    return Scan(rows[order], candidates.documents(), sample.documents(), largest)

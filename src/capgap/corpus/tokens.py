@@ -5,6 +5,7 @@ for evaluation.
 what it read while its makers trained it.
 """
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # it bears none of these names, the first of them that the tokenizer has ends a text.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<EOS_TOKEN>", "[EOS]")
 
+SHARD_TOKENS = 1 << 26
 HELDOUT = "heldout.bin"
 TOKENIZER = "tokenizer"
 SCHEMA = 2  # 1: documents began with the token that ends them, whatever the tokenizer
@@ -157,6 +159,50 @@ class TokenWindows:
                 filled += len(part)
                 shard, begin = shard + 1, 0
         return self._marks.begun(tokens)
+
+
+def token_dtype(vocabulary: int) -> np.dtype[Any]:
+    """The smallest little-endian type that holds every token id."""
+    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Appends token ids to `PREFIX-00000.bin` and on, raw, each of SHARD_TOKENS but the last.
+
+    `shards`: for every file its name, tokens and sha256; `num_tokens`: written so far.
+    """
+
+    def __init__(self, directory: Path, prefix: str, dtype: np.dtype[Any]) -> None:
+        self.shards: list[dict[str, Any]] = []
+        self.num_tokens = 0
+        self._path = directory / prefix
+        self.dtype = dtype
+        self._all = hashlib.sha256()
+        self._shard_hash = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of all tokens, however they are cut in files."""
+        return self._all.hexdigest()
+
+    def append(self, ids: NDArray[np.integer[Any]]) -> None:
+        """Write ids, [num_tokens]; goes on in a new file when one is full."""
+        while len(ids):
+            filled = self.num_tokens % SHARD_TOKENS
+            if filled == 0:
+                name = f"{self._path.name}-{len(self.shards):05d}.bin"
+                self.shards.append({"name": name, "tokens": 0})
+                self._shard_hash = hashlib.sha256()
+            now, ids = ids[: SHARD_TOKENS - filled], ids[SHARD_TOKENS - filled :]
+            shard, data = self.shards[-1], now.astype(self.dtype).tobytes()
+            with open(self._path.with_name(shard["name"]), "ab") as stream:
+                stream.write(data)
+            # hashed as it is written, so nothing is read again
+            self._all.update(data)
+            self._shard_hash.update(data)
+            shard["sha256"] = self._shard_hash.hexdigest()
+            shard["tokens"] += len(now)
+            self.num_tokens += len(now)
 
 
 class HeldoutDocument(NamedTuple):

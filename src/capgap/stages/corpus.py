@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from capgap.in_order import On
 from capgap.section import (
     BeginWindows,
     Count,
@@ -39,7 +40,8 @@ class TextSection(TextOptions):
 
 
 class Prepare(TextSection, Stage):
-    """Turn text into token shards with a manifest; unchanged text is not read twice."""
+    """Turn text into token shards with a manifest; unchanged text is not read twice, and what was
+    stopped goes on file by file."""
 
     command_name: ClassVar[str] = "corpus"
     continues: ClassVar[bool] = False
@@ -54,6 +56,8 @@ class Prepare(TextSection, Stage):
         str | None, Mark.SOURCE, "Text to hold out; if none, documents of SOURCE are."
     ] = None
     begin_windows: BeginWindows = False
+    workers: Annotated[Count, HOW, "Processes that read and tokenize files."] = 1
+    on: Annotated[On, HOW, "Read and tokenize files here, or on a Ray cluster:"] = "here"
 
     def run(self, *, say: Say = lambda text: None, **_: Any) -> dict[str, Any]:
         """Writes OUT, whole or not at all; returns what `capgap corpus --json` prints."""

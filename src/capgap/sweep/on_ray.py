@@ -12,15 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from importlib.util import find_spec
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from capgap.artifact import write_json
 from capgap.errors import UserError, is_storage_away
-from capgap.machine import install_command, usable_cores
-from capgap.stage import FieldError
+from capgap.ray_cluster import connected
 from capgap.sweep.cells import Column, Context, Task
 from capgap.sweep.leases import Leases
 from capgap.sweep.schedule import LOOK_SECONDS, EndMessage, Engine, Outcome, StepMessage
@@ -35,12 +33,6 @@ POLL_SECONDS = 0.2
 HEAD_SECONDS = 30.0
 USER_ERROR = 2
 ERROR_CHARACTERS = 20_000
-
-
-def check_installed() -> None:
-    """UserError without Ray."""
-    if find_spec("ray") is None:
-        raise FieldError("on", f"ray needs it installed: `{install_command('ray')}`")
 
 
 def run_column(words: list[str]) -> dict[str, Any]:
@@ -87,15 +79,7 @@ class RayNodes(Engine):
         import ray
 
         with ExitStack() as stack:
-            stack.enter_context(_standard_output_to_nobody())
-            quiet: Any = {"log_to_driver": False, "logging_level": "error"}
-            if not ray.is_initialized():
-                try:
-                    ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
-                except ConnectionError:
-                    ray.init(num_cpus=usable_cores(), include_dashboard=False, **quiet)
-            stack.callback(ray.shutdown)
-            self.head = ray.get_runtime_context().gcs_address
+            self.head = stack.enter_context(connected())
             # a try that is lost is ours to count
             self.remote = ray.remote(max_retries=0)(run_column)
             self.recipe = self.context.out / "work" / "recipe.json"
@@ -239,18 +223,3 @@ def _ended(task: Task, found: dict[str, Any], place: str) -> EndMessage:
         outcome = "lost"
     message = found["error"] if outcome == "crashed" else lines[-1].removeprefix("capgap: ")
     return EndMessage(task.id, outcome, message, place=place)
-
-
-@contextmanager
-def _standard_output_to_nobody() -> Iterator[None]:
-    """Answers go there, and what Ray's processes print does not belong to them."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    nobody = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nobody, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nobody)

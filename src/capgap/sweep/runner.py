@@ -94,7 +94,8 @@ def run_folder(
     plan. `is_whole`: for all of them, so that there must be disk space for them, and the folder may
     hold some of a smaller plan."""
     if on == "ray":
-        from capgap.sweep.on_ray import RayNodes, check_installed
+        from capgap.ray_cluster import check_installed
+        from capgap.sweep.on_ray import RayNodes
 
         check_installed()
     asked = plan.recipe.run

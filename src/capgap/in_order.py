@@ -1,0 +1,100 @@
+"""One function on many arguments: here, in processes of this machine, or on a Ray cluster."""
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any, Literal
+
+from capgap.errors import WorkerDied, first_line
+from capgap.ray_cluster import connected
+
+On = Literal["here", "ray"]
+# How often Ray begins one again whose node is lost
+ATTEMPTS = 5
+
+
+def in_order(
+    function: Callable[..., Any],
+    arguments: Iterable[tuple[Any, ...]],
+    *,
+    workers: int = 1,
+    on: On = "here",
+) -> Iterator[Any]:
+    """The results in the order of the arguments, of which few are asked for ahead.
+
+    `workers`: processes here; a cluster's are as many as it has cores. WorkerDied where one ended.
+    """
+    if on == "here" and workers == 1:
+        for one in arguments:
+            yield function(*one)
+        return
+    with ExitStack() as stack:
+        if on == "ray":
+            submit, workers = _on_ray(stack, function)
+        else:
+            submit = _in_processes(stack, function, workers)
+        begun: deque[Callable[[], Any]] = deque()
+        for one in arguments:
+            begun.append(submit(*one))
+            if len(begun) > 2 * workers:
+                yield begun.popleft()()
+        while begun:
+            yield begun.popleft()()
+
+
+def _in_processes(stack: ExitStack, function: Callable[..., Any], workers: int) -> Any:
+    import multiprocessing
+    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+
+    context = multiprocessing.get_context("forkserver")
+    pool = stack.enter_context(ProcessPoolExecutor(workers, context, _alone))
+    stack.callback(pool.shutdown, cancel_futures=True)
+
+    def submit(*one: Any) -> Callable[[], Any]:
+        future = pool.submit(function, *one)
+
+        def result() -> Any:
+            try:
+                return future.result()
+            except BrokenProcessPool:
+                raise WorkerDied(
+                    "a worker process ended by itself, mostly for lack of memory: try fewer "
+                    "`workers`; the same command continues"
+                ) from None
+
+        return result
+
+    return submit
+
+
+def _alone() -> None:
+    """One of several processes: libraries take one thread, and Ctrl-C ends it without a word."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _on_ray(stack: ExitStack, function: Callable[..., Any]) -> tuple[Any, int]:
+    import ray
+
+    stack.enter_context(connected())
+    remote = ray.remote(max_retries=ATTEMPTS, num_cpus=1)(function)
+
+    def submit(*one: Any) -> Callable[[], Any]:
+        reference = remote.remote(*one)
+
+        def result() -> Any:
+            try:
+                return ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                raise WorkerDied(
+                    f"the cluster lost what it was at {ATTEMPTS + 1} times ({first_line(error)}); "
+                    "the same command continues"
+                ) from None
+
+        return result
+
+    return submit, int(ray.cluster_resources().get("CPU", 1))
