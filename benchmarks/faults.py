@@ -143,7 +143,7 @@ class Trial:
         """Until the driver has done all."""
         assert self.driver is not None
         code = self.driver.wait(TRIAL_SECONDS)
-        assert code == 0, f"the driver ended with {code}: {self.log.read_text()[-2000:]}"
+        assert code == 0, f"the driver ended with {code}"
 
     def at_work(self) -> None:
         """Waits for a moment, drawn anew in every trial, while tasks are at work."""
@@ -151,7 +151,7 @@ class Trial:
         pattern = self.drawn.choice(["teacher*/*/manifest.json", "column-*/*/manifest.json"])
         deadline = time.monotonic() + TRIAL_SECONDS
         while not list((self.out / "work" / "checkpoints").glob(pattern)):
-            assert self.driver.poll() is None, self.log.read_text()[-2000:]
+            assert self.driver.poll() is None, "the driver ended before the fault"
             assert time.monotonic() < deadline, f"no {pattern}"
             time.sleep(0.02)
         time.sleep(self.drawn.uniform(0, 2))
@@ -309,7 +309,8 @@ def run(name: str, number: int, folder: Path, whole: dict[str, Any]) -> dict[str
             same = results(trial.out) == whole
             found |= {"same": same, "attempts": [one["outcome"] for one in attempts]}
         except (AssertionError, subprocess.TimeoutExpired) as error:
-            found |= {"same": False, "reason": str(error)}
+            told = trial.log.read_text()[-1500:]
+            found |= {"same": False, "reason": f"{str(error)[:200]}: {told}"}
         finally:
             trial.close()
     return found | {"seconds": round(time.monotonic() - began, 1)}

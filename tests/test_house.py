@@ -22,7 +22,8 @@ CEILINGS = {
     "closure of capgap quickstart": 20_539,
 }
 # What a room may import besides itself; rooms below stand in BELOW
-BELOW = {"artifact", "errors", "hub", "machine", "records", "scrub", "section", "sizes", "stage"}
+BELOW = {"artifact", "errors", "hub", "in_order", "machine", "ray_cluster", "records", "scrub"}
+BELOW |= {"section", "sizes", "stage"}
 ARROWS = {
     "corpus": set(),
     "models": {"corpus"},

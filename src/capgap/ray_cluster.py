@@ -32,7 +32,7 @@ def connected() -> Iterator[str]:
                 ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
             except ConnectionError:
                 ray.init(num_cpus=usable_cores(), include_dashboard=False, **quiet)
-        stack.callback(ray.shutdown)
+            stack.callback(ray.shutdown)
         yield ray.get_runtime_context().gcs_address
 
 

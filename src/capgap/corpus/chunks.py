@@ -4,8 +4,10 @@ that reaches the files, and leaves what it found in a folder, so that a stopped 
 A chunk is one large file, or smaller ones in a row. What is found does not depend on who read what.
 """
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -80,6 +82,20 @@ class Chunk:
     def _changed(self) -> UserError:
         self.file("read.json").unlink()
         return UserError(f"corpus {self.source.name!r} changed while it was read; prepare it again")
+
+
+@contextmanager
+def chunk_folder(work: Path) -> Iterator[Path]:
+    """A folder for what is found on the way, which goes at the end; where it was stopped, or there
+    was something wrong with one chunk of several, the same call goes on with it."""
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        yield work
+    except BaseException:
+        if len(list(work.glob("*.rows.npy"))) < 2:
+            shutil.rmtree(work)
+        raise
+    shutil.rmtree(work)
 
 
 def chunks_of(source: Source, folder: Path, role: str, asked: object) -> list[Chunk]:

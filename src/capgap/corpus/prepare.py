@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from capgap.artifact import difference, folder_written, only_process, plain, wri
 from capgap.corpus.chunks import (
     Chunk,
     Found,
+    chunk_folder,
     chunks_of,
     compare,
     count,
@@ -184,7 +184,7 @@ def prepare_corpus(
             else:
                 logger.warning("making the corpus in %s anew: %s", directory, reason)
             with (
-                _worth_keeping(directory.with_name(f".{directory.name}.chunks")) as work,
+                chunk_folder(directory.with_name(f".{directory.name}.chunks")) as work,
                 folder_written(directory) as aside,
             ):
                 made = writing.fill(aside, tokenizer, window, work)
@@ -195,20 +195,6 @@ def prepare_corpus(
                         "choose another output folder"
                     )
     return load_corpus(directory, window=window)
-
-
-@contextmanager
-def _worth_keeping(work: Path) -> Iterator[Path]:
-    """A folder for what is found on the way, which goes at the end; where it was stopped, or there
-    was something wrong with one chunk of several, the same call goes on with it."""
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        yield work
-    except BaseException:
-        if len(list(work.glob("*.rows.npy"))) < 2:
-            shutil.rmtree(work)
-        raise
-    shutil.rmtree(work)
 
 
 class _Writing:
