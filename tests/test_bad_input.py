@@ -731,8 +731,8 @@ def test_a_dead_worker_is_noticed_while_others_talk(tiny_recipe):
     pool = workers.Workers(context, 1)
     process: Any = Dead()
     name = plan.teachers[0].id
-    pool.workers = [workers._Worker(0, "worker 1", process, queue.Queue(), name)]
+    pool.workers = [workers._Worker(0, ranks=[(process, queue.Queue())], task=name)]
     pool.talk = queue.Queue()
-    pool.talk.put(workers.StepMessage(name, 1, 1.0, None))
+    pool.talk.put(((0, 0), workers.StepMessage(name, 1, 1.0, None)))
     with pytest.raises(WorkerDied, match=r"llama-t14k-seed0 ended with code -9"):
         pool.messages()

@@ -307,7 +307,7 @@ def plan_sweep(
     tokens = sum(tokens for task in plan.tasks(baselines) for _, tokens in task.work.trained)
     name, loop = max(_loops(plan, hardware), key=lambda named: named[1].total)
     device = "cuda" if recipe.run.device.startswith("cuda") else "cpu"
-    workers = resolve_workers(recipe.run.workers, device, most=plan.width)[0]
+    workers = resolve_workers(recipe.run, device, most=plan.width, gpus=1)[0]
     workers = min(hardware[0], plan.width) if hardware else workers
     return {
         "kind": "sweep",

@@ -5,10 +5,10 @@ Alone, every function here does nothing, so that the loop is the same for one pr
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from capgap.errors import UserError
 from capgap.machine import started
@@ -102,6 +103,19 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.host)
         return values
 
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the first rank, for which the others wait; its UserError too."""
+        outcome: Any = None
+        if self.is_first:
+            try:
+                outcome = work()
+            except UserError as error:
+                outcome = error
+        outcome = self.told(outcome)
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome
+
     def wait(self) -> None:
         """Until all ranks are here."""
         self.agree(False)
@@ -182,3 +196,17 @@ def whole_weights(parts: Parts, ranks: Ranks) -> dict[str, Tensor]:
             full = whole(weight.detach())
             gathered[id(weight)] = full.cpu() if ranks.is_first else full.new_empty(0)
     return {name: gathered[id(one)] for name, one in weights.items()} if ranks.is_first else {}
+
+
+def whole_model(parts: Parts, ranks: Ranks) -> PreTrainedModel:
+    """The model for work that the first rank does alone: there whole again, a copy on its device;
+    elsewhere what lies there. Every rank has to ask."""
+    model = parts.model
+    if ranks.mesh is None:
+        return model
+    weights = whole_weights(parts, ranks)
+    if not ranks.is_first:
+        return model
+    copy = type(model)(model.config).to(model.dtype)
+    copy.load_state_dict(weights)
+    return copy.to(model.device)

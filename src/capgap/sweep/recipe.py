@@ -171,6 +171,17 @@ class Recipe(Section):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {list(values)} names one of them twice")
         self.training.check_batches("corpus.window", self.corpus.window)
+        run, windows = self.run, self.training.batch_tokens // self.corpus.window
+        if windows % run.gpus_per_column:
+            raise ValueError(
+                f"run.gpus_per_column {run.gpus_per_column} cannot share a batch of {windows} "
+                "windows evenly: change it or training.batch_tokens"
+            )
+        if run.gpus_per_column > 1 and run.teacher_device != "same":
+            raise ValueError(
+                f"run.teacher_device {run.teacher_device!r}: GPUs that share a column share its "
+                "teacher; leave it at 'same'"
+            )
         students = self.students
         name = "tokens" if students.tokens else "tokens_per_parameter"
         least = students.budgets(students.inits[0], min(students.sizes))[0]

@@ -58,7 +58,13 @@ class OfRecipe(Stage):
 
     @cached_property
     def loaded(self) -> Recipe:
+        """UserError under torchrun."""
         from capgap.config import find_recipe, load_recipe
+
+        if started()[1] > 1:
+            raise UserError(
+                f"a {self.title()} starts processes of its own: run it without torchrun"
+            )
 
         return load_recipe(find_recipe(self.recipe), self.set)
 
@@ -107,10 +113,6 @@ class Sweep(OfRecipe):
         calling script again: call it under `if __name__ == "__main__":`. UserError for a mistake in
         the recipe, or a folder that holds something else.
         """
-        if started()[1] > 1:
-            raise UserError(
-                f"a {self.title()} starts processes of its own: run it without torchrun"
-            )
         assert self.loaded  # before what is heavy is
         if self.dry_run:
             return self._expected()
@@ -234,10 +236,14 @@ class Column(OfRecipe):
         but not beside a sweep that is alone in it. UserError: no such task, one whose teacher is
         not trained yet, or one that another process is at.
         """
-        from capgap.sweep.plan import plan_of
+        from capgap.machine import resolve_device
+        from capgap.sweep.plan import plan_of, resolve_workers
         from capgap.sweep.runner import context_of, joined
 
         plan = plan_of(self.loaded)
+        asked, threads = plan.recipe.run, None
+        if asked.gpus_per_column > 1:
+            threads = resolve_workers(asked, resolve_device(asked.device), most=1)[1]
         always = plan.baselines if plan.recipe.baselines == "all" else ()
         tasks = {task.id: task for task in plan.tasks(always)}
         if self.runs:
@@ -250,7 +256,7 @@ class Column(OfRecipe):
         if self.task not in tasks:
             raise UserError(f"no task {self.task!r} in this sweep: without one all are listed")
         task = tasks[self.task]
-        with joined(plan, self.out, None, say) as folder:
+        with joined(plan, self.out, threads, say) as folder:
             context = folder.context
             missing = _described(context, task)["needs"]
             if missing:
@@ -271,13 +277,14 @@ class Column(OfRecipe):
         self, context: "Context", task: "Task", say: Say, should_stop: ShouldStop
     ) -> "EndMessage":
         """How the task ended, which is well."""
+        from capgap.sweep.checks import is_lost
         from capgap.sweep.leases import Leases
         from capgap.sweep.schedule import EndMessage
-        from capgap.sweep.workers import run_task
+        from capgap.sweep.workers import run_shared, run_task
 
         stale = context.recipe.run.lease_seconds
         with Leases(context.leases, self.owner, stale=stale) as leases:
-            if context.is_done(task):
+            if context.is_done(task) and not is_lost(context, task):
                 return EndMessage(task.id, "done")
             if not leases.take(task.id):
                 raise InUse(f"{IN_USE} {task.id} in {self.out}")
@@ -293,7 +300,10 @@ class Column(OfRecipe):
                 return should_stop() or task.id in leases.lost() or is_orphan
 
             own = context.with_micro_batch(self.micro_batch_tokens)
-            ended = run_task(os.uname().nodename, own, task, on_step, stops)
+            if context.recipe.run.gpus_per_column > 1:
+                ended = run_shared(own, task, on_step, stops)
+            else:
+                ended = run_task(os.uname().nodename, own, task, on_step, stops)
         if ended.outcome == "stopped":
             raise Interrupted
         if ended.outcome == "crashed":

@@ -87,6 +87,9 @@ class RunSection(Section):
         Literal["auto"] | Annotated[int, Field(gt=0)],
         "Processes; auto is one a core, or one for a GPU, no more than tasks can run at once.",
     ] = "auto"
+    gpus_per_column: Annotated[
+        Count, "GPUs of a sweep's machine that share each task (FSDP2); on CPUs, processes."
+    ] = 1
     checkpoint_seconds: Annotated[float, Field(ge=0), "Least time between checkpoints."] = 30.0
     checkpoint_share: Annotated[ProperFraction, "Most that checkpoints take of the time."] = 0.02
     lease_seconds: Annotated[

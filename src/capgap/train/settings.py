@@ -83,7 +83,10 @@ def autocast_dtype(asked: str, device: str) -> torch.dtype | None:
     if asked == "fp32":
         return None
     if device.startswith("cuda") and not _gpu_has_bf16():
-        raise UserError("training.precision = 'bf16', but this GPU has no bf16: use fp32")
+        name = f"{torch.cuda.get_device_name(device)} of {os.uname().nodename}"
+        raise UserError(
+            f"training.precision = 'bf16', but the GPU {name} has no bf16: use fp32, or other GPUs"
+        )
     return torch.bfloat16
 
 
