@@ -6,6 +6,7 @@ by the same path. Who runs a task, and how far it is, stands in its lease.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,20 +15,27 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
+from operator import itemgetter
 from typing import Any
 
 from capgap.artifact import write_json
-from capgap.errors import UserError
-from capgap.machine import install_command, usable_cores
+from capgap.errors import UserError, warn_once
+from capgap.machine import GPUS, install_command, usable_cores
 from capgap.stage import FieldError
 from capgap.sweep.cells import Column, Context, Task
 from capgap.sweep.leases import Leases
+from capgap.sweep.memory import task_loops
 from capgap.sweep.schedule import LOOK_SECONDS, EndMessage, Engine, Outcome, StepMessage
 from capgap.sweep.stages import IN_USE, OUT_OF_MEMORY
 
 # A process with torch, before any model
 PROCESS_BYTES = 1_500_000_000
 BYTES_PER_PARAMETER = 16
+# Labels of nodes: gigabytes of each of its cards, as sold, where somebody says so; their kind,
+# which Ray finds out
+CARD_GB = "gpu-memory-gb"
+CARD_KIND = "ray.io/accelerator-type"
+WITHOUT_BF16 = [name for name, gpu in GPUS.items() if not gpu.has_bf16]
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.2
 USER_ERROR = 2
@@ -111,16 +119,14 @@ class RayNodes(Engine):
         """As many at once as the nodes hold now; others may come and go."""
         if time.monotonic() - self._slots_at > LOOK_SECONDS:
             self._slots_at = time.monotonic()
-            self._slots = sum(_times(self._needs(0), node) for node in self._nodes())
+            self._slots = sum(_times(self._needs(), node) for node in self._nodes())
         # one more, so that no node waits for us
         return len(self.running) <= self._slots
 
     def submit(self, task: Task, micro_batch_tokens: int | None) -> str:
-        size = sum(shape.parameters().total for shape, _ in [*task.work.trained, *task.work.read])
-        needs = self._needs(BYTES_PER_PARAMETER * size)
-        nodes = self._nodes()
+        needs, nodes = self._needs(task, micro_batch_tokens), self._nodes()
         if not any(_times(needs, node) for node in nodes):
-            most = {name: max(node.get(name, 0.0) for node in nodes) for name in needs}
+            most = {name: max((_amount(node, name) for node in nodes), default=0) for name in needs}
             lacks = [name for name in needs if most[name] < needs[name]] or list(needs)
             raise UserError(
                 f"no node of the cluster can run {task.id}: it needs {needs[lacks[0]]:g} "
@@ -133,7 +139,8 @@ class RayNodes(Engine):
         if micro_batch_tokens is not None:
             words += ["--micro-batch-tokens", str(micro_batch_tokens)]
         asked = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "memory": needs["memory"]}
-        self.running[self.remote.options(**asked).remote(words)] = task
+        remote = self.remote.options(**asked, label_selector=self._selector(needs, nodes))
+        self.running[remote.remote(words)] = task
         return "ray"
 
     def messages(self) -> Sequence[StepMessage | EndMessage]:
@@ -164,29 +171,73 @@ class RayNodes(Engine):
                     found.append(StepMessage(**progress))
         return found
 
-    def _needs(self, model_bytes: int) -> dict[str, float]:
-        asked = self.context.recipe.run.device
-        on_gpu = asked.startswith("cuda")
-        if asked == "auto":
+    def _needs(
+        self, task: Task | None = None, micro_batch_tokens: int | None = None
+    ) -> dict[str, float]:
+        """Of a task, at least that of any."""
+        context = self.context.with_micro_batch(micro_batch_tokens)
+        recipe, each = context.recipe, context.recipe.run.gpus_per_column
+        on_gpu = recipe.run.device.startswith("cuda")
+        if recipe.run.device == "auto":
             on_gpu = any(node.get("GPU") for node in self._nodes())
-        training = self.context.recipe.training
-        if on_gpu and self.context.device == "cpu" and training.precision == "auto":
+        precisions = recipe.training.precision, context.training.precision
+        if on_gpu and context.device == "cpu" and precisions == ("auto", "fp32"):
             raise UserError(
                 "this machine has no GPU and the nodes have: say training.precision in the recipe, "
                 "or start the sweep on a node"
             )
-        memory = float(PROCESS_BYTES + (0 if on_gpu else model_bytes))
-        return {"CPU": 1.0, "GPU": float(on_gpu), "memory": memory}
+        needs = {"CPU": each, "GPU": each * on_gpu, "memory": each * PROCESS_BYTES, CARD_GB: 0.0}
+        if task is not None and on_gpu:
+            run = recipe.run.model_copy(update={"device": "cuda"})
+            resolved = recipe.model_copy(update={"run": run, "training": context.training})
+            loops = task_loops(resolved, task, None)
+            needs[CARD_GB] = max((loop.total for loop in loops), default=0) / 1e9
+        elif task is not None:
+            models = [*task.work.trained, *task.work.read]
+            needs["memory"] += BYTES_PER_PARAMETER * sum(
+                shape.parameters().total for shape, _ in models
+            )
+        return needs
 
-    def _nodes(self) -> list[dict[str, float]]:
+    def _needs_bf16(self) -> bool:
+        return self.context.recipe.run.device != "cpu" and self.context.training.precision != "fp32"
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        """Resources and labels of all but those whose cards cannot compute as the sweep does."""
         import ray
 
-        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        found = []
+        for node in filter(itemgetter("Alive"), ray.nodes()):
+            kind = node["Labels"].get(CARD_KIND)
+            if self._needs_bf16() and kind in WITHOUT_BF16:
+                name = node["NodeManagerHostname"]
+                warn_once(f"{name} is left out: the sweep computes in bf16, which a {kind} has not")
+            else:
+                found.append(node["Resources"] | node["Labels"])
+        return found
+
+    def _selector(self, needs: dict[str, float], nodes: list[dict[str, Any]]) -> dict[str, str]:
+        """Labels of the nodes that a task may run on: any without them."""
+        small = {one[CARD_GB] for one in nodes if _amount(one, CARD_GB) < needs[CARD_GB]}
+        unfit = {CARD_GB: sorted(small), CARD_KIND: WITHOUT_BF16 if self._needs_bf16() else []}
+        return {name: f"!in({','.join(values)})" for name, values in unfit.items() if values}
 
 
-def _times(needs: dict[str, float], node: dict[str, float]) -> int:
-    """How many of such tasks a node holds."""
-    return int(min(node.get(name, 0.0) // need for name, need in needs.items() if need))
+def _amount(node: dict[str, Any], name: str) -> float:
+    """What a node has of it; of cards whose memory nobody tells enough."""
+    told = node.get(name, math.inf if name == CARD_GB else 0.0)
+    try:
+        return float(told)
+    except ValueError:
+        raise UserError(f"a node has the label {name}={told}: give a number, such as 80") from None
+
+
+def _times(needs: dict[str, float], node: dict[str, Any]) -> int:
+    """How many of such tasks a node holds; the memory of a card is not shared out."""
+    if _amount(node, CARD_GB) < needs[CARD_GB]:
+        return 0
+    shared = {name: need for name, need in needs.items() if need and name != CARD_GB}
+    return int(min(_amount(node, name) // need for name, need in shared.items()))
 
 
 def _ended(task: Task, found: dict[str, Any], place: str) -> EndMessage:

@@ -173,6 +173,8 @@ def _told_preview(found: dict[str, Any]) -> str:
         )
     flops, precision = found["flops"], found["teacher_dtype"]
     parts = ", ".join(f"{part.replace('_', ' ')} {flops[part]:.2g}" for part in PARTS)
+    each = found["gpus_per_column"]
+    shared = f" of {each} processes each" if each > 1 else ""
     if precision == "stored":
         precision = "the precision of their weights"
     return (
@@ -181,8 +183,8 @@ def _told_preview(found: dict[str, Any]) -> str:
         f"{found['teachers']} teachers, {found['cells']} cells, {found['baselines']} baselines; "
         f"{sum(flops.values()):.3g} FLOPs with shared work counted once ({parts})\n"
         f"expected {clock_time(found['expected_seconds'])} on {found['device']} with "
-        f"{found['workers']} workers, at the speed of two models measured just now; teachers "
-        f"compute in {precision}"
+        f"{found['workers']} workers{shared}, at the speed of two models measured just now; "
+        f"teachers compute in {precision}"
     )
 
 

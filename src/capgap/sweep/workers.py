@@ -77,7 +77,7 @@ def work(
         messages.put((sender, message))
 
     context = replace(context, device=resolve_device(context.recipe.run.device))
-    with joined(context.device, context.batch_windows) as ranks:
+    with joined(context.device, context.batch_windows, context.recipe.run.shard_size) as ranks:
         while (given := _next_task(tasks)) is not None:
             task, micro_batch_tokens = given
             own = context.with_micro_batch(micro_batch_tokens)

@@ -76,8 +76,8 @@ def auto_precision(device: str) -> str:
 
 
 def autocast_dtype(asked: str, device: str) -> torch.dtype | None:
-    """bf16 autocast, or None for fp32 throughout; `asked` is auto, fp32 or bf16 (UserError on a GPU
-    that has none)."""
+    """bf16 autocast, or None for fp32 throughout; `asked` is a training.precision (UserError on a
+    GPU that has no bf16)."""
     if asked == "auto":
         asked = auto_precision(device)
     if asked == "fp32":
@@ -102,7 +102,9 @@ def teacher_dtype(asked: str, precision: str, device: str) -> str:
 def resolved_precision(training: TrainingSection, run: RunSection, device: str) -> dict[str, str]:
     """What `auto` becomes on this device in `precision` and `teacher_dtype`, which change the
     results: what has begun with them goes on with them, on another machine too."""
-    precision = "fp32" if autocast_dtype(training.precision, device) is None else "bf16"
+    precision: str = training.precision
+    if precision == "auto":
+        precision = auto_precision(device)
     if run.teacher_device != "same":
         device = resolve_device(run.teacher_device)
     teacher = teacher_dtype(training.teacher_dtype, training.precision, device)
