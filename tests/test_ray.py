@@ -2,11 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -14,7 +14,8 @@ from capgap.config import parse_recipe
 from capgap.errors import UserError
 from capgap.records import read_records
 from capgap.sweep.cells import Context
-from capgap.sweep.on_ray import RayNodes
+from capgap.sweep.memory import task_loops
+from capgap.sweep.on_ray import RayNodes, _times
 from capgap.sweep.plan import make_plan
 from capgap.sweep.stages import Sweep
 from test_bad_input import as_toml, use_own_workers
@@ -154,22 +155,96 @@ def test_a_sweep_is_stopped_and_what_no_node_can_run_is_told(recipe, tmp_path, c
         assert "the same command continues" in told.read_text()
 
 
-def test_a_task_that_no_node_can_ever_run_is_told(tiny_recipe, tmp_path, monkeypatch):
-    plan = make_plan(parse_recipe(tiny_recipe))
-    context = Context(plan.recipe, tmp_path, "cpu", 1, plan.recipe.training)
-    nodes = RayNodes(context, "me")
+def gpu_node(gb=None, kind=None, gpus=1.0):
+    """As Ray tells of one."""
+    labels = {"gpu-memory-gb": gb, "ray.io/accelerator-type": kind}
+    return {
+        "Alive": True,
+        "NodeManagerHostname": f"node-{kind}-{gb}",
+        "Resources": {"CPU": 8.0, "GPU": gpus, "memory": 1e12},
+        "Labels": {name: value for name, value in labels.items() if value is not None},
+    }
+
+
+@pytest.fixture
+def nodes(tiny_recipe, tmp_path, monkeypatch):
+    """`nodes(found, device="auto", precision="bf16", **run)` is an engine of these nodes."""
+
+    def engine(found, device="auto", precision="bf16", **run):
+        recipe = parse_recipe(tiny_recipe | {"run": {"device": device} | run})
+        training = recipe.training.model_copy(update={"precision": precision})
+        monkeypatch.setattr("ray.nodes", lambda: found)
+        return RayNodes(Context(recipe, tmp_path, "cpu", 1, training), "me")
+
+    return engine
+
+
+def test_a_task_that_no_node_can_ever_run_is_told(nodes):
+    teacher = make_plan(nodes([]).context.recipe).teachers[0]
+
+    def refused(engine):
+        with pytest.raises(UserError) as error:
+            engine.submit(teacher, None)
+        return str(error.value)
+
     for resources, told in (
-        ({"CPU": 4.0, "memory": 1e9}, r"needs 1.5\d*e\+09 memory, the largest has 1e\+09"),
-        ({"CPU": 0.0, "memory": 1e12}, "needs 1 CPU, the largest has 0"),
+        ({"memory": 1e9}, r"needs 1.5\d*e\+09 memory, the largest has 1e\+09"),
+        ({"CPU": 0.0}, "needs 1 CPU, the largest has 0"),
     ):
-        monkeypatch.setattr(nodes, "_nodes", lambda found=resources: [found])
-        with pytest.raises(UserError, match=f"no node .* can run {plan.teachers[0].id}: it {told}"):
-            nodes.submit(plan.teachers[0], None)
-    # on GPUs what a driver without one would decide holds for no node
-    monkeypatch.setattr(nodes, "_nodes", lambda: [{"CPU": 4.0, "GPU": 1.0, "memory": 1e12}])
-    changed = plan.recipe.model_copy(
-        update={"run": plan.recipe.run.model_copy(update={"device": "auto"})}
+        node = gpu_node()
+        node["Resources"] |= resources
+        said = refused(nodes([node], device="cpu"))
+        assert re.search(f"no node .* can run {teacher.id}: it {told}", said)
+    two = nodes([gpu_node()], gpus_per_column=2)
+    assert "needs 2 GPU, the largest has 1" in refused(two)
+    assert re.search(
+        r"needs 0\.00\d+ gpu-memory-gb, the largest has 0", refused(nodes([gpu_node("0")]))
     )
-    nodes.context = replace(context, recipe=changed)
-    with pytest.raises(UserError, match=r"say training\.precision in the recipe"):
-        nodes.submit(plan.teachers[0], None)
+    assert "gpu-memory-gb=80GB: give a number, such as 80" in refused(nodes([gpu_node("80GB")]))
+    # on GPUs what a driver without one would decide holds for no node
+    said = refused(nodes([gpu_node()], precision="fp32"))
+    assert "say training.precision in the recipe" in said
+
+
+def test_a_column_goes_where_its_cards_suffice(nodes, caplog):
+    found = [gpu_node("24"), gpu_node("80"), gpu_node(), gpu_node("16", "T4")]
+    engine = nodes(found, gpus_per_column=1)
+    column = make_plan(engine.context.recipe).columns[0]
+    (loop,) = task_loops(engine.context.recipe, column, "A100")
+    assert engine._needs(column)["gpu-memory-gb"] == pytest.approx(loop.total / 1e9)
+    needs = engine._needs() | {"gpu-memory-gb": 60.0}
+    known = engine._nodes()
+    assert [_times(needs, node) for node in known] == [0, 1, 1]
+    assert engine._selector(needs, known) == {
+        "gpu-memory-gb": "!in(24)",
+        "ray.io/accelerator-type": "!in(T4,V100)",
+    }
+    assert "node-T4-16 is left out: the sweep computes in bf16, which a T4 has not" in caplog.text
+    # two cards a column: half of it on each
+    shared = nodes(found, gpus_per_column=2)
+    assert shared._needs(column)["GPU"] == 2
+    assert shared._needs(column)["gpu-memory-gb"] < engine._needs(column)["gpu-memory-gb"]
+    assert len(nodes(found, precision="fp32")._nodes()) == 4
+
+
+def test_ray_itself_heeds_what_nodes_say_of_their_cards():
+    """Nodes without the label as those with enough."""
+    code = """
+import json, sys, ray
+from ray.cluster_utils import Cluster
+head = {"num_cpus": 1, "include_dashboard": False, "labels": {"gpu-memory-gb": "24"}}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+for labels in ({"gpu-memory-gb": "80"}, None):
+    cluster.add_node(num_cpus=1, num_gpus=1, labels=labels)
+ray.init(address=cluster.address, log_to_driver=False)
+@ray.remote(num_cpus=1, label_selector={"gpu-memory-gb": "!in(16,24)"})
+def where():
+    return ray.get_runtime_context().get_node_id()
+allowed = [n["NodeID"] for n in ray.nodes() if n["Labels"].get("gpu-memory-gb") != "24"]
+found = ray.get([where.remote() for _ in range(6)])
+print(json.dumps([len(allowed), all(one in allowed for one in found)]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if not done.stdout:
+        pytest.skip("Ray starts no cluster on this machine")
+    assert json.loads(done.stdout.splitlines()[-1]) == [2, True]

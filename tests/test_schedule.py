@@ -218,7 +218,7 @@ def test_as_many_tasks_at_once_as_gpus_can_hold():
     run = RunSection(gpus_per_column=4)
     assert resolve_workers(run, "cuda", most=9, gpus=8) == (2, None)
     assert resolve_workers(run, "cuda", most=1, gpus=8) == (1, None)
-    with pytest.raises(UserError, match=r"run\.gpus_per_column=4: there are 2 GPUs"):
+    with pytest.raises(UserError, match=r"run\.gpus_per_column=4 is more than the 2 GPUs in all"):
         resolve_workers(run, "cuda", most=9, gpus=2)
 
 

@@ -1,5 +1,6 @@
 """A sweep whose columns are shared by several processes is that of one process a column."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -7,8 +8,9 @@ import time
 
 import pytest
 
+from capgap.errors import Interrupted
 from capgap.records import read_records
-from capgap.sweep.stages import Sweep
+from capgap.sweep.stages import Column, Sweep
 from processes import kill_alone
 from test_bad_input import as_toml, use_own_workers
 
@@ -91,3 +93,36 @@ def test_killed_and_stopped_it_goes_on_to_the_same_bits(data, tmp_path):
     again, log = begin(recipe, out)
     assert again.wait(timeout=300) == 0, log.read_text()
     assert results(out) == results(tmp_path / "whole")
+
+
+def test_a_task_by_itself_is_shared_and_stops(data, tmp_path):
+    data["teachers"]["tokens"] = 12_800
+    recipe, out = written(data, tmp_path / "two.toml", gpus_per_column=2), tmp_path / "out"
+    column = Column(recipe=str(recipe), task="llama-t14k-seed0", out=out)
+
+    def is_at_work():
+        return bool(list(out.glob("work/leases/*/1")))
+
+    with pytest.raises(Interrupted):
+        column.run(should_stop=is_at_work)
+    assert not (out / "records").exists()
+    assert column.run()["state"] == "done"
+    assert (out / "work" / "importance" / "llama-t14k-seed0.safetensors").exists()
+
+
+def test_what_cannot_be_shared_is_refused(data, typed, tmp_path):
+    for run, told in (
+        ({"gpus_per_column": 3}, "run.gpus_per_column 3 cannot share a batch of 16 windows evenly"),
+        ({"gpus_per_column": 2, "teacher_device": "cpu"}, "run.teacher_device 'cpu': GPUs that"),
+    ):
+        answer = typed("sweep", written(data, tmp_path / "x.toml", **run), "--out", tmp_path / "x")
+        assert (answer.code, answer.err.count("\n")) == (2, 1)
+        assert told in answer.err
+    two = written(data, tmp_path / "two.toml", gpus_per_column=2)
+    refused = typed("plan", two, "--gpus", "1xA100")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "run.gpus_per_column=2 is more than the 1 GPU in all: ask for fewer" in refused.err
+    assert "2 columns at once, each of 2 GPUs: " in typed("plan", two, "--gpus", "5xA100").out
+    one = typed("plan", written(data, tmp_path / "one.toml"), "--gpus", "5xA100", "--json").out
+    shared = json.loads(typed("plan", two, "--gpus", "5xA100", "--json").out)
+    assert shared["memory"]["weights"] == json.loads(one)["memory"]["weights"] // 2
