@@ -1,8 +1,8 @@
 """Tasks run after what they need, once, and again where memory or a node failed them."""
 
 import json
+import multiprocessing
 import os
-import queue
 import threading
 import time
 from dataclasses import dataclass, field
@@ -170,13 +170,12 @@ def test_what_others_have_taken_over_is_ended_here(plan):
     ("each", "places"), [(1, ["3", "5", "6", "7", "3"]), (2, ["3,5", "6,7", "3,5"])]
 )
 def test_each_worker_sees_its_own_gpus(plan, monkeypatch, each, places):
-    seen, queues = [], []
+    seen, pipes = [], []
 
     class Process:
         def __init__(self, **given: Any) -> None:
-            _, place, _, environment, tasks, *_ = given["args"]
+            place, _, environment, _ = given["args"]
             seen.append((place, environment.get("RANK"), environment["CUDA_VISIBLE_DEVICES"]))
-            queues.append(tasks)
 
         def start(self) -> None:
             pass
@@ -186,8 +185,14 @@ def test_each_worker_sees_its_own_gpus(plan, monkeypatch, each, places):
         def is_alive(self) -> bool:
             return True
 
+    def pipe() -> tuple[Any, Any]:
+        ours, theirs = multiprocessing.Pipe()
+        pipes.append(theirs)
+        # the parent closes it
+        return ours, multiprocessing.Pipe()[1]
+
     class Begin:
-        Queue = Event = staticmethod(queue.Queue)
+        Pipe = staticmethod(pipe)
         Process = staticmethod(lambda **given: Process(**given))
         set_forkserver_preload = staticmethod(lambda names: None)
 
@@ -203,13 +208,13 @@ def test_each_worker_sees_its_own_gpus(plan, monkeypatch, each, places):
     # all ranks of a worker get a task; where one fails of it, all begin anew with the next
     first, second = plan.teachers[:2]
     assert engine.submit(first, None) == f"GPU {places[0]}"
-    assert [tasks.get_nowait() for tasks in queues[:each]] == [(first, None)] * each
+    assert [one.recv() for one in pipes[:each]] == [(first, None)] * each
     failed = EndMessage(first.id, "out_of_memory")
-    engine.talk.put(((0, 1), failed))
-    engine.talk.put(((0, 1), StepMessage(first.id, 1, 1.0, None)))
+    for one in pipes[:each]:
+        one.send(failed)
     assert engine.messages() == [failed]
     begun = len(seen)
-    assert (engine.messages() == []) == (each > 1)
+    assert engine.messages() == []
     engine.submit(second, None)
     assert seen[begun:] == ([] if each == 1 else seen[:each])
 
@@ -218,7 +223,9 @@ def test_as_many_tasks_at_once_as_gpus_can_hold():
     run = RunSection(gpus_per_column=4)
     assert resolve_workers(run, "cuda", most=9, gpus=8) == (2, None)
     assert resolve_workers(run, "cuda", most=1, gpus=8) == (1, None)
-    with pytest.raises(UserError, match=r"run\.gpus_per_column=4 is more than the 2 GPUs in all"):
+    with pytest.raises(
+        UserError, match=r"run\.gpus_per_column=4: ask for no more GPUs than 2, all here"
+    ):
         resolve_workers(run, "cuda", most=9, gpus=2)
 
 

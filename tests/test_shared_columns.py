@@ -112,8 +112,11 @@ def test_a_task_by_itself_is_shared_and_stops(data, tmp_path):
 
 def test_what_cannot_be_shared_is_refused(data, typed, tmp_path):
     for run, told in (
-        ({"gpus_per_column": 3}, "run.gpus_per_column 3 cannot share a batch of 16 windows evenly"),
-        ({"gpus_per_column": 2, "teacher_device": "cpu"}, "run.teacher_device 'cpu': GPUs that"),
+        ({"gpus_per_column": 3}, "run.gpus_per_column does not divide a batch of 16 windows"),
+        (
+            {"gpus_per_column": 2, "teacher_device": "cpu"},
+            "run.gpus_per_column share the teacher too: no run.teacher_device",
+        ),
     ):
         answer = typed("sweep", written(data, tmp_path / "x.toml", **run), "--out", tmp_path / "x")
         assert (answer.code, answer.err.count("\n")) == (2, 1)
@@ -121,7 +124,7 @@ def test_what_cannot_be_shared_is_refused(data, typed, tmp_path):
     two = written(data, tmp_path / "two.toml", gpus_per_column=2)
     refused = typed("plan", two, "--gpus", "1xA100")
     assert (refused.code, refused.err.count("\n")) == (2, 1)
-    assert "run.gpus_per_column=2 is more than the 1 GPU in all: ask for fewer" in refused.err
+    assert "run.gpus_per_column=2: ask for no more GPUs than 1, all here" in refused.err
     assert "2 columns at once, each of 2 GPUs: " in typed("plan", two, "--gpus", "5xA100").out
     one = typed("plan", written(data, tmp_path / "one.toml"), "--gpus", "5xA100", "--json").out
     shared = json.loads(typed("plan", two, "--gpus", "5xA100", "--json").out)

@@ -307,11 +307,8 @@ def plan_sweep(
     columns = (*plan.columns, *baselines)
     tokens = sum(tokens for task in plan.tasks(baselines) for _, tokens in task.work.trained)
     kind = hardware and hardware[1]
-    loops = [
-        (task.id, loop)
-        for task in plan.tasks(plan.baselines)
-        for loop in task_loops(recipe, task, kind)
-    ]
+    tasks = plan.tasks(plan.baselines)
+    loops = [(one.id, loop) for one in tasks for loop in task_loops(recipe, one, kind)]
     name, loop = max(loops, key=lambda named: named[1].total)
     device = "cuda" if hardware or recipe.run.device.startswith("cuda") else "cpu"
     number = hardware[0] if hardware else recipe.run.gpus_per_column
@@ -372,9 +369,8 @@ def plan_text(found: dict[str, Any]) -> str:
         lines = [f"{found['name']}: out of {found['teacher']}\n", table]
     else:
         names = [f"each of {found['workers']} workers"]
-        if found["gpus_per_column"] > 1:
-            at_once, each = found["workers"], found["gpus_per_column"]
-            names = [f"{at_once} columns at once, each of {each} GPUs"]
+        if (each := found["gpus_per_column"]) > 1:
+            names = [f"{found['workers']} columns at once, each of {each} GPUs"]
         lines = [
             f"{found['name']}: {found['teachers']} teachers, {found['cells']} cells, "
             f"{found['baselines']} baselines",

@@ -31,9 +31,8 @@ def _layer_steps(plan: Plan, work: Work) -> float:
         return sum((shape.layers + OTHER_LAYERS) * tokens for shape, tokens in models)
 
     each = plan.recipe.run.gpus_per_column
-    share = training.batch_tokens // each
-    micro = each * min(training.micro_batch_tokens or share, share)
-    return (layers(work.trained) + layers(work.read) / 3) / micro
+    micro = training.micro_batch_tokens or training.batch_tokens // each
+    return (layers(work.trained) + layers(work.read) / 3) / (each * micro)
 
 
 def sweep_hours(

@@ -129,8 +129,7 @@ def joined(device: str, batch_windows: int, shard_size: int | None = None) -> It
     """All processes that torchrun has started, as one; `ALONE` without it. Every `shard_size` of
     them, all if None, share a copy of the models.
 
-    UserError, the same in all of them, where they cannot share batches of so many windows, or
-    copies.
+    UserError, the same in all, where they cannot share copies, or a batch of so many windows.
     """
     _, world = started()
     if world == 1:
@@ -145,10 +144,8 @@ def joined(device: str, batch_windows: int, shard_size: int | None = None) -> It
         torch.cuda.set_device(torch.device(device))
     # the hosts agree among themselves without a device
     dist.init_process_group("gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl")
-    sizes, names = (
-        ((world // size, size), ("copies", "shards")) if size < world else ((world,), None)
-    )
-    mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
+    sizes = {"copies": world // size, "shards": size} if size < world else {"shards": world}
+    mesh = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     with warnings.catch_warnings():
         # nothing changes hidden states in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")

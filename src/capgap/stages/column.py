@@ -70,8 +70,7 @@ def train_column(request: Training, say: Say, should_stop: ShouldStop) -> dict[s
     trainer = Trainer(text, request.training, request.running, device, should_stop=should_stop)
     data_seed = STUDENT_SEED + request.seed
     windows = trainer.settings(data_seed).batch_windows
-    with ExitStack() as stack:
-        ranks = stack.enter_context(joined(device, windows, request.running.shard_size))
+    with joined(device, windows, request.running.shard_size) as ranks, ExitStack() as stack:
         trainer.ranks = ranks
         record = ranks.first(lambda: stack.enter_context(begun(request.record_file, identity)))
         if not record["finished"]:

@@ -6,7 +6,6 @@ by the same path. Who runs a task, and how far it is, stands in its lease.
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from operator import itemgetter
 from typing import Any
 
 from capgap.artifact import write_json
-from capgap.errors import UserError, warn_once
+from capgap.errors import UserError, border, warn_once
 from capgap.machine import GPUS, install_command, usable_cores
 from capgap.stage import FieldError
 from capgap.sweep.cells import Column, Context, Task
@@ -31,11 +30,9 @@ from capgap.sweep.stages import IN_USE, OUT_OF_MEMORY
 # A process with torch, before any model
 PROCESS_BYTES = 1_500_000_000
 BYTES_PER_PARAMETER = 16
-# Labels of nodes: gigabytes of each of its cards, as sold, where somebody says so; their kind,
-# which Ray finds out
+# Labels of a node: gigabytes of each of its cards, where somebody says so; what Ray says itself
 CARD_GB = "gpu-memory-gb"
-CARD_KIND = "ray.io/accelerator-type"
-WITHOUT_BF16 = [name for name, gpu in GPUS.items() if not gpu.has_bf16]
+CARD_KIND, NODE = "ray.io/accelerator-type", "ray.io/node-id"
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.2
 USER_ERROR = 2
@@ -125,8 +122,9 @@ class RayNodes(Engine):
 
     def submit(self, task: Task, micro_batch_tokens: int | None) -> str:
         needs, nodes = self._needs(task, micro_batch_tokens), self._nodes()
-        if not any(_times(needs, node) for node in nodes):
-            most = {name: max((_amount(node, name) for node in nodes), default=0) for name in needs}
+        unfit = [node[NODE] for node in nodes if not _times(needs, node)]
+        if len(unfit) == len(nodes):
+            most = {name: max((node.get(name, 0.0) for node in nodes), default=0) for name in needs}
             lacks = [name for name in needs if most[name] < needs[name]] or list(needs)
             raise UserError(
                 f"no node of the cluster can run {task.id}: it needs {needs[lacks[0]]:g} "
@@ -139,7 +137,8 @@ class RayNodes(Engine):
         if micro_batch_tokens is not None:
             words += ["--micro-batch-tokens", str(micro_batch_tokens)]
         asked = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "memory": needs["memory"]}
-        remote = self.remote.options(**asked, label_selector=self._selector(needs, nodes))
+        elsewhere = {NODE: f"!in({','.join(unfit)})"} if unfit else {}
+        remote = self.remote.options(**asked, label_selector=elsewhere)
         self.running[remote.remote(words)] = task
         return "ray"
 
@@ -193,51 +192,35 @@ class RayNodes(Engine):
             loops = task_loops(resolved, task, None)
             needs[CARD_GB] = max((loop.total for loop in loops), default=0) / 1e9
         elif task is not None:
-            models = [*task.work.trained, *task.work.read]
-            needs["memory"] += BYTES_PER_PARAMETER * sum(
-                shape.parameters().total for shape, _ in models
-            )
+            shapes = [shape for shape, _ in [*task.work.trained, *task.work.read]]
+            needs["memory"] += BYTES_PER_PARAMETER * sum(one.parameters().total for one in shapes)
         return needs
 
-    def _needs_bf16(self) -> bool:
-        return self.context.recipe.run.device != "cpu" and self.context.training.precision != "fp32"
-
     def _nodes(self) -> list[dict[str, Any]]:
-        """Resources and labels of all but those whose cards cannot compute as the sweep does."""
+        """What each has. A card that cannot compute as the sweep does is none; one whose memory
+        nobody tells has enough."""
         import ray
 
         found = []
         for node in filter(itemgetter("Alive"), ray.nodes()):
-            kind = node["Labels"].get(CARD_KIND)
-            if self._needs_bf16() and kind in WITHOUT_BF16:
-                name = node["NodeManagerHostname"]
-                warn_once(f"{name} is left out: the sweep computes in bf16, which a {kind} has not")
-            else:
-                found.append(node["Resources"] | node["Labels"])
+            labels, has = node["Labels"], node["Resources"] | {NODE: node["NodeID"]}
+            kind, gigabytes = labels.get(CARD_KIND), labels.get(CARD_GB, "inf")
+            needs_bf16 = self.context.training.precision != "fp32"
+            if has.get("GPU") and needs_bf16 and kind in GPUS and not GPUS[kind].has_bf16:
+                warn_once(f"GPUs of {node['NodeManagerHostname']} are left out: no bf16 ({kind})")
+                has["GPU"] = 0.0
+            with border(f"the label {CARD_GB} of {node['NodeManagerHostname']}"):
+                has[CARD_GB] = float(gigabytes)
+            found.append(has)
         return found
-
-    def _selector(self, needs: dict[str, float], nodes: list[dict[str, Any]]) -> dict[str, str]:
-        """Labels of the nodes that a task may run on: any without them."""
-        small = {one[CARD_GB] for one in nodes if _amount(one, CARD_GB) < needs[CARD_GB]}
-        unfit = {CARD_GB: sorted(small), CARD_KIND: WITHOUT_BF16 if self._needs_bf16() else []}
-        return {name: f"!in({','.join(values)})" for name, values in unfit.items() if values}
-
-
-def _amount(node: dict[str, Any], name: str) -> float:
-    """What a node has of it; of cards whose memory nobody tells enough."""
-    told = node.get(name, math.inf if name == CARD_GB else 0.0)
-    try:
-        return float(told)
-    except ValueError:
-        raise UserError(f"a node has the label {name}={told}: give a number, such as 80") from None
 
 
 def _times(needs: dict[str, float], node: dict[str, Any]) -> int:
-    """How many of such tasks a node holds; the memory of a card is not shared out."""
-    if _amount(node, CARD_GB) < needs[CARD_GB]:
+    """How many of such tasks a node holds; each has whole cards."""
+    if node[CARD_GB] < needs[CARD_GB]:
         return 0
-    shared = {name: need for name, need in needs.items() if need and name != CARD_GB}
-    return int(min(_amount(node, name) // need for name, need in shared.items()))
+    shared = [(name, need) for name, need in needs.items() if need and name != CARD_GB]
+    return int(min(node.get(name, 0.0) // need for name, need in shared))
 
 
 def _ended(task: Task, found: dict[str, Any], place: str) -> EndMessage:

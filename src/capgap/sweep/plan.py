@@ -441,7 +441,6 @@ def resolve_workers(
     each, is_cpu = run.gpus_per_column, device == "cpu"
     number = usable_cores() if is_cpu else gpus or len(visible_gpus(run.device)) or 1
     if not is_cpu and number < each:
-        all_of_them = f"{number} GPU{'s' if number > 1 else ''} in all"
-        raise UserError(f"run.gpus_per_column={each} is more than the {all_of_them}: ask for fewer")
+        raise UserError(f"run.gpus_per_column={each}: ask for no more GPUs than {number}, all here")
     workers = min(most, max(1, number // each) if run.workers == "auto" else run.workers)
     return workers, max(1, number // (workers * each)) if is_cpu else None

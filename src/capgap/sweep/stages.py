@@ -173,8 +173,6 @@ def _told_preview(found: dict[str, Any]) -> str:
         )
     flops, precision = found["flops"], found["teacher_dtype"]
     parts = ", ".join(f"{part.replace('_', ' ')} {flops[part]:.2g}" for part in PARTS)
-    each = found["gpus_per_column"]
-    shared = f" of {each} processes each" if each > 1 else ""
     if precision == "stored":
         precision = "the precision of their weights"
     return (
@@ -183,8 +181,8 @@ def _told_preview(found: dict[str, Any]) -> str:
         f"{found['teachers']} teachers, {found['cells']} cells, {found['baselines']} baselines; "
         f"{sum(flops.values()):.3g} FLOPs with shared work counted once ({parts})\n"
         f"expected {clock_time(found['expected_seconds'])} on {found['device']} with "
-        f"{found['workers']} workers{shared}, at the speed of two models measured just now; "
-        f"teachers compute in {precision}"
+        f"{found['workers']} workers (processes each: {found['gpus_per_column']}), at the speed of "
+        f"two models measured just now; teachers compute in {precision}"
     )
 
 
@@ -238,14 +236,10 @@ class Column(OfRecipe):
         but not beside a sweep that is alone in it. UserError: no such task, one whose teacher is
         not trained yet, or one that another process is at.
         """
-        from capgap.machine import resolve_device
-        from capgap.sweep.plan import plan_of, resolve_workers
+        from capgap.sweep.plan import plan_of
         from capgap.sweep.runner import context_of, joined
 
         plan = plan_of(self.loaded)
-        asked, threads = plan.recipe.run, None
-        if asked.gpus_per_column > 1:
-            threads = resolve_workers(asked, resolve_device(asked.device), most=1)[1]
         always = plan.baselines if plan.recipe.baselines == "all" else ()
         tasks = {task.id: task for task in plan.tasks(always)}
         if self.runs:
@@ -258,7 +252,7 @@ class Column(OfRecipe):
         if self.task not in tasks:
             raise UserError(f"no task {self.task!r} in this sweep: without one all are listed")
         task = tasks[self.task]
-        with joined(plan, self.out, threads, say) as folder:
+        with joined(plan, self.out, None, say) as folder:
             context = folder.context
             missing = _described(context, task)["needs"]
             if missing:

@@ -36,8 +36,8 @@ LOSSES = ("loss", "loss_stderr")
 
 
 class TaskRun:
-    """One task of a sweep, alone or with other ranks, which all do the same; the first one scores,
-    writes and looks at what is there. `warnings` are for its user."""
+    """One task of a sweep, whose ranks all do the same, but for what the first one does for all:
+    scoring, writing, a look at what is there. `warnings` are for its user."""
 
     def __init__(
         self,
@@ -217,18 +217,17 @@ class TaskRun:
         is not finite."""
         recipe = self.recipe
         model = whole_model(learner.parts, self.ranks)
-
-        def work() -> None:
-            importance = score(
-                model,
-                scoring_batches(self.trainer.text, recipe.scoring_tokens),
-                method=recipe.scoring_method,
-                depth=recipe.scoring_depth,
-            )
-            save_importance(self.context.importance_file(name), importance)
-
         with self.trainer.clock.stage("pruning"):
-            self.ranks.first(work)
+            importance = self.ranks.first(
+                lambda: score(
+                    model,
+                    scoring_batches(self.trainer.text, recipe.scoring_tokens),
+                    method=recipe.scoring_method,
+                    depth=recipe.scoring_depth,
+                )
+            )
+        if self.ranks.is_first:
+            save_importance(self.context.importance_file(name), importance)
 
     def _cut(self, source: Teacher | Assistant, shape: Shape) -> PreTrainedModel:
         """A model of `shape` from one whose units are scored."""

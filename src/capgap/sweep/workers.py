@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import queue
 import resource
 import signal
 import sys
@@ -10,11 +9,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Event
 from typing import TYPE_CHECKING, Any
 
 from capgap.errors import (
@@ -27,36 +25,25 @@ from capgap.errors import (
 )
 from capgap.machine import VISIBLE_GPUS, resolve_device, visible_gpus
 from capgap.sweep.cells import Context, Task
+from capgap.sweep.plan import resolve_workers
 from capgap.sweep.schedule import EndMessage, Engine, Outcome, StepMessage
 
 if TYPE_CHECKING:
     from capgap.models.parallel import Ranks
 
 STEPS_EVERY = 0.25  # seconds between two messages about steps
-PARENT_CHECK_SECONDS = 1.0
 POLL_SECONDS = 0.2
 # How a task ends on all of its ranks, if it does on one
 ALIKE = ("done", "stopped")
-
-
-# What a worker is given: a task, and what it takes at once in place of the recipe's micro-batch
-Given = tuple[Task, int | None]
 Message = StepMessage | EndMessage
-# A worker's number, and how often its processes were begun
-Sender = tuple[int, int]
+# multiprocessing's Connection, which is generic for mypy alone
+Pipe = Any
 
 
-def work(
-    sender: Sender,
-    place: str,
-    context: Context,
-    environment: dict[str, str],
-    tasks: "Queue[Given | None]",
-    messages: "Queue[tuple[Sender, Message]]",
-    stop: Event,
-) -> None:
-    """Runs tasks until None comes, with the other ranks that the environment tells of. Ctrl-C is
-    the parent's to handle: it sets `stop`."""
+def work(place: str, context: Context, environment: dict[str, str], pipe: Pipe) -> None:
+    """Runs tasks that come, each with what it takes at once, with the other ranks that the
+    environment tells of, until None comes or the parent is gone: while a task runs both stop it.
+    Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ.update(environment)
@@ -70,37 +57,27 @@ def work(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    def stops() -> bool:
-        return stop.is_set() or _is_orphan()
-
     def tell(message: Message) -> None:
-        messages.put((sender, message))
+        with suppress(BrokenPipeError):
+            pipe.send(message)
 
     context = replace(context, device=resolve_device(context.recipe.run.device))
     with joined(context.device, context.batch_windows, context.recipe.run.shard_size) as ranks:
-        while (given := _next_task(tasks)) is not None:
+        while (given := _received(pipe)) is not None:
             task, micro_batch_tokens = given
             own = context.with_micro_batch(micro_batch_tokens)
-            ended = run_task(place, own, task, tell, stops, ranks)
+            ended = run_task(place, own, task, tell, pipe.poll, ranks)
             # what one rank alone fails of, the others wait for
             if ranks.is_first or ended.outcome not in ALIKE:
                 tell(ended)
 
 
-def _is_orphan() -> bool:
-    """Whether the process that asks was killed: it can ask no more, nor stop anything."""
-    parent = multiprocessing.parent_process()
-    return parent is not None and not parent.is_alive()
-
-
-def _next_task(tasks: "Queue[Given | None]") -> Given | None:
-    """Waits for a task; None at the end."""
-    while not _is_orphan():
-        try:
-            return tasks.get(timeout=PARENT_CHECK_SECONDS)
-        except queue.Empty:
-            continue
-    return None
+def _received(pipe: Pipe) -> Any:
+    """What the other side sent; None where it is gone."""
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionResetError):
+        return None
 
 
 def run_task(
@@ -166,8 +143,10 @@ def run_shared(
     tell: Callable[[StepMessage], None],
     should_stop: Callable[[], bool],
 ) -> EndMessage:
-    """A task in processes of its own that share it. Interrupted when `should_stop` said so."""
-    with Workers(context, 1, visible_gpus(context.recipe.run.device)) as engine:
+    """A task in processes that share it; UserError: too few GPUs; Interrupted when asked to stop."""
+    run = context.recipe.run
+    context = replace(context, threads=resolve_workers(run, context.device, most=1)[1])
+    with Workers(context, 1, visible_gpus(run.device)) as engine:
         engine.start()
         engine.submit(task, None)
         while not should_stop():
@@ -208,28 +187,26 @@ def _uninterrupted() -> Iterator[None]:
 
 @dataclass
 class _Worker:
-    """A process, or ranks that share every task: each has its own queue of them. `store` is where
-    the ranks find each other, and lives as long as they do."""
+    """A process, or ranks that share every task, each with its pipe. `store` is where the ranks
+    find each other, and lives as long as they do."""
 
     number: int
-    begun: int = 0
     place: str = ""
-    ranks: list[tuple[BaseProcess, Any]] = field(default_factory=list)
+    ranks: list[tuple[BaseProcess, Pipe]] = field(default_factory=list)
     store: Any = None
     task: str | None = None
 
-    @property
-    def sender(self) -> Sender:
-        return self.number, self.begun
-
-    def give(self, given: Given | None) -> None:
-        for _, tasks in self.ranks:
-            tasks.put(given)
+    def give(self, given: tuple[Task, int | None] | None) -> None:
+        for _, pipe in self.ranks:
+            # of one that died the next look tells
+            with suppress(BrokenPipeError):
+                pipe.send(given)
 
     def kill(self) -> None:
-        for process, _ in self.ranks:
+        for process, pipe in self.ranks:
             process.kill()
             process.join()
+            pipe.close()
         self.ranks, self.task = [], None
 
 
@@ -251,8 +228,7 @@ class Workers(Engine):
         kind = "forkserver" if self.context.device == "cpu" else "spawn"
         start: Any = multiprocessing.get_context(kind)
         start.set_forkserver_preload(["capgap.sweep.tasks"])
-        self.begin, self.talk = start, start.Queue()
-        self.stop = start.Event()
+        self.begin = start
         # half a start would leave a process that looks for what is gone
         with _uninterrupted():
             self.workers = [_Worker(number) for number in range(self.number)]
@@ -262,7 +238,6 @@ class Workers(Engine):
     def _begin(self, worker: _Worker) -> None:
         """Its processes, which see their GPUs alone where there are some."""
         count = self.context.recipe.run.gpus_per_column
-        worker.begun += 1
         worker.place = f"worker {worker.number + 1}"
         shared: dict[str, str] = {}
         if self.gpus:
@@ -278,24 +253,22 @@ class Workers(Engine):
             shared |= {"WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         for rank in range(count):
             own = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {})
-            tasks = self.begin.Queue()
-            given = (worker.sender, worker.place, self.context, own, tasks, self.talk, self.stop)
+            ours, theirs = self.begin.Pipe()
+            given = (worker.place, self.context, own, theirs)
             process = self.begin.Process(target=work, args=given, daemon=True)
             process.start()
-            worker.ranks.append((process, tasks))
+            theirs.close()
+            worker.ranks.append((process, ours))
 
     def __exit__(self, *exception: object) -> None:
         """Lets running tasks save their state, then ends all workers."""
-        if not self.workers:
-            return
-        self.stop.set()
         for worker in self.workers:
             worker.give(None)
         deadline = time.monotonic() + 60
         for process, _ in (rank for worker in self.workers for rank in worker.ranks):
             # a full pipe would keep a worker from ending
             while process.is_alive() and time.monotonic() < deadline:
-                self._next_message()
+                self._messages()
                 process.join(0.05)
             if process.is_alive():
                 process.kill()
@@ -311,7 +284,7 @@ class Workers(Engine):
         worker.give((task, micro_batch_tokens))
         return worker.place
 
-    def messages(self) -> "list[StepMessage | EndMessage]":
+    def messages(self) -> list[Message]:
         """WorkerDied where a process ended by itself."""
         # every time: the messages of the others would else hide a worker that died
         for worker, (process, _) in ((one, rank) for one in self.workers for rank in one.ranks):
@@ -322,26 +295,22 @@ class Workers(Engine):
                     "mostly for lack of memory: try fewer workers (run.workers=1); "
                     "the same command continues"
                 )
-        found = self._next_message()
-        if found is None:
-            return []
-        (number, begun), message = found
-        worker = self.workers[number]
-        if worker.begun != begun or not worker.ranks:
-            # of processes that were killed
-            return []
-        if isinstance(message, EndMessage):
-            worker.task = None
-            if message.outcome not in ALIKE and len(worker.ranks) > 1:
-                worker.kill()
-        return [message]
+        return self._messages()
 
     def cancel(self, task: str) -> None:
         """Its processes are killed; others begin with the next task."""
         next(worker for worker in self.workers if worker.task == task).kill()
 
-    def _next_message(self) -> tuple[Sender, Message] | None:
-        try:
-            return self.talk.get(timeout=POLL_SECONDS)
-        except queue.Empty:
-            return None
+    def _messages(self) -> list[Message]:
+        """What came since; ranks of which one has failed are killed."""
+        senders: Any = {pipe: worker for worker in self.workers for _, pipe in worker.ranks}
+        found: list[Message] = []
+        for pipe in wait(list(senders), POLL_SECONDS):
+            worker = senders[pipe]
+            message = _received(pipe) if worker.ranks else None
+            if isinstance(message, EndMessage):
+                worker.task = None
+                if message.outcome not in ALIKE and len(worker.ranks) > 1:
+                    worker.kill()
+            found += [] if message is None else [message]
+        return found

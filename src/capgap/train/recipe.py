@@ -53,8 +53,7 @@ class TrainingSection(Section):
     activation_checkpointing: Recomputed = False
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "bf16_gathered"],
-        "What models compute in; bf16_gathered: in layers held-out losses too, so that weights can "
-        "be exchanged in bf16 between the processes that share them.",
+        "What models compute in; bf16_gathered (docs/cluster.md) is of several processes alone.",
     ] = "auto"
     teacher_dtype: Annotated[
         Literal["auto", "stored", "fp32", "bf16"], "What a teacher computes in; records tell which."

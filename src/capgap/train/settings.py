@@ -83,10 +83,8 @@ def autocast_dtype(asked: str, device: str) -> torch.dtype | None:
     if asked == "fp32":
         return None
     if device.startswith("cuda") and not _gpu_has_bf16():
-        name = f"{torch.cuda.get_device_name(device)} of {os.uname().nodename}"
-        raise UserError(
-            f"training.precision = 'bf16', but the GPU {name} has no bf16: use fp32, or other GPUs"
-        )
+        gpu = f"the GPU of {os.uname().nodename} ({torch.cuda.get_device_name(device)})"
+        raise UserError(f"training.precision = '{asked}', but {gpu} has no bf16: use fp32")
     return torch.bfloat16
 
 
@@ -102,9 +100,7 @@ def teacher_dtype(asked: str, precision: str, device: str) -> str:
 def resolved_precision(training: TrainingSection, run: RunSection, device: str) -> dict[str, str]:
     """What `auto` becomes on this device in `precision` and `teacher_dtype`, which change the
     results: what has begun with them goes on with them, on another machine too."""
-    precision: str = training.precision
-    if precision == "auto":
-        precision = auto_precision(device)
+    precision = auto_precision(device) if training.precision == "auto" else training.precision
     if run.teacher_device != "same":
         device = resolve_device(run.teacher_device)
     teacher = teacher_dtype(training.teacher_dtype, training.precision, device)
