@@ -143,7 +143,7 @@ def run_shared(
     tell: Callable[[StepMessage], None],
     should_stop: Callable[[], bool],
 ) -> EndMessage:
-    """A task in processes that share it; UserError: too few GPUs; Interrupted when asked to stop."""
+    """A task in processes that share it. UserError: too few GPUs. Interrupted: asked to stop."""
     run = context.recipe.run
     context = replace(context, threads=resolve_workers(run, context.device, most=1)[1])
     with Workers(context, 1, visible_gpus(run.device)) as engine:
