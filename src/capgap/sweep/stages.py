@@ -275,6 +275,7 @@ class Column(OfRecipe):
         """How the task ended, which is well."""
         from capgap.sweep.checks import is_lost
         from capgap.sweep.leases import Leases
+        from capgap.sweep.plan import resolve_workers
         from capgap.sweep.schedule import EndMessage
         from capgap.sweep.workers import run_shared, run_task
 
@@ -297,7 +298,8 @@ class Column(OfRecipe):
 
             own = context.with_micro_batch(self.micro_batch_tokens)
             if context.recipe.run.gpus_per_column > 1:
-                ended = run_shared(own, task, on_step, stops)
+                threads = resolve_workers(context.recipe.run, context.device, most=1)[1]
+                ended = run_shared(replace(own, threads=threads), task, on_step, stops)
             else:
                 ended = run_task(os.uname().nodename, own, task, on_step, stops)
         if ended.outcome == "stopped":

@@ -25,7 +25,6 @@ from capgap.errors import (
 )
 from capgap.machine import VISIBLE_GPUS, resolve_device, visible_gpus
 from capgap.sweep.cells import Context, Task
-from capgap.sweep.plan import resolve_workers
 from capgap.sweep.schedule import EndMessage, Engine, Outcome, StepMessage
 
 if TYPE_CHECKING:
@@ -143,10 +142,8 @@ def run_shared(
     tell: Callable[[StepMessage], None],
     should_stop: Callable[[], bool],
 ) -> EndMessage:
-    """A task in processes that share it. UserError: too few GPUs. Interrupted: asked to stop."""
-    run = context.recipe.run
-    context = replace(context, threads=resolve_workers(run, context.device, most=1)[1])
-    with Workers(context, 1, visible_gpus(run.device)) as engine:
+    """A task in processes that share it. Interrupted when `should_stop` said so."""
+    with Workers(context, 1, visible_gpus(context.recipe.run.device)) as engine:
         engine.start()
         engine.submit(task, None)
         while not should_stop():
