@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from capgap.cost.memory import LoopMemory
 from capgap.models.shape import Shape, ladder_shape
 from capgap.sizes import format_count
+from capgap.train.memory import LoopMemory
 
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 STEPS = 2

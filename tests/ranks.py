@@ -111,8 +111,9 @@ def run(asked: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with joined("cpu", 8) as ranks:
-        found = run(json.loads(sys.argv[1]), ranks)
+    asked = json.loads(sys.argv[1])
+    with joined("cpu", 8, asked.get("shard_size")) as ranks:
+        found = run(asked, ranks)
         if ranks.is_first:
             print(json.dumps(found))
     leave(0)

@@ -7,10 +7,9 @@ Commands are typed in this process. `idle` workers fail a test in which training
 import errno
 import gzip
 import json
+import multiprocessing
 import os
-import queue
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -706,17 +705,14 @@ def test_a_hub_name_without_a_network_is_told_at_once(typed, monkeypatch, recipe
 # --- worker processes ---------------------------------------------------------------------------
 
 
-def test_a_worker_without_a_parent_waits_no_longer(monkeypatch):
-    monkeypatch.setattr(workers, "PARENT_CHECK_SECONDS", 0.01)
-    empty: Any = queue.Queue()
-    with monkeypatch.context() as killed:
-        killed.setattr(workers, "_is_orphan", lambda: True)
-        assert workers._next_task(empty) is None
-    filled: Any = queue.Queue()
-    filled.put("task")
-    threading.Timer(0.05, empty.put, ["late"]).start()
-    assert workers._next_task(filled) == "task"
-    assert workers._next_task(empty) == "late"
+def test_a_worker_without_a_parent_waits_no_longer():
+    ours, theirs = multiprocessing.Pipe()
+    ours.send("task")
+    assert workers._received(theirs) == "task"
+    assert not theirs.poll()
+    ours.close()
+    assert theirs.poll()
+    assert workers._received(theirs) is None
 
 
 def test_a_dead_worker_is_noticed_while_others_talk(tiny_recipe):
@@ -731,8 +727,8 @@ def test_a_dead_worker_is_noticed_while_others_talk(tiny_recipe):
     pool = workers.Workers(context, 1)
     process: Any = Dead()
     name = plan.teachers[0].id
-    pool.workers = [workers._Worker(0, "worker 1", process, queue.Queue(), name)]
-    pool.talk = queue.Queue()
-    pool.talk.put(workers.StepMessage(name, 1, 1.0, None))
+    ours, theirs = multiprocessing.Pipe()
+    pool.workers = [workers._Worker(0, ranks=[(process, ours)], task=name)]
+    theirs.send(workers.StepMessage(name, 1, 1.0, None))
     with pytest.raises(WorkerDied, match=r"llama-t14k-seed0 ended with code -9"):
         pool.messages()

@@ -120,7 +120,7 @@ def test_a_wrong_usage_is_told_with_what_was_meant(typed, here, arguments, words
 
 
 PREVIEW_KEYS = {"name", "recipe_hash", "teachers", "cells", "baselines", "runs", "flops"}
-PREVIEW_KEYS |= {"workers", "device", "teacher_dtype", "expected_seconds"}
+PREVIEW_KEYS |= {"workers", "gpus_per_column", "device", "teacher_dtype", "expected_seconds"}
 RUN_KEYS = {"id", "kind", "parameters", "shape", "tokens", "learning_rate", "flops"}
 RUN_KEYS |= {"expected_seconds"}
 

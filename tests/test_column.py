@@ -2,15 +2,20 @@
 
 import itertools
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 
-from capgap.artifact import locked
+from capgap.artifact import locked, read_json, write_json
+from capgap.config import load_recipe
 from capgap.errors import Interrupted, UserError
 from capgap.records import read_records
+from capgap.sweep.plan import plan_of
+from capgap.sweep.runner import context_of
 from capgap.sweep.stages import Column, Sweep
 from test_bad_input import OwnWorkers, as_toml, use_own_workers
 
@@ -72,6 +77,33 @@ def test_tasks_one_by_one_are_the_sweep(recipe, tmp_path, monkeypatch, typed):
     assert results(out) == results(whole)
     assert (out / "report.html").exists() or found["best"]
     assert json.loads((out / "sweep.json").read_text())["best"]["cell"] == found["best"]
+
+
+def test_a_teacher_without_its_files_is_made_again_and_other_versions_are_told(recipe, tmp_path):
+    out, name = tmp_path / "out", "llama-t14k-seed0"
+    column = Column(recipe=str(recipe), task=name, out=out)
+    assert column.run()["warnings"] == []
+    before = results(out)
+    sweep = read_json(out / "sweep.json")
+    write_json(out / "sweep.json", sweep | {"versions": sweep["versions"] | {"torch": "1.0"}})
+    # nothing to do, so nothing to tell
+    assert column.run()["warnings"] == []
+    shutil.rmtree(out / "teachers" / name)
+    (told,) = column.run()["warnings"]
+    assert re.fullmatch(r"warning: \S+ has torch 2\S+, the sweep began with 1\.0", told)
+    assert (out / "teachers" / name).is_dir()
+    assert results(out) == before
+
+
+def test_a_gpu_that_cannot_compute_as_the_sweep_does_is_refused_by_name(
+    recipe, tmp_path, monkeypatch
+):
+    plan = plan_of(load_recipe(recipe, ["training.precision=bf16"]))
+    monkeypatch.setattr("capgap.sweep.runner.resolve_device", lambda asked: "cuda:0")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **how: False)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(UserError, match=r"the GPU of \S+ \(Tesla T4\) has no bf16: use fp32"):
+        context_of(plan.recipe, tmp_path, None)
 
 
 def test_of_two_workers_one_is_killed_and_the_other_does_it_all(

@@ -11,7 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from capgap.config import find_recipe, load_any_recipe, load_recipe, shipped_recipes
 from capgap.corpus.text import Text
-from capgap.cost.memory import PARTS, LoopMemory, cast_bytes, kept_bytes, layer_bytes
 from capgap.cost.plan import estimate, find_teacher, plan_sweep, student_shape
 from capgap.distill.cache import CacheFormat
 from capgap.distill.teacher import OnlineTeacher
@@ -25,6 +24,7 @@ from capgap.sweep.plan import expected_baselines, make_plan
 from capgap.sweep.recipe import Recipe
 from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, train
+from capgap.train.memory import PARTS, LoopMemory, cast_bytes, kept_bytes, layer_bytes
 
 ROWS, WINDOW = 2, 32
 # architecture, autocast, document mask, query heads on a key-value head

@@ -179,10 +179,11 @@ def test_scripts_and_files_for_clusters_are_well_formed():
     text = (DOCS / "cluster.md").read_text()
     scripts = code_blocks(text, "bash")
     assert len(scripts) == 2
+    job, task = (yaml.safe_load(block) for block in code_blocks(text, "yaml"))
+    scripts += [task["setup"], task["run"]]
     for script in scripts:
         done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
-    (job,) = (yaml.safe_load(block) for block in code_blocks(text, "yaml"))
     groups = job["spec"]["rayClusterSpec"]
     for group in (groups["headGroupSpec"], *groups["workerGroupSpecs"]):
         pod = group["template"]["spec"]

@@ -19,6 +19,8 @@ from capgap.models.parallel import ALONE
 from capgap.models.shape import ladder_shape
 from conftest import wait_for_steps
 
+LOW = "bf16_gathered"
+
 
 def torchrun(count, *command):
     """The launcher itself; what it starts otherwise is started by tests/processes.py."""
@@ -115,6 +117,17 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_others(corpus, alone, stopped, t
     assert_equal(found, tmp_path / "weights", alone)
 
 
+def test_two_copies_of_two_ranks_each_stopped_go_on_as_two_ranks(corpus, alone, tmp_path):
+    """HSDP, whose checkpoint others read as any."""
+    asked = {"corpus": corpus, "out": str(tmp_path / "weights"), "shard_size": 2, "micro": 1}
+    checkpoints = {"checkpoints": str(tmp_path / "checkpoints")}
+    assert_equal(run(4, asked), tmp_path / "weights", alone)
+    assert run(4, asked | checkpoints | {"stop_after": 5})["stopped"]
+    for more in ({"shard_size": 2}, {"shard_size": None}):
+        found = run(2 if more["shard_size"] is None else 4, asked | checkpoints | more)
+        assert_equal(found, tmp_path / "weights", alone)
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(corpus, alone, tmp_path):
     asked = {"corpus": corpus, "out": str(tmp_path / "weights"), "spoil": True}
     found = run(2, asked)
@@ -184,8 +197,8 @@ def test_the_command_stopped_under_torchrun_goes_on_alone(models, corpus, tmp_pa
 def test_autocast_does_the_same_to_sharded_weights(models, corpus, tmp_path):
     """Held-out loss before and after, and the step's in between."""
     found = {}
-    for name, count in (("one", 1), ("two", 2)):
-        more = ("--tokens", "2k", "-s", "training.precision=bf16", "--learning-rate", "0.001")
+    for name, count, precision in (("one", 1, "bf16"), ("two", 2, "bf16"), ("low", 2, LOW)):
+        more = ("--tokens", "2k", "-s", f"training.precision={precision}", "--learning-rate", 1e-3)
         done = processes.run_ranks(count, *distill(models, corpus, tmp_path / name, *more))
         assert done.returncode == 0, done.stderr
         found[name] = json.loads((tmp_path / name / "distill.json").read_text())
@@ -198,6 +211,19 @@ def test_autocast_does_the_same_to_sharded_weights(models, corpus, tmp_path):
     losses = [record["heldout"]["loss"] for record in after]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert losses[0] < before[0]["loss"]
+    # weights that are exchanged in bf16 make held-out losses of bf16, and nearly the same students
+    low = found["low"]
+    assert low["resolved"]["precision"] == LOW
+    for when in ("before", "after"):
+        loss, its = (
+            record[when]["student"]["heldout"] if when == "after" else record[when]["student"]
+            for record in (low, two)
+        )
+        assert loss["loss"] != its["loss"]
+        assert loss["loss"] == pytest.approx(its["loss"], rel=2e-3)
+    alone = processes.run(*distill(models, corpus, tmp_path / "alone", *more))
+    assert (alone.returncode, alone.stderr.count("\n")) == (2, 1)
+    assert "training.precision 'bf16_gathered', but one process alone: use bf16" in alone.stderr
 
 
 def uneven(models, corpus, out):

@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,8 @@ from capgap.config import parse_recipe
 from capgap.errors import UserError
 from capgap.records import read_records
 from capgap.sweep.cells import Context
-from capgap.sweep.on_ray import RayNodes
+from capgap.sweep.memory import task_loops
+from capgap.sweep.on_ray import RayNodes, _times
 from capgap.sweep.plan import make_plan
 from capgap.sweep.stages import Sweep
 from test_bad_input import as_toml, use_own_workers
@@ -154,22 +156,103 @@ def test_a_sweep_is_stopped_and_what_no_node_can_run_is_told(recipe, tmp_path, c
         assert "the same command continues" in told.read_text()
 
 
-def test_a_task_that_no_node_can_ever_run_is_told(tiny_recipe, tmp_path, monkeypatch):
-    plan = make_plan(parse_recipe(tiny_recipe))
-    context = Context(plan.recipe, tmp_path, "cpu", 1, plan.recipe.training)
-    nodes = RayNodes(context, "me")
+def gpu_node(gb=None, kind=None, gpus=1.0):
+    """As Ray tells of one."""
+    labels = {"gpu-memory-gb": gb, "ray.io/accelerator-type": kind}
+    return {
+        "Alive": True,
+        "NodeManagerHostname": f"node-{kind}-{gb}",
+        "NodeID": f"id-{kind}-{gb}",
+        "Resources": {"CPU": 8.0, "GPU": gpus, "memory": 1e12},
+        "Labels": {name: value for name, value in labels.items() if value is not None},
+    }
+
+
+@pytest.fixture
+def nodes(tiny_recipe, tmp_path, monkeypatch):
+    """`nodes(found, device="auto", precision="bf16", **run)` is an engine of these nodes."""
+
+    def engine(found, device="auto", precision="bf16", **run):
+        recipe = parse_recipe(tiny_recipe | {"run": {"device": device} | run})
+        training = recipe.training.model_copy(update={"precision": precision})
+        monkeypatch.setattr("ray.nodes", lambda: found)
+        return RayNodes(Context(recipe, tmp_path, "cpu", 1, training), "me")
+
+    return engine
+
+
+def test_a_task_that_no_node_can_ever_run_is_told(nodes):
+    teacher = make_plan(nodes([]).context.recipe).teachers[0]
+
+    def refused(engine):
+        with pytest.raises(UserError) as error:
+            engine.submit(teacher, None)
+        return str(error.value)
+
     for resources, told in (
-        ({"CPU": 4.0, "memory": 1e9}, r"needs 1.5\d*e\+09 memory, the largest has 1e\+09"),
-        ({"CPU": 0.0, "memory": 1e12}, "needs 1 CPU, the largest has 0"),
+        ({"memory": 1e9}, r"needs 1.5\d*e\+09 memory, the largest has 1e\+09"),
+        ({"CPU": 0.0}, "needs 1 CPU, the largest has 0"),
     ):
-        monkeypatch.setattr(nodes, "_nodes", lambda found=resources: [found])
-        with pytest.raises(UserError, match=f"no node .* can run {plan.teachers[0].id}: it {told}"):
-            nodes.submit(plan.teachers[0], None)
-    # on GPUs what a driver without one would decide holds for no node
-    monkeypatch.setattr(nodes, "_nodes", lambda: [{"CPU": 4.0, "GPU": 1.0, "memory": 1e12}])
-    changed = plan.recipe.model_copy(
-        update={"run": plan.recipe.run.model_copy(update={"device": "auto"})}
+        node = gpu_node()
+        node["Resources"] |= resources
+        said = refused(nodes([node], device="cpu"))
+        assert re.search(f"no node .* can run {teacher.id}: it {told}", said)
+    two = nodes([gpu_node()], gpus_per_column=2)
+    assert "needs 2 GPU, the largest has 1" in refused(two)
+    assert re.search(
+        r"needs 0\.00\d+ gpu-memory-gb, the largest has 0", refused(nodes([gpu_node("0")]))
     )
-    nodes.context = replace(context, recipe=changed)
-    with pytest.raises(UserError, match=r"say training\.precision in the recipe"):
-        nodes.submit(plan.teachers[0], None)
+    assert "the label gpu-memory-gb of node-None-80GB: could not convert string" in refused(
+        nodes([gpu_node("80GB")])
+    )
+    # on GPUs what a driver without one would decide holds for no node
+    said = refused(nodes([gpu_node()], precision="fp32"))
+    assert "say training.precision in the recipe" in said
+
+
+def test_a_column_goes_where_its_cards_suffice(nodes, caplog, tmp_path):
+    found = [gpu_node("24"), gpu_node("80"), gpu_node(), gpu_node("16", "T4")]
+    engine = nodes(found, gpus_per_column=1)
+    column = make_plan(engine.context.recipe).columns[0]
+    (loop,) = task_loops(engine.context.recipe, column, "A100")
+    assert engine._needs(column)["gpu-memory-gb"] == pytest.approx(loop.total / 1e9)
+    needs = engine._needs() | {"gpu-memory-gb": 60.0}
+    assert [_times(needs, node) for node in engine._nodes()] == [0, 1, 1, 0]
+    assert "GPUs of node-T4-16 are left out: no bf16 (T4)" in caplog.text
+    # the others are excluded
+    asked = []
+    engine.recipe = tmp_path
+    engine.remote = SimpleNamespace(
+        options=lambda **options: asked.append(options) or SimpleNamespace(remote=str)
+    )
+    engine.submit(column, None)
+    assert asked[0]["label_selector"] == {"ray.io/node-id": "!in(id-T4-16)"}
+    assert (asked[0]["num_gpus"], asked[0]["num_cpus"]) == (1, 1)
+    # two cards a column: half of it on each
+    shared = nodes(found, gpus_per_column=2)
+    assert shared._needs(column)["GPU"] == 2
+    assert shared._needs(column)["gpu-memory-gb"] < engine._needs(column)["gpu-memory-gb"]
+    fp32 = nodes(found, precision="fp32", device="cuda")
+    assert [node["GPU"] for node in fp32._nodes()] == [1, 1, 1, 1]
+
+
+def test_ray_itself_heeds_what_is_excluded():
+    code = """
+import json, ray
+from ray.cluster_utils import Cluster
+head = {"num_cpus": 1, "include_dashboard": False, "labels": {"gpu-memory-gb": "24"}}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+cluster.add_node(num_cpus=1, num_gpus=1)
+cluster.add_node(num_cpus=1, num_gpus=1)
+ray.init(address=cluster.address, log_to_driver=False)
+unfit = [n["NodeID"] for n in ray.nodes() if n["Labels"].get("gpu-memory-gb") == "24"]
+@ray.remote(num_cpus=1, label_selector={"ray.io/node-id": f"!in({','.join(unfit)})"})
+def where():
+    return ray.get_runtime_context().get_node_id()
+found = ray.get([where.remote() for _ in range(6)])
+print(json.dumps([len(unfit), any(one in unfit for one in found)]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if not done.stdout:
+        pytest.skip("Ray starts no cluster on this machine")
+    assert json.loads(done.stdout.splitlines()[-1]) == [1, False]

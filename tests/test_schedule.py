@@ -1,6 +1,7 @@
 """Tasks run after what they need, once, and again where memory or a node failed them."""
 
 import json
+import multiprocessing
 import os
 import threading
 import time
@@ -14,9 +15,10 @@ from capgap.config import parse_recipe
 from capgap.errors import Interrupted, UserError
 from capgap.sweep.cells import Context
 from capgap.sweep.leases import Leases
-from capgap.sweep.plan import make_plan
+from capgap.sweep.plan import make_plan, resolve_workers
 from capgap.sweep.schedule import ATTEMPTS, Alone, EndMessage, Engine, Schedule, StepMessage
 from capgap.sweep.workers import Workers
+from capgap.train.recipe import RunSection
 
 
 @dataclass
@@ -164,30 +166,67 @@ def test_what_others_have_taken_over_is_ended_here(plan):
     assert engine.running == []
 
 
-def test_each_worker_sees_one_gpu(plan, monkeypatch):
-    seen = []
+@pytest.mark.parametrize(
+    ("each", "places"), [(1, ["3", "5", "6", "7", "3"]), (2, ["3,5", "6,7", "3,5"])]
+)
+def test_each_worker_sees_its_own_gpus(plan, monkeypatch, each, places):
+    seen, pipes = [], []
 
     class Process:
         def __init__(self, **given: Any) -> None:
-            self.place = given["args"][0]
+            place, _, environment, _ = given["args"]
+            seen.append((place, environment.get("RANK"), environment["CUDA_VISIBLE_DEVICES"]))
 
         def start(self) -> None:
-            seen.append((self.place, os.environ.get("CUDA_VISIBLE_DEVICES")))
+            pass
+
+        kill = join = start
 
         def is_alive(self) -> bool:
-            return False
+            return True
+
+    def pipe() -> tuple[Any, Any]:
+        ours, theirs = multiprocessing.Pipe()
+        pipes.append(theirs)
+        # the parent closes it
+        return ours, multiprocessing.Pipe()[1]
 
     class Begin:
-        Queue = Event = staticmethod(lambda: pytest.importorskip("queue").Queue())
+        Pipe = staticmethod(pipe)
         Process = staticmethod(lambda **given: Process(**given))
         set_forkserver_preload = staticmethod(lambda names: None)
 
     monkeypatch.setattr("multiprocessing.get_context", lambda kind: Begin)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    context = Context(plan.recipe, Path("out"), "cuda:0", None, plan.recipe.training)
-    Workers(context, 3, ("3", "5")).start()
-    assert seen == [("GPU 3", "3"), ("GPU 5", "5"), ("GPU 3", "3")]
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+    monkeypatch.setattr("capgap.sweep.workers.POLL_SECONDS", 0.01)
+    run = plan.recipe.run.model_copy(update={"gpus_per_column": each})
+    recipe = plan.recipe.model_copy(update={"run": run})
+    context = Context(recipe, Path("out"), "cuda:0", None, recipe.training)
+    engine = Workers(context, len(places), ("3", "5", "6", "7"))
+    engine.start()
+    ranks = [None] if each == 1 else [str(rank) for rank in range(each)]
+    assert seen == [(f"GPU {place}", rank, place) for place in places for rank in ranks]
+    # all ranks of a worker get a task; where one fails of it, all begin anew with the next
+    first, second = plan.teachers[:2]
+    assert engine.submit(first, None) == f"GPU {places[0]}"
+    assert [one.recv() for one in pipes[:each]] == [(first, None)] * each
+    failed = EndMessage(first.id, "out_of_memory")
+    for one in pipes[:each]:
+        one.send(failed)
+    assert engine.messages() == [failed]
+    begun = len(seen)
+    assert engine.messages() == []
+    engine.submit(second, None)
+    assert seen[begun:] == ([] if each == 1 else seen[:each])
+
+
+def test_as_many_tasks_at_once_as_gpus_can_hold():
+    run = RunSection(gpus_per_column=4)
+    assert resolve_workers(run, "cuda", most=9, gpus=8) == (2, None)
+    assert resolve_workers(run, "cuda", most=1, gpus=8) == (1, None)
+    with pytest.raises(
+        UserError, match=r"run\.gpus_per_column=4: ask for no more GPUs than 2, all here"
+    ):
+        resolve_workers(run, "cuda", most=9, gpus=2)
 
 
 @pytest.mark.parametrize(

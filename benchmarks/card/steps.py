@@ -20,7 +20,6 @@ from torch.profiler import ProfilerActivity, profile
 from capgap.config import find_recipe, load_recipe
 from capgap.corpus.text import Text
 from capgap.corpus.tokens import Corpus
-from capgap.cost.memory import LoopMemory
 from capgap.distill.cache import CachedTeacher, CacheFormat, CacheIdentity, CacheWriter, write_cache
 from capgap.distill.teacher import OnlineTeacher, TeacherSource
 from capgap.machine import GPUS
@@ -28,6 +27,7 @@ from capgap.models.shape import Shape, ladder_shape
 from capgap.sweep.plan import make_plan
 from capgap.train.learner import Learner
 from capgap.train.loop import LoopSettings, Progress, train
+from capgap.train.memory import LoopMemory
 from capgap.train.settings import autocast_dtype, matrix_peak
 from card import DoesNotFit, Place
 from card.limits import toy_compiler, wait

@@ -1,7 +1,10 @@
 """A connection to a Ray cluster (extra `capgap[ray]`), without its noise."""
 
 import os
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -9,6 +12,46 @@ from typing import Any
 
 from capgap.machine import install_command, usable_cores
 from capgap.stage import FieldError
+
+LOOK_SECONDS = 2.0
+# Ray itself ends a process without a word, a minute after it last heard of the head
+HEAD_SECONDS = 30.0
+USER_ERROR = 2
+
+
+class Head:
+    """Of a cluster: whether it `is_there`, by a look every LOOK_SECONDS.
+
+    Ends this process with one line where it has been gone for HEAD_SECONDS: whoever waits for an
+    answer of Ray's hears of nothing else.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address, self.is_there = address, True
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, name="head", daemon=True).start()
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        host, port = self.address.rsplit(":", 1)
+        heard = time.monotonic()
+        while not self._ended.wait(LOOK_SECONDS):
+            try:
+                at = (host.strip("[]"), int(port))
+                socket.create_connection(at, timeout=LOOK_SECONDS).close()
+                self.is_there, heard = True, time.monotonic()
+            except OSError as error:
+                self.is_there = False
+                if time.monotonic() - heard > HEAD_SECONDS:
+                    print(
+                        f"\ncapgap: the head of the Ray cluster, {self.address}, is gone "
+                        f"({error.strerror}): start the cluster again; the same command continues",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    os._exit(USER_ERROR)
 
 
 def check_installed() -> None:
@@ -18,9 +61,8 @@ def check_installed() -> None:
 
 
 @contextmanager
-def connected() -> Iterator[str]:
-    """The cluster that RAY_ADDRESS or this machine knows, else one that is started here; gives the
-    address of its head."""
+def connected() -> Iterator[Head]:
+    """The cluster that RAY_ADDRESS or this machine knows, else one that is started here."""
     check_installed()
     import ray
 
@@ -33,7 +75,9 @@ def connected() -> Iterator[str]:
             except ConnectionError:
                 ray.init(num_cpus=usable_cores(), include_dashboard=False, **quiet)
             stack.callback(ray.shutdown)
-        yield ray.get_runtime_context().gcs_address
+        head = Head(ray.get_runtime_context().gcs_address)
+        stack.callback(head.close)
+        yield head
 
 
 @contextmanager

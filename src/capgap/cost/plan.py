@@ -1,12 +1,11 @@
 """What a recipe would take, estimated without a measurement: `capgap plan`. No torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capgap.cost.memory import FLOAT, HALF, PARTS, LoopMemory, loop_memory
 from capgap.cost.time import OTHER_LAYERS, slowed, sweep_hours
 from capgap.distill import CHECKSUM_BYTES, TokenRecord
 from capgap.errors import UserError
@@ -26,9 +25,11 @@ from capgap.sizes import (
 from capgap.stage import text_table
 from capgap.stages.prune import PruneSection
 from capgap.sweep.cells import Teacher
+from capgap.sweep.memory import task_loops
 from capgap.sweep.plan import Plan, expected_baselines, given_teachers, make_plan, resolve_workers
 from capgap.sweep.recipe import Recipe
 from capgap.train.learning_rate import auto_learning_rate
+from capgap.train.memory import FLOAT, HALF, PARTS, LoopMemory, loop_memory
 
 # Of a parameter: its weight and AdamW's two moments, as a checkpoint has them
 CHECKPOINT_BYTES = 3 * FLOAT
@@ -108,7 +109,7 @@ def plan_run(
         machine = hardware and (number, hardware[1])
         loop = run_memory(recipe, student, teacher, machine)
         place = {
-            "gpus": loop.ranks,
+            "gpus": number,
             "micro_batch_tokens": loop.micro_batch_tokens,
             "micro_batches": loop.micro_batches,
             "host_gb": machine and round(loop.in_host() / 1e9, 3),
@@ -305,10 +306,14 @@ def plan_sweep(
     total = sum(flops.values())
     columns = (*plan.columns, *baselines)
     tokens = sum(tokens for task in plan.tasks(baselines) for _, tokens in task.work.trained)
-    name, loop = max(_loops(plan, hardware), key=lambda named: named[1].total)
-    device = "cuda" if recipe.run.device.startswith("cuda") else "cpu"
-    workers = resolve_workers(recipe.run.workers, device, most=plan.width)[0]
-    workers = min(hardware[0], plan.width) if hardware else workers
+    kind = hardware and hardware[1]
+    tasks = plan.tasks(plan.baselines)
+    loops = [(one.id, loop) for one in tasks for loop in task_loops(recipe, one, kind)]
+    name, loop = max(loops, key=lambda named: named[1].total)
+    device = "cuda" if hardware or recipe.run.device.startswith("cuda") else "cpu"
+    number = hardware[0] if hardware else recipe.run.gpus_per_column
+    run = recipe.run.model_copy(update={"workers": "auto"}) if hardware else recipe.run
+    workers = resolve_workers(run, device, most=plan.width, gpus=number)[0]
     return {
         "kind": "sweep",
         "name": recipe.name,
@@ -326,37 +331,11 @@ def plan_sweep(
         "gpus": gpus,
         "utilisation": hardware and share,
         "workers": workers,
+        "gpus_per_column": recipe.run.gpus_per_column,
         "memory_task": name,
         "disk": _sweep_disk(plan, len(plan.teachers) + sum(len(one.cells) for one in columns)),
         **sweep_hours(plan, columns, total, hardware, share),
     } | _memory(loop, hardware)
-
-
-def _loops(plan: Plan, gpus: Gpus) -> Iterator[tuple[str, LoopMemory]]:
-    """A worker's memory for every task that trains, with the task's id."""
-    recipe = plan.recipe
-
-    def loop(students: tuple[Shape, ...], teacher: Shape | None) -> LoopMemory:
-        return loop_memory(
-            recipe.training,
-            recipe.run,
-            students=students,
-            teacher=teacher,
-            # a ladder's; at most those of a given teacher
-            stored_bytes=FLOAT,
-            window=recipe.corpus.window,
-            gpu=gpus and gpus[1],
-        )
-
-    for teacher in plan.teachers:
-        if teacher.source is None:
-            yield teacher.id, loop((teacher.shape,), None)
-    for column in (*plan.columns, *plan.baselines):
-        above = None if column.teacher is None else column.teacher.shape
-        if column.assistant is not None:
-            yield column.id, loop((column.assistant.shape,), above)
-            above = column.assistant.shape
-        yield column.id, loop(tuple(cell.shape for cell in column.cells), above)
 
 
 def _sweep_disk(plan: Plan, runs: int) -> dict[str, int]:
@@ -390,6 +369,8 @@ def plan_text(found: dict[str, Any]) -> str:
         lines = [f"{found['name']}: out of {found['teacher']}\n", table]
     else:
         names = [f"each of {found['workers']} workers"]
+        if (each := found["gpus_per_column"]) > 1:
+            names = [f"{found['workers']} columns at once, each of {each} GPUs"]
         lines = [
             f"{found['name']}: {found['teachers']} teachers, {found['cells']} cells, "
             f"{found['baselines']} baselines",

@@ -30,8 +30,9 @@ def _layer_steps(plan: Plan, work: Work) -> float:
     def layers(models: Sequence[tuple[Shape, int]]) -> int:
         return sum((shape.layers + OTHER_LAYERS) * tokens for shape, tokens in models)
 
-    micro = training.micro_batch_tokens or training.batch_tokens
-    return (layers(work.trained) + layers(work.read) / 3) / micro
+    each = plan.recipe.run.gpus_per_column
+    micro = training.micro_batch_tokens or training.batch_tokens // each
+    return (layers(work.trained) + layers(work.read) / 3) / (each * micro)
 
 
 def sweep_hours(
@@ -48,7 +49,8 @@ def sweep_hours(
         for column in columns
     )
     trained = share * (1 - plan.recipe.run.checkpoint_share)
-    slowest = max(hours(total, gpus, trained), hours(longest, (1, gpus[1]), trained))
+    each = plan.recipe.run.gpus_per_column
+    slowest = max(hours(total, gpus, trained), hours(longest, (each, gpus[1]), trained))
     tasks: list[Teacher | Column] = [*plan.teachers, *columns]
     steps = [_layer_steps(plan, task.work) for task in tasks]
-    return slowed(slowest, max(sum(steps) / gpus[0], *steps))
+    return slowed(slowest, max(sum(steps) / (gpus[0] // each), *steps))

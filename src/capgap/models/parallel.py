@@ -5,17 +5,18 @@ Alone, every function here does nothing, so that the loop is the same for one pr
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from capgap.errors import UserError
 from capgap.machine import started
@@ -102,6 +103,19 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.host)
         return values
 
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the first rank, for which the others wait; its UserError too."""
+        outcome: Any = None
+        if self.is_first:
+            try:
+                outcome = work()
+            except UserError as error:
+                outcome = error
+        outcome = self.told(outcome)
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome
+
     def wait(self) -> None:
         """Until all ranks are here."""
         self.agree(False)
@@ -111,22 +125,27 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined(device: str, batch_windows: int) -> Iterator[Ranks]:
-    """All processes that torchrun has started, as one; `ALONE` without it.
+def joined(device: str, batch_windows: int, shard_size: int | None = None) -> Iterator[Ranks]:
+    """All processes that torchrun has started, as one; `ALONE` without it. Every `shard_size` of
+    them, all if None, share a copy of the models.
 
-    UserError, the same in all of them, where they cannot share batches of so many windows.
+    UserError, the same in all, where they cannot share copies, or a batch of so many windows.
     """
     _, world = started()
     if world == 1:
         yield ALONE
         return
     Ranks(world=world).share(batch_windows)
+    size = shard_size or world
+    if world % size:
+        raise UserError(f"run.shard_size {size} does not divide the {world} processes: change it")
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.set_device(torch.device(device))
     # the hosts agree among themselves without a device
     dist.init_process_group("gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl")
-    mesh = init_device_mesh(kind, (world,))
+    sizes = {"copies": world // size, "shards": size} if size < world else {"shards": world}
+    mesh = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     with warnings.catch_warnings():
         # nothing changes hidden states in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
@@ -137,19 +156,27 @@ def joined(device: str, batch_windows: int) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def parallelize(parts: Parts, ranks: Ranks, device: torch.device) -> Parts:
+def parallelize(
+    parts: Parts, ranks: Ranks, device: torch.device, *, in_bf16: bool = False
+) -> Parts:
     """Puts a model of the CPU on the device, sharded over all ranks where `joined` gave several.
 
     FSDP2: every rank keeps its part of every weight, gradient and moment. A layer's weights are
     together while it computes; those outside of layers (tables, head) until the end of the backward
     pass, so that the loss finds the head whole, or until `release` where there is none. Gradients
-    are sums over ranks, as losses are. Returns the parts it was given.
+    are sums over ranks, as losses are. `in_bf16`: layers' weights, fp32 where they lie, travel and
+    compute in bf16, which halves the traffic. Returns the parts it was given.
     """
     if ranks.mesh is None:
         parts.model.to(device)
         return parts
+    low = torch.bfloat16
+    policy = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
     for layer in parts.layers:
-        fully_shard(layer, mesh=ranks.mesh)
+        if in_bf16:
+            # where losses are held out nobody else does it
+            layer.forward = torch.autocast(device.type, low)(layer.forward)
+        fully_shard(layer, mesh=ranks.mesh, mp_policy=policy if in_bf16 else MixedPrecisionPolicy())
     fully_shard(parts, mesh=ranks.mesh, reshard_after_forward=False)
     for module in parts.modules():
         if isinstance(module, FSDPModule):
@@ -182,3 +209,17 @@ def whole_weights(parts: Parts, ranks: Ranks) -> dict[str, Tensor]:
             full = whole(weight.detach())
             gathered[id(weight)] = full.cpu() if ranks.is_first else full.new_empty(0)
     return {name: gathered[id(one)] for name, one in weights.items()} if ranks.is_first else {}
+
+
+def whole_model(parts: Parts, ranks: Ranks) -> PreTrainedModel:
+    """The model for work that the first rank does alone: there whole again, a copy on its device;
+    elsewhere what lies there. Every rank has to ask."""
+    model = parts.model
+    if ranks.mesh is None:
+        return model
+    weights = whole_weights(parts, ranks)
+    if not ranks.is_first:
+        return model
+    copy = type(model)(model.config).to(model.dtype)
+    copy.load_state_dict(weights)
+    return copy.to(model.device)

@@ -16,7 +16,7 @@ from capgap.errors import UserError
 from capgap.machine import machine, resolve_device, started
 from capgap.models.build import build_model, load_model, shape_of
 from capgap.models.identity import count_parameters, model_hash
-from capgap.models.parallel import Ranks, joined
+from capgap.models.parallel import joined
 from capgap.models.shape import Shape, ladder_shape, ladder_size
 from capgap.models.stored import (
     LICENCES,
@@ -69,9 +69,10 @@ def train_column(request: Training, say: Say, should_stop: ShouldStop) -> dict[s
     del identity["corpus"]
     trainer = Trainer(text, request.training, request.running, device, should_stop=should_stop)
     data_seed = STUDENT_SEED + request.seed
-    with joined(device, trainer.settings(data_seed).batch_windows) as ranks, ExitStack() as stack:
+    windows = trainer.settings(data_seed).batch_windows
+    with joined(device, windows, request.running.shard_size) as ranks, ExitStack() as stack:
         trainer.ranks = ranks
-        record = _begin(request.record_file, identity, ranks, stack)
+        record = ranks.first(lambda: stack.enter_context(begun(request.record_file, identity)))
         if not record["finished"]:
             # what `auto` became when it began holds on every machine that it goes on with
             resolved = record.setdefault(
@@ -90,20 +91,6 @@ def train_column(request: Training, say: Say, should_stop: ShouldStop) -> dict[s
                 error.rank = ranks.rank
                 raise
         return record
-
-
-def _begin(record: Path, asked: dict[str, Any], ranks: Ranks, stack: ExitStack) -> dict[str, Any]:
-    """What the first rank finds in the folder, which it keeps locked, on all; its UserError too."""
-    outcome: dict[str, Any] | UserError = {}
-    if ranks.is_first:
-        try:
-            outcome = stack.enter_context(begun(record, asked))
-        except UserError as error:
-            outcome = error
-    outcome = ranks.told(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome
 
 
 class _Run:

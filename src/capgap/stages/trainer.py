@@ -59,7 +59,10 @@ class Trainer:
     ) -> Learner:
         """A model of the CPU that is to learn from so many tokens, on the device or sharded."""
         learner = Learner(name, model, tokens // self.training.batch_tokens, rate, alpha)
-        parallelize(learner.parts, self.ranks, torch.device(self.device))
+        in_bf16 = self.training.precision == "bf16_gathered"
+        if in_bf16 and self.ranks.world == 1:
+            raise UserError("training.precision 'bf16_gathered', but one process alone: use bf16")
+        parallelize(learner.parts, self.ranks, torch.device(self.device), in_bf16=in_bf16)
         self._check_documents(learner.parts)
         return learner
 

@@ -257,6 +257,19 @@ class Context:
         return replace(self, training=changed)
 
     @property
+    def batch_windows(self) -> int:
+        return self.training.batch_tokens // self.recipe.corpus.window
+
+    def smaller(self, tokens: int | None) -> int | None:
+        """Half of what went through the models at once (None: the recipe's), in whole windows that
+        divide a process' share of a batch; None where that is one window."""
+        share = self.batch_windows // self.recipe.run.gpus_per_column
+        asked = tokens or self.recipe.training.micro_batch_tokens
+        windows = min(asked // self.recipe.corpus.window, share) if asked else share
+        smaller = [one for one in range(1, windows // 2 + 1) if windows % one == 0]
+        return smaller[-1] * self.recipe.corpus.window if smaller else None
+
+    @property
     def corpus_folder(self) -> Path:
         return self.out / "corpus"
 

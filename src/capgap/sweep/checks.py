@@ -15,7 +15,7 @@ from capgap.corpus.tokens import Corpus
 from capgap.errors import UserError
 from capgap.records import RECORD_FILE, RunRecord, read_record, read_records
 from capgap.scrub import scrub
-from capgap.sweep.cells import SEARCH_FILE, Cell, Column, Context, Teacher
+from capgap.sweep.cells import SEARCH_FILE, Cell, Column, Context, Task, Teacher
 from capgap.sweep.plan import Plan, make_plan
 from capgap.sweep.recipe import Recipe, identity
 
@@ -204,13 +204,14 @@ def check_disk(context: Context, plan: Plan) -> None:
 def lost_teachers(context: Context, plan: Plan, columns: Sequence[Column]) -> list[Teacher]:
     """Recorded teachers that the columns need, but whose files were deleted since."""
     needed = {teacher for column in columns for teacher in column.teachers}
-
-    def is_lost(teacher: Teacher) -> bool:
-        # of one that failed there is nothing to find: its cells are recorded as failed too
-        if read_record(context.record_folder(teacher.id)).status == "failed":
-            return False
-        has_weights = teacher.source is not None or context.teacher_folder(teacher.id).is_dir()
-        return not has_weights or not context.importance_file(teacher.id).exists()
-
     recorded = [one for one in plan.teachers if context.is_recorded(one.id) and one.id in needed]
-    return list(filter(is_lost, recorded))
+    return [teacher for teacher in recorded if is_lost(context, teacher)]
+
+
+def is_lost(context: Context, task: Task) -> bool:
+    """Whether it is a recorded teacher without its files."""
+    # of one that failed there is nothing to find: its cells are recorded as failed too
+    if isinstance(task, Column) or read_record(context.record_folder(task.id)).status == "failed":
+        return False
+    has_weights = task.source is not None or context.teacher_folder(task.id).is_dir()
+    return not has_weights or not context.importance_file(task.id).exists()

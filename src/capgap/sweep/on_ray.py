@@ -7,30 +7,33 @@ by the same path. Who runs a task, and how far it is, stands in its lease.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from operator import itemgetter
 from typing import Any
 
 from capgap.artifact import write_json
-from capgap.errors import UserError, is_storage_away
-from capgap.ray_cluster import connected
+from capgap.errors import UserError, border, is_storage_away, warn_once
+from capgap.machine import GPUS
+from capgap.ray_cluster import Head, connected
 from capgap.sweep.cells import Column, Context, Task
 from capgap.sweep.leases import Leases
+from capgap.sweep.memory import task_loops
 from capgap.sweep.schedule import LOOK_SECONDS, EndMessage, Engine, Outcome, StepMessage
 from capgap.sweep.stages import IN_USE, OUT_OF_MEMORY
 
 # A process with torch, before any model
 PROCESS_BYTES = 1_500_000_000
 BYTES_PER_PARAMETER = 16
+# Labels of a node: gigabytes of each of its cards, where somebody says so; what Ray says itself
+CARD_GB = "gpu-memory-gb"
+CARD_KIND, NODE = "ray.io/accelerator-type", "ray.io/node-id"
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.2
-# Ray itself ends a driver without a word, a minute after it last heard of the head
-HEAD_SECONDS = 30.0
 USER_ERROR = 2
 ERROR_CHARACTERS = 20_000
 
@@ -71,7 +74,7 @@ class RayNodes(Engine):
         self.leases = Leases(context.leases, owner, stale=context.recipe.run.lease_seconds)
         self.running: dict[Any, Task] = {}
         self._looked = 0.0
-        self._heard = time.monotonic()
+        self.head: Head | None = None
         self._slots = 0
         self._slots_at = -LOOK_SECONDS
 
@@ -98,21 +101,20 @@ class RayNodes(Engine):
 
     def has_place(self) -> bool:
         """As many at once as the nodes hold now; others may come and go."""
+        # asking a head that is gone would wait for it
+        if self.head is not None and not self.head.is_there:
+            return False
         if time.monotonic() - self._slots_at > LOOK_SECONDS:
             self._slots_at = time.monotonic()
-            if not self._has_head():
-                # asking it for its nodes would wait
-                return False
-            self._slots = sum(_times(self._needs(0), node) for node in self._nodes())
+            self._slots = sum(_times(self._needs(), node) for node in self._nodes())
         # one more, so that no node waits for us
         return len(self.running) <= self._slots
 
     def submit(self, task: Task, micro_batch_tokens: int | None) -> str:
-        size = sum(shape.parameters().total for shape, _ in [*task.work.trained, *task.work.read])
-        needs = self._needs(BYTES_PER_PARAMETER * size)
-        nodes = self._nodes()
-        if not any(_times(needs, node) for node in nodes):
-            most = {name: max(node.get(name, 0.0) for node in nodes) for name in needs}
+        needs, nodes = self._needs(task, micro_batch_tokens), self._nodes()
+        unfit = [node[NODE] for node in nodes if not _times(needs, node)]
+        if len(unfit) == len(nodes):
+            most = {name: max((node.get(name, 0.0) for node in nodes), default=0) for name in needs}
             lacks = [name for name in needs if most[name] < needs[name]] or list(needs)
             raise UserError(
                 f"no node of the cluster can run {task.id}: it needs {needs[lacks[0]]:g} "
@@ -125,7 +127,9 @@ class RayNodes(Engine):
         if micro_batch_tokens is not None:
             words += ["--micro-batch-tokens", str(micro_batch_tokens)]
         asked = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "memory": needs["memory"]}
-        self.running[self.remote.options(**asked).remote(words)] = task
+        elsewhere = {NODE: f"!in({','.join(unfit)})"} if unfit else {}
+        remote = self.remote.options(**asked, label_selector=elsewhere)
+        self.running[remote.remote(words)] = task
         return "ray"
 
     def messages(self) -> Sequence[StepMessage | EndMessage]:
@@ -156,44 +160,57 @@ class RayNodes(Engine):
                     found.append(StepMessage(**progress))
         return found
 
-    def _has_head(self) -> bool:
-        """Whether the cluster's head answers; UserError where it has not for HEAD_SECONDS."""
-        host, port = self.head.rsplit(":", 1)
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_SECONDS).close()
-        except OSError as error:
-            if time.monotonic() - self._heard > HEAD_SECONDS:
-                raise UserError(
-                    f"the head of the Ray cluster, {self.head}, is gone ({error.strerror}): start "
-                    "the cluster again; the same command continues"
-                ) from None
-            return False
-        self._heard = time.monotonic()
-        return True
-
-    def _needs(self, model_bytes: int) -> dict[str, float]:
-        asked = self.context.recipe.run.device
-        on_gpu = asked.startswith("cuda")
-        if asked == "auto":
+    def _needs(
+        self, task: Task | None = None, micro_batch_tokens: int | None = None
+    ) -> dict[str, float]:
+        """Of a task, at least that of any."""
+        context = self.context.with_micro_batch(micro_batch_tokens)
+        recipe, each = context.recipe, context.recipe.run.gpus_per_column
+        on_gpu = recipe.run.device.startswith("cuda")
+        if recipe.run.device == "auto":
             on_gpu = any(node.get("GPU") for node in self._nodes())
-        training = self.context.recipe.training
-        if on_gpu and self.context.device == "cpu" and training.precision == "auto":
+        precisions = recipe.training.precision, context.training.precision
+        if on_gpu and context.device == "cpu" and precisions == ("auto", "fp32"):
             raise UserError(
                 "this machine has no GPU and the nodes have: say training.precision in the recipe, "
                 "or start the sweep on a node"
             )
-        memory = float(PROCESS_BYTES + (0 if on_gpu else model_bytes))
-        return {"CPU": 1.0, "GPU": float(on_gpu), "memory": memory}
+        needs = {"CPU": each, "GPU": each * on_gpu, "memory": each * PROCESS_BYTES, CARD_GB: 0.0}
+        if task is not None and on_gpu:
+            run = recipe.run.model_copy(update={"device": "cuda"})
+            resolved = recipe.model_copy(update={"run": run, "training": context.training})
+            loops = task_loops(resolved, task, None)
+            needs[CARD_GB] = max((loop.total for loop in loops), default=0) / 1e9
+        elif task is not None:
+            shapes = [shape for shape, _ in [*task.work.trained, *task.work.read]]
+            needs["memory"] += BYTES_PER_PARAMETER * sum(one.parameters().total for one in shapes)
+        return needs
 
-    def _nodes(self) -> list[dict[str, float]]:
+    def _nodes(self) -> list[dict[str, Any]]:
+        """What each has. A card that cannot compute as the sweep does is none; one whose memory
+        nobody tells has enough."""
         import ray
 
-        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        found = []
+        for node in filter(itemgetter("Alive"), ray.nodes()):
+            labels, has = node["Labels"], node["Resources"] | {NODE: node["NodeID"]}
+            kind, gigabytes = labels.get(CARD_KIND), labels.get(CARD_GB, "inf")
+            needs_bf16 = self.context.training.precision != "fp32"
+            if has.get("GPU") and needs_bf16 and kind in GPUS and not GPUS[kind].has_bf16:
+                warn_once(f"GPUs of {node['NodeManagerHostname']} are left out: no bf16 ({kind})")
+                has["GPU"] = 0.0
+            with border(f"the label {CARD_GB} of {node['NodeManagerHostname']}"):
+                has[CARD_GB] = float(gigabytes)
+            found.append(has)
+        return found
 
 
-def _times(needs: dict[str, float], node: dict[str, float]) -> int:
-    """How many of such tasks a node holds."""
-    return int(min(node.get(name, 0.0) // need for name, need in needs.items() if need))
+def _times(needs: dict[str, float], node: dict[str, Any]) -> int:
+    """How many of such tasks a node holds; each has whole cards."""
+    if node[CARD_GB] < needs[CARD_GB]:
+        return 0
+    shared = [(name, need) for name, need in needs.items() if need and name != CARD_GB]
+    return int(min(node.get(name, 0.0) // need for name, need in shared))
 
 
 def _ended(task: Task, found: dict[str, Any], place: str) -> EndMessage:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from capgap.errors import UserError
-from capgap.machine import resolve_device, usable_cores
+from capgap.machine import resolve_device, usable_cores, visible_gpus
 from capgap.models.shape import Shape, ladder_shape
 from capgap.prune.shape import pruned_shape
 from capgap.sizes import format_count, forward_flops, training_flops
 from capgap.sweep.cells import Assistant, Cell, Column, Task, Teacher, scores_flops, size_label
 from capgap.sweep.recipe import Recipe
 from capgap.train.learning_rate import auto_learning_rate
+from capgap.train.recipe import RunSection
 
 MOST_CELLS = 10_000
 
@@ -428,15 +429,18 @@ def baseline_of(cell: Cell) -> Cell:
 
 
 def resolve_workers(
-    asked: int | str, device: str, *, most: int, gpus: int = 1
+    run: RunSection, device: str, *, most: int, gpus: int | None = None
 ) -> tuple[int, int | None]:
-    """(worker processes, torch threads of each); `most` tasks can run at once.
+    """(tasks at once, torch threads of each process); `most` tasks can run at once. `gpus`: how
+    many there are, None for those in sight.
 
     Small models gain more from one thread a process on every core than from many threads in one.
-    A GPU is given to a single worker, unless more are asked for than there are GPUs.
+    A GPU is given to a single task, unless more are asked for than there are GPUs. UserError where
+    there are fewer than one task needs.
     """
-    if device != "cpu":
-        return min(most, gpus if asked == "auto" else int(asked)), None
-    cores = usable_cores()
-    workers = min(most, cores if asked == "auto" else int(asked))
-    return workers, max(1, cores // workers)
+    each, is_cpu = run.gpus_per_column, device == "cpu"
+    number = usable_cores() if is_cpu else gpus or len(visible_gpus(run.device)) or 1
+    if not is_cpu and number < each:
+        raise UserError(f"run.gpus_per_column={each}: ask for no more GPUs than {number}, all here")
+    workers = min(most, max(1, number // each) if run.workers == "auto" else run.workers)
+    return workers, max(1, number // (workers * each)) if is_cpu else None

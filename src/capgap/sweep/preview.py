@@ -33,7 +33,7 @@ def preview(recipe: Recipe) -> dict[str, Any]:
     baselines = expected_baselines(plan)
     device = resolve_device(recipe.run.device)
     training = recipe.training
-    workers, threads = resolve_workers(recipe.run.workers, device, most=plan.width)
+    workers, threads = resolve_workers(recipe.run, device, most=plan.width)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     speed = measure_speed(plan, device)
@@ -50,9 +50,10 @@ def preview(recipe: Recipe) -> dict[str, Any]:
         "runs": [_row(recipe, run, speed) for run in runs],
         "flops": plan.flops(baselines),
         "workers": workers,
+        "gpus_per_column": recipe.run.gpus_per_column,
         "device": device,
         "teacher_dtype": teacher_dtype(training.teacher_dtype, training.precision, device),
-        "expected_seconds": round(seconds / workers, 1),
+        "expected_seconds": round(seconds / workers / recipe.run.gpus_per_column, 1),
     }
 
 

@@ -39,6 +39,7 @@ class Display:
         self.whole = TaskID(0)
         self.start = time.monotonic()
         self.work_began: float | None = None
+        self.warned: set[str] = set()
         self.running: dict[str, _Running] = {}
         self.known = self.later = 0.0
         self.before = self.finished = 0.0
@@ -101,7 +102,9 @@ class Display:
             self.finished += relative_cost(task)
             self.ended_tasks += 1
             for warning in message.message.splitlines():
-                self.say(warning)
+                if warning not in self.warned:
+                    self.say(warning)
+                self.warned.add(warning)
             how = "by another process" if running is None else f"in {clock_time(message.busy)}"
             self.say(f"done {describe(task)} {how}")
 

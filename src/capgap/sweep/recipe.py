@@ -171,6 +171,11 @@ class Recipe(Section):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {list(values)} names one of them twice")
         self.training.check_batches("corpus.window", self.corpus.window)
+        run, windows = self.run, self.training.batch_tokens // self.corpus.window
+        if windows % run.gpus_per_column:
+            raise ValueError(f"run.gpus_per_column does not divide a batch of {windows} windows")
+        if run.gpus_per_column > 1 and run.teacher_device != "same":
+            raise ValueError("run.gpus_per_column share the teacher too: no run.teacher_device")
         students = self.students
         name = "tokens" if students.tokens else "tokens_per_parameter"
         least = students.budgets(students.inits[0], min(students.sizes))[0]

@@ -28,6 +28,7 @@ from capgap.sweep.checks import (
     check_records,
     check_sources,
     claimed,
+    is_lost,
     lost_teachers,
 )
 from capgap.sweep.leases import Leases
@@ -46,7 +47,7 @@ from capgap.sweep.schedule import (
     Where,
 )
 from capgap.sweep.workers import Workers, peak_memory
-from capgap.train.settings import resolved_precision
+from capgap.train.settings import autocast_dtype, resolved_precision
 from capgap.train.trackers import gather_trackers
 
 
@@ -100,7 +101,8 @@ def run_folder(
         check_installed()
     asked = plan.recipe.run
     device, gpus = resolve_device(asked.device), visible_gpus(asked.device)
-    number, threads = resolve_workers(asked.workers, device, most=plan.width, gpus=len(gpus) or 1)
+    seen = asked.gpus_per_column if on == "ray" else None
+    number, threads = resolve_workers(asked, device, most=plan.width, gpus=seen)
     with ExitStack() as stack:
         if on == "here":
             folder = stack.enter_context(_begun(plan, out, threads, is_whole=is_whole))
@@ -224,12 +226,13 @@ def _begun(plan: Plan, out: Path, threads: int | None, *, is_whole: bool) -> Ite
 
 def context_of(recipe: Recipe, out: Path, threads: int | None) -> Context:
     """What all runs of the sweep in this folder share, on this machine. What `auto` became when the
-    sweep began stays."""
+    sweep began stays. UserError where this machine cannot compute in it."""
     device = resolve_device(recipe.run.device)
     path = out / "sweep.json"
     began: dict[str, Any] = read_json(path) if path.exists() else {}
     resolved = began.get("resolved") or resolved_precision(recipe.training, recipe.run, device)
     training = recipe.training.model_copy(update=resolved)
+    autocast_dtype(training.precision, device)
     return Context(recipe, out.resolve(), device, threads, training)
 
 
@@ -260,13 +263,17 @@ class Runner:
         own = [one for one in teachers if one in lost or one.id not in self._expected]
         self._expected.update(teacher.id for teacher in own)
         tasks: list[Task] = [*own, *columns]
-        done = [task.id for task in tasks if self.context.is_done(task) and task not in lost]
+
+        def is_done(task: Task) -> bool:
+            return self.context.is_done(task) and not (task in lost and is_lost(self.context, task))
+
+        done = [task.id for task in tasks if is_done(task)]
         self.display.expect(tasks, done, later)
         schedule = Schedule(
             self.engine,
             self.claims,
-            is_done=lambda task: self.context.is_done(task) and task not in lost,
-            micro_batch=self._smaller,
+            is_done=is_done,
+            micro_batch=self.context.smaller,
             should_stop=self.should_stop,
             on_start=self.display.started,
             on_step=self.display.step,
@@ -276,13 +283,6 @@ class Runner:
             is_shared=self.folder.is_shared,
         )
         schedule.run([task for task in tasks if task.id not in done], self._finished)
-
-    def _smaller(self, tokens: int | None) -> int | None:
-        """Half of what went through the models at once, in whole windows that divide a batch."""
-        training, window = self.context.recipe.training, self.context.recipe.corpus.window
-        windows = (tokens or training.micro_batch_tokens or training.batch_tokens) // window
-        smaller = [one for one in range(1, windows // 2 + 1) if windows % one == 0]
-        return smaller[-1] * window if smaller else None
 
     def _ended(self, task: Task, message: EndMessage) -> None:
         self.display.ended(task, message)
@@ -336,7 +336,7 @@ class _Folder:
                 name: getattr(context.training, name) for name in ("precision", "teacher_dtype")
             },
             "machine": machine(context.device, context.threads),
-            "versions": versions(),
+            "versions": before.get("versions") or versions(),
             "flops": plan.flops(expected_baselines(plan)),
             "started": before.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
             "finished": ended.get("finished"),

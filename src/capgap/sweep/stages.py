@@ -58,7 +58,13 @@ class OfRecipe(Stage):
 
     @cached_property
     def loaded(self) -> Recipe:
+        """UserError under torchrun."""
         from capgap.config import find_recipe, load_recipe
+
+        if started()[1] > 1:
+            raise UserError(
+                f"a {self.title()} starts processes of its own: run it without torchrun"
+            )
 
         return load_recipe(find_recipe(self.recipe), self.set)
 
@@ -107,10 +113,6 @@ class Sweep(OfRecipe):
         calling script again: call it under `if __name__ == "__main__":`. UserError for a mistake in
         the recipe, or a folder that holds something else.
         """
-        if started()[1] > 1:
-            raise UserError(
-                f"a {self.title()} starts processes of its own: run it without torchrun"
-            )
         assert self.loaded  # before what is heavy is
         if self.dry_run:
             return self._expected()
@@ -179,8 +181,8 @@ def _told_preview(found: dict[str, Any]) -> str:
         f"{found['teachers']} teachers, {found['cells']} cells, {found['baselines']} baselines; "
         f"{sum(flops.values()):.3g} FLOPs with shared work counted once ({parts})\n"
         f"expected {clock_time(found['expected_seconds'])} on {found['device']} with "
-        f"{found['workers']} workers, at the speed of two models measured just now; teachers "
-        f"compute in {precision}"
+        f"{found['workers']} workers (processes each: {found['gpus_per_column']}), at the speed of "
+        f"two models measured just now; teachers compute in {precision}"
     )
 
 
@@ -271,13 +273,15 @@ class Column(OfRecipe):
         self, context: "Context", task: "Task", say: Say, should_stop: ShouldStop
     ) -> "EndMessage":
         """How the task ended, which is well."""
+        from capgap.sweep.checks import is_lost
         from capgap.sweep.leases import Leases
+        from capgap.sweep.plan import resolve_workers
         from capgap.sweep.schedule import EndMessage
-        from capgap.sweep.workers import run_task
+        from capgap.sweep.workers import run_shared, run_task
 
         stale = context.recipe.run.lease_seconds
         with Leases(context.leases, self.owner, stale=stale) as leases:
-            if context.is_done(task):
+            if context.is_done(task) and not is_lost(context, task):
                 return EndMessage(task.id, "done")
             if not leases.take(task.id):
                 raise InUse(f"{IN_USE} {task.id} in {self.out}")
@@ -293,7 +297,11 @@ class Column(OfRecipe):
                 return should_stop() or task.id in leases.lost() or is_orphan
 
             own = context.with_micro_batch(self.micro_batch_tokens)
-            ended = run_task(os.uname().nodename, own, task, on_step, stops)
+            if context.recipe.run.gpus_per_column > 1:
+                threads = resolve_workers(context.recipe.run, context.device, most=1)[1]
+                ended = run_shared(replace(own, threads=threads), task, on_step, stops)
+            else:
+                ended = run_task(os.uname().nodename, own, task, on_step, stops)
         if ended.outcome == "stopped":
             raise Interrupted
         if ended.outcome == "crashed":

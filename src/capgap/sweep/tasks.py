@@ -5,6 +5,7 @@ is already recorded is left alone.
 """
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from transformers import PreTrainedModel
 from capgap.artifact import read_json, write_json
 from capgap.corpus.text import Text
 from capgap.errors import UserError
-from capgap.machine import machine
+from capgap.machine import machine, versions
 from capgap.models.build import build_model, load_model
+from capgap.models.parallel import ALONE, Ranks, whole_model
 from capgap.models.shape import Shape
 from capgap.prune.importance import load_importance, save_importance, score, scoring_batches
 from capgap.prune.surgery import cut
@@ -34,7 +36,8 @@ LOSSES = ("loss", "loss_stderr")
 
 
 class TaskRun:
-    """One task of a sweep; `warnings` are for its user."""
+    """One task of a sweep, whose ranks all do the same, but for what the first one does for all:
+    scoring, writing, a look at what is there. `warnings` are for its user."""
 
     def __init__(
         self,
@@ -42,11 +45,18 @@ class TaskRun:
         clock: StageClock,
         should_stop: Callable[[], bool],
         on_step: Callable[[Progress], None],
+        ranks: Ranks = ALONE,
     ) -> None:
         self.context = context
         self.recipe = context.recipe
         self.on_step = on_step
-        self.warnings: list[str] = []
+        self.ranks = ranks
+        began, now = read_json(context.out / "sweep.json")["versions"], versions()
+        self.warnings = [
+            f"warning: {os.uname().nodename} has {name} {now.get(name)}, the sweep began with {one}"
+            for name, one in began.items()
+            if one != now.get(name)
+        ]
         self.trainer = Trainer(
             Text.open([(context.corpus_folder, None)], context.recipe.corpus.window),
             context.training,
@@ -54,6 +64,7 @@ class TaskRun:
             context.device,
             say=self.warnings.append,
             should_stop=should_stop,
+            ranks=ranks,
             clock=clock,
         )
         self.started = datetime.now(UTC)
@@ -64,7 +75,8 @@ class TaskRun:
             self._run_teacher(task)
         else:
             self._run_column(task)
-        shutil.rmtree(self.context.checkpoint_folder(task.id), ignore_errors=True)
+        if self.ranks.is_first:
+            shutil.rmtree(self.context.checkpoint_folder(task.id), ignore_errors=True)
 
     def _run_teacher(self, teacher: Teacher) -> None:
         """Trains the teacher (or takes it as it is), measures it, and scores its units."""
@@ -79,11 +91,11 @@ class TaskRun:
             seed = TEACHER_SEED + teacher.seed
             heldout = self._train([learner], teacher.id, seed)[teacher.id]
         else:
-            warn_of_beginning(learner.parts, trainer.text, source, trainer.say)
+            warn_of_beginning(learner.parts, trainer.text, source, trainer.say, self.ranks)
             heldout = trainer.measured(learner)
         if heldout is not None:
             try:
-                self._score(learner.model, teacher.id)
+                self._score(learner, teacher.id)
             except UserError as error:
                 if source is not None:
                     raise
@@ -104,7 +116,8 @@ class TaskRun:
     def _run_column(self, column: Column) -> None:
         """Trains all cells of the column that are not recorded yet, side by side."""
         context, trainer = self.context, self.trainer
-        cells = {cell.id: cell for cell in column.cells if not context.is_recorded(cell.id)}
+        recorded = self.ranks.told([one for one in column.runs if context.is_recorded(one)])
+        cells = {cell.id: cell for cell in column.cells if cell.id not in recorded}
         records = {name: read_record(context.record_folder(name)) for name in column.teachers}
         failed = sorted(name for name, record in records.items() if record.status == "failed")
         problem = f"its teacher {failed[0]} failed" if failed else None
@@ -132,7 +145,7 @@ class TaskRun:
 
         def end(learner: Learner, heldout: Loss | None) -> None:
             cell, after_cut = cells[learner.id], after_cuts[learner.id]
-            if context.is_recorded(cell.id):
+            if self.ranks.told(context.is_recorded(cell.id)):
                 return
             if heldout is not None and cell.kind == "cell":
                 trainer.save(learner, context.student_folder(cell.id))
@@ -153,7 +166,7 @@ class TaskRun:
         units. What happened is written last, failures too."""
         context, trainer, teacher = self.context, self.trainer, column.teacher
         assert teacher is not None
-        if context.assistant_outcome(assistant.id).exists():
+        if self.ranks.told(context.assistant_outcome(assistant.id).exists()):
             return
         model = self._cut(teacher, assistant.shape)
         learner = trainer.learner(
@@ -166,14 +179,16 @@ class TaskRun:
         if heldout is not None:
             outcome |= {name: getattr(heldout, name) for name in LOSSES}
             try:
-                self._score(learner.model, assistant.id)
+                self._score(learner, assistant.id)
             except UserError as error:
                 learner.failure = {"message": str(error)}
             trainer.save(learner, context.assistant_folder(assistant.id))
         if learner.failure is not None:
             outcome["failure"] = learner.failure["message"]
-        write_json(context.assistant_outcome(assistant.id), outcome)
-        shutil.rmtree(context.checkpoint_folder(assistant.id), ignore_errors=True)
+        if self.ranks.is_first:
+            write_json(context.assistant_outcome(assistant.id), outcome)
+            shutil.rmtree(context.checkpoint_folder(assistant.id), ignore_errors=True)
+        self.ranks.wait()
 
     def _train(
         self, learners: list[Learner], name: str, data_seed: int, **more: Any
@@ -181,7 +196,8 @@ class TaskRun:
         """As `Trainer.train`; trackers have a run of this name."""
         out = self.context.out / "trackers" / name
         asked = {"sweep": self.recipe.name, "data_seed": data_seed}
-        with self.trainer.tracked(self.recipe.track, out, asked) as track:
+        trackers = self.recipe.track if self.ranks.is_first else ()
+        with self.trainer.tracked(trackers, out, asked) as track:
 
             def on_step(progress: Progress) -> None:
                 self.on_step(progress)
@@ -196,18 +212,22 @@ class TaskRun:
                 **more,
             )
 
-    def _score(self, model: PreTrainedModel, name: str) -> None:
+    def _score(self, learner: Learner, name: str) -> None:
         """Keeps the importance of a model's units under that name; UserError where the model's loss
         is not finite."""
         recipe = self.recipe
+        model = whole_model(learner.parts, self.ranks)
         with self.trainer.clock.stage("pruning"):
-            importance = score(
-                model,
-                scoring_batches(self.trainer.text, recipe.scoring_tokens),
-                method=recipe.scoring_method,
-                depth=recipe.scoring_depth,
+            importance = self.ranks.first(
+                lambda: score(
+                    model,
+                    scoring_batches(self.trainer.text, recipe.scoring_tokens),
+                    method=recipe.scoring_method,
+                    depth=recipe.scoring_depth,
+                )
             )
-        save_importance(self.context.importance_file(name), importance)
+        if self.ranks.is_first:
+            save_importance(self.context.importance_file(name), importance)
 
     def _cut(self, source: Teacher | Assistant, shape: Shape) -> PreTrainedModel:
         """A model of `shape` from one whose units are scored."""
@@ -283,7 +303,8 @@ class TaskRun:
             **self.trainer.facts(),
             **fields,
         }
-        write_record(context.record_folder(run.id), record_from_dict(values, source=run.id))
+        if self.ranks.is_first:
+            write_record(context.record_folder(run.id), record_from_dict(values, source=run.id))
 
 
 def _finite(value: float | None) -> float | None:

@@ -1,8 +1,7 @@
-"""Worker processes of this machine, one a core or one a GPU."""
+"""Worker processes of this machine: one a core or one a GPU, or several that share every task."""
 
 import multiprocessing
 import os
-import queue
 import resource
 import signal
 import sys
@@ -10,12 +9,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capgap.errors import (
     Interrupted,
@@ -26,60 +24,60 @@ from capgap.errors import (
     is_out_of_memory,
     is_storage_away,
 )
-from capgap.machine import VISIBLE_GPUS
+from capgap.machine import VISIBLE_GPUS, resolve_device, visible_gpus
 from capgap.sweep.cells import Context, Task
 from capgap.sweep.schedule import EndMessage, Engine, Outcome, StepMessage
 
+if TYPE_CHECKING:
+    from capgap.models.parallel import Ranks
+
 STEPS_EVERY = 0.25  # seconds between two messages about steps
-PARENT_CHECK_SECONDS = 1.0
 POLL_SECONDS = 0.2
+# How a task ends on all of its ranks, if it does on one
+ALIKE = ("done", "stopped")
+Message = StepMessage | EndMessage
+# multiprocessing's Connection, which is generic for mypy alone
+Pipe = Any
 
 
-# What a worker is given: a task, and what it takes at once in place of the recipe's micro-batch
-Given = tuple[Task, int | None]
-
-
-def work(
-    place: str,
-    context: Context,
-    tasks: "Queue[Given | None]",
-    messages: "Queue[StepMessage | EndMessage]",
-    stop: Event,
-) -> None:
-    """Runs tasks until None comes. Ctrl-C is the parent's to handle: it sets `stop`."""
+def work(place: str, context: Context, environment: dict[str, str], pipe: Pipe) -> None:
+    """Runs tasks that come, each with what it takes at once, with the other ranks that the
+    environment tells of, until None comes or the parent is gone: while a task runs both stop it.
+    Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ.update(environment)
     import torch
     from transformers.utils import logging
+
+    from capgap.models.parallel import joined
 
     if context.threads is not None:
         torch.set_num_threads(context.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    def stops() -> bool:
-        return stop.is_set() or _is_orphan()
+    def tell(message: Message) -> None:
+        with suppress(BrokenPipeError):
+            pipe.send(message)
 
-    while (given := _next_task(tasks)) is not None:
-        task, micro_batch_tokens = given
-        own = context.with_micro_batch(micro_batch_tokens)
-        messages.put(run_task(place, own, task, messages.put, stops))
+    context = replace(context, device=resolve_device(context.recipe.run.device))
+    with joined(context.device, context.batch_windows, context.recipe.run.shard_size) as ranks:
+        while (given := _received(pipe)) is not None:
+            task, micro_batch_tokens = given
+            own = context.with_micro_batch(micro_batch_tokens)
+            ended = run_task(place, own, task, tell, pipe.poll, ranks)
+            # what one rank alone fails of, the others wait for
+            if ranks.is_first or ended.outcome not in ALIKE:
+                tell(ended)
 
 
-def _is_orphan() -> bool:
-    """Whether the process that asks was killed: it can ask no more, nor stop anything."""
-    parent = multiprocessing.parent_process()
-    return parent is not None and not parent.is_alive()
-
-
-def _next_task(tasks: "Queue[Given | None]") -> Given | None:
-    """Waits for a task; None at the end."""
-    while not _is_orphan():
-        try:
-            return tasks.get(timeout=PARENT_CHECK_SECONDS)
-        except queue.Empty:
-            continue
-    return None
+def _received(pipe: Pipe) -> Any:
+    """What the other side sent; None where it is gone."""
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionResetError):
+        return None
 
 
 def run_task(
@@ -88,12 +86,15 @@ def run_task(
     task: Task,
     tell: Callable[[StepMessage], None],
     should_stop: Callable[[], bool],
+    ranks: "Ranks | None" = None,
 ) -> EndMessage:
-    """A task in this process, and how it ended."""
+    """A task in this process, or its part of one that several ranks share, and how it ended."""
+    from capgap.models.parallel import ALONE
     from capgap.sweep.tasks import TaskRun
     from capgap.train.loop import Progress
     from capgap.train.metrics import StageClock
 
+    ranks = ranks or ALONE
     clock = StageClock(context.device)
     start = sent = time.monotonic()
     learner_tokens = 0
@@ -102,7 +103,7 @@ def run_task(
         nonlocal sent, learner_tokens
         learner_tokens += progress.learner_tokens
         now = time.monotonic()
-        if now - sent > STEPS_EVERY:
+        if ranks.is_first and now - sent > STEPS_EVERY:
             sent = now
             last = [one for step in progress.reports for one in step.learners.values()][-1:]
             loss = last[0].loss if last else None
@@ -112,7 +113,7 @@ def run_task(
     outcome: Outcome = "done"
     message = ""
     try:
-        run = TaskRun(context, clock, should_stop, on_step)
+        run = TaskRun(context, clock, should_stop, on_step, ranks)
         run.run(task)
         message = "\n".join(run.warnings)
     except Interrupted:
@@ -133,7 +134,27 @@ def run_task(
             )
     busy = time.monotonic() - start
     peak = peak_memory()
+    if outcome in ALIKE:
+        peak = sum(ranks.collect(peak))
     return EndMessage(task.id, outcome, message, clock.seconds, busy, peak, place)
+
+
+def run_shared(
+    context: Context,
+    task: Task,
+    tell: Callable[[StepMessage], None],
+    should_stop: Callable[[], bool],
+) -> EndMessage:
+    """A task in processes that share it. Interrupted when `should_stop` said so."""
+    with Workers(context, 1, visible_gpus(context.recipe.run.device)) as engine:
+        engine.start()
+        engine.submit(task, None)
+        while not should_stop():
+            for message in engine.messages():
+                if isinstance(message, EndMessage):
+                    return message
+                tell(message)
+        raise Interrupted
 
 
 def peak_memory() -> int:
@@ -164,34 +185,35 @@ def _uninterrupted() -> Iterator[None]:
             signal.raise_signal(sent[0])
 
 
-@contextmanager
-def _seen(gpu: str | None) -> Iterator[None]:
-    """A process that is started inside sees that GPU alone, by number 0."""
-    before = os.environ.get(VISIBLE_GPUS)
-    if gpu is not None:
-        os.environ[VISIBLE_GPUS] = gpu
-    try:
-        yield
-    finally:
-        if gpu is not None:
-            os.environ.pop(VISIBLE_GPUS)
-            if before is not None:
-                os.environ[VISIBLE_GPUS] = before
-
-
 @dataclass
 class _Worker:
+    """A process, or ranks that share every task, each with its pipe. `store` is where the ranks
+    find each other, and lives as long as they do."""
+
     number: int
-    place: str
-    process: BaseProcess
-    tasks: Any
+    place: str = ""
+    ranks: list[tuple[BaseProcess, Pipe]] = field(default_factory=list)
+    store: Any = None
     task: str | None = None
+
+    def give(self, given: tuple[Task, int | None] | None) -> None:
+        for _, pipe in self.ranks:
+            # of one that died the next look tells
+            with suppress(BrokenPipeError):
+                pipe.send(given)
+
+    def kill(self) -> None:
+        for process, pipe in self.ranks:
+            process.kill()
+            process.join()
+            pipe.close()
+        self.ranks, self.task = [], None
 
 
 @dataclass
 class Workers(Engine):
-    """An engine of worker processes, on all GPUs in turn. They start with the first task, or when
-    `start` is called."""
+    """An engine of so many workers on all GPUs in turn, each of `run.gpus_per_column` processes.
+    They start with the first task, or when `start` is called."""
 
     context: Context
     number: int
@@ -206,77 +228,89 @@ class Workers(Engine):
         kind = "forkserver" if self.context.device == "cpu" else "spawn"
         start: Any = multiprocessing.get_context(kind)
         start.set_forkserver_preload(["capgap.sweep.tasks"])
-        self.begin, self.talk = start, start.Queue()
-        self.stop = start.Event()
+        self.begin = start
         # half a start would leave a process that looks for what is gone
         with _uninterrupted():
-            for number in range(self.number):
-                self._begin(number)
+            self.workers = [_Worker(number) for number in range(self.number)]
+            for worker in self.workers:
+                self._begin(worker)
 
-    def _begin(self, number: int) -> None:
-        """A worker process, which sees one GPU where there are some."""
-        gpu = self.gpus[number % len(self.gpus)] if self.gpus else None
-        place = f"worker {number + 1}" if gpu is None else f"GPU {gpu}"
-        tasks = self.begin.Queue()
-        given = (place, self.context, tasks, self.talk, self.stop)
-        process = self.begin.Process(target=work, args=given, daemon=True)
-        with _seen(gpu):
+    def _begin(self, worker: _Worker) -> None:
+        """Its processes, which see their GPUs alone where there are some."""
+        count = self.context.recipe.run.gpus_per_column
+        worker.place = f"worker {worker.number + 1}"
+        shared: dict[str, str] = {}
+        if self.gpus:
+            first = worker.number % (len(self.gpus) // count) * count
+            shared[VISIBLE_GPUS] = ",".join(self.gpus[first : first + count])
+            worker.place = f"GPU {shared[VISIBLE_GPUS]}"
+        if count > 1:
+            from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+            # as torchrun's: it is here, at a port that is free, and the ranks come to it
+            worker.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+            shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(worker.store.port)}
+            shared |= {"WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        for rank in range(count):
+            own = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {})
+            ours, theirs = self.begin.Pipe()
+            given = (worker.place, self.context, own, theirs)
+            process = self.begin.Process(target=work, args=given, daemon=True)
             process.start()
-        self.workers.append(_Worker(number, place, process, tasks))
+            theirs.close()
+            worker.ranks.append((process, ours))
 
     def __exit__(self, *exception: object) -> None:
         """Lets running tasks save their state, then ends all workers."""
-        if not self.workers:
-            return
-        self.stop.set()
         for worker in self.workers:
-            worker.tasks.put(None)
+            worker.give(None)
         deadline = time.monotonic() + 60
-        for worker in self.workers:
+        for process, _ in (rank for worker in self.workers for rank in worker.ranks):
             # a full pipe would keep a worker from ending
-            while worker.process.is_alive() and time.monotonic() < deadline:
-                self._next_message()
-                worker.process.join(0.05)
-            if worker.process.is_alive():
-                worker.process.kill()
+            while process.is_alive() and time.monotonic() < deadline:
+                self._messages()
+                process.join(0.05)
+            if process.is_alive():
+                process.kill()
 
     def has_place(self) -> bool:
         return any(worker.task is None for worker in self.workers)
 
     def submit(self, task: Task, micro_batch_tokens: int | None) -> str:
         worker = next(one for one in self.workers if one.task is None)
+        if not worker.ranks:
+            self._begin(worker)
         worker.task = task.id
-        worker.tasks.put((task, micro_batch_tokens))
+        worker.give((task, micro_batch_tokens))
         return worker.place
 
-    def messages(self) -> "list[StepMessage | EndMessage]":
+    def messages(self) -> list[Message]:
         """WorkerDied where a process ended by itself."""
         # every time: the messages of the others would else hide a worker that died
-        for worker in self.workers:
-            if not worker.process.is_alive():
+        for worker, (process, _) in ((one, rank) for one in self.workers for rank in one.ranks):
+            if not process.is_alive():
                 doing = "waiting for work" if worker.task is None else f"at {worker.task}"
                 raise WorkerDied(
-                    f"the worker process {doing} ended with code {worker.process.exitcode}, "
+                    f"the worker process {doing} ended with code {process.exitcode}, "
                     "mostly for lack of memory: try fewer workers (run.workers=1); "
                     "the same command continues"
                 )
-        message = self._next_message()
-        if isinstance(message, EndMessage):
-            self._worker_of(message.task).task = None
-        return [] if message is None else [message]
+        return self._messages()
 
     def cancel(self, task: str) -> None:
-        worker = self._worker_of(task)
-        worker.process.kill()
-        worker.process.join()
-        self.workers.remove(worker)
-        self._begin(worker.number)
+        """Its processes are killed; others begin with the next task."""
+        next(worker for worker in self.workers if worker.task == task).kill()
 
-    def _worker_of(self, task: str) -> _Worker:
-        return next(worker for worker in self.workers if worker.task == task)
-
-    def _next_message(self) -> StepMessage | EndMessage | None:
-        try:
-            return self.talk.get(timeout=POLL_SECONDS)
-        except queue.Empty:
-            return None
+    def _messages(self) -> list[Message]:
+        """What came since; ranks of which one has failed are killed."""
+        senders: Any = {pipe: worker for worker in self.workers for _, pipe in worker.ranks}
+        found: list[Message] = []
+        for pipe in wait(list(senders), POLL_SECONDS):
+            worker = senders[pipe]
+            message = _received(pipe) if worker.ranks else None
+            if isinstance(message, EndMessage):
+                worker.task = None
+                if message.outcome not in ALIKE and len(worker.ranks) > 1:
+                    worker.kill()
+            found += [] if message is None else [message]
+        return found

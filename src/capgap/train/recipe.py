@@ -51,7 +51,10 @@ class TrainingSection(Section):
     document_mask: Annotated[bool, "Tokens attend within their own document alone."] = False
     ignored_tokens: Annotated[tuple[str, ...], "Read but never learnt, such as padding."] = ()
     activation_checkpointing: Recomputed = False
-    precision: Annotated[Literal["auto", "fp32", "bf16"], "What models compute in."] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "bf16_gathered"],
+        "What models compute in; bf16_gathered (docs/cluster.md) is of several processes alone.",
+    ] = "auto"
     teacher_dtype: Annotated[
         Literal["auto", "stored", "fp32", "bf16"], "What a teacher computes in; records tell which."
     ] = "auto"
@@ -87,6 +90,12 @@ class RunSection(Section):
         Literal["auto"] | Annotated[int, Field(gt=0)],
         "Processes; auto is one a core, or one for a GPU, no more than tasks can run at once.",
     ] = "auto"
+    gpus_per_column: Annotated[
+        Count, "GPUs of a sweep's machine that share each task (FSDP2); on CPUs, processes."
+    ] = 1
+    shard_size: Annotated[
+        Count | None, "Processes that share one copy of the weights (HSDP); all if none."
+    ] = None
     checkpoint_seconds: Annotated[float, Field(ge=0), "Least time between checkpoints."] = 30.0
     checkpoint_share: Annotated[ProperFraction, "Most that checkpoints take of the time."] = 0.02
     lease_seconds: Annotated[

@@ -76,14 +76,15 @@ def auto_precision(device: str) -> str:
 
 
 def autocast_dtype(asked: str, device: str) -> torch.dtype | None:
-    """bf16 autocast, or None for fp32 throughout; `asked` is auto, fp32 or bf16 (UserError on a GPU
-    that has none)."""
+    """bf16 autocast, or None for fp32 throughout; `asked` is a training.precision (UserError on a
+    GPU that has no bf16)."""
     if asked == "auto":
         asked = auto_precision(device)
     if asked == "fp32":
         return None
     if device.startswith("cuda") and not _gpu_has_bf16():
-        raise UserError("training.precision = 'bf16', but this GPU has no bf16: use fp32")
+        gpu = f"the GPU of {os.uname().nodename} ({torch.cuda.get_device_name(device)})"
+        raise UserError(f"training.precision = '{asked}', but {gpu} has no bf16: use fp32")
     return torch.bfloat16
 
 
@@ -99,7 +100,7 @@ def teacher_dtype(asked: str, precision: str, device: str) -> str:
 def resolved_precision(training: TrainingSection, run: RunSection, device: str) -> dict[str, str]:
     """What `auto` becomes on this device in `precision` and `teacher_dtype`, which change the
     results: what has begun with them goes on with them, on another machine too."""
-    precision = "fp32" if autocast_dtype(training.precision, device) is None else "bf16"
+    precision = auto_precision(device) if training.precision == "auto" else training.precision
     if run.teacher_device != "same":
         device = resolve_device(run.teacher_device)
     teacher = teacher_dtype(training.teacher_dtype, training.precision, device)

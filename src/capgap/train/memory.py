@@ -409,7 +409,7 @@ def loop_memory(
     has_bf16 = device == "cuda" and (gpu is None or GPUS[gpu].has_bf16)
     share = training.batch_tokens // ranks
     micro = min(training.micro_batch_tokens or share, share)
-    autocast = training.precision == "bf16" or (training.precision == "auto" and has_bf16)
+    autocast = has_bf16 if training.precision == "auto" else training.precision != "fp32"
     by_dtype = {"stored": stored_bytes, "fp32": FLOAT, "bf16": HALF}
     by_dtype["auto"] = HALF if autocast and device == "cuda" else stored_bytes
     place = "device" if run.teacher_device == "same" else "elsewhere"
@@ -426,7 +426,7 @@ def loop_memory(
         divergence=training.divergence,
         temperature=training.temperature,
         device=device,
-        ranks=ranks,
+        ranks=min(run.shard_size or ranks, ranks),
         teacher_place="host" if run.teacher_offload else place,
         checkpoints=True,
     )
