@@ -11,6 +11,7 @@ from capgap.errors import WorkerDied, first_line
 from capgap.ray_cluster import connected
 
 On = Literal["here", "ray"]
+
 # How often Ray begins one again whose node is lost
 ATTEMPTS = 5
 

@@ -7,7 +7,7 @@ A chunk is one large file, or smaller ones in a row. What is found does not depe
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -165,32 +165,34 @@ def compare(
     and those of the held-out source. Digests are compared range by range, so that never all of them
     are in memory."""
     held, rows = [one.rows() for one in heldout], [one.rows() for one in chunks]
-    for chunk in chunks:
-        chunk.file("dropped").write_bytes(b"")
     unique = num_bytes = 0
     excluded: set[int] = set()
     parts = 1 + sum(map(len, [*held, *rows])) * ROW.itemsize // PARTITION_BYTES
-    for low, high in pairwise((number << 64) // parts for number in range(parts + 1)):
-        slices = [_between(one, low, high) for one in (*held, *rows)]
-        # those of the held-out source first: a document that it has comes after its own
-        owner = np.repeat(np.arange(len(slices)) - len(held), list(map(len, slices)))
-        here = np.concatenate(slices)
-        order = np.lexsort((here["low"], here["high"]))
-        here, owner = here[order], owner[order]
-        is_first = np.ones(len(here), dtype=bool)
-        is_first[1:] = here[1:][["high", "low"]] != here[:-1][["high", "low"]]
-        text = np.cumsum(is_first) - 1
-        first = here[is_first]
-        is_here, is_held = (np.zeros(len(first), dtype=bool) for _ in range(2))
-        is_here[text[owner >= 0]] = True
-        is_held[text[owner < 0]] = True
-        unique += int(is_here.sum())
-        num_bytes += int(first["bytes"][is_here].sum())
-        excluded.update(map(number_of, first[is_here & is_held]))
-        is_dropped = ~is_first & (owner >= 0)
-        for number in np.unique(owner[is_dropped]):
-            with chunks[number].file("dropped").open("ab") as stream:
-                here["index"][is_dropped & (owner == number)].tofile(stream)
+    with ExitStack() as stack:
+        dropped = [stack.enter_context(file_written(one.file("dropped"))) for one in chunks]
+        for path in dropped:
+            path.touch()
+        for low, high in pairwise((number << 64) // parts for number in range(parts + 1)):
+            slices = [_between(one, low, high) for one in (*held, *rows)]
+            # those of the held-out source first: a document that it has comes after its own
+            owner = np.repeat(np.arange(len(slices)) - len(held), list(map(len, slices)))
+            here = np.concatenate(slices)
+            order = np.lexsort((here["low"], here["high"]))
+            here, owner = here[order], owner[order]
+            is_first = np.ones(len(here), dtype=bool)
+            is_first[1:] = here[1:][["high", "low"]] != here[:-1][["high", "low"]]
+            text = np.cumsum(is_first) - 1
+            first = here[is_first]
+            is_here, is_held = (np.zeros(len(first), dtype=bool) for _ in range(2))
+            is_here[text[owner >= 0]] = True
+            is_held[text[owner < 0]] = True
+            unique += int(is_here.sum())
+            num_bytes += int(first["bytes"][is_here].sum())
+            excluded.update(map(number_of, first[is_here & is_held]))
+            is_dropped = ~is_first & (owner >= 0)
+            for number in np.unique(owner[is_dropped]):
+                with dropped[number].open("ab") as stream:
+                    here["index"][is_dropped & (owner == number)].tofile(stream)
     kept = {
         "candidates": SmallestDigests(max_bytes=SAMPLE_BYTES),
         "sample": SmallestDigests(max_bytes=sample_bytes),

@@ -9,9 +9,8 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,8 +172,7 @@ def prepare_corpus(
         begin_windows=begin_windows,
     )
     told = progress or (lambda stage, done, total: None)
-    run = partial(in_order, workers=workers, on=on)
-    writing = _Writing(opened, heldout, options, told, run)
+    writing = _Writing(opened, heldout, options, told, workers, on)
     directory = Path(directory).expanduser().absolute()
     with only_process(directory):
         reason = _why_prepare(directory, writing.request, replace=replace)
@@ -199,7 +197,7 @@ def prepare_corpus(
 
 class _Writing:
     """A corpus folder in the making, and the counts of its parts; `unused` is training text beyond
-    the tokens asked for. `run`: `in_order`, somewhere."""
+    the tokens asked for."""
 
     def __init__(
         self,
@@ -207,13 +205,14 @@ class _Writing:
         heldout_source: Source | None,
         options: Options,
         progress: Progress,
-        run: Callable[..., Iterator[Any]],
+        workers: int,
+        on: On,
     ) -> None:
         self.source = source
         self.heldout_source = heldout_source
         self.options = options
         self.progress = progress
-        self.run = run
+        self.workers, self.on = workers, on
         # as the manifest holds it: tuples are lists there
         self.request = plain(
             {
@@ -322,10 +321,22 @@ class _Writing:
                     return chunks[:number]
             return chunks
         done = 0
-        for num_bytes in self.run(read_chunk, ((chunk, Reading(), *known) for chunk in chunks)):
+        arguments = ((chunk, Reading(), *known) for chunk in chunks)
+        for num_bytes in self._each(chunks, read_chunk, arguments):
             done += num_bytes
             self.progress("read", done, None)
         return chunks
+
+    def _each(
+        self,
+        chunks: Sequence[Chunk],
+        function: Callable[..., Any],
+        arguments: Iterable[tuple[Any, ...]],
+    ) -> Iterator[Any]:
+        """As `in_order`; one alone is not worth another process."""
+        if len(chunks) == 1:
+            return in_order(function, arguments)
+        return in_order(function, arguments, workers=self.workers, on=self.on)
 
     def _choose_split(self, found: Found, heldout: Found | None) -> Split:
         for source, each in ((self.source, found), (self.heldout_source, heldout)):
@@ -371,7 +382,7 @@ class _Writing:
                 yield chunk, tokenizer, split, limits[-1], writer.dtype
 
         parts = {"train": self.train, "heldout": self.heldout, "unused": self.unused}
-        for number, told in enumerate(self.run(write_chunk, arguments())):
+        for number, told in enumerate(self._each(chunks, write_chunk, arguments())):
             chunk, left = chunks[number], room()
             is_over = left is not None and (told["tokens"] > left or told["is_full"])
             if is_over and left != limits[number]:
