@@ -2,8 +2,6 @@
 
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import pytest
 
 from capgap.corpus import chunks
 from capgap.corpus.split import SmallestDigests
-from capgap.corpus.tokens import load_corpus
 from capgap.errors import UserError, WorkerDied
 from capgap.in_order import in_order
 from test_corpus_prepare import make_document, write_documents
@@ -154,25 +151,3 @@ def test_results_come_in_order_and_few_are_asked_for_ahead():
 def test_a_worker_that_dies_is_told():
     with pytest.raises(WorkerDied, match="try fewer `workers`"):
         list(in_order(os._exit, [(9,)], workers=2))
-
-
-def test_a_corpus_on_ray(folder, tmp_path):
-    pytest.importorskip("ray", reason="capgap[ray] is not installed")
-    whole = told(tmp_path / "whole", folder)
-    script = (
-        "import sys\n"
-        "from capgap.corpus import chunks\n"
-        "from capgap.cli import main\n"
-        "chunks.CHUNK_BYTES = 1\n"
-        "main()"
-    )
-    words = ["corpus", folder, "--out", tmp_path / "out", "--vocabulary", "300", "--on", "ray"]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *words],
-        env=os.environ | {"RAY_ADDRESS": "local"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = load_corpus(tmp_path / "out", window=16).manifest
-    assert {**found, "request": None} == whole

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from capgap.config import parse_recipe
+from capgap.corpus.prepare import prepare_corpus
 from capgap.errors import UserError
 from capgap.records import read_records
 from capgap.sweep.cells import Context
@@ -20,6 +21,7 @@ from capgap.sweep.on_ray import RayNodes, _times
 from capgap.sweep.plan import make_plan
 from capgap.sweep.stages import Sweep
 from test_bad_input import as_toml, use_own_workers
+from test_corpus_prepare import make_document, write_documents
 
 pytest.importorskip("ray", reason="capgap[ray] is not installed")
 
@@ -42,7 +44,8 @@ from ray.cluster_utils import Cluster
 
 # a node that is gone is known to be in a second
 config = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 300}
-head = {"num_cpus": 1, "include_dashboard": False, "_system_config": config}
+labels = {"gpu-memory-gb": "24"}
+head = {"num_cpus": 1, "include_dashboard": False, "_system_config": config, "labels": labels}
 cluster = Cluster(initialize_head=True, head_node_args=head)
 node = cluster.add_node(num_cpus=1)
 print(cluster.address, flush=True)
@@ -78,7 +81,7 @@ class Nodes:
         assert self.process.stdout.readline() == "replaced\n"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
     found = Nodes()
     yield found
@@ -236,15 +239,22 @@ def test_a_column_goes_where_its_cards_suffice(nodes, caplog, tmp_path):
     assert [node["GPU"] for node in fp32._nodes()] == [1, 1, 1, 1]
 
 
-def test_ray_itself_heeds_what_is_excluded():
+def on_cluster(cluster, code, *words):
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=os.environ | {"RAY_ADDRESS": cluster.address},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_ray_itself_heeds_what_is_excluded(cluster):
     code = """
 import json, ray
-from ray.cluster_utils import Cluster
-head = {"num_cpus": 1, "include_dashboard": False, "labels": {"gpu-memory-gb": "24"}}
-cluster = Cluster(initialize_head=True, head_node_args=head)
-cluster.add_node(num_cpus=1, num_gpus=1)
-cluster.add_node(num_cpus=1, num_gpus=1)
-ray.init(address=cluster.address, log_to_driver=False)
+ray.init(log_to_driver=False)
 unfit = [n["NodeID"] for n in ray.nodes() if n["Labels"].get("gpu-memory-gb") == "24"]
 @ray.remote(num_cpus=1, label_selector={"ray.io/node-id": f"!in({','.join(unfit)})"})
 def where():
@@ -252,7 +262,21 @@ def where():
 found = ray.get([where.remote() for _ in range(6)])
 print(json.dumps([len(unfit), any(one in unfit for one in found)]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    if not done.stdout:
-        pytest.skip("Ray starts no cluster on this machine")
-    assert json.loads(done.stdout.splitlines()[-1]) == [1, False]
+    assert json.loads(on_cluster(cluster, code).splitlines()[-1]) == [1, False]
+
+
+def test_a_corpus_is_the_same_on_a_cluster(cluster, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(4):
+        write_documents(text / f"{number}.txt", [make_document(one) for one in range(30 + number)])
+    whole = prepare_corpus(str(text), tmp_path / "whole", vocabulary=300, window=16)
+    code = """
+from capgap.cli import main
+from capgap.corpus import chunks
+chunks.CHUNK_BYTES = 1
+main()
+"""
+    words = ["corpus", text, "--out", tmp_path / "out", "--vocabulary", "300", "--on", "ray"]
+    told = json.loads(on_cluster(cluster, code, *words, "--json"))
+    assert told["corpus_hash"] == whole.corpus_hash
