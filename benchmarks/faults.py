@@ -148,7 +148,7 @@ class Trial:
     def at_work(self) -> None:
         """Waits for a moment, drawn anew in every trial, while tasks are at work."""
         assert self.driver is not None
-        pattern = self.drawn.choice(["teacher*/*/manifest.json", "column-*/*/manifest.json"])
+        pattern = self.drawn.choice(["llama-t*/*/manifest.json", "column-*/*/manifest.json"])
         deadline = time.monotonic() + TRIAL_SECONDS
         while not list((self.out / "work" / "checkpoints").glob(pattern)):
             assert self.driver.poll() is None, "the driver ended before the fault"
