@@ -4,13 +4,16 @@ a value in one line. Light."""
 import json
 import tomllib
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic.fields import FieldInfo
 
 from capgap.errors import UserError
+from capgap.mirror import local
 from capgap.sizes import parse_count, parse_size
+from capgap.storage import is_url, place
 
 
 def _count(value: Any) -> int:
@@ -44,6 +47,11 @@ PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 ProperFraction = Annotated[float, Field(gt=0, lt=1)]
 _Kind = TypeVar("_Kind")
 OneOrMore = Annotated[tuple[_Kind, ...], Field(min_length=1)]
+# Of what lies at a URL the local copy
+ReadPath = Annotated[Path, BeforeValidator(lambda given: local(given) if is_url(given) else given)]
+WritePath = Annotated[
+    Path, BeforeValidator(lambda given: place(given, "mirrors") if is_url(given) else given)
+]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
 # Of a model, without its embeddings, or with them as "360M total"

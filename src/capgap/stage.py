@@ -8,18 +8,22 @@ that the stage inherits. Heavy imports happen in `run`, so that `--help` answers
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from enum import Enum
+from functools import wraps
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 import typer
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
 
 from capgap.errors import UserError
 from capgap.hub import hub_name
+from capgap.mirror import mirrored
 from capgap.section import Problem, Section, apply_override, keys_of, section_in
+from capgap.storage import cache_folder, is_url
 
 
 class Mark(Enum):
@@ -66,6 +70,13 @@ class Stage(Section):
     takes_text: ClassVar[bool] = False
     # The command's name, where the class has another
     command_name: ClassVar[str] = ""
+    # Where it writes, of what was given as a URL
+    _urls: list[str] = PrivateAttr(default=[])
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "run" in vars(cls):
+            cls.run = _with_mirrors(cls.run)  # type: ignore[method-assign]
 
     def __init__(self, **given: Any) -> None:
         for name, field in type(self).model_fields.items():
@@ -82,6 +93,12 @@ class Stage(Section):
             is_told = problem.given is None or problem.given in problem.why
             value = "" if is_told else f"{problem.given}: "
             raise FieldError(problem.key, value + problem.why) from None
+        mirrors = str(cache_folder() / "mirrors")
+        self._urls = [
+            url
+            for name, url in given.items()
+            if is_url(url) and str(getattr(self, name, "")).startswith(mirrors)
+        ]
 
     @classmethod
     def title(cls) -> str:
@@ -92,6 +109,12 @@ class Stage(Section):
     def record_file(self) -> Path | None:
         """The file that holds what `run` returns, where there is one."""
         return None
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """What each of several processes that write into its folder has to see of the others; none
+        where one is alone in it."""
+        return ()
 
     @property
     def writes(self) -> tuple[Path, ...]:
@@ -161,6 +184,23 @@ class Stage(Section):
                     mode="json", exclude_unset=True, exclude_none=True
                 ).items():
                     yield f"{field.alias or name}.{key}={_toml(value)}"
+
+
+def _with_mirrors(run: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A stage's `run`, which works in the local copies of what it writes at URLs."""
+
+    @wraps(run)
+    def runs(self: Stage, *, say: Say = lambda text: None, **how: Any) -> dict[str, Any]:
+        urls, self._urls = self._urls, []
+        try:
+            with ExitStack() as stack:
+                for url in urls:
+                    stack.enter_context(mirrored(url, self.shares, say))
+                return run(self, say=say, **how)
+        finally:
+            self._urls = urls
+
+    return runs
 
 
 def paced(say: Say, seconds: float = 10.0) -> Callable[[Callable[[], str]], None]:

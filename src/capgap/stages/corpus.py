@@ -13,6 +13,7 @@ from capgap.section import (
     Separator,
     TextColumn,
     TextSource,
+    WritePath,
 )
 from capgap.sizes import format_count
 from capgap.stage import ARGUMENT, HOW, Mark, Say, Stage, paced
@@ -45,7 +46,7 @@ class Prepare(TextSection, Stage):
     continues: ClassVar[bool] = False
     saves_when_asked: ClassVar[bool] = False
 
-    out: Annotated[Path, HOW, "Folder for tokenizer, token shards and manifest."]
+    out: Annotated[WritePath, HOW, "Folder for tokenizer, token shards and manifest."]
     vocabulary: Annotated[Count, "Tokens of the tokenizer to train."] = 2048
     tokenizer: Annotated[
         str | None, Mark.MODEL, "Take this tokenizer, a folder or a name on the Hub, instead."

@@ -13,6 +13,7 @@ from capgap.artifact import LOCK, check_empty, flat, locked, read_json
 from capgap.corpus.sources import open_source
 from capgap.corpus.tokens import Corpus
 from capgap.errors import UserError
+from capgap.mirror import is_there
 from capgap.records import RECORD_FILE, RunRecord, read_record, read_records
 from capgap.scrub import scrub
 from capgap.sweep.cells import SEARCH_FILE, Cell, Column, Context, Teacher
@@ -209,8 +210,8 @@ def lost_teachers(context: Context, plan: Plan, columns: Sequence[Column]) -> li
         # of one that failed there is nothing to find: its cells are recorded as failed too
         if read_record(context.record_folder(teacher.id)).status == "failed":
             return False
-        has_weights = teacher.source is not None or context.teacher_folder(teacher.id).is_dir()
-        return not has_weights or not context.importance_file(teacher.id).exists()
+        has_weights = teacher.source is not None or is_there(context.teacher_folder(teacher.id))
+        return not has_weights or not is_there(context.importance_file(teacher.id))
 
     recorded = [one for one in plan.teachers if context.is_recorded(one.id) and one.id in needed]
     return list(filter(is_lost, recorded))

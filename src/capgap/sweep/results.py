@@ -12,6 +12,7 @@ from capgap.law.data import cells_of, write_grid
 from capgap.law.fit import fit
 from capgap.law.law import read_law
 from capgap.law.table import has_distillations, read_distillations
+from capgap.mirror import fetch
 from capgap.records import RunRecord, read_records
 from capgap.report.page import write_law_report, write_report
 from capgap.report.sentences import answer
@@ -73,6 +74,7 @@ def _export_student(context: Context, best: RunRecord, records: Sequence[RunReco
     from capgap.export.card import CARD, card_text, sweep_card
 
     trained = context.student_folder(best.id)
+    fetch(trained)
     target = context.out / "student"
     if trained.exists():
         with folder_written(target) as partial:
@@ -94,6 +96,8 @@ def _write_samples(context: Context, plan: Plan, corpus: Corpus, best: RunRecord
 
     teacher = next(one for one in plan.teachers if one.id == best.teacher)
     source = context.weights_of(teacher)
+    if isinstance(source, Path):
+        fetch(source)
     if not Path(source).exists() and teacher.source is None:
         return  # deleted since an earlier call, which has written the samples
     writers = [

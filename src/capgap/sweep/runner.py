@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,13 +16,16 @@ from capgap.artifact import InUse, locked, read_json, write_json
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.tokens import Corpus
 from capgap.errors import Interrupted, UserError
+from capgap.leases import Leases
 from capgap.machine import machine, resolve_device, versions, visible_gpus
+from capgap.mirror import discard, exclusive, fetch, sync
 from capgap.records import RunRecord, read_records
 from capgap.report.page import write_report
 from capgap.sizes import format_count
 from capgap.stage import Say, ShouldStop
 from capgap.stages.corpus import corpus_progress
-from capgap.sweep.cells import Cell, Column, Context, Task, Teacher
+from capgap.storage import Store, as_urls
+from capgap.sweep.cells import SHARED, Cell, Column, Context, Task, Teacher
 from capgap.sweep.checks import (
     check_disk,
     check_epochs,
@@ -30,7 +34,6 @@ from capgap.sweep.checks import (
     claimed,
     lost_teachers,
 )
-from capgap.sweep.leases import Leases
 from capgap.sweep.plan import Plan, expected_baselines, plan_of, resolve_workers, select_baselines
 from capgap.sweep.progress import Display
 from capgap.sweep.recipe import Recipe
@@ -106,7 +109,10 @@ def run_folder(
             claims: Claims = Alone()
         else:
             folder = stack.enter_context(joined(plan, out, threads, display.say, is_whole))
-            leases = stack.enter_context(Leases(folder.context.leases, stale=asked.lease_seconds))
+            store = Store(as_urls(str(folder.context.leases)))
+            synced = partial(sync, folder.context.out, *SHARED)
+            leases = Leases(store, stale=asked.lease_seconds, sync=synced)
+            stack.enter_context(leases)
             claims = leases
         context = folder.context
         stack.enter_context(display)
@@ -138,7 +144,7 @@ def run_folder(
             report = write_report(context.out)
             # not needed any more: the other students' weights, the states of killed runs
             for name in ("students", "checkpoints"):
-                shutil.rmtree(context.out / "work" / name, ignore_errors=True)
+                discard(context.out / "work" / name)
         folder.write()
         student = out / "student"
         return {
@@ -162,14 +168,20 @@ def joined(
     has_said = False
     while not _is_prepared(out, plan.recipe.hash()):
         try:
-            with _begun(plan, out, None, is_whole=is_whole) as folder:
-                folder.prepare(say)
+            with (
+                exclusive(out, *SHARED),
+                _begun(plan, out, None, is_whole=is_whole) as folder,
+            ):
+                if not _is_prepared(out, plan.recipe.hash()):
+                    folder.prepare(say)
         except InUse as error:
             if not has_said:
                 say(f"{error}: waits for it to be prepared")
             has_said = True
             time.sleep(LOOK_SECONDS)
     with locked(out, shared=True):
+        # its files may come behind the word of it
+        sync(out, *SHARED)
         context = context_of(plan.recipe, out, threads)
         earlier = read_json(out / "sweep.json").get("grown_from", [])
         records = check_records(context, plan, earlier)
@@ -275,6 +287,7 @@ class Runner:
             is_shared=self.folder.is_shared,
         )
         schedule.run([task for task in tasks if task.id not in done], self._finished)
+        sync(self.context.out, *SHARED)
 
     def _smaller(self, tokens: int | None) -> int | None:
         """Half of what went through the models at once, in whole windows that divide a batch."""
@@ -398,6 +411,7 @@ class _Folder:
             return
         self.write()
         self.is_shared = False
+        fetch(self._own.parent)
         before = read_json(self.path)
         self.stages, self.attempts = before.get("stages", {}), []
         for path in sorted(self._own.parent.glob("*.json")):

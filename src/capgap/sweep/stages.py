@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -12,7 +12,8 @@ from pydantic import model_validator
 from capgap.artifact import InUse
 from capgap.errors import Interrupted, UserError
 from capgap.machine import started
-from capgap.section import Count
+from capgap.mirror import sync
+from capgap.section import Count, WritePath
 from capgap.sizes import clock_time, format_count
 from capgap.stage import (
     ARGUMENT,
@@ -25,6 +26,8 @@ from capgap.stage import (
     paced,
     text_table,
 )
+from capgap.storage import Store, as_urls
+from capgap.sweep.cells import SHARED
 from capgap.sweep.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -70,7 +73,7 @@ class Sweep(OfRecipe):
     saves_when_asked: ClassVar[bool] = False
     folder_ending: ClassVar[str] = ""
 
-    out: Annotated[Path | None, HOW, "Output folder; runs/NAME if none is given."] = None
+    out: Annotated[WritePath | None, HOW, "Output folder; runs/NAME if none is given."] = None
     dry_run: Annotated[
         bool, HOW, "Print every run, its cost and the time; run and write nothing."
     ] = False
@@ -84,6 +87,10 @@ class Sweep(OfRecipe):
         if self.worker and self.on == "ray":
             raise ValueError("worker and on=ray: take one, since Ray's tasks are workers")
         return self
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        return () if self.where == "here" or self.dry_run else SHARED
 
     @property
     def folder(self) -> Path:
@@ -147,7 +154,7 @@ class Quickstart(Sweep):
     """From which teacher should I distil? An answer from real text in minutes, no download."""
 
     recipe: str = "quickstart"
-    out: Annotated[Path | None, HOW, "Output folder."] = Path("runs/quickstart")
+    out: Annotated[WritePath | None, HOW, "Output folder."] = Path("runs/quickstart")
 
 
 def _told_preview(found: dict[str, Any]) -> str:
@@ -214,7 +221,7 @@ class Column(OfRecipe):
     """Run one teacher or one column of a sweep, for clusters; `capgap sweep` then finds it done."""
 
     task: Annotated[str | None, ARGUMENT, "Which; without it all are listed."] = None
-    out: Annotated[Path, HOW, "The sweep's output folder, which all its tasks share."]
+    out: Annotated[WritePath, HOW, "The sweep's output folder, which all its tasks share."]
     runs: Annotated[
         tuple[str, ...], SEVERAL, HOW, "Of a column these runs alone; may be given several times."
     ] = ()
@@ -224,6 +231,10 @@ class Column(OfRecipe):
     owner: Annotated[
         str | None, HOW, "Name of who asks: it may take the task over from its own earlier try."
     ] = None
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        return SHARED
 
     def run(
         self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
@@ -271,12 +282,14 @@ class Column(OfRecipe):
         self, context: "Context", task: "Task", say: Say, should_stop: ShouldStop
     ) -> "EndMessage":
         """How the task ended, which is well."""
-        from capgap.sweep.leases import Leases
+        from capgap.leases import Leases
         from capgap.sweep.schedule import EndMessage
         from capgap.sweep.workers import run_task
 
         stale = context.recipe.run.lease_seconds
-        with Leases(context.leases, self.owner, stale=stale) as leases:
+        synced = partial(sync, context.out, *SHARED)
+        store = Store(as_urls(str(context.leases)))
+        with Leases(store, self.owner, stale=stale, sync=synced) as leases:
             if context.is_done(task):
                 return EndMessage(task.id, "done")
             if not leases.take(task.id):

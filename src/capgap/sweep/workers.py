@@ -26,6 +26,7 @@ from capgap.errors import (
     is_out_of_memory,
 )
 from capgap.machine import VISIBLE_GPUS
+from capgap.mirror import fetch
 from capgap.sweep.cells import Context, Task
 from capgap.sweep.schedule import EndMessage, Engine, Outcome, StepMessage
 
@@ -111,6 +112,7 @@ def run_task(
     outcome: Outcome = "done"
     message = ""
     try:
+        fetch(*context.files_of(task))
         run = TaskRun(context, clock, should_stop, on_step)
         run.run(task)
         message = "\n".join(run.warnings)
