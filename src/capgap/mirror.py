@@ -46,21 +46,27 @@ class Copy:
     def store(self) -> Store:
         return Store(self.url, self._patience)
 
-    def hold(self, kind: int = fcntl.LOCK_SH) -> Any:
-        """Until what it returns is closed, the copy is not removed; BlockingIOError where a process
-        uses it and `kind` is another."""
+    @contextmanager
+    def held(self, kind: int = fcntl.LOCK_SH) -> Iterator[None]:
+        """The copy is not removed while inside; BlockingIOError where a process is in another
+        `kind`."""
         self._index_file.parent.mkdir(parents=True, exist_ok=True)
-        held = self._index_file.with_suffix(".use").open("a")
-        fcntl.flock(held, kind | fcntl.LOCK_NB)
-        return held
+        with self._index_file.with_suffix(".use").open("a") as lock:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            yield
 
     def pull(
-        self, *names: str, is_start: bool = False, is_exact: bool = False, checks: bool = False
+        self,
+        *names: str,
+        is_start: bool = False,
+        is_exact: bool = False,
+        checks: bool = False,
+        light: bool = False,
     ) -> dict[str, Version]:
         """Fetches what has changed in the store, of these files and folders or of all; returns what
         is there. What is gone here was deleted here, unless a session starts; then what is gone
         there goes here too, and if something changed there all that it has not (`is_exact`).
-        `checks`: by hash, whether files are still as they were fetched."""
+        `checks`: by hash, whether files are still as they were fetched; `light`: no weights."""
         with self._index() as index:
             there: dict[str, Version] = {}
             for name in names or ("",):
@@ -71,6 +77,8 @@ class Copy:
 
             def is_stale(name: str) -> bool:
                 path = self.path / name
+                if light and name.endswith(WEIGHTS):
+                    return False
                 if known.get(name) != there[name] or not path.is_file():
                     return is_start or known.get(name) != there[name]
                 return checks and file_hash(path) != index[name]["sha256"]
@@ -120,7 +128,10 @@ class Copy:
         """Nobody else writes there while inside, wherever it runs. InUse: somebody does, and still
         after `wait` seconds."""
         folder, _, name = self.url.rpartition("/")
-        with Leases(Store(f"{folder}/.{name}.lease"), stale=STALE_SECONDS) as leases:
+        store = Store(f"{folder}/.{name}.lease")
+        # the one that its user knows
+        store.url = self.url
+        with Leases(store, stale=STALE_SECONDS) as leases:
             until = time.monotonic() + wait
             while not leases.take("writer"):
                 if time.monotonic() >= until:
@@ -132,7 +143,7 @@ class Copy:
     def remove(self) -> int:
         """Gives its bytes back, 0 where it is in use or holds what is not sent yet."""
         try:
-            with self.hold(fcntl.LOCK_EX), self._index() as index:
+            with self.held(fcntl.LOCK_EX), self._index() as index:
                 here = self._files()
                 sent = {name: entry["here"] for name, entry in index.items()}
                 if self.use == "mirrors" and here != sent:
@@ -168,7 +179,7 @@ class Copy:
         paths = [self.path, *(self.path.rglob("*") if self.path.is_dir() else ())]
         found = {}
         for path in paths:
-            name = str(path.relative_to(self.path)).removeprefix(".")
+            name = "" if path == self.path else str(path.relative_to(self.path))
             if not _is_hidden(name) and path.is_file():
                 try:
                     found[name] = _state(path)
@@ -181,20 +192,19 @@ def local(name: str | Path, *, light: bool = False) -> str:
     """What a user names to be read: of a URL its local copy, fetched if need be, and `light`
     without weights; ~ at the beginning is the home; anything else as it is. UserError."""
     if is_url(name):
-        return str(_staged(str(name), light, cache_folder()).path)
+        return str(_staged(str(name), light, cache_folder())[0])
     return str(Path(name).expanduser()) if str(name).startswith("~") else str(name)
 
 
 @cache
-def _staged(url: str, light: bool, _: Path) -> Copy:
+def _staged(url: str, light: bool, _: Path) -> tuple[Path, ExitStack]:
     """Fetched once a process, which then goes on with that; nobody removes it meanwhile."""
-    found = Copy(url, "staged")
-    found.held = found.hold()  # type: ignore[attr-defined]
+    found, held = Copy(url, "staged"), ExitStack()
+    held.enter_context(found.held())
     # of several processes the first one checks
-    there = found.pull(is_start=True, checks=started()[0] == 0)
-    if not there:
+    if not found.pull(is_start=True, checks=started()[0] == 0, light=light):
         raise UserError(f"there is nothing at {url}")
-    return found
+    return found.path, held
 
 
 def mirror_of(path: Path) -> tuple[Copy, str] | None:
@@ -256,7 +266,7 @@ def mirrored(url: str, shared: tuple[str, ...], say: Callable[[str], None]) -> I
     copy = Copy(url, "mirrors")
     is_first = started()[0] == 0
     with ExitStack() as stack:
-        stack.enter_context(copy.hold())
+        stack.enter_context(copy.held())
         if is_first and not shared:
             stack.enter_context(copy.alone(wait=1.5 * STALE_SECONDS))
         copy.pull(*shared, is_start=is_first, is_exact=not shared)

@@ -202,4 +202,5 @@ class Store:
 
 def _version(info: dict[str, Any]) -> Version:
     told = ("ETag", "etag", "generation", "mtime", "created", "LastModified")
-    return Version(info["size"] or 0, str(next((info[key] for key in told if key in info), "")))
+    tag = next((info[key] for key in told if key in info), "")
+    return Version(info["size"] or 0, str(tag.timestamp() if hasattr(tag, "timestamp") else tag))
