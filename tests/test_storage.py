@@ -11,6 +11,7 @@ import time
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -43,7 +44,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def s3():
-    """A server that speaks S3, with one bucket."""
+    """A server that speaks S3, with one bucket; what it gives stops it for a while."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -59,7 +60,15 @@ def s3():
         for name, value in told.items():
             patch.setenv(name, value)
         fsspec.filesystem("s3").mkdir("bucket")
-        yield
+
+        def pause(seconds):
+            nonlocal server
+            server.stop()
+            time.sleep(seconds)
+            server = ThreadedMotoServer(ip_address=host, port=port, verbose=False)
+            server.start()
+
+        yield pause
     server.stop()
 
 
@@ -76,8 +85,8 @@ class Failing(MemoryFileSystem):
     """A store that answers nothing while `until` is not over."""
 
     protocol = "failing"
-    store: dict = {}
-    pseudo_dirs = [""]
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
     until = 0.0
 
     @classmethod
@@ -232,7 +241,8 @@ def test_what_is_read_is_fetched_once_and_checked(url, monkeypatch):
     assert [one.name for one in path.iterdir()] == ["config.json"]
     assert staged(url) == path
     assert (path / "model.safetensors").read_bytes() == b"weights"
-    assert staged(url) == path and len(fetched) == 2
+    assert staged(url) == path
+    assert len(fetched) == 2
     status = (path / "model.safetensors").stat()
     (path / "model.safetensors").write_bytes(b"Weights")
     os.utime(path / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
@@ -283,7 +293,7 @@ def test_an_output_folder_is_sent_and_found_elsewhere(url, tmp_path, monkeypatch
     assert sent(url) == {"data": b"1", "gone": b"2", "record.json": b"3"}
     monkeypatch.setenv("CAPGAP_CACHE", str(tmp_path / "elsewhere"))
     other = place(url, "mirrors")
-    with pytest.raises(KeyboardInterrupt), mirrored(url, (), print):
+    with pytest.raises(KeyboardInterrupt), mirrored(url, (), print):  # noqa: PT012
         assert {path.name for path in other.iterdir()} == {"data", "gone", "record.json"}
         (other / "gone").unlink()
         (other / "data").write_bytes(b"new")
@@ -294,7 +304,8 @@ def test_an_output_folder_is_sent_and_found_elsewhere(url, tmp_path, monkeypatch
     (out / "rest").write_bytes(b"4")
     with mirrored(url, (), print):
         assert {path.name for path in out.iterdir() if path.is_file()} >= {"data", "record.json"}
-        assert not (out / "rest").exists() and not (out / "gone").exists()
+        assert not (out / "rest").exists()
+        assert not (out / "gone").exists()
         assert (out / "data").read_bytes() == b"new"
     # what a killed process had not sent yet is, and what somebody cleared away comes back
     (out / "late").write_bytes(b"5")
@@ -305,9 +316,9 @@ def test_an_output_folder_is_sent_and_found_elsewhere(url, tmp_path, monkeypatch
 
 
 def test_two_write_into_one_folder(url):
-    with mirrored(url, (), print), pytest.raises(UserError, match=f"is at work in {url}"):
-        with mirrored(url, (), print):
-            pass
+    refused = pytest.raises(UserError, match=f"another process is at work in {url}")
+    with mirrored(url, (), print), refused, mirrored(url, (), print):
+        pass
 
 
 def test_work_goes_on_while_a_store_fails(failing, capsys):
@@ -318,10 +329,10 @@ def test_work_goes_on_while_a_store_fails(failing, capsys):
         (out / "data").write_bytes(b"1")
         time.sleep(0.4)
     assert sent(failing) == {"data": b"1"}
-    with pytest.raises(Unreachable, match=f"{failing}: the network is gone"):
-        with mirrored(failing, (), print):
-            (out / "data").write_bytes(b"2")
-            Failing.until = time.monotonic() + 60
+    refused = pytest.raises(Unreachable, match=f"{failing}: the network is gone")
+    with refused, mirrored(failing, (), print):
+        (out / "data").write_bytes(b"2")
+        Failing.until = time.monotonic() + 60
     Failing.until = 0.0
     with mirrored(failing, (), print):
         pass
@@ -397,6 +408,11 @@ def test_two_workers_on_a_store_are_the_sweep(s3, recipe, tmp_path, monkeypatch)
         with log.open("w") as told:
             command = [sys.executable, "-m", "capgap", *words]
             processes.append(subprocess.Popen(command, stdout=told, stderr=told, env=own))
+    deadline = time.monotonic() + 180
+    while any("start " not in log.read_text() for log in logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    s3(20)
     for log, process in zip(logs, processes, strict=True):
         assert process.wait(timeout=400) == 0, log.read_text()
     assert all("start " in log.read_text() for log in logs)
