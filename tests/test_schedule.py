@@ -13,7 +13,6 @@ import pytest
 from capgap.config import parse_recipe
 from capgap.errors import Interrupted, UserError
 from capgap.leases import Leases
-from capgap.storage import Store
 from capgap.sweep.cells import Context
 from capgap.sweep.plan import make_plan
 from capgap.sweep.schedule import ATTEMPTS, Alone, EndMessage, Engine, Schedule, StepMessage
@@ -210,7 +209,7 @@ def test_mistakes_are_told_in_one_line_before_any_work(typed, tmp_path, monkeypa
 
 
 def test_storage_that_fails_for_a_while_costs_no_lease(tmp_path, monkeypatch):
-    with Leases(Store(str(tmp_path)), stale=0.2) as mine:
+    with Leases(tmp_path, stale=0.2) as mine:
         assert mine.take("task")
         before = json.loads((tmp_path / "task" / "1").read_text())["beat"]
         listdir = os.listdir
@@ -232,7 +231,7 @@ def test_storage_that_fails_for_a_while_costs_no_lease(tmp_path, monkeypatch):
 
 
 def test_one_of_many_takes_a_task(tmp_path):
-    leases = [Leases(Store(str(tmp_path)), stale=60) for _ in range(16)]
+    leases = [Leases(tmp_path, stale=60) for _ in range(16)]
     taken: list[int] = []
     begin = threading.Barrier(len(leases))
 
@@ -257,9 +256,9 @@ def test_one_of_many_takes_a_task(tmp_path):
 
 def test_a_lease_that_nobody_renews_is_taken_over_once(tmp_path):
     now = [0.0]
-    gone = Leases(Store(str(tmp_path)), stale=10)
+    gone = Leases(tmp_path, stale=10)
     assert gone.take("task")
-    others = [Leases(Store(str(tmp_path)), stale=10, clock=lambda: now[0]) for _ in range(2)]
+    others = [Leases(tmp_path, stale=10, clock=lambda: now[0]) for _ in range(2)]
     for second in range(11):
         now[0] = float(second)
         assert not any(one.take("task") for one in others), second
@@ -268,14 +267,11 @@ def test_a_lease_that_nobody_renews_is_taken_over_once(tmp_path):
     # its clock begins with what it sees now
     assert json.loads((tmp_path / "task" / "2").read_text())["owner"] == others[0].owner
     # the same owner needs not wait for itself
-    assert Leases(Store(str(tmp_path)), others[0].owner, stale=10).take("task")
+    assert Leases(tmp_path, others[0].owner, stale=10).take("task")
 
 
 def test_an_owner_that_lives_keeps_its_lease_and_hears_of_its_loss(tmp_path):
-    with (
-        Leases(Store(str(tmp_path)), stale=0.5) as mine,
-        Leases(Store(str(tmp_path)), stale=0.5) as other,
-    ):
+    with Leases(tmp_path, stale=0.5) as mine, Leases(tmp_path, stale=0.5) as other:
         assert mine.take("task")
         mine.tell("task", {"tokens": 5})
         end = time.monotonic() + 1.5

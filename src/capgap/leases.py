@@ -13,30 +13,32 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from capgap.errors import UserError, warn_once
-from capgap.storage import Store
+from capgap.storage import Store, as_urls
 
 # An owner is heard of so often before it counts as gone
 BEATS = 10
 
 
 class Leases:
-    """The tasks that `owner` has taken in `store`; a context manager, inside of which others hear
+    """The tasks that `owner` has taken in `folder`; a context manager, inside of which others hear
     of them, and at whose end they may take them. `sync` is called behind every take and before
     every release: what others did before is then here, and ours where they see it."""
 
     def __init__(
         self,
-        store: Store,
+        folder: Path | str,
         owner: str | None = None,
         *,
         stale: float,
         sync: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.store, self.owner, self.sync = store, owner or uuid.uuid4().hex, sync
+        self.store = Store(as_urls(str(folder)))
+        self.owner, self.sync = owner or uuid.uuid4().hex, sync
         self.beat, self.stale, self.clock = stale / BEATS, stale, clock
         self._mine: dict[str, str] = {}
         self._lost: set[str] = set()

@@ -8,7 +8,6 @@ that the stage inherits. Heavy imports happen in `run`, so that `--help` answers
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from enum import Enum
 from functools import wraps
 from inspect import Parameter
@@ -22,8 +21,8 @@ from pydantic.fields import FieldInfo
 from capgap.errors import UserError
 from capgap.hub import hub_name
 from capgap.mirror import mirrored
-from capgap.section import Problem, Section, apply_override, keys_of, section_in
-from capgap.storage import cache_folder, is_url
+from capgap.section import WRITTEN, Problem, Section, apply_override, keys_of, kinds_in, section_in
+from capgap.storage import is_url
 
 
 class Mark(Enum):
@@ -70,7 +69,7 @@ class Stage(Section):
     takes_text: ClassVar[bool] = False
     # The command's name, where the class has another
     command_name: ClassVar[str] = ""
-    # Where it writes, of what was given as a URL
+    # Where it writes that is not on a disk
     _urls: list[str] = PrivateAttr(default=[])
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -93,12 +92,7 @@ class Stage(Section):
             is_told = problem.given is None or problem.given in problem.why
             value = "" if is_told else f"{problem.given}: "
             raise FieldError(problem.key, value + problem.why) from None
-        mirrors = str(cache_folder() / "mirrors")
-        self._urls = [
-            url
-            for name, url in given.items()
-            if is_url(url) and str(getattr(self, name, "")).startswith(mirrors)
-        ]
+        self._urls = [given[name] for name in WRITTEN if is_url(given.get(name))]
 
     @classmethod
     def title(cls) -> str:
@@ -187,18 +181,12 @@ class Stage(Section):
 
 
 def _with_mirrors(run: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """A stage's `run`, which works in the local copies of what it writes at URLs."""
+    """A stage's `run`, which works in local copies of what it writes at URLs."""
 
     @wraps(run)
-    def runs(self: Stage, *, say: Say = lambda text: None, **how: Any) -> dict[str, Any]:
-        urls, self._urls = self._urls, []
-        try:
-            with ExitStack() as stack:
-                for url in urls:
-                    stack.enter_context(mirrored(url, self.shares, say))
-                return run(self, say=say, **how)
-        finally:
-            self._urls = urls
+    def runs(self: Stage, **how: Any) -> dict[str, Any]:
+        with mirrored(self._urls, self.shares):
+            return run(self, **how)
 
     return runs
 
@@ -270,7 +258,7 @@ def _is_settings(field: FieldInfo) -> bool:
 
 def _help(field: FieldInfo) -> str:
     """With the words to choose from, where it is one of several."""
-    kinds = [kind for kind in _kinds(field.annotation) if get_origin(kind) is Literal]
+    kinds = [kind for kind in kinds_in(field.annotation) if get_origin(kind) is Literal]
     words = [word for kind in kinds for word in get_args(kind)]
     told = [part for part in field.metadata if isinstance(part, str)]
     choice = [f"{', '.join(words[:-1])} or {words[-1]}."] if len(words) > 1 and told else []
@@ -297,13 +285,7 @@ def _metavar(field: FieldInfo) -> str | None:
     names = {int: "<int>", float: "<float>", Path: "<path>"}
     if SEVERAL in field.metadata:
         return None if ARGUMENT in field.metadata else "<str>"
-    return next((names[kind] for kind in _kinds(field.annotation) if kind in names), None)
-
-
-def _kinds(annotation: Any) -> list[Any]:
-    """A type and those that it is made of."""
-    inner = [] if get_origin(annotation) is Literal else get_args(annotation)
-    return [annotation, *(kind for part in inner for kind in _kinds(part))]
+    return next((names[kind] for kind in kinds_in(field.annotation) if kind in names), None)
 
 
 def _texts(value: Any) -> list[str]:

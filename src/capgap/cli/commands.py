@@ -18,7 +18,7 @@ from capgap.cli.conversation import chat
 from capgap.cli.doctor import Doctor
 from capgap.cli.init import Init, run_recipe
 from capgap.errors import UserError
-from capgap.section import ReadPath, Words, WritePath
+from capgap.section import Words
 from capgap.sizes import parse_count
 from capgap.stage import ARGUMENT, HOW, FieldError, Mark, Say
 from capgap.stages.adapt import Adapt
@@ -42,7 +42,7 @@ STATES = {"done": "done", "continue": "would go on", "run": "would run"}
 class Report(Answer):
     """Fit the law and draw the report again from the records of a sweep, finished or not."""
 
-    folder: Annotated[ReadPath, ARGUMENT, "The output folder of a sweep or of distillations."]
+    folder: Annotated[Path, ARGUMENT, "The output folder of a sweep or of distillations."]
 
     def run(self, **_: Any) -> dict[str, Any]:
         if not self.folder.is_dir():
@@ -61,8 +61,8 @@ class Fit(Answer):
     source: Annotated[
         str, ARGUMENT, "A CSV of cells, or the folder of a sweep or of distillations."
     ]
-    out: Annotated[WritePath, "The law as JSON."] = Path("law.json")
-    report: Annotated[WritePath | None, "A page with the pictures, such as law.html."] = None
+    out: Annotated[Path, "The law as JSON."] = Path("law.json")
+    report: Annotated[Path | None, "A page with the pictures, such as law.html."] = None
     confidence: Annotated[float, "Of all intervals."] = 0.9
     independent_errors: Annotated[bool, "The table's loss_stderr is each cell's own noise."] = False
 
@@ -109,12 +109,10 @@ class Recommend(Answer):
     teachers: Annotated[
         Words, "Choose among these: names, folders, NAME=FOLDER or sizes, parted by commas."
     ] = ()
-    law: Annotated[ReadPath | None, "The law.json of a sweep of your own."] = None
+    law: Annotated[Path | None, "The law.json of a sweep of your own."] = None
     gpus: Annotated[str | None, "For the time: 16xA100."] = None
-    write: Annotated[
-        WritePath | None, "Write the recipe of the run that follows into this file."
-    ] = None
-    figure: Annotated[WritePath | None, "Draw the advice into this file, .png or .svg."] = None
+    write: Annotated[Path | None, "Write the recipe of the run that follows into this file."] = None
+    figure: Annotated[Path | None, "Draw the advice into this file, .png or .svg."] = None
     measure: Annotated[str | None, "A corpus of yours: let the teachers read this text."] = None
     student_model: Annotated[
         str | None, "A folder with the student's weights, to read what teachers write."
@@ -317,7 +315,7 @@ class Sample(Answer):
 class Run(OfRecipe):
     """Run all stages of a recipe, from the teacher to a student that answers."""
 
-    out: Annotated[WritePath | None, HOW, "Output folder; runs/NAME if none."] = None
+    out: Annotated[Path | None, HOW, "Output folder; runs/NAME if none."] = None
     from_: Annotated[str | None, HOW, Field(alias="from"), "This step and all later anew."] = None
     until: Annotated[str | None, HOW, "Stop when this step is done."] = None
     dry_run: Annotated[bool, HOW, "Tell each step, why it would run, and its command."] = False

@@ -2,12 +2,12 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 from capgap.artifact import write_text
 from capgap.cli.app import Answer
 from capgap.errors import UserError
-from capgap.section import WritePath
 from capgap.sizes import LADDER_TOKENS, parse_count
 from capgap.stage import ARGUMENT, FieldError
 
@@ -29,7 +29,7 @@ QUESTIONS = {"text": "stdlib", "teachers": "", "students": "", "tokens": "", "gp
 class Init(Answer):
     """Write a commented recipe from five answers, given as options or asked for."""
 
-    out: Annotated[WritePath, ARGUMENT, "The file to write, such as mine.toml."]
+    out: Annotated[Path, ARGUMENT, "The file to write, such as mine.toml."]
     text: Annotated[str | None, "A file, folder, glob, or a dataset on the Hub."] = None
     teachers: Annotated[
         str | None, "One for a run, several for a sweep: names, Hub ids, folders."

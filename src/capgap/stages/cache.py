@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
@@ -9,7 +10,7 @@ from pydantic import AfterValidator, Field
 from capgap.corpus.names import Given
 from capgap.errors import UserError
 from capgap.machine import started
-from capgap.section import Count, Dtype, WritePath
+from capgap.section import Count, Dtype
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, Stage, paced
 
 
@@ -31,7 +32,7 @@ class Cache(Stage):
         Given, ARGUMENT, SEVERAL, "What `capgap corpus` prepared; several for a mixture."
     ]
     out: Annotated[
-        WritePath, HOW, "Folder for the cache: new, empty, or with the same cache unfinished."
+        Path, HOW, "Folder for the cache: new, empty, or with the same cache unfinished."
     ]
     window: Annotated[int, Field(ge=8), "Tokens of a training window; a cache serves one."] = 512
     top_k: Annotated[Count, "Likeliest words kept with their probability."] = 12

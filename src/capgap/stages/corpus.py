@@ -13,7 +13,6 @@ from capgap.section import (
     Separator,
     TextColumn,
     TextSource,
-    WritePath,
 )
 from capgap.sizes import format_count
 from capgap.stage import ARGUMENT, HOW, Mark, Say, Stage, paced
@@ -46,7 +45,7 @@ class Prepare(TextSection, Stage):
     continues: ClassVar[bool] = False
     saves_when_asked: ClassVar[bool] = False
 
-    out: Annotated[WritePath, HOW, "Folder for tokenizer, token shards and manifest."]
+    out: Annotated[Path, HOW, "Folder for tokenizer, token shards and manifest."]
     vocabulary: Annotated[Count, "Tokens of the tokenizer to train."] = 2048
     tokenizer: Annotated[
         str | None, Mark.MODEL, "Take this tokenizer, a folder or a name on the Hub, instead."

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from capgap.corpus.names import Given
-from capgap.section import Count, LearningRate, ReadPath, Section, Size, WritePath
+from capgap.section import Count, LearningRate, Section, Size
 from capgap.sizes import format_count, parse_size
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage
 from capgap.stages.corpus import TextOptions
@@ -26,7 +26,7 @@ Track = Annotated[
 class TrainingStage(TextOptions, Stage):
     """A stage that trains, by itself or with the other processes of torchrun."""
 
-    out: Annotated[WritePath, HOW, "Folder for models, metrics and record."]
+    out: Annotated[Path, HOW, "Folder for models, metrics and record."]
     window: Window = 512
     learning_rate: LearningRate = "auto"
     seed: Annotated[int, "Decides the order of the windows, and a new model's weights."] = 0
@@ -173,7 +173,7 @@ class Distill(DistillSection, Training):
 
     teacher: Annotated[str, ARGUMENT, Mark.MODEL, "A Hugging Face folder or name."]
     students: Annotated[tuple[str, ...], ARGUMENT, SEVERAL, "One or several, fed by one pass."]
-    cache: Annotated[ReadPath | None, "What `capgap cache` kept of the teacher."] = None
+    cache: Annotated[Path | None, "What `capgap cache` kept of the teacher."] = None
 
     @property
     def begun_with(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from capgap.artifact import locked_file, read_json
 from capgap.errors import UserError
 from capgap.evaluate.sets import CODE, HELDOUT, SETS, SIX, NotMeasured, check_tasks, parse_shots
 from capgap.machine import install_command
-from capgap.section import Count, Dtype, ReadPath, Section, Words, WritePath
+from capgap.section import Count, Dtype, Section, Words
 from capgap.stage import ARGUMENT, HOW, SEVERAL, FieldError, Mark, Say, Stage
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class EvaluateSection(Section):
 
     tasks: Tasks = (HELDOUT,)
     data: Annotated[
-        ReadPath | None,
+        Path | None,
         Mark.FOLDER,
         "Folder with local copies of sets, as archives or folders; others are of the Hub.",
     ] = None
@@ -89,22 +89,20 @@ class Evaluate(EvaluateSection, Stage):
 
     model: Annotated[str, ARGUMENT, Mark.MODEL, "A Hugging Face folder or name."]
     tasks: Tasks = SIX
-    corpus: Annotated[
-        tuple[ReadPath, ...], SEVERAL, "For heldout: what `capgap corpus` prepared."
-    ] = ()
+    corpus: Annotated[tuple[Path, ...], SEVERAL, "For heldout: what `capgap corpus` prepared."] = ()
     window: Annotated[Count, "For heldout: tokens of a row, or what the model can read."] = 512
     dtype: Annotated[Dtype, "The model's:"] = "stored"
     device: Annotated[str, HOW, "auto, cpu, cuda or cuda:1."] = "auto"
     trust_remote_code: Annotated[bool, "Run the model's own code, for other architectures."] = False
     out: Annotated[
-        WritePath | None,
+        Path | None,
         HOW,
         "The record; what it has of the same model and request is not measured again.",
     ] = Path("evaluate.json")
-    samples: Annotated[WritePath | None, HOW, "Every prompt and answer, as lines of JSON."] = None
-    figure: Annotated[
-        WritePath | None, HOW, "Draw the model beside published ones: .png or .svg."
-    ] = None
+    samples: Annotated[Path | None, HOW, "Every prompt and answer, as lines of JSON."] = None
+    figure: Annotated[Path | None, HOW, "Draw the model beside published ones: .png or .svg."] = (
+        None
+    )
     flops: Annotated[
         Flops | None,
         HOW,

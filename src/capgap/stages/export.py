@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from capgap.artifact import read_json
-from capgap.section import Section, WritePath
+from capgap.section import Section
 from capgap.sizes import format_bytes, format_count, parse_bytes
 from capgap.stage import ARGUMENT, HOW, SEVERAL, FieldError, Mark, Say, Stage
 
@@ -34,7 +34,7 @@ class Export(Stage):
     saves_when_asked: ClassVar[bool] = False
 
     model: Annotated[str, ARGUMENT, Mark.MODEL, "A Hugging Face folder or name."]
-    out: Annotated[WritePath, HOW, "Folder to write; it must not exist."]
+    out: Annotated[Path, HOW, "Folder to write; it must not exist."]
     shard_size: Annotated[
         str, "Bytes of a weight file at most, such as 500MB; so much is held in memory."
     ] = "5GB"
@@ -44,7 +44,7 @@ class Export(Stage):
         SEVERAL,
         "A record for the model card, beside those that lie beside and above MODEL.",
     ] = ()
-    gguf: Annotated[WritePath | None, "Also write this file for llama.cpp."] = None
+    gguf: Annotated[Path | None, "Also write this file for llama.cpp."] = None
     name: Annotated[str | None, "The model's name in its card; if none, its folder's."] = None
     push: Annotated[str | None, HOW, "Then upload it to the Hub as OWNER/NAME, private."] = None
     public: Annotated[bool, HOW, "What is uploaded may be seen by all."] = False

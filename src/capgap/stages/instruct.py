@@ -3,10 +3,11 @@ answers to a prompt the better one becomes the likelier (DPO)."""
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from capgap.errors import UserError
-from capgap.section import Count, ReadPath
+from capgap.section import Count
 from capgap.stage import HOW, Mark
 from capgap.stages.tuning import Rate, Sample, Scores, Share, SystemPrompt, Tuning, TuningSection
 from capgap.tune import conversations
@@ -94,7 +95,7 @@ class PreferSection(TuningSection):
     """The better of two answers becomes likelier (DPO, arXiv 2305.18290). Batch and learning rate
     are those of Zephyr (arXiv 2310.16944)."""
 
-    data: Annotated[ReadPath, HOW, Mark.FILE, "Prompts with a chosen and a rejected answer."]
+    data: Annotated[Path, HOW, Mark.FILE, "Prompts with a chosen and a rejected answer."]
     batch: Annotated[Count, "Pairs a step."] = 32
     learning_rate: Annotated[
         Rate, "Peak rate, reached after the warm-up; it falls as a cosine to 0."

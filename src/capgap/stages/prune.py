@@ -19,7 +19,7 @@ from capgap.prune.shape import (
     keep_target,
     suited,
 )
-from capgap.section import Count, PositiveFraction, ReadPath, Section, Size, WritePath
+from capgap.section import Count, PositiveFraction, Section, Size
 from capgap.sizes import clock_time, format_bytes, format_count, parse_size
 from capgap.stage import ARGUMENT, HOW, Mark, Say, Stage, paced, text_table
 
@@ -107,9 +107,9 @@ class Prune(Cut, Stage):
     saves_when_asked: ClassVar[bool] = False
 
     teacher: Annotated[str, ARGUMENT, Mark.MODEL, "A Hugging Face folder or name."]
-    out: Annotated[WritePath, HOW, "Folder for the student; it must not exist."]
+    out: Annotated[Path, HOW, "Folder for the student; it must not exist."]
     scores: Annotated[
-        ReadPath | None, "What `capgap score` measured of the teacher; only --dry-run goes without."
+        Path | None, "What `capgap score` measured of the teacher; only --dry-run goes without."
     ] = None
     shape: Annotated[
         Annotated[dict[str, int], BeforeValidator(_sizes)] | None,

@@ -1,6 +1,7 @@
 """The stage `score`: how much each unit of a model matters, measured once for many cuts."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -9,7 +10,7 @@ from capgap.artifact import difference, locked_file, plain
 from capgap.corpus.names import Given
 from capgap.errors import UserError
 from capgap.prune import Depth, Method, reading_methods
-from capgap.section import Count, Dtype, Recomputed, Section, WritePath
+from capgap.section import Count, Dtype, Recomputed, Section
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage, paced
 from capgap.stages.corpus import TextOptions
 
@@ -35,7 +36,7 @@ class Score(ScoreSection, TextOptions, Stage):
     takes_text: ClassVar[bool] = True
 
     teacher: Annotated[str, ARGUMENT, Mark.MODEL, "A Hugging Face folder or name."]
-    out: Annotated[WritePath, HOW, "File for the scores (safetensors)."]
+    out: Annotated[Path, HOW, "File for the scores (safetensors)."]
     corpus: Annotated[
         Given | None,
         SEVERAL,

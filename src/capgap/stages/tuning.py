@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from capgap.artifact import begun, file_hash, find_run, write_json
 from capgap.errors import UserError
 from capgap.machine import install_command
-from capgap.section import Count, ReadPath, Recomputed, Section, Words, WritePath
+from capgap.section import Count, Recomputed, Section, Words
 from capgap.stage import ARGUMENT, HOW, SEVERAL, FieldError, Mark, Say, ShouldStop, Stage, paced
 from capgap.stages.distill import Track
 from capgap.stages.evaluate import corpora_of, forgotten, heldout_loss
@@ -59,7 +59,7 @@ class Sample(NamedTuple):
 class TuningSection(Section):
     """How a model learns from conversations."""
 
-    data: Annotated[ReadPath, HOW, Mark.FILE, "Conversations: .jsonl, .json, parquet, the Hub."]
+    data: Annotated[Path, HOW, Mark.FILE, "Conversations: .jsonl, .json, parquet, the Hub."]
     batch: Annotated[Count, "Conversations a step."] = 256
     micro_batch: Annotated[Count, "Of these at once; changes memory and speed, not the result."] = 4
     window: Annotated[
@@ -92,10 +92,8 @@ class Tuning(TuningSection, Stage):
     options: ClassVar[dict[str, str]]
 
     model: Annotated[str, ARGUMENT, HOW, Mark.MODEL, "A Hugging Face folder or name."]
-    out: Annotated[WritePath, HOW, "Folder for model, metrics and record."]
-    corpus: Annotated[
-        tuple[ReadPath, ...], SEVERAL, "Prepared text, to tell what is forgotten."
-    ] = ()
+    out: Annotated[Path, HOW, "Folder for model, metrics and record."]
+    corpus: Annotated[tuple[Path, ...], SEVERAL, "Prepared text, to tell what is forgotten."] = ()
     warmup_fraction: Annotated[Share, "Share of the steps until the peak rate."] = 0.1
     lora_rank: Annotated[Count, "Rank of the adapters."] = 8
     lora_alpha: Annotated[Rate, "Their scale times the rank."] = 16

@@ -22,7 +22,7 @@ from capgap.leases import Leases
 from capgap.machine import install_command, usable_cores
 from capgap.mirror import sync
 from capgap.stage import FieldError
-from capgap.storage import Store, as_urls
+from capgap.storage import as_urls
 from capgap.sweep.cells import Column, Context, Task
 from capgap.sweep.schedule import LOOK_SECONDS, EndMessage, Engine, Outcome, StepMessage
 from capgap.sweep.stages import IN_USE, OUT_OF_MEMORY
@@ -75,9 +75,7 @@ class RayNodes(Engine):
 
     def __init__(self, context: Context, owner: str) -> None:
         self.context, self.owner = context, owner
-        self.leases = Leases(
-            Store(as_urls(str(context.leases))), owner, stale=context.recipe.run.lease_seconds
-        )
+        self.leases = Leases(context.leases, owner, stale=context.recipe.run.lease_seconds)
         self.running: dict[Any, Task] = {}
         self._looked = 0.0
         self._slots = 0

@@ -24,7 +24,6 @@ from capgap.report.page import write_report
 from capgap.sizes import format_count
 from capgap.stage import Say, ShouldStop
 from capgap.stages.corpus import corpus_progress
-from capgap.storage import Store, as_urls
 from capgap.sweep.cells import SHARED, Cell, Column, Context, Task, Teacher
 from capgap.sweep.checks import (
     check_disk,
@@ -109,9 +108,8 @@ def run_folder(
             claims: Claims = Alone()
         else:
             folder = stack.enter_context(joined(plan, out, threads, display.say, is_whole))
-            store = Store(as_urls(str(folder.context.leases)))
             synced = partial(sync, folder.context.out, *SHARED)
-            leases = Leases(store, stale=asked.lease_seconds, sync=synced)
+            leases = Leases(folder.context.leases, stale=asked.lease_seconds, sync=synced)
             stack.enter_context(leases)
             claims = leases
         context = folder.context

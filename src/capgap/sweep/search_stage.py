@@ -1,8 +1,8 @@
 """The stage of a search: of a sweep's grid as much as its questions need."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from capgap.section import WritePath
 from capgap.sizes import format_count
 from capgap.stage import HOW, ShouldStop, text_table
 from capgap.sweep.recipe import SearchSettings
@@ -23,9 +23,7 @@ class Search(Sweep, SearchSettings):
 
     folder_ending: ClassVar[str] = "-search"
 
-    out: Annotated[WritePath | None, HOW, "Output folder; runs/NAME-search if none is given."] = (
-        None
-    )
+    out: Annotated[Path | None, HOW, "Output folder; runs/NAME-search if none is given."] = None
 
     def _expected(self) -> dict[str, Any]:
         from capgap.sweep.search import GridSearch

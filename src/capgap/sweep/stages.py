@@ -13,7 +13,7 @@ from capgap.artifact import InUse
 from capgap.errors import Interrupted, UserError
 from capgap.machine import started
 from capgap.mirror import sync
-from capgap.section import Count, WritePath
+from capgap.section import Count
 from capgap.sizes import clock_time, format_count
 from capgap.stage import (
     ARGUMENT,
@@ -26,7 +26,6 @@ from capgap.stage import (
     paced,
     text_table,
 )
-from capgap.storage import Store, as_urls
 from capgap.sweep.cells import SHARED
 from capgap.sweep.recipe import Recipe
 
@@ -73,7 +72,7 @@ class Sweep(OfRecipe):
     saves_when_asked: ClassVar[bool] = False
     folder_ending: ClassVar[str] = ""
 
-    out: Annotated[WritePath | None, HOW, "Output folder; runs/NAME if none is given."] = None
+    out: Annotated[Path | None, HOW, "Output folder; runs/NAME if none is given."] = None
     dry_run: Annotated[
         bool, HOW, "Print every run, its cost and the time; run and write nothing."
     ] = False
@@ -90,7 +89,7 @@ class Sweep(OfRecipe):
 
     @property
     def shares(self) -> tuple[str, ...]:
-        return () if self.where == "here" or self.dry_run else SHARED
+        return () if self.where == "here" else SHARED
 
     @property
     def folder(self) -> Path:
@@ -154,7 +153,7 @@ class Quickstart(Sweep):
     """From which teacher should I distil? An answer from real text in minutes, no download."""
 
     recipe: str = "quickstart"
-    out: Annotated[WritePath | None, HOW, "Output folder."] = Path("runs/quickstart")
+    out: Annotated[Path | None, HOW, "Output folder."] = Path("runs/quickstart")
 
 
 def _told_preview(found: dict[str, Any]) -> str:
@@ -221,7 +220,7 @@ class Column(OfRecipe):
     """Run one teacher or one column of a sweep, for clusters; `capgap sweep` then finds it done."""
 
     task: Annotated[str | None, ARGUMENT, "Which; without it all are listed."] = None
-    out: Annotated[WritePath, HOW, "The sweep's output folder, which all its tasks share."]
+    out: Annotated[Path, HOW, "The sweep's output folder, which all its tasks share."]
     runs: Annotated[
         tuple[str, ...], SEVERAL, HOW, "Of a column these runs alone; may be given several times."
     ] = ()
@@ -288,8 +287,7 @@ class Column(OfRecipe):
 
         stale = context.recipe.run.lease_seconds
         synced = partial(sync, context.out, *SHARED)
-        store = Store(as_urls(str(context.leases)))
-        with Leases(store, self.owner, stale=stale, sync=synced) as leases:
+        with Leases(context.leases, self.owner, stale=stale, sync=synced) as leases:
             if context.is_done(task):
                 return EndMessage(task.id, "done")
             if not leases.take(task.id):
