@@ -22,7 +22,8 @@ CEILINGS = {
     "closure of capgap quickstart": 20_539,
 }
 # What a room may import besides itself; rooms below stand in BELOW
-BELOW = {"artifact", "errors", "hub", "machine", "records", "scrub", "section", "sizes", "stage"}
+BELOW = {"artifact", "errors", "hub", "leases", "machine", "mirror", "records", "scrub", "section"}
+BELOW |= {"sizes", "stage", "storage"}
 ARROWS = {
     "corpus": set(),
     "models": {"corpus"},

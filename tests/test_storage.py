@@ -285,7 +285,7 @@ def test_an_output_folder_is_sent_and_found_elsewhere(url, tmp_path, monkeypatch
         (out / "data").write_bytes(b"1")
         (out / ".data.tmp").write_bytes(b"half")
         deadline = time.monotonic() + 20
-        while not sent(url):
+        while not Store(url).names():
             assert time.monotonic() < deadline
             time.sleep(0.02)
         (out / "gone").write_bytes(b"2")

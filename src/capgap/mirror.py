@@ -75,19 +75,21 @@ class Copy:
                     return is_start or known.get(name) != there[name]
                 return checks and file_hash(path) != index[name]["sha256"]
 
-            def fetched(name: str) -> dict[str, Any]:
-                with file_written(self.path / name) as aside:
+            def fetch_into_index(name: str) -> None:
+                path = self.path / name
+                # gone meanwhile
+                with suppress(FileNotFoundError), file_written(path) as aside:
                     self.store.fetch(name, aside)
                     # of one version on all machines: it is a part of what identifies text
                     os.utime(aside, ns=(0, int(digest(there[name])[:12], 16)))
-                sha256 = file_hash(self.path / name)
-                return {"version": there[name], "here": _state(self.path / name), "sha256": sha256}
+                    entry = {"version": there[name], "sha256": file_hash(aside)}
+                    index[name] = entry | {"here": _state(aside)}
 
             stale = list(filter(is_stale, there))
             if self.use == "staged" and stale:
                 _make_room(sum(there[name][0] for name in stale))
             with ThreadPoolExecutor(CONNECTIONS) as pool:
-                index.update(zip(stale, pool.map(fetched, stale), strict=True))
+                list(pool.map(fetch_into_index, stale))
             if is_start:
                 gone = known.keys() - there.keys()
                 here = set() if names or known == there else self._files().keys() - there.keys()
@@ -119,7 +121,7 @@ class Copy:
     def alone(self, *, wait: float = 0.0) -> Iterator[None]:
         """Nobody else writes there while inside, wherever it runs. InUse: somebody does, and still
         after `wait` seconds."""
-        folder, _, name = self.url.rpartition("/")
+        folder, _, name = self.store.url.rpartition("/")
         leases = Leases(f"{folder}/.{name}.lease", stale=STALE_SECONDS)
         # the one that its user knows
         leases.store.url = self.url

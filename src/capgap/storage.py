@@ -91,7 +91,8 @@ class Store:
         return {name[len(self.root) :].strip("/"): _version(info) for name, info in found.items()}
 
     def fetch(self, name: str, path: Path) -> None:
-        self._tried(lambda: self.fs.get_file(self._path(name), str(path)))
+        """Into the file `path`. FileNotFoundError."""
+        self._tried(lambda: self.fs.get_file(self._path(name), str(path)), lambda: True)
 
     def put(self, path: Path, name: str) -> Version:
         """Writes the file `path`. FileNotFoundError where it is gone."""

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from capgap.artifact import InUse, locked, read_json, write_json
@@ -24,7 +22,7 @@ from capgap.report.page import write_report
 from capgap.sizes import format_count
 from capgap.stage import Say, ShouldStop
 from capgap.stages.corpus import corpus_progress
-from capgap.sweep.cells import SHARED, Cell, Column, Context, Task, Teacher
+from capgap.sweep.cells import SHARED, Column, Context, Task, Teacher
 from capgap.sweep.checks import (
     check_disk,
     check_epochs,
@@ -36,7 +34,7 @@ from capgap.sweep.checks import (
 from capgap.sweep.plan import Plan, expected_baselines, plan_of, resolve_workers, select_baselines
 from capgap.sweep.progress import Display
 from capgap.sweep.recipe import Recipe
-from capgap.sweep.results import best_of, verdict_of
+from capgap.sweep.results import best_cells, best_of, verdict_of
 from capgap.sweep.schedule import (
     LOOK_SECONDS,
     Alone,
@@ -108,9 +106,8 @@ def run_folder(
             claims: Claims = Alone()
         else:
             folder = stack.enter_context(joined(plan, out, threads, display.say, is_whole))
-            synced = partial(sync, folder.context.out, *SHARED)
-            leases = Leases(folder.context.leases, stale=asked.lease_seconds, sync=synced)
-            stack.enter_context(leases)
+            stale, shares = asked.lease_seconds, lambda: sync(folder.context.out, *SHARED)
+            leases = stack.enter_context(Leases(folder.context.leases, stale=stale, sync=shares))
             claims = leases
         context = folder.context
         stack.enter_context(display)
@@ -166,10 +163,7 @@ def joined(
     has_said = False
     while not _is_prepared(out, plan.recipe.hash()):
         try:
-            with (
-                exclusive(out, *SHARED),
-                _begun(plan, out, None, is_whole=is_whole) as folder,
-            ):
+            with exclusive(out, *SHARED), _begun(plan, out, None, is_whole=is_whole) as folder:
                 if not _is_prepared(out, plan.recipe.hash()):
                     folder.prepare(say)
         except InUse as error:
@@ -301,19 +295,6 @@ class Runner:
     def _failed(self, attempt: Attempt) -> None:
         self.display.say(f"warning: {attempt.sentence()}")
         self.folder.write()
-
-
-def best_cells(plan: Plan, records: Sequence[RunRecord]) -> list[Cell]:
-    """For every curve the cells of the teacher whose students are best on average over seeds."""
-    losses = {record.id: record.heldout.loss for record in records if record.heldout is not None}
-    curves: dict[tuple[object, ...], dict[int, list[Cell]]] = {}
-    for cell in plan.cells:
-        if cell.id in losses and cell.teacher is not None:
-            curves.setdefault(cell.curve, {}).setdefault(cell.teacher.size, []).append(cell)
-    best = []
-    for by_teacher in curves.values():
-        best += min(by_teacher.values(), key=lambda cells: fmean(losses[one.id] for one in cells))
-    return best
 
 
 class _Folder:
