@@ -69,7 +69,7 @@ class Store:
     """
 
     def __init__(self, url: str, patience: float | None = None) -> None:
-        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+        from fsspec.core import url_to_fs
 
         self.url, self._patience = url, patience
         self.scheme = url.partition("://")[0] if is_url(url) else "file"
