@@ -86,7 +86,7 @@ class Copy:
                     index[name] = entry | {"here": _state(aside)}
 
             stale = list(filter(is_stale, there))
-            if self.use == "staged" and stale:
+            if is_start and stale:
                 _make_room(sum(there[name][0] for name in stale))
             with ThreadPoolExecutor(CONNECTIONS) as pool:
                 list(pool.map(fetch_into_index, stale))

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,8 +24,8 @@ EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs"}
 # Those that refuse to make what is there, also to one of two at the same moment
 EXCLUSIVE = (*EXTRAS, "file", "memory")
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*[^/])/*")
-# fsspec's files in memory do not
-_MEMORY = threading.Lock()
+# fsspec's files in memory do not to one of two threads
+_MAKING = threading.Lock()
 _Kind = TypeVar("_Kind")
 # What is read, and what is written
 Use = Literal["staged", "mirrors"]
@@ -57,8 +57,11 @@ def place(url: str, use: Use) -> Path:
 def as_urls(text: str) -> str:
     """A text that names places of the cache, with the URLs that they stand for."""
     cache = re.escape(str(cache_folder()))
-    found = re.sub(rf"{cache}/(?:staged|mirrors)/\d+/([a-z][a-z0-9+.-]*)/", r"\1://", text)
-    return found.replace("file://", "file:///") if found != text else text
+    return re.sub(
+        rf"{cache}/(?:staged|mirrors)/\d+/([a-z][a-z0-9+.-]*)/",
+        lambda found: f"{found[1]}://" + "/" * (found[1] == "file"),
+        text,
+    )
 
 
 class Store:
@@ -126,13 +129,8 @@ class Store:
         path = self._path(name)
 
         def made() -> None:
-            if self.scheme == "file":
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "xb") as stream:
-                    stream.write(data)
-                return
-            with _MEMORY if self.scheme == "memory" else nullcontext():
-                self.fs.pipe_file(path, data, mode="create")
+            with _MAKING, self.fs.open(path, "xb") as stream:
+                stream.write(data)
 
         try:
             self._tried(made)

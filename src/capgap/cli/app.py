@@ -141,4 +141,4 @@ def add_stage(kind: type[Stage]) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    print(as_urls(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)))
+    print(as_urls(json.dumps(value, indent=2, allow_nan=False)))
