@@ -48,9 +48,9 @@ class Copy:
 
     @contextmanager
     def held(self, kind: int = fcntl.LOCK_SH) -> Iterator[None]:
-        """Nobody removes the copy while inside. BlockingIOError: another `kind` of holder."""
+        """Nobody removes the copy while inside."""
         with self._index_file.with_suffix(".use").open("a") as lock:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            fcntl.flock(lock, kind)
             yield
 
     def pull(self, *names: str, is_start: bool = False, light: bool = False) -> dict[str, Version]:
@@ -130,13 +130,15 @@ class Copy:
             while not leases.take("writer"):
                 if time.monotonic() >= until:
                     raise InUse(f"another process is at work in {self.url}")
+                warn_once(f"another process is at work in {self.url}: waits to hear of it")
                 time.sleep(LOOK_SECONDS)
             self.leases = leases
             yield
 
     def remove(self) -> int:
         """Gives its bytes back: 0 where it is in use, or holds what is not sent yet."""
-        with suppress(BlockingIOError), self.held(fcntl.LOCK_EX), self._index() as index:
+        alone = self.held(fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(BlockingIOError), alone, self._index() as index:
             here = self._files()
             if self.use == "staged" or here == {n: one["here"] for n, one in index.items()}:
                 index.clear()
