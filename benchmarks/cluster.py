@@ -22,8 +22,8 @@ from typing import Any
 from unittest import mock
 
 from capgap.config import parse_recipe
+from capgap.leases import BEATS
 from capgap.sweep.cells import Context
-from capgap.sweep.leases import BEATS
 from capgap.sweep.plan import Plan, make_plan
 from capgap.sweep.schedule import (
     Alone,

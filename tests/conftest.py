@@ -28,6 +28,7 @@ LONGEST = [
     "test_parallel",
     "test_gpu_benchmark",
     "test_sweep",
+    "test_storage",
     "test_chain",
     "test_search_run",
     "test_law",

@@ -22,8 +22,8 @@ CEILINGS = {
     "closure of capgap quickstart": 20_539,
 }
 # What a room may import besides itself; rooms below stand in BELOW
-BELOW = {"artifact", "errors", "hub", "in_order", "machine", "ray_cluster", "records", "scrub"}
-BELOW |= {"section", "sizes", "stage"}
+BELOW = {"artifact", "errors", "hub", "in_order", "leases", "machine", "mirror", "ray_cluster"}
+BELOW |= {"records", "scrub", "section", "sizes", "stage", "storage"}
 ARROWS = {
     "corpus": set(),
     "models": {"corpus"},

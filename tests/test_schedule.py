@@ -13,8 +13,8 @@ import pytest
 
 from capgap.config import parse_recipe
 from capgap.errors import Interrupted, UserError
+from capgap.leases import Leases
 from capgap.sweep.cells import Context
-from capgap.sweep.leases import Leases
 from capgap.sweep.plan import make_plan, resolve_workers
 from capgap.sweep.schedule import ATTEMPTS, Alone, EndMessage, Engine, Schedule, StepMessage
 from capgap.sweep.workers import Workers
@@ -240,7 +240,7 @@ def test_as_many_tasks_at_once_as_gpus_can_hold():
     ],
 )
 def test_mistakes_are_told_in_one_line_before_any_work(typed, tmp_path, monkeypatch, asked, told):
-    monkeypatch.setattr("capgap.sweep.on_ray.find_spec", lambda name: None)
+    monkeypatch.setattr("capgap.ray_cluster.find_spec", lambda name: None)
     answer = typed(*asked, "--out", tmp_path / "out")
     assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1)
     assert told in answer.err

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from capgap.errors import UserError, is_disk_full, patiently, warn_once
 from capgap.scrub import scrub
+from capgap.storage import as_urls
 
 LOCK = ".lock"
 CHECKSUM = "checksum"
@@ -147,8 +148,9 @@ def write_json(path: Path | str, obj: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON holds it, without secrets."""
-    return json.loads(json.dumps(scrub(value), allow_nan=False, default=_plain))
+    """The value as JSON holds it, without secrets, and by URL what lies at one."""
+    text = json.dumps(scrub(value), allow_nan=False, default=_plain, ensure_ascii=False)
+    return json.loads(as_urls(text))
 
 
 def read_json(path: Path | str, *, schema: int | None = None, **keys: type) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from capgap.errors import UserError, check_regular, first_line
+from capgap.mirror import local
 from capgap.section import Problem, apply_override
 from capgap.sweep.recipe import Recipe
 
@@ -73,7 +74,7 @@ def _is_run(data: dict[str, Any]) -> bool:
 
 def find_recipe(name_or_path: str) -> Path:
     """A path as it is; a bare name such as `laptop` is looked up among the shipped recipes."""
-    path = Path(name_or_path)
+    path = Path(local(name_or_path))
     if not path.is_file() and name_or_path in shipped_recipes():
         return shipped_recipes()[name_or_path]
     return path

@@ -4,13 +4,24 @@ a value in one line. Light."""
 import json
 import tomllib
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from capgap.errors import UserError
+from capgap.mirror import local
 from capgap.sizes import parse_count, parse_size
+from capgap.storage import is_url, place
 
 
 def _count(value: Any) -> int:
@@ -44,6 +55,8 @@ PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 ProperFraction = Annotated[float, Field(gt=0, lt=1)]
 _Kind = TypeVar("_Kind")
 OneOrMore = Annotated[tuple[_Kind, ...], Field(min_length=1)]
+# Fields that name what is written; other paths are read
+WRITTEN = ("out", "folder", "gguf", "samples", "figure", "report", "write")
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
 # Of a model, without its embeddings, or with them as "360M total"
@@ -97,6 +110,16 @@ class Section(BaseModel):
     """A table of a recipe: unknown keys are errors, values cannot change once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_local_copies(cls, given: Any) -> Any:
+        """A URL would lose a slash as a path."""
+        changed = dict(given) if isinstance(given, dict) else {}
+        for name, field in keys_of(cls).items():
+            if name in changed and Path in kinds_in(field.annotation):
+                changed[name] = _local_copy(name, changed[name])
+        return changed or given
 
 
 class Problem(NamedTuple):
@@ -163,6 +186,20 @@ def section_in(annotation: Any) -> type[Section] | None:
         return annotation
     inner = (section_in(part) for part in get_args(annotation))
     return next((found for found in inner if found is not None), None)
+
+
+def _local_copy(name: str, value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_local_copy(name, one) for one in value]
+    if not is_url(value):
+        return value
+    return place(value, "mirrors") if name in WRITTEN else local(value)
+
+
+def kinds_in(annotation: Any) -> list[Any]:
+    """A type and those that it is made of."""
+    inner = [] if get_origin(annotation) is Literal else get_args(annotation)
+    return [annotation, *(kind for part in inner for kind in kinds_in(part))]
 
 
 def _key_of(location: tuple[int | str, ...]) -> str:

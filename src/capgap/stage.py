@@ -9,17 +9,20 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
+from functools import wraps
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 import typer
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
 
 from capgap.errors import UserError
 from capgap.hub import hub_name
-from capgap.section import Problem, Section, apply_override, keys_of, section_in
+from capgap.mirror import mirrored
+from capgap.section import WRITTEN, Problem, Section, apply_override, keys_of, kinds_in, section_in
+from capgap.storage import is_url
 
 
 class Mark(Enum):
@@ -66,6 +69,13 @@ class Stage(Section):
     takes_text: ClassVar[bool] = False
     # The command's name, where the class has another
     command_name: ClassVar[str] = ""
+    # Where it writes that is not on a disk
+    _urls: list[str] = PrivateAttr(default=[])
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "run" in vars(cls):
+            cls.run = _with_mirrors(cls.run)  # type: ignore[method-assign]
 
     def __init__(self, **given: Any) -> None:
         for name, field in type(self).model_fields.items():
@@ -82,6 +92,7 @@ class Stage(Section):
             is_told = problem.given is None or problem.given in problem.why
             value = "" if is_told else f"{problem.given}: "
             raise FieldError(problem.key, value + problem.why) from None
+        self._urls = [given[name] for name in WRITTEN if is_url(given.get(name))]
 
     @classmethod
     def title(cls) -> str:
@@ -92,6 +103,12 @@ class Stage(Section):
     def record_file(self) -> Path | None:
         """The file that holds what `run` returns, where there is one."""
         return None
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """What each of several processes that write into its folder has to see of the others; none
+        where one is alone in it."""
+        return ()
 
     @property
     def writes(self) -> tuple[Path, ...]:
@@ -163,6 +180,17 @@ class Stage(Section):
                     yield f"{field.alias or name}.{key}={_toml(value)}"
 
 
+def _with_mirrors(run: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A stage's `run`, which works in local copies of what it writes at URLs."""
+
+    @wraps(run)
+    def runs(self: Stage, **how: Any) -> dict[str, Any]:
+        with mirrored(self._urls, self.shares):
+            return run(self, **how)
+
+    return runs
+
+
 def paced(say: Say, seconds: float = 10.0) -> Callable[[Callable[[], str]], None]:
     """Says what it is asked to, but at most so often, and not at once."""
     said = time.monotonic()
@@ -230,7 +258,7 @@ def _is_settings(field: FieldInfo) -> bool:
 
 def _help(field: FieldInfo) -> str:
     """With the words to choose from, where it is one of several."""
-    kinds = [kind for kind in _kinds(field.annotation) if get_origin(kind) is Literal]
+    kinds = [kind for kind in kinds_in(field.annotation) if get_origin(kind) is Literal]
     words = [word for kind in kinds for word in get_args(kind)]
     told = [part for part in field.metadata if isinstance(part, str)]
     choice = [f"{', '.join(words[:-1])} or {words[-1]}."] if len(words) > 1 and told else []
@@ -257,13 +285,7 @@ def _metavar(field: FieldInfo) -> str | None:
     names = {int: "<int>", float: "<float>", Path: "<path>"}
     if SEVERAL in field.metadata:
         return None if ARGUMENT in field.metadata else "<str>"
-    return next((names[kind] for kind in _kinds(field.annotation) if kind in names), None)
-
-
-def _kinds(annotation: Any) -> list[Any]:
-    """A type and those that it is made of."""
-    inner = [] if get_origin(annotation) is Literal else get_args(annotation)
-    return [annotation, *(kind for part in inner for kind in _kinds(part))]
+    return next((names[kind] for kind in kinds_in(field.annotation) if kind in names), None)
 
 
 def _texts(value: Any) -> list[str]:

@@ -17,6 +17,7 @@ from capgap.errors import UserError
 from capgap.machine import started
 from capgap.stage import FieldError, Mark, Stage, command_line, option, settings
 from capgap.stopping import Signals, Stopped
+from capgap.storage import as_urls
 
 # Fields of stages as options
 _OPTIONS: dict[str, str] = {}
@@ -70,7 +71,7 @@ class Answer(Stage):
 
 def exit_with(line: str, code: int) -> NoReturn:
     if line:
-        print(f"capgap: {line}", file=sys.stderr)
+        print(f"capgap: {as_urls(line)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -120,9 +121,9 @@ def add_stage(kind: type[Stage]) -> None:
         # the first of several processes prints, or each its own part
         if started()[0] and not kind.has_parts:
             return
-        print_json(found) if as_json else print(stage.told(found))
+        print_json(found) if as_json else print(as_urls(stage.told(found)))
         if not as_json and not stage.failure(found) and stage.after(found):
-            print("next:", shlex.join(["capgap", *map(str, stage.after(found))]))
+            print("next:", as_urls(shlex.join(["capgap", *map(str, stage.after(found))])))
         if stage.failure(found):
             exit_with(stage.failure(found), FAILED)
 
@@ -140,4 +141,4 @@ def add_stage(kind: type[Stage]) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))
+    print(as_urls(json.dumps(value, indent=2, allow_nan=False)))

@@ -22,6 +22,7 @@ from capgap.corpus.split import training_sample as sample_for
 from capgap.corpus.tokenizer import TokenCodec
 from capgap.corpus.tokens import Corpus, load_corpus
 from capgap.errors import UserError
+from capgap.mirror import local
 
 # A source is read so far
 READ_BYTES = 1 << 28
@@ -105,7 +106,7 @@ def heldout_passages(corpus: Corpus) -> list[Passage]:
 
 def prepared(source: str) -> Corpus | None:
     """What `capgap corpus` made, where the source is its folder."""
-    folder = Path(source).expanduser()
+    folder = Path(local(source))
     return load_corpus(folder, window=1) if (folder / MANIFEST).is_file() else None
 
 

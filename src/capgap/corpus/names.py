@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BeforeValidator, PlainSerializer
 
 from capgap.errors import UserError
+from capgap.mirror import local
 
 MANIFEST = "manifest.json"
 HUB_SECONDS = 10.0
@@ -39,14 +40,14 @@ def parse_mixture(texts: Sequence[str]) -> tuple[Weighted, ...]:
         folder, equals, weight = text.rpartition("=")
         # a folder's name may hold the sign
         if not equals or Path(text).exists():
-            parsed.append(Weighted(Path(text)))
+            parsed.append(Weighted(Path(local(text))))
             continue
         try:
             number = float(weight) if folder else math.nan
         except ValueError:
             number = math.nan
         _check_weight(number, repr(text), weight)
-        parsed.append(Weighted(Path(folder), number))
+        parsed.append(Weighted(Path(local(folder)), number))
     return check_weights(parsed)
 
 
@@ -123,7 +124,7 @@ def cached_file(name: str, file: str) -> Path | None:
 
 def check_model_name(name: str) -> None:
     """UserError where no folder and no model on the Hub is called so; loads nothing heavy."""
-    if Path(name).expanduser().is_dir():
+    if Path(local(name, light=True)).is_dir():
         return
     if looks_like_path(name) or not HUB_NAME.fullmatch(name):
         raise UserError(f"{name} is no model folder")

@@ -24,6 +24,7 @@ from capgap.corpus.readers import (
     text_of_row,
 )
 from capgap.errors import UserError
+from capgap.mirror import local
 
 STANDARD_LIBRARY = "stdlib"
 PYTHON_DOCUMENTATION = "pydoc"
@@ -137,7 +138,7 @@ def open_source(
             return opened("pydoc", files=(topics,))
         files, _ = _walk(root, skip=("site-packages", "dist-packages"))
         return opened("stdlib", root, tuple(path for path in files if path.suffix == ".py"))
-    path = Path(source).expanduser()
+    path = Path(local(source))
     if path.is_dir():
         files, hidden = _walk(path)
         files, left_out = _with_text(files, text_column=text_column)

@@ -27,6 +27,7 @@ from capgap.corpus.names import (
 )
 from capgap.corpus.tokens import Marks
 from capgap.errors import UserError, border, warn_once
+from capgap.mirror import local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -212,7 +213,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    name = str(Path(path_or_name).expanduser())
+    name = local(path_or_name, light=True)
     is_here = Path(name).exists() or cached_file(name, "tokenizer.json") is not None
     if not is_here:
         if looks_like_path(str(path_or_name)) or not HUB_NAME.fullmatch(name):

@@ -23,6 +23,7 @@ from capgap.corpus.names import (
     check_model_name,
 )
 from capgap.errors import UserError, border, first_line, warn_once
+from capgap.mirror import local
 from capgap.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def read_config(path_or_name: str | Path, *, trust_remote_code: bool = False) ->
     """
     from transformers import AutoConfig, PreTrainedConfig
 
-    name = at_home(path_or_name)
+    name = local(path_or_name, light=True)
     folder = Path(name)
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():
@@ -130,12 +131,6 @@ def _has_own_head(folder: Path) -> bool:
     return bool(alike) and not any(weights.same(heads[0], name) for name in alike)
 
 
-def at_home(path_or_name: str | Path) -> str:
-    """~ at the beginning of a path, as in a recipe, is the user's home."""
-    name = str(path_or_name)
-    return str(Path(name).expanduser()) if name.startswith("~") else name
-
-
 def text_config(config: "PreTrainedConfig") -> Any:
     """The part of a config that describes the language model, where it also sees or hears."""
     return config.get_text_config(decoder=True)
@@ -157,8 +152,9 @@ def needs_own_code(fields: Mapping[str, Any]) -> bool:
 
 
 def local_folder(path_or_name: str | Path) -> Path:
-    """A folder as it is; a model of the Hub by its folder in the cache, downloaded if need be."""
-    name = at_home(path_or_name)
+    """A folder as it is; a model of the Hub by its folder in the cache, downloaded if need be; of
+    one at a URL the local copy."""
+    name = local(path_or_name)
     if Path(name).is_dir():
         return Path(name)
     repository, revision = at_revision(name)

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from capgap.artifact import difference, digest, file_hash, flat, read_json, write_json
+from capgap.artifact import difference, digest, file_hash, flat, plain, read_json, write_json
 from capgap.corpus.names import looks_like_path
 from capgap.corpus.readers import SUFFIXES
 from capgap.corpus.sources import open_source
 from capgap.errors import UserError
 from capgap.pipeline.steps import Step
-from capgap.scrub import scrub
 from capgap.stage import Mark, Stage
 
 RECORD = "run.json"
@@ -102,7 +101,7 @@ def decide(
 def _decide(step: Step, state: RunState, before: Mapping[str, Decision], forced: bool) -> Decision:
     out, stage = state.path.parent, step.stage
     # as the record holds it, or a step with a secret in an option would start again each time
-    inputs: dict[str, Any] = scrub({"values": _values(stage, out), "read": _identities(stage, out)})
+    inputs: dict[str, Any] = plain({"values": _values(stage, out), "read": _identities(stage, out)})
     inputs["after"] = state.made_by(step.after)
     begun = state.begun(step)
     if begun is None:
@@ -165,7 +164,7 @@ def _identities(stage: Stage, out: Path) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for text in stage.marked(Mark.SOURCE):
         try:
-            found[text] = digest(open_source(text).fingerprint())[:16]
+            found[text] = digest(plain(open_source(text).fingerprint()))[:16]
         except UserError:
             found[text] = None
     for name in stage.marked(Mark.FILE):

@@ -15,6 +15,8 @@ from capgap.sweep.recipe import Recipe
 from capgap.train.recipe import TrainingSection
 
 SEARCH_FILE = "search.json"
+# What every process sees of the others where several work in one folder
+SHARED = ("sweep.json", SEARCH_FILE, "records", "corpus")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +305,17 @@ class Context:
 
     def checkpoint_folder(self, task_id: str) -> Path:
         return self.out / "work" / "checkpoints" / task_id
+
+    def files_of(self, task: "Task") -> list[Path]:
+        """Which others may have made, and a task reads."""
+        found = [self.checkpoint_folder(task.id)]
+        for name in task.teachers:
+            found += [self.teacher_folder(name), self.importance_file(name)]
+        cells = task.cells if isinstance(task, Column) else ()
+        for name in {cell.assistant.id for cell in cells if cell.assistant is not None}:
+            found += [self.assistant_folder(name), self.assistant_outcome(name)]
+            found.append(self.importance_file(name))
+        return found
 
     def is_recorded(self, run_id: str) -> bool:
         return (self.record_folder(run_id) / "record.json").exists()

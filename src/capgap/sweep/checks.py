@@ -13,6 +13,7 @@ from capgap.artifact import LOCK, check_empty, flat, locked, read_json
 from capgap.corpus.sources import open_source
 from capgap.corpus.tokens import Corpus
 from capgap.errors import UserError
+from capgap.mirror import is_there
 from capgap.records import RECORD_FILE, RunRecord, read_record, read_records
 from capgap.scrub import scrub
 from capgap.sweep.cells import SEARCH_FILE, Cell, Column, Context, Task, Teacher
@@ -213,5 +214,5 @@ def is_lost(context: Context, task: Task) -> bool:
     # of one that failed there is nothing to find: its cells are recorded as failed too
     if isinstance(task, Column) or read_record(context.record_folder(task.id)).status == "failed":
         return False
-    has_weights = task.source is not None or context.teacher_folder(task.id).is_dir()
-    return not has_weights or not context.importance_file(task.id).exists()
+    has_weights = task.source is not None or is_there(context.teacher_folder(task.id))
+    return not has_weights or not is_there(context.importance_file(task.id))

@@ -18,10 +18,12 @@ from typing import Any
 
 from capgap.artifact import write_json
 from capgap.errors import UserError, border, is_storage_away, warn_once
+from capgap.leases import Leases
 from capgap.machine import GPUS
+from capgap.mirror import sync
 from capgap.ray_cluster import Head, connected
+from capgap.storage import as_urls
 from capgap.sweep.cells import Column, Context, Task
-from capgap.sweep.leases import Leases
 from capgap.sweep.memory import task_loops
 from capgap.sweep.schedule import LOOK_SECONDS, EndMessage, Engine, Outcome, StepMessage
 from capgap.sweep.stages import IN_USE, OUT_OF_MEMORY
@@ -87,6 +89,7 @@ class RayNodes(Engine):
             self.remote = ray.remote(max_retries=0)(run_column)
             self.recipe = self.context.out / "work" / "recipe.json"
             write_json(self.recipe, {"recipe": self.context.recipe.model_dump(mode="json")})
+            sync(self.context.out)
             self._opened = stack.pop_all()
         return self
 
@@ -120,7 +123,8 @@ class RayNodes(Engine):
                 f"no node of the cluster can run {task.id}: it needs {needs[lacks[0]]:g} "
                 f"{lacks[0]}, the largest has {most[lacks[0]]:g}"
             )
-        words = ["column", str(self.recipe), task.id, "--out", str(self.context.out), "--json"]
+        recipe, out = as_urls(str(self.recipe)), as_urls(str(self.context.out))
+        words = ["column", recipe, task.id, "--out", out, "--json"]
         words += ["--owner", self.owner]
         if isinstance(task, Column):
             words += [word for run in task.runs for word in ("--runs", run)]

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from capgap.sizes import clock_time, format_count
 from capgap.stage import Say, paced
+from capgap.storage import as_urls
 from capgap.sweep.cells import Column, Task, Teacher
 from capgap.sweep.schedule import EndMessage, StepMessage, relative_cost
 
@@ -144,6 +145,6 @@ def make_display(console: Console, *, quiet: bool) -> Display:
     live = console if console.is_terminal else None
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=live is None)
+        console.print(as_urls(text), highlight=False, markup=False, soft_wrap=live is None)
 
     return Display(say, live)

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from capgap.artifact import folder_written, read_json, write_json
@@ -12,10 +13,11 @@ from capgap.law.data import cells_of, write_grid
 from capgap.law.fit import fit
 from capgap.law.law import read_law
 from capgap.law.table import has_distillations, read_distillations
+from capgap.mirror import fetch
 from capgap.records import RunRecord, read_records
 from capgap.report.page import write_law_report, write_report
 from capgap.report.sentences import answer
-from capgap.sweep.cells import SEARCH_FILE, Context
+from capgap.sweep.cells import SEARCH_FILE, Cell, Context
 from capgap.sweep.plan import Plan
 
 SAMPLES = 3
@@ -69,10 +71,24 @@ def best_of(context: Context, plan: Plan, corpus: Corpus) -> dict[str, str] | No
     return {"cell": best.id, "teacher": best.teacher}
 
 
+def best_cells(plan: Plan, records: Sequence[RunRecord]) -> list[Cell]:
+    """For every curve the cells of the teacher whose students are best on average over seeds."""
+    losses = {record.id: record.heldout.loss for record in records if record.heldout is not None}
+    curves: dict[tuple[object, ...], dict[int, list[Cell]]] = {}
+    for cell in plan.cells:
+        if cell.id in losses and cell.teacher is not None:
+            curves.setdefault(cell.curve, {}).setdefault(cell.teacher.size, []).append(cell)
+    best = []
+    for by_teacher in curves.values():
+        best += min(by_teacher.values(), key=lambda cells: fmean(losses[one.id] for one in cells))
+    return best
+
+
 def _export_student(context: Context, best: RunRecord, records: Sequence[RunRecord]) -> None:
     from capgap.export.card import CARD, card_text, sweep_card
 
     trained = context.student_folder(best.id)
+    fetch(trained)
     target = context.out / "student"
     if trained.exists():
         with folder_written(target) as partial:
@@ -94,6 +110,8 @@ def _write_samples(context: Context, plan: Plan, corpus: Corpus, best: RunRecord
 
     teacher = next(one for one in plan.teachers if one.id == best.teacher)
     source = context.weights_of(teacher)
+    if isinstance(source, Path):
+        fetch(source)
     if not Path(source).exists() and teacher.source is None:
         return  # deleted since an earlier call, which has written the samples
     writers = [

@@ -8,20 +8,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from capgap.artifact import InUse, locked, read_json, write_json
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.tokens import Corpus
 from capgap.errors import Interrupted, UserError
+from capgap.leases import Leases
 from capgap.machine import machine, resolve_device, versions, visible_gpus
+from capgap.mirror import discard, exclusive, fetch, sync
 from capgap.records import RunRecord, read_records
 from capgap.report.page import write_report
 from capgap.sizes import format_count
 from capgap.stage import Say, ShouldStop
 from capgap.stages.corpus import corpus_progress
-from capgap.sweep.cells import Cell, Column, Context, Task, Teacher
+from capgap.sweep.cells import SHARED, Column, Context, Task, Teacher
 from capgap.sweep.checks import (
     check_disk,
     check_epochs,
@@ -31,11 +32,10 @@ from capgap.sweep.checks import (
     is_lost,
     lost_teachers,
 )
-from capgap.sweep.leases import Leases
 from capgap.sweep.plan import Plan, expected_baselines, plan_of, resolve_workers, select_baselines
 from capgap.sweep.progress import Display
 from capgap.sweep.recipe import Recipe
-from capgap.sweep.results import best_of, verdict_of
+from capgap.sweep.results import best_cells, best_of, verdict_of
 from capgap.sweep.schedule import (
     LOOK_SECONDS,
     Alone,
@@ -109,7 +109,8 @@ def run_folder(
             claims: Claims = Alone()
         else:
             folder = stack.enter_context(joined(plan, out, threads, display.say, is_whole))
-            leases = stack.enter_context(Leases(folder.context.leases, stale=asked.lease_seconds))
+            stale, shares = asked.lease_seconds, lambda: sync(folder.context.out, *SHARED)
+            leases = stack.enter_context(Leases(folder.context.leases, stale=stale, sync=shares))
             claims = leases
         context = folder.context
         stack.enter_context(display)
@@ -141,7 +142,7 @@ def run_folder(
             report = write_report(context.out)
             # not needed any more: the other students' weights, the states of killed runs
             for name in ("students", "checkpoints"):
-                shutil.rmtree(context.out / "work" / name, ignore_errors=True)
+                discard(context.out / "work" / name)
         folder.write()
         student = out / "student"
         return {
@@ -165,14 +166,17 @@ def joined(
     has_said = False
     while not _is_prepared(out, plan.recipe.hash()):
         try:
-            with _begun(plan, out, None, is_whole=is_whole) as folder:
-                folder.prepare(say)
+            with exclusive(out, *SHARED), _begun(plan, out, None, is_whole=is_whole) as folder:
+                if not _is_prepared(out, plan.recipe.hash()):
+                    folder.prepare(say)
         except InUse as error:
             if not has_said:
                 say(f"{error}: waits for it to be prepared")
             has_said = True
             time.sleep(LOOK_SECONDS)
     with locked(out, shared=True):
+        # its files may come behind the word of it
+        sync(out, *SHARED)
         context = context_of(plan.recipe, out, threads)
         earlier = read_json(out / "sweep.json").get("grown_from", [])
         records = check_records(context, plan, earlier)
@@ -283,6 +287,7 @@ class Runner:
             is_shared=self.folder.is_shared,
         )
         schedule.run([task for task in tasks if task.id not in done], self._finished)
+        sync(self.context.out, *SHARED)
 
     def _ended(self, task: Task, message: EndMessage) -> None:
         self.display.ended(task, message)
@@ -291,19 +296,6 @@ class Runner:
     def _failed(self, attempt: Attempt) -> None:
         self.display.say(f"warning: {attempt.sentence()}")
         self.folder.write()
-
-
-def best_cells(plan: Plan, records: Sequence[RunRecord]) -> list[Cell]:
-    """For every curve the cells of the teacher whose students are best on average over seeds."""
-    losses = {record.id: record.heldout.loss for record in records if record.heldout is not None}
-    curves: dict[tuple[object, ...], dict[int, list[Cell]]] = {}
-    for cell in plan.cells:
-        if cell.id in losses and cell.teacher is not None:
-            curves.setdefault(cell.curve, {}).setdefault(cell.teacher.size, []).append(cell)
-    best = []
-    for by_teacher in curves.values():
-        best += min(by_teacher.values(), key=lambda cells: fmean(losses[one.id] for one in cells))
-    return best
 
 
 class _Folder:
@@ -399,6 +391,7 @@ class _Folder:
             return
         self.write()
         self.is_shared = False
+        fetch(self._own.parent)
         before = read_json(self.path)
         self.stages, self.attempts = before.get("stages", {}), []
         for path in sorted(self._own.parent.glob("*.json")):

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -12,6 +12,7 @@ from pydantic import model_validator
 from capgap.artifact import InUse
 from capgap.errors import Interrupted, UserError
 from capgap.machine import started
+from capgap.mirror import sync
 from capgap.section import Count
 from capgap.sizes import clock_time, format_count
 from capgap.stage import (
@@ -25,6 +26,7 @@ from capgap.stage import (
     paced,
     text_table,
 )
+from capgap.sweep.cells import SHARED
 from capgap.sweep.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -90,6 +92,10 @@ class Sweep(OfRecipe):
         if self.worker and self.on == "ray":
             raise ValueError("worker and on=ray: take one, since Ray's tasks are workers")
         return self
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        return () if self.where == "here" else SHARED
 
     @property
     def folder(self) -> Path:
@@ -227,6 +233,10 @@ class Column(OfRecipe):
         str | None, HOW, "Name of who asks: it may take the task over from its own earlier try."
     ] = None
 
+    @property
+    def shares(self) -> tuple[str, ...]:
+        return SHARED
+
     def run(
         self, *, say: Say = lambda text: None, should_stop: ShouldStop = lambda: False
     ) -> dict[str, Any]:
@@ -273,14 +283,15 @@ class Column(OfRecipe):
         self, context: "Context", task: "Task", say: Say, should_stop: ShouldStop
     ) -> "EndMessage":
         """How the task ended, which is well."""
+        from capgap.leases import Leases
         from capgap.sweep.checks import is_lost
-        from capgap.sweep.leases import Leases
         from capgap.sweep.plan import resolve_workers
         from capgap.sweep.schedule import EndMessage
         from capgap.sweep.workers import run_shared, run_task
 
         stale = context.recipe.run.lease_seconds
-        with Leases(context.leases, self.owner, stale=stale) as leases:
+        synced = partial(sync, context.out, *SHARED)
+        with Leases(context.leases, self.owner, stale=stale, sync=synced) as leases:
             if context.is_done(task) and not is_lost(context, task):
                 return EndMessage(task.id, "done")
             if not leases.take(task.id):

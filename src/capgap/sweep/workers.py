@@ -25,6 +25,7 @@ from capgap.errors import (
     is_storage_away,
 )
 from capgap.machine import VISIBLE_GPUS, resolve_device, visible_gpus
+from capgap.mirror import fetch
 from capgap.sweep.cells import Context, Task
 from capgap.sweep.schedule import EndMessage, Engine, Outcome, StepMessage
 
@@ -113,6 +114,7 @@ def run_task(
     outcome: Outcome = "done"
     message = ""
     try:
+        ranks.first(lambda: fetch(*context.files_of(task)))
         run = TaskRun(context, clock, should_stop, on_step, ranks)
         run.run(task)
         message = "\n".join(run.warnings)

@@ -6,6 +6,7 @@ is not heard of for `run.lease_seconds` has lost it. No clock is compared with a
 takes the time itself.
 """
 
+import json
 import os
 import threading
 import time
@@ -15,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from capgap.artifact import read_json, write_json
-from capgap.errors import UserError, patiently, warn_once
+from capgap.errors import UserError, warn_once
+from capgap.storage import Store, as_urls
 
 # An owner is heard of so often before it counts as gone
 BEATS = 10
@@ -24,23 +25,26 @@ BEATS = 10
 
 class Leases:
     """The tasks that `owner` has taken in `folder`; a context manager, inside of which others hear
-    of them, and at whose end they may take them."""
+    of them, and at whose end they may take them. `sync` is called behind every take and before
+    every release: what others did before is then here, and ours where they see it."""
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | str,
         owner: str | None = None,
         *,
         stale: float,
+        sync: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.folder, self.owner = folder, owner or uuid.uuid4().hex
+        self.store = Store(as_urls(str(folder)))
+        self.owner, self.sync = owner or uuid.uuid4().hex, sync
         self.beat, self.stale, self.clock = stale / BEATS, stale, clock
-        self._mine: dict[str, Path] = {}
+        self._mine: dict[str, str] = {}
         self._lost: set[str] = set()
         self._told: dict[str, dict[str, Any]] = {}
         # what was read of another's lease, and since when it has said the same
-        self._heard: dict[Path, tuple[Any, float]] = {}
+        self._heard: dict[str, tuple[Any, float]] = {}
         self._guard = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._go_on, name="leases", daemon=True)
@@ -56,32 +60,25 @@ class Leases:
             self.release(task)
 
     def take(self, task: str) -> bool:
-        number, path = self._newest(task)
-        if path is not None and not self._is_free(path):
+        number, name = self._newest(task)
+        if name is not None and not self._is_free(name):
             return False
-        mine = self.folder / task / str(number + 1)
-
-        def make() -> None:
-            mine.parent.mkdir(parents=True, exist_ok=True)
-            mine.open("x").close()
-
-        try:
-            patiently(make)
-        except FileExistsError:
+        mine = f"{task}/{number + 1}"
+        if not self.store.create(mine, self._said(task, beat=0)):
             return False
-        except OSError as error:
-            raise UserError(f"cannot write into {self.folder}: {error.strerror}") from None
         with self._guard:
             self._mine[task] = mine
             self._lost.discard(task)
-            self._say(mine, beat=0)
+        self.sync()
         return True
 
     def release(self, task: str) -> None:
+        if task in self._mine and task not in self._lost:
+            self.sync()
         with self._guard:
-            path = self._mine.pop(task, None)
-            if path is not None and task not in self._lost:
-                self._say(path, beat=-1)
+            name = self._mine.pop(task, None)
+            if name is not None and task not in self._lost:
+                self._say(name, beat=-1)
 
     def tell(self, task: str, progress: dict[str, Any]) -> None:
         """What others may read of a task with the next beat."""
@@ -89,33 +86,25 @@ class Leases:
 
     def told(self, task: str) -> dict[str, Any]:
         """What its owner last said of a task."""
-        path = self._newest(task)[1]
-        try:
-            return {} if path is None else read_json(path)
-        except UserError:
-            return {}
+        name = self._newest(task)[1]
+        return {} if name is None else self._read(name)
 
     def lost(self) -> set[str]:
         return set(self._lost)
 
-    def _newest(self, task: str) -> tuple[int, Path | None]:
-        folder = self.folder / task
-        names = os.listdir(folder) if folder.is_dir() else []
+    def _newest(self, task: str) -> tuple[int, str | None]:
+        names = (name.rpartition("/")[2] for name in self.store.names(task))
         number = max((int(name) for name in names if name.isdigit()), default=0)
-        return number, folder / str(number) if number else None
+        return number, f"{task}/{number}" if number else None
 
-    def _is_free(self, path: Path) -> bool:
+    def _is_free(self, name: str) -> bool:
         """Given back, or of an owner that is heard of no more, or our own of an earlier try."""
-        try:
-            said = read_json(path)
-        except UserError:
-            # it is being written for the first time
-            said = {}
+        said = self._read(name)
         if said.get("beat") == -1 or said.get("owner") == self.owner or _is_gone(said):
             return True
-        before, since = self._heard.get(path, (None, 0.0))
-        if said != before or path not in self._heard:
-            self._heard[path] = (said, self.clock())
+        before, since = self._heard.get(name, (None, 0.0))
+        if said != before or name not in self._heard:
+            self._heard[name] = (said, self.clock())
             return False
         return self.clock() - since > self.stale
 
@@ -124,21 +113,33 @@ class Leases:
         while not self._ended.wait(self.beat):
             beat += 1
             with self._guard:
-                for task, path in self._mine.items():
+                for task, name in self._mine.items():
                     # storage that fails for a while must not end what runs
-                    with suppress(OSError):
-                        if self._newest(task)[1] != path:
+                    with suppress(OSError, UserError):
+                        if self._newest(task)[1] != name:
                             self._lost.add(task)
                         elif task not in self._lost:
-                            self._say(path, beat=beat)
+                            self._say(name, beat=beat)
 
-    def _say(self, path: Path, beat: int) -> None:
+    def _read(self, name: str) -> dict[str, Any]:
+        """Nothing of what is gone, or is being written."""
         try:
-            said = {"owner": self.owner, "beat": beat, "process": [*_place(), os.getpid()]}
-            said |= {"host": os.uname().nodename, "progress": self._told.get(path.parent.name)}
-            write_json(path, said)
+            said = json.loads(self.store.read(name))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return said if isinstance(said, dict) else {}
+
+    def _said(self, task: str, beat: int) -> bytes:
+        said = {"owner": self.owner, "beat": beat, "process": [*_place(), os.getpid()]}
+        said |= {"host": os.uname().nodename, "progress": self._told.get(task)}
+        return json.dumps(said).encode()
+
+    def _say(self, name: str, beat: int) -> None:
+        task = name.rpartition("/")[0]
+        try:
+            self.store.write(name, self._said(task, beat))
         except (OSError, UserError) as error:
-            warn_once(f"no word of {path.parent.name} in {self.folder}: {error}")
+            warn_once(f"no word of {task} in {self.store.url}: {error}")
 
 
 def _place() -> list[Any]:
