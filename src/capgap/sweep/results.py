@@ -139,3 +139,13 @@ def _write_samples(context: Context, plan: Plan, corpus: Corpus, best: RunRecord
         for who, name, model in writers
     ]
     write_json(context.out / "samples.json", {"schema": 1, "texts": texts})
+
+
+def summary(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Of a corpus, without its long lists, which stay in corpus/manifest.json."""
+    long = {"source": "files", "heldout_source": "files", "heldout": "evaluated"}
+    kept = {key: value for key, value in manifest.items() if key != "request"}
+    for part, name in long.items():
+        if kept[part] is not None:
+            kept[part] = {key: value for key, value in kept[part].items() if key != name}
+    return kept

@@ -35,7 +35,7 @@ from capgap.sweep.checks import (
 from capgap.sweep.plan import Plan, expected_baselines, plan_of, resolve_workers, select_baselines
 from capgap.sweep.progress import Display
 from capgap.sweep.recipe import Recipe
-from capgap.sweep.results import best_cells, best_of, verdict_of
+from capgap.sweep.results import best_cells, best_of, summary, verdict_of
 from capgap.sweep.schedule import (
     LOOK_SECONDS,
     Alone,
@@ -111,6 +111,7 @@ def run_folder(
             folder = stack.enter_context(joined(plan, out, threads, display.say, is_whole))
             stale, shares = asked.lease_seconds, lambda: sync(folder.context.out, *SHARED)
             leases = stack.enter_context(Leases(folder.context.leases, stale=stale, sync=shares))
+            folder.begin(leases)
             claims = leases
         context = folder.context
         stack.enter_context(display)
@@ -130,10 +131,13 @@ def run_folder(
                 display.say("stopping: every worker saves its state")
                 raise
         display.bars.stop()
-        if on == "shared" and not _is_finisher(leases, folder, should_stop):
-            return {"out": str(out), "report": str(out / "report.html"), "finished": "elsewhere"}
+        if on != "here":
+            leases.release(folder.session)
+            if on == "shared" and not _is_finisher(leases, folder, should_stop):
+                report = out / "report.html"
+                return {"out": str(out), "report": str(report), "finished": "elsewhere"}
+            folder.gather(leases)
         display.say("fitting the law and writing the report")
-        folder.gather()
         folder.write(finished=datetime.now(UTC).isoformat(timespec="seconds"))
         with folder.stage("report"):
             best = best_of(context, plan, corpus)
@@ -385,12 +389,22 @@ class _Folder:
         else:
             write_json(self.path, self.fields | measured)
 
-    def gather(self) -> None:
-        """What all processes that shared the folder spent; from here on this one writes."""
-        if not self.is_shared:
-            return
+    @property
+    def session(self) -> str:
+        """The lease that this process holds until its own file is whole."""
+        return f"session-{self._own.stem}"
+
+    def begin(self, leases: Leases) -> None:
         self.write()
+        leases.take(self.session)
+
+    def gather(self, leases: Leases) -> None:
+        """What all processes that shared the folder spent; from here on this one writes."""
         self.is_shared = False
+        fetch(self._own.parent)
+        for path in self._own.parent.glob("*.json"):
+            while not leases.take(f"session-{path.stem}"):
+                time.sleep(LOOK_SECONDS)
         fetch(self._own.parent)
         before = read_json(self.path)
         self.stages, self.attempts = before.get("stages", {}), []
@@ -430,15 +444,5 @@ class _Folder:
                 f"{corpus.vocabulary} tokens: set corpus.vocabulary={corpus.vocabulary}"
             )
         # a recipe that has grown is noted before there is a run of it
-        self.write(corpus=_summary(corpus.manifest))
+        self.write(corpus=summary(corpus.manifest))
         return corpus
-
-
-def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Without its long lists, which stay in corpus/manifest.json."""
-    long = {"source": "files", "heldout_source": "files", "heldout": "evaluated"}
-    kept = {key: value for key, value in manifest.items() if key != "request"}
-    for part, name in long.items():
-        if kept[part] is not None:
-            kept[part] = {key: value for key, value in kept[part].items() if key != name}
-    return kept
