@@ -335,6 +335,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--fault", choices=FAULTS, action="append")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--commit", help="of the code, for the record")
     parser.add_argument("--work", type=Path, default=Path("/tmp/capgap-faults"))
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
@@ -353,7 +354,7 @@ def main() -> None:
     for number in range(arguments.times):
         for name in arguments.fault or FAULTS:
             if (name, number) not in done:
-                found = run(name, number, work / "trial", whole)
+                found = run(name, number, work / "trial", whole) | {"commit": arguments.commit}
                 print(json.dumps(found), flush=True)
                 with out.open("a") as stream:
                     stream.write(json.dumps(found) + "\n")
