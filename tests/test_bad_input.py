@@ -19,7 +19,7 @@ import pytest
 
 from capgap.artifact import read_json, write_json
 from capgap.config import load_recipe, parse_recipe
-from capgap.corpus import prepare as prepare_module
+from capgap.corpus import tokens as tokens_module
 from capgap.corpus.tokenizer import train_tokenizer
 from capgap.errors import WorkerDied
 from capgap.models.build import build_model, save_model
@@ -427,7 +427,7 @@ def test_a_disk_that_fills_up_while_the_text_is_read(typed, recipe, out, monkeyp
         return open("/dev/full" if path.name.startswith("train") else path, mode)
 
     with monkeypatch.context() as patched:
-        patched.setattr(prepare_module, "open", full, raising=False)
+        patched.setattr(tokens_module, "open", full, raising=False)
         assert_refused(typed("sweep", recipe, "--out", out), "no disk space left", "free some")
     assert not (out / "corpus").exists()
     with pytest.raises(WorkBegan):
