@@ -3,10 +3,10 @@
     python benchmarks/faults.py --times 20
     python benchmarks/faults.py --table
 
-Every trial starts Ray here with nodes of one core, runs a tiny sweep on it, and does one of FAULTS
-to it at a moment drawn for that trial. Its records must be those of an undisturbed run without Ray,
-bit for bit. Trials that are in the results are not run again. `storage` needs a C compiler: it
-makes opening, renaming and making files fail in the output folder for 20 s.
+Ray is started here with nodes of one core. Every trial runs a tiny sweep on them, and does one of
+FAULTS to it at a moment drawn for that trial. Its records must be those of an undisturbed run
+without Ray, bit for bit. Trials that are in the results are not run again. It needs a C compiler:
+one fault makes opening, renaming and making files fail in the output folder for 20 s.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,22 +105,43 @@ int mkdir(const char *path, mode_t mode) { REFUSE(path, -1)
 """
 
 
-class Trial:
-    """A cluster, an output folder, and a driver at work on it."""
+class Nodes:
+    """A cluster of nodes of one core, which trials share while it lasts."""
 
-    def __init__(self, folder: Path, seed: int, nodes: int = 2) -> None:
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        head = {"num_cpus": 1, "include_dashboard": False, "_system_config": SYSTEM}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.others: list[Any] = []
+
+    def be(self, number: int) -> None:
+        """So many nodes in all."""
+        while len(self.others) < number - 1:
+            self.others.append(self.cluster.add_node(num_cpus=1))
+        while len(self.others) > number - 1:
+            self.cluster.remove_node(self.others.pop())
+
+    def kill(self, node: Any) -> None:
+        """With all that runs on it, as when a machine loses its power."""
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        for process in [raylet, *raylet.children(recursive=True)]:
+            with suppress(psutil.Error):
+                process.kill()
+        self.cluster.remove_node(node, allow_graceful=False)
+
+
+class Trial:
+    """An output folder, and a driver at work on it."""
+
+    def __init__(self, folder: Path, seed: int, nodes: Nodes) -> None:
         self.out = folder / "out"
         self.log = folder / "log"
         self.recipe = folder / "recipe.toml"
         self.drawn = random.Random(seed)
-        self.num_nodes = nodes
+        self.nodes = nodes
         self.driver: subprocess.Popen[bytes] | None = None
-        self.start_cluster()
-
-    def start_cluster(self) -> None:
-        head = {"num_cpus": 1, "include_dashboard": False, "_system_config": SYSTEM}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(self.num_nodes - 1)]
 
     def drive(self) -> "subprocess.Popen[bytes]":
         """Another driver, as a user starts it."""
@@ -133,7 +154,7 @@ class Trial:
             "--out",
             str(self.out),
         ]
-        environment = os.environ | {"RAY_ADDRESS": self.cluster.address}
+        environment = os.environ | {"RAY_ADDRESS": self.nodes.cluster.address}
         with self.log.open("a") as log:
             self.driver = subprocess.Popen(
                 [*command, "--on", "ray"], env=environment, stdout=log, stderr=log
@@ -167,44 +188,35 @@ class Trial:
                     found.append(process)
         return found
 
-    def kill(self, node: Any) -> None:
-        """A node with all that runs on it, as when a machine loses its power."""
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        for process in [raylet, *raylet.children(recursive=True)]:
-            with suppress(psutil.Error):
-                process.kill()
-        self.cluster.remove_node(node, allow_graceful=False)
-
     def close(self) -> None:
         if self.driver is not None and self.driver.poll() is None:
             self.driver.kill()
         for process in self.columns():
             with suppress(psutil.Error):
                 process.kill()
-        with suppress(Exception):
-            self.cluster.shutdown()
 
 
 def node_killed(trial: Trial) -> None:
     """A node dies in the middle of its task; another comes."""
     trial.drive()
     trial.at_work()
-    trial.kill(trial.nodes[0])
-    trial.cluster.add_node(num_cpus=1)
+    trial.nodes.kill(trial.nodes.others.pop())
+    trial.nodes.be(2)
 
 
 def head_killed(trial: Trial) -> None:
     """The machine with the head dies; a new cluster is begun, and the command given again."""
     driver = trial.drive()
     trial.at_work()
-    trial.kill(trial.cluster.head_node)
+    trial.nodes.kill(trial.nodes.cluster.head_node)
     began = time.monotonic()
     while driver.poll() is None and time.monotonic() - began < TRIAL_SECONDS:
         time.sleep(0.1)
     assert driver.returncode == 2, f"the driver ended with {driver.returncode}"
     with suppress(Exception):
-        trial.cluster.shutdown()
-    trial.start_cluster()
+        trial.nodes.cluster.shutdown()
+    trial.nodes.start()
+    trial.nodes.be(2)
     trial.drive()
 
 
@@ -221,7 +233,7 @@ def node_added(trial: Trial) -> None:
     """Another node comes to one that is at work."""
     trial.drive()
     trial.at_work()
-    trial.cluster.add_node(num_cpus=1)
+    trial.nodes.be(2)
 
 
 def memory_killed(trial: Trial) -> None:
@@ -276,13 +288,13 @@ def results(out: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def failing_storage(folder: Path) -> Iterator[None]:
-    """Processes started inside find the storage failing while a flag is there."""
+def failing_storage(folder: Path, out: Path) -> Iterator[None]:
+    """Processes started inside find what lies in `out` failing while a flag is there."""
     write_text(folder / "failing.c", FAILING)
     library = folder / "failing.so"
     words = ["gcc", "-shared", "-fPIC", "-o", str(library), str(folder / "failing.c"), "-ldl"]
     subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
-    asked = {"LD_PRELOAD": str(library), "FAILING_FOLDER": str(folder / "out")}
+    asked = {"LD_PRELOAD": str(library), "FAILING_FOLDER": str(out)}
     asked["FAILING_WHILE"] = str(folder / "flag")
     os.environ.update(asked)
     try:
@@ -292,28 +304,30 @@ def failing_storage(folder: Path) -> Iterator[None]:
             os.environ.pop(name)
 
 
-def run(name: str, number: int, folder: Path, whole: dict[str, Any]) -> dict[str, Any]:
+def run(
+    name: str, number: int, folder: Path, nodes: Nodes, whole: dict[str, Any]
+) -> dict[str, Any]:
     """One trial, as a line of the results."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_text(folder / "recipe.toml", RECIPE)
+    Path(os.environ["FAILING_WHILE"]).unlink(missing_ok=True)
     fault = FAULTS[name]
+    nodes.be(1 if fault is node_added else 2)
     began = time.monotonic()
-    nodes = 1 if fault is node_added else 2
     found: dict[str, Any] = {"fault": name, "trial": number}
-    with failing_storage(folder) if fault is storage_failing else nullcontext():
-        trial = Trial(folder, number, nodes)
-        try:
-            fault(trial)
-            trial.wait()
-            attempts = read_json(trial.out / "sweep.json")["attempts"]
-            same = results(trial.out) == whole
-            found |= {"same": same, "attempts": [one["outcome"] for one in attempts]}
-        except (AssertionError, subprocess.TimeoutExpired) as error:
-            told = trial.log.read_text()[-1500:]
-            found |= {"same": False, "reason": f"{str(error)[:200]}: {told}"}
-        finally:
-            trial.close()
+    trial = Trial(folder, number, nodes)
+    try:
+        fault(trial)
+        trial.wait()
+        attempts = read_json(trial.out / "sweep.json")["attempts"]
+        same = results(trial.out) == whole
+        found |= {"same": same, "attempts": [one["outcome"] for one in attempts]}
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        told = trial.log.read_text()[-1500:]
+        found |= {"same": False, "reason": f"{str(error)[:200]}: {told}"}
+    finally:
+        trial.close()
     return found | {"seconds": round(time.monotonic() - began, 1)}
 
 
@@ -352,13 +366,21 @@ def main() -> None:
     command = [sys.executable, "-m", "capgap", "sweep", str(work / "recipe.toml"), "--quiet"]
     subprocess.run([*command, "--out", str(work / "whole")], check=True, stdout=subprocess.DEVNULL)
     whole = results(work / "whole")
-    for number in range(arguments.times):
-        for name in arguments.fault or FAULTS:
-            if (name, number) not in done:
-                found = run(name, number, work / "trial", whole) | {"commit": arguments.commit}
-                print(json.dumps(found), flush=True)
-                with out.open("a") as stream:
-                    stream.write(json.dumps(found) + "\n")
+    left = [
+        (name, number)
+        for number in range(arguments.times)
+        for name in arguments.fault or FAULTS
+        if (name, number) not in done
+    ]
+    with failing_storage(work, work / "trial" / "out"):
+        nodes = Nodes()
+        for name, number in left:
+            found = run(name, number, work / "trial", nodes, whole)
+            found["commit"] = arguments.commit
+            print(json.dumps(found), flush=True)
+            with out.open("a") as stream:
+                stream.write(json.dumps(found) + "\n")
+        nodes.cluster.shutdown()
 
 
 if __name__ == "__main__":
