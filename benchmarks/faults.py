@@ -142,6 +142,7 @@ class Trial:
         self.drawn = random.Random(seed)
         self.nodes = nodes
         self.driver: subprocess.Popen[bytes] | None = None
+        self.drivers: list[subprocess.Popen[bytes]] = []
 
     def drive(self) -> "subprocess.Popen[bytes]":
         """Another driver, as a user starts it."""
@@ -159,6 +160,7 @@ class Trial:
             self.driver = subprocess.Popen(
                 [*command, "--on", "ray"], env=environment, stdout=log, stderr=log
             )
+        self.drivers.append(self.driver)
         return self.driver
 
     def wait(self) -> None:
@@ -189,8 +191,9 @@ class Trial:
         return found
 
     def close(self) -> None:
-        if self.driver is not None and self.driver.poll() is None:
-            self.driver.kill()
+        for driver in self.drivers:
+            driver.kill()
+            driver.wait()
         for process in self.columns():
             with suppress(psutil.Error):
                 process.kill()

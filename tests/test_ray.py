@@ -131,11 +131,15 @@ def test_a_node_and_the_driver_die_and_the_records_are_the_same(
     driver.kill()
     driver.communicate()
     driver = begin(recipe, out, cluster, "--json")
+    log = told_of(out).rename(tmp_path / "first.log")
+    # another waits for its end, and finds nothing to do
+    second = begin(recipe, out, cluster, "--json")
     # a node goes while a column is at work, and another comes
     wait_for(lambda: list(checkpoints.glob("column-*/*/manifest.json")), driver)
     cluster.replace()
-    answer, _ = driver.communicate(timeout=300)
-    assert driver.returncode == 0, told_of(out).read_text()
+    for process, told in ((driver, log), (second, told_of(out))):
+        answer, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, told.read_text()
     found = json.loads(answer)
     assert found["best"] == json.loads((whole / "sweep.json").read_text())["best"]["cell"]
     assert results(out) == results(whole)

@@ -111,13 +111,15 @@ def run_folder(
             folder = stack.enter_context(joined(plan, out, threads, display.say, is_whole))
             stale, shares = asked.lease_seconds, lambda: sync(folder.context.out, *SHARED)
             leases = stack.enter_context(Leases(folder.context.leases, stale=stale, sync=shares))
+            if on == "ray":
+                _become_driver(leases, folder, display.say, should_stop)
+            # whoever waits for another has none: the other would wait for its end
             folder.begin(leases)
             claims = leases
         context = folder.context
         stack.enter_context(display)
         engine: Engine = Workers(context, number, gpus)
         if on == "ray":
-            _become_driver(leases, folder, display.say, should_stop)
             # every task takes its own lease, where it runs
             claims, engine = Alone(), RayNodes(context, leases.owner)
         with engine:
