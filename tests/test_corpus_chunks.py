@@ -2,12 +2,14 @@
 
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from capgap.corpus import chunks
+from capgap.corpus import chunks, prepare
 from capgap.corpus.split import SmallestDigests
 from capgap.errors import UserError, WorkerDied
 from capgap.in_order import in_order
@@ -110,6 +112,107 @@ def test_of_a_mended_file_the_others_are_kept(folder, tmp_path, monkeypatch):
     (folder / "5.jsonl").unlink()
     (folder / "5.txt").write_bytes(good)
     assert told(tmp_path / "out", folder) == told(tmp_path / "whole", folder)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"max_bytes": 20_000}, {}),
+        ({"max_bytes": 20_000}, {"max_bytes": 15_000}),
+        ({}, {"max_bytes": 15_000}),
+        ({"max_documents": 60}, {"max_documents": 30}),
+    ],
+)
+def test_what_another_request_left_serves_no_other(folder, tmp_path, monkeypatch, first, then):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
+    begun(monkeypatch, folder, tmp_path / "out", **first)
+    assert list(tmp_path.glob(".out.chunks/*"))
+    assert told(tmp_path / "out", folder, **then) == told(tmp_path / "whole", folder, **then)
+
+
+def test_a_shorter_file_moves_what_limits_leave_of_the_next(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
+    limit = {"max_bytes": 20_000}
+    begun(monkeypatch, folder, tmp_path / "out", **limit)
+    write_documents(folder / "0.txt", [make_document(0)])
+    assert told(tmp_path / "out", folder, **limit) == told(tmp_path / "whole", folder, **limit)
+
+
+def begun(monkeypatch, folder: Path, out: Path, **options: Any) -> None:
+    """A preparation that is stopped when all chunks are written."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "cut_for_evaluation", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(folder, out, **options)
+
+
+def test_the_sample_of_a_tokenizer_is_that_of_one_chunk(tmp_path, monkeypatch):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    write_documents(folder / "0.txt", [make_document(one) for one in range(200)])
+    write_documents(folder / "1.txt", [make_document(one, words=5) for one in range(200, 230)])
+    monkeypatch.setattr(prepare, "SAMPLE_BYTES_PER_TOKEN", 20)
+    whole = told(tmp_path / "whole", folder)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
+    assert told(tmp_path / "parts", folder) == whole
+
+
+def test_many_chunks_and_shards_with_few_open_files(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(150):
+        write_documents(folder / f"{number:03d}.txt", [make_document(number)])
+    code = (
+        "import sys\n"
+        "from capgap.corpus import chunks, tokens\n"
+        "from capgap.corpus.prepare import prepare_corpus\n"
+        "chunks.CHUNK_BYTES, tokens.SHARD_TOKENS = 1, 50\n"
+        "made = prepare_corpus(sys.argv[1], sys.argv[2], vocabulary=300, window=16)\n"
+        "print(len(made.manifest['train']['shards']), len(made.train.windows_at([0, 1])))"
+    )
+    words = [sys.executable, "-c", code, folder, tmp_path / "out"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -Sn 100; exec "$@"', "-", *words],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    shards, windows = map(int, done.stdout.split())
+    assert (shards > 100, windows) == (True, 2)
+
+
+def test_a_script_that_is_loaded_again_is_told(folder, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from capgap.corpus import chunks\n"
+        "from capgap.corpus.prepare import prepare_corpus\n"
+        "chunks.CHUNK_BYTES = 1\n"
+        "prepare_corpus(*sys.argv[1:], vocabulary=300, workers=2)"
+    )
+    words = [sys.executable, script, folder, tmp_path / "out"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert 'under `if __name__ == "__main__":`' in done.stderr
+
+
+def test_processes_that_cannot_be_are_told(folder, tmp_path):
+    with pytest.raises(UserError, match="workers 0 must be 1 or more"):
+        prepared(folder, tmp_path / "out", workers=0)
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(folder, tmp_path, typed, monkeypatch):
+    pytest.importorskip("ray", reason="capgap[ray] is not installed")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
+    answer = typed("corpus", folder, "--out", tmp_path / "out", "--on", "ray")
+    assert answer.code == 2
+    assert "capgap: cannot join the Ray cluster 127.0.0.1:1: " in answer.err
+    assert "Connection refused" in answer.err
 
 
 @pytest.mark.parametrize("seed", range(5))

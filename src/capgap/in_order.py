@@ -2,18 +2,33 @@
 
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any, Literal
 
-from capgap.errors import WorkerDied, first_line
+from capgap.errors import UserError, WorkerDied, first_line
 from capgap.ray_cluster import connected
 
 On = Literal["here", "ray"]
 
 # How often Ray begins one again whose node is lost
 ATTEMPTS = 5
+
+
+def check_workers(number: int) -> None:
+    """UserError for none, and in a process that loads the calling script as it begins."""
+    from multiprocessing import current_process
+
+    if number < 1:
+        raise UserError(f"workers {number} must be 1 or more")
+    # as multiprocessing itself tells it, whose word would come too late
+    if number > 1 and getattr(current_process(), "_inheriting", False):
+        raise UserError(
+            "workers: processes load the calling script again; call it under "
+            '`if __name__ == "__main__":`'
+        )
 
 
 def in_order(
@@ -50,8 +65,15 @@ def _in_processes(stack: ExitStack, function: Callable[..., Any], workers: int) 
     from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 
     context = multiprocessing.get_context("forkserver")
-    pool = stack.enter_context(ProcessPoolExecutor(workers, context, _alone))
-    stack.callback(pool.shutdown, cancel_futures=True)
+    pool = ProcessPoolExecutor(workers, context, _alone)
+
+    @stack.push
+    def end(kind: Any, *_: Any) -> None:
+        if kind is not None:
+            # a chunk may take long; what it writes appears whole or not at all
+            for process in list((getattr(pool, "_processes", None) or {}).values()):
+                process.terminate()
+        pool.shutdown(cancel_futures=True)
 
     def submit(*one: Any) -> Callable[[], Any]:
         future = pool.submit(function, *one)
@@ -62,7 +84,8 @@ def _in_processes(stack: ExitStack, function: Callable[..., Any], workers: int) 
             except BrokenProcessPool:
                 raise WorkerDied(
                     "a worker process ended by itself, mostly for lack of memory: try fewer "
-                    "`workers`; the same command continues"
+                    "`workers`; the same command continues (in a script it stands under "
+                    '`if __name__ == "__main__":`)'
                 ) from None
 
         return result
@@ -71,9 +94,19 @@ def _in_processes(stack: ExitStack, function: Callable[..., Any], workers: int) 
 
 
 def _alone() -> None:
-    """One of several processes: libraries take one thread, and Ctrl-C ends it without a word."""
+    """One of several processes: libraries take one thread, Ctrl-C ends it without a word, and so
+    does the end of whoever asks."""
+    from multiprocessing import connection, parent_process
+
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent: Any = parent_process()
+
+    def wait() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _on_ray(stack: ExitStack, function: Callable[..., Any]) -> tuple[Any, int]:

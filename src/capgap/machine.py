@@ -21,6 +21,8 @@ from capgap.errors import UserError
 # The share of a data sheet's peak that training reaches, where nothing else is stated: an H200
 # reached 0.26 to 0.35 (docs/benchmarks.md)
 UTILISATION = 0.3
+# Open in a process besides those that are asked for
+FILES_IN_USE = 500
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 # What torchrun tells its processes, all of it
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -241,3 +243,12 @@ def limited(what: str, *, seconds: float, memory: int) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.signal(signal.SIGALRM, before)
+
+
+def allow_open_files(number: int) -> None:
+    """So many more than usual, as far as the system lets this process have them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    least = number + FILES_IN_USE
+    if soft != resource.RLIM_INFINITY and soft < least:
+        most = least if hard == resource.RLIM_INFINITY else min(least, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -1,6 +1,7 @@
 """A connection to a Ray cluster (extra `capgap[ray]`), without its noise."""
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -10,10 +11,12 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+from capgap.errors import border
 from capgap.machine import install_command, usable_cores
 from capgap.stage import FieldError
 
 LOOK_SECONDS = 2.0
+CONNECT_SECONDS = 10.0
 # Ray itself ends a process without a word, a minute after it last heard of the head
 HEAD_SECONDS = 30.0
 USER_ERROR = 2
@@ -35,12 +38,10 @@ class Head:
         self._ended.set()
 
     def _watch(self) -> None:
-        host, port = self.address.rsplit(":", 1)
         heard = time.monotonic()
         while not self._ended.wait(LOOK_SECONDS):
             try:
-                at = (host.strip("[]"), int(port))
-                socket.create_connection(at, timeout=LOOK_SECONDS).close()
+                socket.create_connection(_place(self.address), timeout=LOOK_SECONDS).close()
                 self.is_there, heard = True, time.monotonic()
             except OSError as error:
                 self.is_there = False
@@ -52,6 +53,11 @@ class Head:
                         flush=True,
                     )
                     os._exit(USER_ERROR)
+
+
+def _place(address: str) -> tuple[str, int]:
+    host, port = address.rsplit(":", 1)
+    return host.strip("[]"), int(port)
 
 
 def check_installed() -> None:
@@ -70,10 +76,17 @@ def connected() -> Iterator[Head]:
         stack.enter_context(_standard_output_to_nobody())
         quiet: Any = {"log_to_driver": False, "logging_level": "error"}
         if not ray.is_initialized():
-            try:
-                ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
-            except ConnectionError:
-                ray.init(num_cpus=usable_cores(), include_dashboard=False, **quiet)
+            address = os.environ.get("RAY_ADDRESS")
+            with border(f"cannot join the Ray cluster {address or 'of this machine'}"):
+                if address and re.fullmatch(r"(?!ray:)[^/]+:\d+", address):
+                    # Ray itself would ask again for minutes
+                    socket.create_connection(_place(address), timeout=CONNECT_SECONDS).close()
+                try:
+                    ray.init(address=address or "auto", **quiet)
+                except ConnectionError:
+                    if address:
+                        raise
+                    ray.init(num_cpus=usable_cores(), include_dashboard=False, **quiet)
             stack.callback(ray.shutdown)
         head = Head(ray.get_runtime_context().gcs_address)
         stack.callback(head.close)

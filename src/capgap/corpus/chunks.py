@@ -103,8 +103,10 @@ def chunks_of(source: Source, folder: Path, role: str, asked: object) -> list[Ch
     is `asked`."""
     files: list[tuple[Path, ...]] = [source.files]
     if source.kind in ("files", "stdlib"):
-        groups = grouped(source.files, lambda path: path.stat().st_size, CHUNK_BYTES)
-        files = [tuple(group) for group in groups]
+        sizes = [size for _, size, _ in source.fingerprint()["files"]]
+        sized = zip(source.files, sizes, strict=True)
+        groups = grouped(sized, lambda one: one[1], CHUNK_BYTES)
+        files = [tuple(path for path, _ in group) for group in groups]
     sources = [replace(source, files=own) for own in files]
     keys = [digest([one.fingerprint(), asked])[:32] for one in sources]
     return [Chunk(one, folder / f"{role}-{key}") for one, key in zip(sources, keys, strict=True)]
@@ -130,6 +132,7 @@ def read_chunk(
         with file_written(chunk.file("rows.npy")) as aside, aside.open("wb") as stream:
             np.save(stream, found.rows)
         told: dict[str, Any] = {"is_full": reading.is_full}
+        told["ends"] = {what: f"{end:x}" for what, end in found.ends.items()}
         with file_written(chunk.file("texts")) as aside, aside.open("wb") as stream:
             for what in ("candidates", "sample", "largest"):
                 documents: list[tuple[int, bytes]] = getattr(found, what)
@@ -164,18 +167,20 @@ def compare(
     """Finds what is to be dropped of every chunk, and writes it beside: documents that came before,
     and those of the held-out source. Digests are compared range by range, so that never all of them
     are in memory."""
-    held, rows = [one.rows() for one in heldout], [one.rows() for one in chunks]
+    every = (*heldout, *chunks)
+    documents = sum(len(one.rows()) for one in every)
     unique = num_bytes = 0
     excluded: set[int] = set()
-    parts = 1 + sum(map(len, [*held, *rows])) * ROW.itemsize // PARTITION_BYTES
+    parts = 1 + documents * ROW.itemsize // PARTITION_BYTES
     with ExitStack() as stack:
         dropped = [stack.enter_context(file_written(one.file("dropped"))) for one in chunks]
         for path in dropped:
             path.touch()
         for low, high in pairwise((number << 64) // parts for number in range(parts + 1)):
-            slices = [_between(one, low, high) for one in (*held, *rows)]
+            # each file is open for a moment: a process may have few at once
+            slices = [_between(one.rows(), low, high) for one in every]
             # those of the held-out source first: a document that it has comes after its own
-            owner = np.repeat(np.arange(len(slices)) - len(held), list(map(len, slices)))
+            owner = np.repeat(np.arange(len(every)) - len(heldout), list(map(len, slices)))
             here = np.concatenate(slices)
             order = np.lexsort((here["low"], here["high"]))
             here, owner = here[order], owner[order]
@@ -192,30 +197,33 @@ def compare(
             is_dropped = ~is_first & (owner >= 0)
             for number in np.unique(owner[is_dropped]):
                 with dropped[number].open("ab") as stream:
-                    here["index"][is_dropped & (owner == number)].tofile(stream)
-    kept = {
-        "candidates": SmallestDigests(max_bytes=SAMPLE_BYTES),
-        "sample": SmallestDigests(max_bytes=sample_bytes),
-    }
-    for chunk in chunks:
-        for what, smallest in kept.items():
+                    # tofile tells nothing of a disk that is full
+                    stream.write(here["index"][is_dropped & (owner == number)].tobytes())
+    kept = {}
+    for what, most in (("candidates", SAMPLE_BYTES), ("sample", sample_bytes)):
+        # what a chunk had no room for may come before what others have
+        ends = (read_json(one.file("read.json"))["ends"][what] for one in chunks)
+        smallest = SmallestDigests(max_bytes=most, end=min(int(end, 16) for end in ends))
+        for chunk in chunks:
             for document in chunk.kept(what):
                 smallest.add(*document)
+        kept[what] = smallest.documents()
     return Found(
-        sum(map(len, rows)),
+        documents - sum(len(one.rows()) for one in heldout),
         unique,
         num_bytes,
-        sorted({number for one in rows for number in smallest_digests(one)}),
+        sorted({number for one in chunks for number in smallest_digests(one.rows())}),
         frozenset(excluded),
-        **{what: smallest.documents() for what, smallest in kept.items()},
+        **kept,
         largest=sorted(document for one in chunks for document in one.kept("largest"))[-1:],
     )
 
 
 def _between(rows: NDArray[Any], low: int, high: int) -> NDArray[Any]:
-    """The rows, by rising digest, whose upper half lies in low .. high - 1."""
+    """A copy of the rows, by rising digest, whose upper half lies in low .. high - 1."""
     begin = np.searchsorted(rows["high"], np.uint64(low))
-    return rows[begin : None if high >> 64 else np.searchsorted(rows["high"], np.uint64(high))]
+    end = None if high >> 64 else np.searchsorted(rows["high"], np.uint64(high))
+    return np.array(rows[begin:end])
 
 
 @cache
@@ -233,6 +241,7 @@ def write_chunk(
         "threshold": f"{split.threshold:x}",
         "limit": limit,
         "tokenizer": tokenizer.name,
+        "rows": file_hash(chunk.file("rows.npy")),
         "dropped": file_hash(chunk.file("dropped")),
     }
     done = chunk.file("written.json")

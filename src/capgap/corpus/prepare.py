@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,7 @@ from capgap.corpus.tokens import (
     token_dtype,
 )
 from capgap.errors import UserError
-from capgap.in_order import On, in_order
+from capgap.in_order import On, check_workers, in_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -154,6 +154,7 @@ def prepare_corpus(
     for name, limit in (read | kept).items():
         if limit is not None and limit < 1:
             raise UserError(f"{name} {limit} must be 1 or more")
+    check_workers(workers)
     if tokenizer is None:
         check_vocabulary(vocabulary)
     reading = {"text_column": text_column, "separator": separator}
@@ -174,15 +175,19 @@ def prepare_corpus(
     told = progress or (lambda stage, done, total: None)
     writing = _Writing(opened, heldout, options, told, workers, on)
     directory = Path(directory).expanduser().absolute()
+    found = directory.with_name(f".{directory.name}.chunks")
     with only_process(directory):
         reason = _why_prepare(directory, writing.request, replace=replace)
-        if reason is not None:
+        if reason is None:
+            # left by a process that was killed as it had just ended
+            shutil.rmtree(found, ignore_errors=True)
+        else:
             if reason == NEW:
                 logger.info("preparing the corpus in %s: %s", directory, reason)
             else:
                 logger.warning("making the corpus in %s anew: %s", directory, reason)
             with (
-                chunk_folder(directory.with_name(f".{directory.name}.chunks")) as work,
+                chunk_folder(found) as work,
                 folder_written(directory) as aside,
             ):
                 made = writing.fill(aside, tokenizer, window, work)
@@ -312,8 +317,8 @@ class _Writing:
             return []
         known = (self.options.heldout_fraction, self.sample_bytes)
         role = "train" if source is self.source else "heldout"
-        chunks = chunks_of(source, work, role, known)
         reading = Reading(self.options.max_bytes, self.options.max_documents)
+        chunks = chunks_of(source, work, role, [*known, vars(self.options)])
         if reading.is_limited:
             for number, chunk in enumerate(chunks, 1):
                 read_chunk(chunk, reading, *known, lambda done: self.progress("read", done, None))
@@ -327,16 +332,10 @@ class _Writing:
             self.progress("read", done, None)
         return chunks
 
-    def _each(
-        self,
-        chunks: Sequence[Chunk],
-        function: Callable[..., Any],
-        arguments: Iterable[tuple[Any, ...]],
-    ) -> Iterator[Any]:
+    def _each(self, chunks: Sequence[Chunk], function: Any, arguments: Any) -> Iterator[Any]:
         """As `in_order`; one alone is not worth another process."""
-        if len(chunks) == 1:
-            return in_order(function, arguments)
-        return in_order(function, arguments, workers=self.workers, on=self.on)
+        where: Any = {"workers": self.workers, "on": self.on} if len(chunks) > 1 else {}
+        return in_order(function, arguments, **where)
 
     def _choose_split(self, found: Found, heldout: Found | None) -> Split:
         for source, each in ((self.source, found), (self.heldout_source, heldout)):

@@ -77,24 +77,24 @@ class SmallestDigests:
     The first document is kept whatever its size.
     """
 
-    def __init__(self, *, max_bytes: int) -> None:
+    def __init__(self, *, max_bytes: int, end: int = DIGESTS) -> None:
         self._max_bytes = max_bytes
         self._heap: list[tuple[int, bytes]] = []  # the largest digest, negated, on top
         self._kept: set[int] = set()
         self._num_bytes = 0
-        self._end = DIGESTS  # the smallest that had no room
+        self.end = end  # the smallest that had no room
 
     def add(self, digest: int, document: bytes) -> None:
         """Offer a document; those of larger digests make room for it."""
-        if digest >= self._end or digest in self._kept:
+        if digest >= self.end or digest in self._kept:
             return
         heapq.heappush(self._heap, (-digest, document))
         self._kept.add(digest)
         self._num_bytes += len(document)
         while len(self._heap) > 1 and self._num_bytes > self._max_bytes:
             negated, dropped = heapq.heappop(self._heap)
-            self._end = -negated
-            self._kept.remove(self._end)
+            self.end = -negated
+            self._kept.remove(self.end)
             self._num_bytes -= len(dropped)
 
     def documents(self) -> list[tuple[int, bytes]]:
@@ -136,12 +136,14 @@ class Scan:
         candidates: documents of the smallest digests; those to evaluate on are among them.
         sample: documents of the smallest digests above the usual threshold.
         largest: the document of the largest digest, if there is any.
+        ends: of candidates and sample, the first digest for which there was no room.
     """
 
     rows: NDArray[Any]
     candidates: list[tuple[int, bytes]]
     sample: list[tuple[int, bytes]]
     largest: list[tuple[int, bytes]]
+    ends: dict[str, int]
 
 
 def training_sample(
@@ -196,4 +198,5 @@ def scan(
     rows["high"], rows["low"] = np.frombuffer(digests, ">u8").reshape(-1, 2).T
     rows["index"], rows["bytes"] = np.arange(len(sizes)), sizes
     order = np.lexsort((rows["low"], rows["high"]))
-    return Scan(rows[order], candidates.documents(), sample.documents(), largest)
+    ends = {"candidates": candidates.end, "sample": sample.end}
+    return Scan(rows[order], candidates.documents(), sample.documents(), largest, ends)

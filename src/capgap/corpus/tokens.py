@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from capgap.artifact import file_hash, read_json
 from capgap.corpus.names import MANIFEST, check_prepared
 from capgap.errors import UserError, first_line
+from capgap.machine import allow_open_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -122,6 +123,7 @@ class TokenWindows:
     def __init__(
         self, sources: Sequence[Sequence[Path]], dtype: np.dtype[Any], window: int, marks: Marks
     ) -> None:
+        allow_open_files(sum(map(len, sources)))
         # as plain arrays, whose slices cost a tenth of a memmap's
         shards = [[np.asarray(np.memmap(path, dtype, "r")) for path in own] for own in sources]
         tokens = [sum(map(len, own)) for own in shards]
