@@ -24,7 +24,7 @@ import numpy as np
 from capgap.corpus import chunks
 from capgap.corpus.prepare import prepare_corpus
 from capgap.corpus.sources import Source
-from capgap.corpus.split import ROW
+from capgap.corpus.split import DIGESTS, ROW
 from capgap.corpus.tokens import Marks, TokenWindows
 
 TOKENS = 190_000_000
@@ -75,8 +75,9 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> Iterator[dict[str, A
         rows["index"] = np.arange(len(rows))
         np.save(chunk.file("rows.npy"), rows)
         kept = {"at": 0, "documents": []}
-        told = json.dumps(dict.fromkeys(("candidates", "sample", "largest"), kept))
-        chunk.file("read.json").write_text(told)
+        told = dict.fromkeys(("candidates", "sample", "largest"), kept)
+        ends = dict.fromkeys(("candidates", "sample"), f"{DIGESTS:x}")
+        chunk.file("read.json").write_text(json.dumps({**told, "ends": ends}))
         chunk.file("texts").touch()
     tracemalloc.start()
     began = time.monotonic()
