@@ -328,7 +328,9 @@ def run(
         found |= {"same": same, "attempts": [one["outcome"] for one in attempts]}
     except (AssertionError, subprocess.TimeoutExpired) as error:
         told = trial.log.read_text()[-1500:]
-        found |= {"same": False, "reason": f"{str(error)[:200]}: {told}"}
+        late = f"no end in {TRIAL_SECONDS:g} s"
+        why = late if isinstance(error, subprocess.TimeoutExpired) else error
+        found |= {"same": False, "reason": f"{why}: {told}"}
     finally:
         trial.close()
     return found | {"seconds": round(time.monotonic() - began, 1)}
