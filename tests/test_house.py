@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "capgap"
 COUNTED = (".py", ".j2", ".js", ".css")
 CEILINGS = {
-    "lines": 33_879,
+    "lines": 33_884,
     "files": 161,
     "longest file": 450,
-    "closure of a sweep's worker": 10_143,
-    "closure of capgap quickstart": 22_492,
+    "closure of a sweep's worker": 10_148,
+    "closure of capgap quickstart": 22_497,
 }
 # What a room may import besides itself; rooms below stand in BELOW
 BELOW = {"artifact", "errors", "hub", "in_order", "leases", "machine", "mirror", "ray_cluster"}

@@ -112,7 +112,12 @@ def test_a_task_by_itself_is_shared_and_stops(data, tmp_path):
 
 def test_what_cannot_be_shared_is_refused(data, typed, tmp_path):
     for run, told in (
-        ({"gpus_per_column": 3}, "run.gpus_per_column does not divide a batch of 16 windows"),
+        ({"gpus_per_column": 3}, "run.gpus_per_column 3 does not divide a batch of 16 windows"),
+        ({"shard_size": 3}, "run.shard_size 3 does not divide run.gpus_per_column 1"),
+        (
+            {"gpus_per_column": 4, "shard_size": 3},
+            "run.shard_size 3 does not divide run.gpus_per_column 4",
+        ),
         (
             {"gpus_per_column": 2, "teacher_device": "cpu"},
             "run.gpus_per_column share the teacher too: no run.teacher_device",
@@ -121,6 +126,9 @@ def test_what_cannot_be_shared_is_refused(data, typed, tmp_path):
         answer = typed("sweep", written(data, tmp_path / "x.toml", **run), "--out", tmp_path / "x")
         assert (answer.code, answer.err.count("\n")) == (2, 1)
         assert told in answer.err
+    gathered = ("--set", "training.precision=bf16_gathered")
+    answer = typed("sweep", written(data, tmp_path / "x.toml"), *gathered, "--out", tmp_path / "x")
+    assert "'bf16_gathered' needs run.gpus_per_column above 1: use bf16" in answer.err
     two = written(data, tmp_path / "two.toml", gpus_per_column=2)
     refused = typed("plan", two, "--gpus", "1xA100")
     assert (refused.code, refused.err.count("\n")) == (2, 1)

@@ -172,9 +172,14 @@ class Recipe(Section):
                 raise ValueError(f"{name} {list(values)} names one of them twice")
         self.training.check_batches("corpus.window", self.corpus.window)
         run, windows = self.run, self.training.batch_tokens // self.corpus.window
-        if windows % run.gpus_per_column:
-            raise ValueError(f"run.gpus_per_column does not divide a batch of {windows} windows")
-        if run.gpus_per_column > 1 and run.teacher_device != "same":
+        each, name = run.gpus_per_column, "run.gpus_per_column"
+        if windows % each:
+            raise ValueError(f"{name} {each} does not divide a batch of {windows} windows")
+        if each % (run.shard_size or each):
+            raise ValueError(f"run.shard_size {run.shard_size} does not divide {name} {each}")
+        if each == 1 and self.training.precision == "bf16_gathered":
+            raise ValueError(f"training.precision 'bf16_gathered' needs {name} above 1: use bf16")
+        if each > 1 and run.teacher_device != "same":
             raise ValueError("run.gpus_per_column share the teacher too: no run.teacher_device")
         students = self.students
         name = "tokens" if students.tokens else "tokens_per_parameter"
