@@ -30,6 +30,7 @@ from capgap.sweep.cells import Context
 from capgap.sweep.checks import claimed
 from capgap.sweep.plan import make_plan
 from capgap.sweep.schedule import Engine
+from capgap.sweep.sharing import Sharing
 from conftest import Answer, made_up_text
 
 
@@ -38,7 +39,7 @@ class WorkBegan(Exception):
 
 
 class IdleWorkers(Engine):
-    def __init__(self, context: Context, number: int, gpus: tuple[str, ...] = ()) -> None:
+    def __init__(self, context: Context, *_: Any) -> None:
         self.context = context
 
     def has_place(self) -> bool:
@@ -728,7 +729,7 @@ def test_a_dead_worker_is_noticed_while_others_talk(tiny_recipe):
     process: Any = Dead()
     name = plan.teachers[0].id
     ours, theirs = multiprocessing.Pipe()
-    pool.workers = [workers._Worker(0, ranks=[(process, ours)], task=name)]
+    pool.workers = [workers._Worker(0, Sharing(), ranks=[(process, ours)], task=name)]
     theirs.send(workers.StepMessage(name, 1, 1.0, None))
     with pytest.raises(WorkerDied, match=r"llama-t14k-seed0 ended with code -9"):
         pool.messages()

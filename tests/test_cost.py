@@ -4,6 +4,7 @@ published run, sweeps, and mistakes."""
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from capgap.models.families import FAMILIES
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape, ladder_shape
 from capgap.stages.prune import Prune
+from capgap.sweep.memory import task_loops
 from capgap.sweep.plan import expected_baselines, make_plan
 from capgap.sweep.recipe import Recipe
 from capgap.train.learner import Learner
@@ -302,6 +304,36 @@ def test_the_largest_task_of_a_sweep_is_of_its_largest_teacher():
     more = plan_sweep(load_recipe(find_recipe("quickstart")))
     assert more["memory_task"] == "column-llama-t240k-seed0"
     assert more["memory_gb"] > few["memory_gb"]
+
+
+@pytest.mark.parametrize("method", ["activation", "weights"])
+def test_several_gpus_score_a_model_whole_on_the_first(typed, method):
+    recipe = load_recipe(find_recipe("quickstart"), [f"scoring_method={method}"])
+    run = recipe.run.model_copy(update={"gpus_per_column": 8})
+    teacher = make_plan(recipe).teachers[-1]
+    (alone,) = task_loops(recipe, teacher, "H100")
+    (shared,) = task_loops(recipe.model_copy(update={"run": run}), teacher, "H100")
+    whole = 4 * teacher.shape.parameters().total
+    had, has = alone.phases()["scoring"], shared.phases()["scoring"]
+    assert (had["weights"], had["optimizer"]) == (whole, 2 * whole)
+    assert (has["weights"], has["optimizer"]) == (whole + whole // 8, 2 * (whole // 8))
+    assert has["gradients"] == (whole if method == "weights" else 0)
+    assert (has["activations"] > 0) == (method == "weights")
+    # a model that exists is read and scored
+    (given,) = task_loops(recipe, replace(teacher, source="folder"), "H100")
+    assert set(given.phases()) == {"scoring"}
+    assert given.peak()[1]["weights"] == whole
+    assert given.peak()[1]["optimizer"] == 0
+
+
+def test_a_plan_says_where_scoring_needs_most(typed):
+    changed = ["run.gpus_per_column=8", 'teachers.sizes=["1B"]', 'students.sizes=["300M"]']
+    changed += ["scoring_method=weights", "layers=24"]
+    words = [word for one in changed for word in ("--set", one)]
+    found = json.loads(typed("plan", "quickstart", *words, "--gpus", "8xH100", "--json").out)
+    assert found["peak_phase"] == "scoring"
+    told = typed("plan", "quickstart", *words, "--gpus", "8xH100").out
+    assert "where its first GPU scores it whole, fits" in told
 
 
 def test_for_a_person(typed):

@@ -166,10 +166,9 @@ def test_what_others_have_taken_over_is_ended_here(plan):
     assert engine.running == []
 
 
-@pytest.mark.parametrize(
-    ("each", "places"), [(1, ["3", "5", "6", "7", "3"]), (2, ["3,5", "6,7", "3,5"])]
-)
-def test_each_worker_sees_its_own_gpus(plan, monkeypatch, each, places):
+@pytest.fixture
+def processes(monkeypatch):
+    """Pretended ones: of each its place, rank and GPUs, and its end of a pipe."""
     seen, pipes = [], []
 
     class Process:
@@ -198,10 +197,21 @@ def test_each_worker_sees_its_own_gpus(plan, monkeypatch, each, places):
 
     monkeypatch.setattr("multiprocessing.get_context", lambda kind: Begin)
     monkeypatch.setattr("capgap.sweep.workers.POLL_SECONDS", 0.01)
-    run = plan.recipe.run.model_copy(update={"gpus_per_column": each})
+    return seen, pipes
+
+
+def workers_on(plan: Any, number: int, gpus: tuple[str, ...], each: int = 1) -> Workers:
+    run = plan.recipe.run.model_copy(update={"gpus_per_column": each, "workers": "auto"})
     recipe = plan.recipe.model_copy(update={"run": run})
-    context = Context(recipe, Path("out"), "cuda:0", None, recipe.training)
-    engine = Workers(context, len(places), ("3", "5", "6", "7"))
+    return Workers(Context(recipe, Path("out"), "cuda:0", None, recipe.training), number, gpus)
+
+
+@pytest.mark.parametrize(
+    ("each", "places"), [(1, ["3", "5", "6", "7", "3"]), (2, ["3,5", "6,7", "3,5"])]
+)
+def test_each_worker_sees_its_own_gpus(plan, processes, each, places):
+    seen, pipes = processes
+    engine = workers_on(plan, len(places), ("3", "5", "6", "7"), each)
     engine.start()
     ranks = [None] if each == 1 else [str(rank) for rank in range(each)]
     assert seen == [(f"GPU {place}", rank, place) for place in places for rank in ranks]
@@ -217,6 +227,36 @@ def test_each_worker_sees_its_own_gpus(plan, monkeypatch, each, places):
     assert engine.messages() == []
     engine.submit(second, None)
     assert seen[begun:] == ([] if each == 1 else seen[:each])
+
+
+def test_a_gpu_gets_another_task_where_that_gains_and_fits(plan, processes, monkeypatch):
+    seen, pipes = processes
+    tasks = [*plan.teachers, *plan.columns][:4]
+    needs = {task.id: gb * 10**9 for task, gb in zip(tasks, (3, 3, 3, 9), strict=True)}
+    monkeypatch.setattr("capgap.sweep.sharing.SETTLE_SECONDS", 0)
+    monkeypatch.setattr("capgap.sweep.sharing.MEASURE_SECONDS", 0)
+    for name, value in (("gpu_memory", 12e9), ("usable_cores", 8), ("free_memory", 10**12)):
+        monkeypatch.setattr(f"capgap.sweep.workers.{name}", lambda *_, value=value: value)
+    monkeypatch.setattr("capgap.sweep.workers.gpu_bytes", lambda _, task: needs[task.id])
+    engine = workers_on(plan, 2, ("3", "5"))
+    engine.start()
+    # those that share a GPU begin when they are needed
+    assert [place for place, *_ in seen] == ["GPU 3", "GPU 5"]
+    assert [engine.submit(task, None) for task in tasks[:2]] == ["GPU 3", "GPU 5"]
+    assert not engine.has_place()
+    for tokens in (10, 20):
+        pipes[0].send(StepMessage(tasks[0].id, tokens, 1.0, None))
+        engine.messages()
+    assert engine.has_place()
+    assert [engine.fits(task, None) for task in tasks[2:]] == [True, False]
+    assert engine.submit(tasks[2], None) == "GPU 3"
+    assert seen[2:] == [("GPU 3", None, "3")]
+    # where it finds no memory beside another it is no fault of its batch: it is begun again
+    pipes[2].send(EndMessage(tasks[2].id, "out_of_memory"))
+    assert [one.outcome for one in engine.messages()] == ["lost"]
+    assert not engine.has_place()
+    engine.cancel(tasks[1].id)
+    assert engine.submit(tasks[3], None) == "GPU 5"
 
 
 def test_as_many_tasks_at_once_as_gpus_can_hold():

@@ -116,6 +116,13 @@ def visible_gpus(asked: str) -> tuple[str, ...]:
     return tuple(named.split(",") if named else map(str, range(count)))[:count]
 
 
+def gpu_memory(index: int) -> int:
+    """Bytes of a visible GPU."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(index).total_memory)
+
+
 def started() -> tuple[int, int]:
     """(rank, world) as torchrun tells them; (0, 1) without it. A cluster may leave some of these
     variables in the environment for reasons of its own: they count together or not at all.

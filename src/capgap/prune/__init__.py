@@ -17,6 +17,9 @@ _DEPTH_METHODS: dict[str, Method] = {"first_order": "first_order", "influence": 
 # Operations of what reads text, by parameter and token: forward, and backward to the activations
 # or to the weights too
 _FLOPS = {"first_order": 4, "weights": 6, "activation": 2}
+# Scored at once: many small batches say more than few large ones, since |gradient| is averaged over
+# batches
+SCORING_WINDOWS = 8
 
 
 def layers_by(method: Method, depth: Depth | None) -> Method:

@@ -26,6 +26,7 @@ from capgap.models.families import Axes
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape
 from capgap.prune import (
+    SCORING_WINDOWS,
     Depth,
     Method,
     check_methods,
@@ -74,13 +75,10 @@ class ScoringState:
 
 
 def scoring_batches(
-    corpus: Text, tokens: int, *, batch_windows: int = 8, seed: int = 0
+    corpus: Text, tokens: int, *, batch_windows: int = SCORING_WINDOWS, seed: int = 0
 ) -> list[Tensor]:
     """Windows of a corpus in an order of their own, as batches [batch_windows, window + 1] of about
-    `tokens` in all, or of the whole corpus where it has fewer.
-
-    Many small batches say more than few large ones, since |gradient| is averaged over batches.
-    """
+    `tokens` in all, or of the whole corpus where it has fewer."""
     rows = min(max(1, tokens // corpus.window), corpus.windows)
     indices = corpus.batch(seed=_ORDER_SEED + seed, step=0, batch_windows=rows)
     return list(torch.from_numpy(corpus.train.windows_at(indices)).split(batch_windows))

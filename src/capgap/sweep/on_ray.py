@@ -25,7 +25,7 @@ from capgap.mirror import sync
 from capgap.ray_cluster import Head, connected
 from capgap.storage import as_urls
 from capgap.sweep.cells import Column, Context, Task
-from capgap.sweep.memory import task_loops
+from capgap.sweep.memory import gpu_bytes
 from capgap.sweep.schedule import LOOK_SECONDS, EndMessage, Engine, Outcome, StepMessage
 from capgap.sweep.stages import IN_USE, OUT_OF_MEMORY
 
@@ -185,10 +185,7 @@ class RayNodes(Engine):
             )
         needs = {"CPU": each, "GPU": each * on_gpu, "memory": each * PROCESS_BYTES, CARD_GB: 0.0}
         if task is not None and on_gpu:
-            run = recipe.run.model_copy(update={"device": "cuda"})
-            resolved = recipe.model_copy(update={"run": run, "training": context.training})
-            loops = task_loops(resolved, task, None)
-            needs[CARD_GB] = max((loop.total for loop in loops), default=0) / 1e9
+            needs[CARD_GB] = gpu_bytes(context, task) / 1e9
         elif task is not None:
             shapes = [shape for shape, _ in [*task.work.trained, *task.work.read]]
             needs["memory"] += BYTES_PER_PARAMETER * sum(one.parameters().total for one in shapes)

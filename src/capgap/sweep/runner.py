@@ -108,7 +108,7 @@ def run_folder(
             folder = stack.enter_context(_begun(plan, out, threads, is_whole=is_whole))
             claims: Claims = Alone()
         else:
-            folder = stack.enter_context(joined(plan, out, threads, display.say, is_whole))
+            folder = stack.enter_context(joined(plan, out, threads, display.say, is_whole, on))
             stale, shares = asked.lease_seconds, lambda: sync(folder.context.out, *SHARED)
             leases = stack.enter_context(Leases(folder.context.leases, stale=stale, sync=shares))
             if on == "ray":
@@ -118,7 +118,7 @@ def run_folder(
             claims = leases
         context = folder.context
         stack.enter_context(display)
-        engine: Engine = Workers(context, number, gpus)
+        engine: Engine = Workers(context, number, gpus, display.say)
         if on == "ray":
             # every task takes its own lease, where it runs
             claims, engine = Alone(), RayNodes(context, leases.owner)
@@ -136,8 +136,7 @@ def run_folder(
         if on != "here":
             leases.release(folder.session)
             if on == "shared" and not _is_finisher(leases, folder, should_stop):
-                report = out / "report.html"
-                return {"out": str(out), "report": str(report), "finished": "elsewhere"}
+                return {"out": str(out), "report": f"{out}/report.html", "finished": "elsewhere"}
             folder.gather(leases)
         display.say("fitting the law and writing the report")
         folder.write(finished=datetime.now(UTC).isoformat(timespec="seconds"))
@@ -166,7 +165,7 @@ def run_folder(
 
 @contextmanager
 def joined(
-    plan: Plan, out: Path, threads: int | None, say: Say, is_whole: bool = True
+    plan: Plan, out: Path, threads: int | None, say: Say, is_whole: bool = True, on: Where = "here"
 ) -> Iterator["_Folder"]:
     """The output folder beside other processes, prepared: the first does it, the others wait."""
     has_said = False
@@ -174,7 +173,7 @@ def joined(
         try:
             with exclusive(out, *SHARED), _begun(plan, out, None, is_whole=is_whole) as folder:
                 if not _is_prepared(out, plan.recipe.hash()):
-                    folder.prepare(say)
+                    folder.prepare(say, on)
         except InUse as error:
             if not has_said:
                 say(f"{error}: waits for it to be prepared")
@@ -417,7 +416,7 @@ class _Folder:
                 self._spent(name, seconds)
         shutil.rmtree(self._own.parent)
 
-    def prepare(self, say: Say) -> Corpus:
+    def prepare(self, say: Say, on: Where = "here") -> Corpus:
         """The corpus of the sweep; once something is recorded, no other text may take its place."""
         asked = self.plan.recipe.corpus
         models = [one.source for one in self.plan.teachers if one.source is not None]
@@ -430,6 +429,7 @@ class _Folder:
                 expected_hash=self.records[0].corpus_hash if self.records else None,
                 # the folder is this recipe's, so what it holds besides is of one that did nothing
                 replace=True,
+                on="ray" if on == "ray" else "here",
                 progress=corpus_progress(say),
                 **asked.model_dump(exclude={"source", "tokenizer", "max_epochs"}),
             )

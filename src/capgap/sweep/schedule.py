@@ -85,6 +85,10 @@ class Engine(AbstractContextManager["Engine"]):
     def has_place(self) -> bool:
         """Whether another task can begin now."""
 
+    def fits(self, task: Task, micro_batch_tokens: int | None) -> bool:
+        """Whether there is a place for this one, where places differ."""
+        return True
+
     @abstractmethod
     def submit(self, task: Task, micro_batch_tokens: int | None) -> str:
         """Begins a task; returns where. UserError where nothing could ever run it."""
@@ -246,14 +250,14 @@ class Schedule:
                 task = waiting.next(self.clock())
                 if task is None:
                     break
-                if not self.claims.take(task.id):
+                micro_batch = self._micro_batches.get(task.id)
+                if not self.engine.fits(task, micro_batch) or not self.claims.take(task.id):
                     waiting.give_back(task, self.clock() + LOOK_SECONDS)
                 elif self.is_shared and self.is_done(task):
                     self.claims.release(task.id)
                     elsewhere(task)
                 else:
                     running[task.id] = task
-                    micro_batch = self._micro_batches.get(task.id)
                     self.on_start(task, self.engine.submit(task, micro_batch))
             for message in self.engine.messages():
                 if isinstance(message, StepMessage):

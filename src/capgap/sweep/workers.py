@@ -24,16 +24,31 @@ from capgap.errors import (
     is_out_of_memory,
     is_storage_away,
 )
-from capgap.machine import VISIBLE_GPUS, resolve_device, visible_gpus
+from capgap.machine import (
+    VISIBLE_GPUS,
+    free_memory,
+    gpu_memory,
+    resolve_device,
+    usable_cores,
+    visible_gpus,
+)
 from capgap.mirror import fetch
+from capgap.stage import Say
 from capgap.sweep.cells import Context, Task
+from capgap.sweep.memory import gpu_bytes
 from capgap.sweep.schedule import EndMessage, Engine, Outcome, StepMessage
+from capgap.sweep.sharing import Sharing
 
 if TYPE_CHECKING:
     from capgap.models.parallel import Ranks
 
 STEPS_EVERY = 0.25  # seconds between two messages about steps
 POLL_SECONDS = 0.2
+# Tasks on a GPU at once, at most; what of its memory is theirs, and what each takes of it and of
+# the host's for CUDA and torch
+MOST_ON_A_GPU = 8
+MEMORY_SHARE = 0.9
+CUDA_BYTES, HOST_BYTES = 10**9, 4 * 10**9
 # How a task ends on all of its ranks, if it does on one
 ALIKE = ("done", "stopped")
 Message = StepMessage | EndMessage
@@ -193,6 +208,7 @@ class _Worker:
     find each other, and lives as long as they do."""
 
     number: int
+    sharing: Sharing
     place: str = ""
     ranks: list[tuple[BaseProcess, Pipe]] = field(default_factory=list)
     store: Any = None
@@ -204,23 +220,33 @@ class _Worker:
             with suppress(BrokenPipeError):
                 pipe.send(given)
 
+    def end(self) -> None:
+        """Its task is over."""
+        if self.task is not None:
+            self.sharing.end(self.task)
+        self.task = None
+
     def kill(self) -> None:
+        self.end()
         for process, pipe in self.ranks:
             process.kill()
             process.join()
             pipe.close()
-        self.ranks, self.task = [], None
+        self.ranks = []
 
 
 @dataclass
 class Workers(Engine):
     """An engine of so many workers on all GPUs in turn, each of `run.gpus_per_column` processes.
-    They start with the first task, or when `start` is called."""
+    They start with the first task, or when `start` is called. Where the recipe leaves their number
+    open, and there is one for every GPU, more come as `Sharing` finds it worth it."""
 
     context: Context
     number: int
     gpus: tuple[str, ...] = ()
+    say: Say = lambda text: None
     workers: list[_Worker] = field(default_factory=list)
+    needs: dict[tuple[str, int | None], int] = field(default_factory=dict)
 
     def start(self) -> None:
         """Starts the processes, unless they run."""
@@ -233,9 +259,22 @@ class Workers(Engine):
         self.begin = start
         # half a start would leave a process that looks for what is gone
         with _uninterrupted():
-            self.workers = [_Worker(number) for number in range(self.number)]
-            for worker in self.workers:
+            shared = self._shared()
+            self.workers = [
+                _Worker(number, shared[number % len(shared)])
+                for number in range(self.number * shared[0].most)
+            ]
+            for worker in self.workers[: self.number]:
                 self._begin(worker)
+
+    def _shared(self) -> list[Sharing]:
+        """One for every GPU, or for every worker that has its place for itself."""
+        run, number = self.context.recipe.run, self.number
+        if number != len(self.gpus) or (run.workers, run.gpus_per_column) != ("auto", 1):
+            return [Sharing() for _ in range(number)]
+        most = min(MOST_ON_A_GPU, usable_cores() // number, free_memory() // HOST_BYTES // number)
+        memory = [MEMORY_SHARE * gpu_memory(index) for index in range(number)]
+        return [Sharing(max(1, most), one) for one in memory]
 
     def _begin(self, worker: _Worker) -> None:
         """Its processes, which see their GPUs alone where there are some."""
@@ -276,13 +315,32 @@ class Workers(Engine):
                 process.kill()
 
     def has_place(self) -> bool:
-        return any(worker.task is None for worker in self.workers)
+        return any(self._free(0))
+
+    def fits(self, task: Task, micro_batch_tokens: int | None) -> bool:
+        return any(self._free(self._needs(task, micro_batch_tokens)))
+
+    def _free(self, needs: int) -> Iterator[_Worker]:
+        return (one for one in self.workers if one.task is None and one.sharing.has_room(needs))
+
+    def _needs(self, task: Task, micro_batch_tokens: int | None) -> int:
+        """Bytes of a GPU, where several may share it."""
+        if all(worker.sharing.most == 1 for worker in self.workers):
+            return 0
+        # asked again and again of a task that waits
+        key = task.id, micro_batch_tokens
+        if key not in self.needs:
+            context = self.context.with_micro_batch(micro_batch_tokens)
+            self.needs[key] = CUDA_BYTES + gpu_bytes(context, task)
+        return self.needs[key]
 
     def submit(self, task: Task, micro_batch_tokens: int | None) -> str:
-        worker = next(one for one in self.workers if one.task is None)
+        needs = self._needs(task, micro_batch_tokens)
+        worker = next(self._free(needs))
         if not worker.ranks:
             self._begin(worker)
         worker.task = task.id
+        worker.sharing.begin(task.id, needs)
         worker.give((task, micro_batch_tokens))
         return worker.place
 
@@ -310,8 +368,15 @@ class Workers(Engine):
         for pipe in wait(list(senders), POLL_SECONDS):
             worker = senders[pipe]
             message = _received(pipe) if worker.ranks else None
-            if isinstance(message, EndMessage):
-                worker.task = None
+            if isinstance(message, StepMessage):
+                decided = worker.sharing.step(message.task, message.tokens)
+                if decided:
+                    self.say(f"{worker.place}: {decided}")
+            elif message is not None:
+                worker.end()
+                # beside others it is no fault of its batch
+                if message.outcome == "out_of_memory" and worker.sharing.lacked_memory():
+                    message = replace(message, outcome="lost")
                 if message.outcome not in ALIKE and len(worker.ranks) > 1:
                     worker.kill()
             found += [] if message is None else [message]

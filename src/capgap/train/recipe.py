@@ -88,7 +88,7 @@ class RunSection(Section):
     teacher_offload: Annotated[bool, "Teachers' layers lie in the host's memory."] = False
     workers: Annotated[
         Literal["auto"] | Annotated[int, Field(gt=0)],
-        "Processes; auto is one a core, or one for a GPU, no more than tasks can run at once.",
+        "Processes; auto is one a core, or one a GPU and more of them as long as that gains.",
     ] = "auto"
     gpus_per_column: Annotated[
         Count, "GPUs of a sweep's machine that share each task (FSDP2); on CPUs, processes."
