@@ -88,10 +88,20 @@ def cluster():
     found.process.communicate()
 
 
+# drawing the report would take longer than all the rest
+DRIVER = """
+from capgap.cli import main
+from capgap.sweep import runner
+
+runner.write_report = lambda out: out / "report.html"
+main()
+"""
+
+
 def begin(recipe, out, cluster, *more):
     """The command, as a process of its own; its standard output is the answer alone, the rest goes
     to a file beside `out`."""
-    command = [sys.executable, "-m", "capgap", "sweep", recipe, "--out", out, "--on", "ray", *more]
+    command = [sys.executable, "-c", DRIVER, "sweep", recipe, "--out", out, "--on", "ray", *more]
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
     with told_of(out).open("w") as error:
         return subprocess.Popen(
@@ -118,49 +128,43 @@ def wait_for(is_true, process, seconds=180):
         time.sleep(0.05)
 
 
-def test_a_node_and_the_driver_die_and_the_records_are_the_same(
+def test_nodes_and_drivers_come_and_go_and_the_records_are_the_same(
     recipe, tmp_path, monkeypatch, cluster
 ):
     whole, out = tmp_path / "whole", tmp_path / "nodes"
     use_own_workers(monkeypatch)
-    Sweep(recipe=str(recipe), out=whole).run()
+    with monkeypatch.context() as patched:
+        patched.setattr("capgap.sweep.runner.write_report", lambda out: out / "report.html")
+        Sweep(recipe=str(recipe), out=whole).run()
     driver = begin(recipe, out, cluster)
     checkpoints = out / "work" / "checkpoints"
     # the driver is killed while two teachers are at work
     wait_for(lambda: len(list(checkpoints.glob("*/*/manifest.json"))) >= 2, driver)
     driver.kill()
     driver.communicate()
-    driver = begin(recipe, out, cluster, "--json")
-    log = told_of(out).rename(tmp_path / "first.log")
-    # another waits for its end, and finds nothing to do
-    second = begin(recipe, out, cluster, "--json")
-    # a node goes while a column is at work, and another comes
+    driver = begin(recipe, out, cluster)
+    log = told_of(out).rename(tmp_path / "second.log")
+    # another waits for its end; both are stopped while a column is at work
+    other = begin(recipe, out, cluster)
+    wait_for(lambda: f"another driver is at work in {out}" in told_of(out).read_text(), other)
     wait_for(lambda: list(checkpoints.glob("column-*/*/manifest.json")), driver)
+    for process, told in ((other, told_of(out)), (driver, log)):
+        process.send_signal(signal.SIGINT)
+        answer, _ = process.communicate(timeout=180)
+        assert (process.returncode, answer) == (130, ""), told.read_text()
+        assert "the same command continues" in told.read_text()
+    # a node goes while a column is at work, and another comes
+    driver = begin(recipe, out, cluster, "--json")
+    wait_for(lambda: "start column" in told_of(out).read_text(), driver)
     cluster.replace()
-    for process, told in ((driver, log), (second, told_of(out))):
-        answer, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, told.read_text()
+    answer, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, told_of(out).read_text()
     found = json.loads(answer)
     assert found["best"] == json.loads((whole / "sweep.json").read_text())["best"]["cell"]
     assert results(out) == results(whole)
     # what was lost is in the record, where the node had a task
     attempts = json.loads((out / "sweep.json").read_text())["attempts"]
     assert all(one["outcome"] == "lost" for one in attempts)
-
-
-def test_a_sweep_is_stopped_and_what_no_node_can_run_is_told(recipe, tmp_path, cluster):
-    out = tmp_path / "out"
-    driver = begin(recipe, out, cluster)
-    checkpoints = out / "work" / "checkpoints"
-    wait_for(lambda: list(checkpoints.glob("*/*/manifest.json")), driver)
-    log = told_of(out).rename(tmp_path / "first.log")
-    second = begin(recipe, out, cluster)
-    wait_for(lambda: f"another driver is at work in {out}" in told_of(out).read_text(), second)
-    for process, told in ((second, told_of(out)), (driver, log)):
-        process.send_signal(signal.SIGINT)
-        answer, _ = process.communicate(timeout=180)
-        assert (process.returncode, answer) == (130, ""), told.read_text()
-        assert "the same command continues" in told.read_text()
 
 
 def gpu_node(gb=None, kind=None, gpus=1.0):
