@@ -1,5 +1,6 @@
 """Worker processes of this machine: one a core or one a GPU, or several that share every task."""
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -83,6 +84,10 @@ def work(place: str, context: Context, environment: dict[str, str], pipe: Pipe) 
             task, micro_batch_tokens = given
             own = context.with_micro_batch(micro_batch_tokens)
             ended = run_task(place, own, task, tell, pipe.poll, ranks)
+            if torch.cuda.is_initialized():
+                # others may share the GPU
+                gc.collect()
+                torch.cuda.empty_cache()
             # what one rank alone fails of, the others wait for
             if ranks.is_first or ended.outcome not in ALIKE:
                 tell(ended)
