@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
+from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +31,16 @@ from test_column import results
 needs_s3 = pytest.mark.skipif(
     not (find_spec("s3fs") and find_spec("moto")), reason="s3fs or moto is not installed"
 )
-STORES = ["memory", "file", pytest.param("s3", marks=needs_s3)]
+needs_gs = pytest.mark.skipif(
+    not (find_spec("gcsfs") and find_spec("gcp_storage_emulator")),
+    reason="gcsfs or gcp-storage-emulator is not installed",
+)
+STORES = [
+    "memory",
+    "file",
+    pytest.param("s3", marks=needs_s3),
+    pytest.param("gs", marks=needs_gs),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +83,47 @@ def s3():
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def gs():
+    """A server that speaks as Google's store does, with one bucket."""
+    from gcp_storage_emulator.exceptions import NotFound
+    from gcp_storage_emulator.handlers import objects
+    from gcp_storage_emulator.server import create_server
+
+    def refusing(upload):
+        """It knows of no preconditions; Google's store answers 412 where the file is there."""
+
+        def call(request, response, storage):
+            name = request.query.get("name") or [request.data["meta"]["name"]]
+            if request.query.get("ifGenerationMatch") == ["0"]:
+                with suppress(NotFound):
+                    storage.get_file_obj(request.params["bucket_name"], *name)
+                    response.status = HTTPStatus.PRECONDITION_FAILED
+                    return
+            upload(request, response, storage)
+
+        return call
+
+    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    server.start()
+    host, port = server._api._httpd.server_address
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_multipart_upload", "_create_resumable_upload"):
+            patch.setattr(objects, name, refusing(getattr(objects, name)))
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
+        # it would ask Google who we are
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        yield
+    server.stop()
+
+
 @pytest.fixture(params=STORES)
 def url(request, tmp_path):
     """A folder that nobody has used."""
-    if request.param == "s3":
-        request.getfixturevalue("s3")
-    at = {"memory": "memory://bucket", "file": f"file://{tmp_path}/store", "s3": "s3://bucket"}
-    return f"{at[request.param]}/{uuid.uuid4().hex}"
+    if request.param in ("s3", "gs"):
+        request.getfixturevalue(request.param)
+    where = {"file": f"file://{tmp_path}/store"}.get(request.param, f"{request.param}://bucket")
+    return f"{where}/{uuid.uuid4().hex}"
 
 
 class Failing(MemoryFileSystem):
