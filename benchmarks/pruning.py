@@ -111,8 +111,7 @@ def measure(family: str, seed: int, kind: str, keep: float, folder: Path) -> dic
         importance = score(model, batches, method=method, depth=depth, seed=seed)
         kept = choose(importance, shape)
         # scores that keep the same units make the same student
-        units = str([getattr(kept, part).tolist() for part in ("layers", "hidden", "heads")])
-        units += str(kept.neurons.tolist())
+        units = str([indices.tolist() for indices in kept.values()])
         if units not in names:
             names[units] = name
             steps = STUDENT_TOKENS // (BATCH_WINDOWS * WINDOW)

@@ -9,7 +9,7 @@ from capgap.models.build import build_model, load_model, save_model, shape_of
 from capgap.models.shape import Shape, ladder_shape
 from capgap.prune.importance import Importance, score
 from capgap.prune.surgery import choose, cut, prune_model
-from capgap.prune.units import Masks, masked
+from capgap.prune.units import masked
 from lively import lively
 
 # teacher and what is cut out of it: every dimension shrinks
@@ -81,12 +81,12 @@ def masks_that_keep(importance, own, shape):
     def top(scores, number):
         return (scores >= scores.sort(dim=-1).values[..., -number, None]).float()
 
-    return Masks(
-        heads=top(importance.heads, shape.kv_heads),
-        neurons=top(importance.neurons, shape.ffn),
-        hidden=top(importance.hidden, shape.hidden),
-        layers=top(importance.layers, shape.layers),
-    )
+    return {
+        "heads": top(importance.heads, shape.kv_heads),
+        "neurons": top(importance.neurons, shape.ffn),
+        "hidden": top(importance.hidden, shape.hidden),
+        "layers": top(importance.layers, shape.layers),
+    }
 
 
 @pytest.mark.parametrize(
@@ -177,11 +177,11 @@ def test_the_most_important_units_stay_in_order():
     )
     shape = Shape("llama", 4, 2, 2, 2, 2, 2, 7, 8, True)
     kept = choose(importance, shape)
-    assert kept.layers.tolist() == [0, 2]
-    assert kept.hidden.tolist() == [1, 3, 4, 5]
+    assert kept["layers"].tolist() == [0, 2]
+    assert kept["hidden"].tolist() == [1, 3, 4, 5]
     # equal scores: the first ones
-    assert kept.heads.tolist() == [[1, 2], [0, 1]]
-    assert kept.neurons.tolist() == [[0, 1], [1, 3]]
+    assert kept["heads"].tolist() == [[1, 2], [0, 1]]
+    assert kept["neurons"].tolist() == [[0, 1], [1, 3]]
 
 
 def test_important_units_are_found():
@@ -200,9 +200,9 @@ def test_important_units_are_found():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
     shape = replace(own, layers=2, heads=3, kv_heads=3, ffn=37)
     kept = choose(score(model, [windows()], method="weights"), shape)
-    assert kept.layers.tolist() == [0, 2]
-    assert kept.heads.tolist() == [[0, 2, 3]] * 2
-    assert not set(dead_neurons) & set(kept.neurons.flatten().tolist())
+    assert kept["layers"].tolist() == [0, 2]
+    assert kept["heads"].tolist() == [[0, 2, 3]] * 2
+    assert not set(dead_neurons) & set(kept["neurons"].flatten().tolist())
     small = prune_model(model, shape.parameters().non_embedding, [windows()])
     assert shape_of(small.config).layers <= 3
 

@@ -34,12 +34,11 @@ from capgap.prune import (
     reading_methods,
     scoring_flops,
 )
-from capgap.prune.units import Masks, layer_weights, masked, unit_of_rows, unit_sizes
+from capgap.prune.units import Units, layer_weights, masked, unit_of_rows, unit_sizes
 
 # Of files: 2 has activations by norm; a scoring begun before has sums of another shape
 SCHEMA = 2
 UNITS = ("heads", "neurons", "hidden", "layers")
-Scores = dict[str, Tensor]
 _ORDER_SEED = 3_000_017
 
 
@@ -69,7 +68,7 @@ class ScoringState:
     norm where activations are measured, else one.
     """
 
-    sums: dict[str, Scores] = field(default_factory=dict)
+    sums: dict[str, Units] = field(default_factory=dict)
     batches: int = 0
     tokens: int = 0
 
@@ -167,7 +166,7 @@ def _check_finite(value: Tensor, what: str) -> None:
 
 def _scores_by(
     method: str, model: PreTrainedModel, shape: Shape, state: ScoringState, seed: int
-) -> Scores:
+) -> Units:
     if method in state.sums:
         return state.sums[method]
     scores = _zeros(shape, model.device)
@@ -182,21 +181,22 @@ def _scores_by(
 # Readers add what a batch says to the sums, and return a number that is finite if all is well
 
 
-def _first_order(model: PreTrainedModel, shape: Shape, windows: Tensor, sums: Scores) -> Tensor:
+def _first_order(model: PreTrainedModel, shape: Shape, windows: Tensor, sums: Units) -> Tensor:
     dtype = torch.promote_types(model.dtype, torch.float32)
-    masks = Masks.ones(shape, dtype=dtype, device=model.device)
-    for mask in masks:
-        mask.requires_grad_()
+    masks = {
+        unit: torch.ones(size, dtype=dtype, device=model.device, requires_grad=True)
+        for unit, size in unit_sizes(shape).items()
+    }
     # frozen weights: their gradients would cost a third of the work for nothing
     with _measuring(model, weights=False), masked(model, masks):
         loss = loss_of(model, windows)
-        gradients = torch.autograd.grad(loss, masks)
-    for name, gradient in zip(UNITS, gradients, strict=True):
+        gradients = torch.autograd.grad(loss, list(masks.values()))
+    for name, gradient in zip(masks, gradients, strict=True):
         sums[name] += gradient.abs()
     return loss
 
 
-def _weights(model: PreTrainedModel, shape: Shape, windows: Tensor, sums: Scores) -> Tensor:
+def _weights(model: PreTrainedModel, shape: Shape, windows: Tensor, sums: Units) -> Tensor:
     with _measuring(model, weights=True):
         tensors = list(layer_weights(model, shape))
         loss = loss_of(model, windows)
@@ -207,7 +207,7 @@ def _weights(model: PreTrainedModel, shape: Shape, windows: Tensor, sums: Scores
     return loss
 
 
-def _activations(model: PreTrainedModel, shape: Shape, windows: Tensor, sums: Scores) -> Tensor:
+def _activations(model: PreTrainedModel, shape: Shape, windows: Tensor, sums: Units) -> Tensor:
     family, norms = shape.family, _input_norms(shape)
 
     def summed(values: Tensor) -> Tensor:
@@ -255,12 +255,12 @@ def _input_norms(shape: Shape) -> list[str]:
     return [name for name in norms if name not in writes] or list(norms)
 
 
-def _zeros(shape: Shape, device: torch.device, norms: int = 1) -> Scores:
+def _zeros(shape: Shape, device: torch.device, norms: int = 1) -> Units:
     sizes = unit_sizes(shape) | {"hidden": (norms, shape.hidden)}
     return {unit: torch.zeros(size, device=device) for unit, size in sizes.items()}
 
 
-def _add_by_unit(scores: Scores, shape: Shape, layer: int, values: Tensor, axes: Axes) -> None:
+def _add_by_unit(scores: Units, shape: Shape, layer: int, values: Tensor, axes: Axes) -> None:
     """Adds what a tensor's weights are worth to the units that own its rows, and to its layer."""
     scores["layers"][layer] += values.sum()
     for axis, kind in enumerate(axes):

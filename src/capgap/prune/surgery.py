@@ -17,24 +17,12 @@ from capgap.models.shape import Shape, why_no_cut
 from capgap.models.stored import StoredWeights, empty_model
 from capgap.prune import Method
 from capgap.prune.importance import Importance, score
-from capgap.prune.units import unit_of_rows
+from capgap.prune.units import Units, unit_of_rows
 
 
-class Kept(NamedTuple):
-    """Indices of the units that stay, ascending.
-
-    layers [kept layers]; hidden [kept hidden]; heads [kept layers, kept kv_heads] and neurons
-    [kept layers, kept ffn], row by row for the kept layers.
-    """
-
-    layers: Tensor
-    hidden: Tensor
-    heads: Tensor
-    neurons: Tensor
-
-
-def choose(importance: Importance, shape: Shape) -> Kept:
-    """The most important units that fill `shape`, in their old order.
+def choose(importance: Importance, shape: Shape) -> Units:
+    """The indices of the most important units that fill `shape`, in their old order; of heads and
+    neurons row by row for the kept layers.
 
     Of equally important units the first stay. Heads and neurons are ranked within their layer,
     since a uniform shape keeps as many in each.
@@ -45,12 +33,12 @@ def choose(importance: Importance, shape: Shape) -> Kept:
         return order[..., :number].sort(dim=-1).values
 
     layers = top(importance.layers, shape.layers)
-    return Kept(
-        layers=layers,
-        hidden=top(importance.hidden, shape.hidden),
-        heads=top(importance.heads[layers], shape.kv_heads),
-        neurons=top(importance.neurons[layers], shape.ffn),
-    )
+    return {
+        "layers": layers,
+        "hidden": top(importance.hidden, shape.hidden),
+        "heads": top(importance.heads[layers], shape.kv_heads),
+        "neurons": top(importance.neurons[layers], shape.ffn),
+    }
 
 
 def score_lost(importance: Importance) -> Callable[[Shape], float]:
@@ -86,7 +74,7 @@ def cut(model: PreTrainedModel, importance: Importance, shape: Shape) -> PreTrai
     surgery = Surgery(own, shape, kept)
     with torch.random.fork_rng(devices=[]):
         smaller = AutoModelForCausalLM.from_config(
-            cut_config(model.config, shape, kept.layers.tolist()),
+            cut_config(model.config, shape, kept["layers"].tolist()),
             dtype=model.dtype,
             attn_implementation=model.config._attn_implementation,
         )
@@ -152,7 +140,7 @@ class Surgery:
     sources: of every tensor of the cut model, by name; a tied head is not among them.
     """
 
-    def __init__(self, own: Shape, shape: Shape, kept: Kept) -> None:
+    def __init__(self, own: Shape, shape: Shape, kept: Units) -> None:
         self.own = own
         self.shape = shape
         self.kept = kept
@@ -160,7 +148,7 @@ class Surgery:
         self.sources = {name: Origin(name, axes, 0) for name, axes in family.tensors.items()}
         if own.tied:
             del self.sources[HEAD]
-        for layer, old_layer in enumerate(kept.layers.tolist()):
+        for layer, old_layer in enumerate(kept["layers"].tolist()):
             for name, axes in family.layer_tensors.items():
                 source = Origin(f"{family.layers}.{old_layer}.{name}", axes, layer)
                 self.sources[f"{family.layers}.{layer}.{name}"] = source
@@ -184,7 +172,7 @@ class Surgery:
         if owners is None:
             return None
         unit, units_of_rows = owners
-        kept = self.kept.hidden if unit == "hidden" else getattr(self.kept, unit)[layer]
+        kept = self.kept[unit] if unit == "hidden" else self.kept[unit][layer]
         return torch.isin(units_of_rows, kept).nonzero().squeeze(1)
 
     def _rescaled(self, name: str, weight: Tensor) -> Tensor:

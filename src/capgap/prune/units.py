@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,10 @@ from transformers import PreTrainedModel
 
 from capgap.models.families import FAMILIES, Axes
 from capgap.models.shape import Shape
+
+# By the kind of units: heads [layers, kv_heads], a key-value head with all its query heads; neurons
+# [layers, ffn]; hidden [hidden], shared by all layers; layers [layers]
+Units = dict[str, Tensor]
 
 
 def unit_of_rows(kind: str, shape: Shape) -> tuple[str, Tensor] | None:
@@ -42,33 +46,16 @@ def layer_weights(model: nn.Module, shape: Shape) -> Iterator[tuple[int, nn.Para
 
 
 def unit_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """The sizes of a tensor that has a number for every unit, by the units' name."""
+    """The sizes of the tensors of `Units`."""
     heads, neurons = (shape.layers, shape.kv_heads), (shape.layers, shape.ffn)
     return {"heads": heads, "neurons": neurons, "hidden": (shape.hidden,), "layers": heads[:1]}
 
 
-class Masks(NamedTuple):
-    """A factor on every unit: 1 keeps it, 0 removes it.
-
-    heads [layers, kv_heads]: a key-value head with all its query heads; neurons [layers, ffn];
-    hidden [hidden], shared by all layers; layers [layers], on what a layer adds to the residual.
-    """
-
-    heads: Tensor
-    neurons: Tensor
-    hidden: Tensor
-    layers: Tensor
-
-    @staticmethod
-    def ones(shape: Shape, *, dtype: torch.dtype, device: torch.device) -> "Masks":
-        """The masks that change nothing."""
-        sizes = unit_sizes(shape).values()
-        return Masks(*(torch.ones(size, dtype=dtype, device=device) for size in sizes))
-
-
 @contextmanager
-def masked(model: PreTrainedModel, masks: Masks) -> Iterator[None]:
+def masked(model: PreTrainedModel, masks: Units) -> Iterator[None]:
     """While inside, `model` computes with `masks`; afterwards it is as before.
+
+    A mask is a factor on every unit: 1 keeps it, 0 removes it; a layer's is on what it adds.
 
     With masks of zeros and ones the model computes what the cut model would: hidden units are
     masked wherever they are written (embeddings, norms, the two writes of a layer), and norms
@@ -83,16 +70,17 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[None]:
         return inputs[0] * units[index].repeat_interleave(width).to(inputs[0].dtype)
 
     def mask_write(index: int, module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output * (masks.hidden * masks.layers[index]).to(output.dtype)
+        return output * (masks["hidden"] * masks["layers"][index]).to(output.dtype)
 
     def mask_embedding(module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output * masks.hidden.to(output.dtype)
+        return output * masks["hidden"].to(output.dtype)
 
     def mask_norm(module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return _norm(module, inputs[0], masks.hidden, family.norm_offset).to(output.dtype)
+        return _norm(module, inputs[0], masks["hidden"], family.norm_offset).to(output.dtype)
 
     def mask_head_norm(index: int, module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        mask = masks.heads[index].repeat_interleave(inputs[0].shape[-1] // masks.heads.shape[1])
+        heads = masks["heads"][index]
+        mask = heads.repeat_interleave(inputs[0].shape[-1] // len(heads))
         return _norm(module, inputs[0], mask, family.norm_offset).to(output.dtype)
 
     with ExitStack() as hooks:
@@ -111,8 +99,8 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[None]:
                 after(layer, name, mask_norm)
             for name in family.head_norms:
                 after(layer, name, partial(mask_head_norm, index))
-            before(layer, family.head_inputs, partial(mask_inputs, masks.heads, index))
-            before(layer, family.neuron_inputs, partial(mask_inputs, masks.neurons, index))
+            before(layer, family.head_inputs, partial(mask_inputs, masks["heads"], index))
+            before(layer, family.neuron_inputs, partial(mask_inputs, masks["neurons"], index))
             # last: a write may be a norm, whose own hook comes before
             for name in family.writes:
                 after(layer, name, partial(mask_write, index))

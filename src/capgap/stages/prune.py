@@ -223,11 +223,9 @@ def _run(request: Prune, say: Say) -> dict[str, Any]:
         "teacher_hash": teacher_hash,
         **plan.sizes,
         "scores": {"sha256": file_hash(request.scores), "tokens": importance.tokens, **scored},
-        "kept": {
-            name: getattr(kept, name).tolist() for name in ("layers", "hidden", "heads", "neurons")
-        },
+        "kept": {unit: indices.tolist() for unit, indices in kept.items()},
     }
-    config = cut_config(plan.config, plan.shape, kept.layers.tolist())
+    config = cut_config(plan.config, plan.shape, kept["layers"].tolist())
     skeleton = {
         name: tensor.to(weights.dtype(surgery.sources[name].name))
         for name, tensor in stored.skeleton_of(config).items()
