@@ -354,7 +354,7 @@ def test_numbers_that_are_read_a_step_late_say_the_same(small_corpus, tmp_path, 
     def count(progress):
         nonlocal steps
         steps = progress.step
-        losses.append([one.loss for step in progress.reports for one in step.learners.values()])
+        losses.append([one["loss"] for step in progress.reports for one in step.learners.values()])
 
     late = column()
     assert run(late, on_step=count) == ["broken", "short", "a"]

@@ -69,7 +69,7 @@ def ours(setup: Setup, teacher: TeacherSource | None = None) -> list[float]:
 
     def on_step(progress: Progress) -> None:
         setup.watch.lap()
-        losses.extend(step.learners["student-0"].loss for step in progress.reports)
+        losses.extend(step.learners["student-0"]["loss"] for step in progress.reports)
 
     learners = [
         Learner(f"student-{number}", model, setup.steps, LEARNING_RATE, case.alpha)

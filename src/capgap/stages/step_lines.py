@@ -75,15 +75,14 @@ class StepLines:
                 self._add(step, progress.heldout if step is progress.reports[-1] else {})
 
     def _add(self, found: "StepReports", heldout: dict[str, float]) -> None:
-        reports = {name: dict(vars(report)) for name, report in found.learners.items()}
-        for name, report in reports.items():
-            step, tokens = report.pop("step"), report.pop("tokens")
-            if name in heldout:
-                report["heldout"] = heldout[name]
-        rate = None if found.seconds is None else tokens / found.seconds
+        reports = {
+            name: report | ({"heldout": heldout[name]} if name in heldout else {})
+            for name, report in found.learners.items()
+        }
+        rate = None if found.seconds is None else found.tokens / found.seconds
         line = {
-            "step": step,
-            "tokens": (step + 1) * tokens,
+            "step": found.step,
+            "tokens": (found.step + 1) * found.tokens,
             "tokens_per_second": rate,
             "utilisation": rate and self.share_of_peak and rate * self.share_of_peak,
             "students": reports,

@@ -127,7 +127,7 @@ def run_task(
         if ranks.is_first and now - sent > STEPS_EVERY:
             sent = now
             last = [one for step in progress.reports for one in step.learners.values()][-1:]
-            loss = last[0].loss if last else None
+            loss = last[0]["loss"] if last else None
             rate = learner_tokens / (now - start)
             tell(StepMessage(task.id, progress.tokens, rate, loss))
 

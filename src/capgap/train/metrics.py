@@ -25,29 +25,15 @@ LAG = {"cpu": 0}
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """One learner's step: means in nats per counted label (`agreement` a share of them), None for
-    what no teacher gave."""
+class StepReports:
+    """A step of so many tokens, by learner: learning rate, gradient norm, and means of SUMS in nats
+    per counted label (`agreement` a share of them), None for what no teacher gave. `seconds`: from
+    the step before to it, None where they are not known."""
 
     step: int
     tokens: int
-    learning_rate: float
-    gradient_norm: float
-    loss: float
-    ce: float
-    kl: float | None
-    agreement: float | None
-    teacher_ce: float | None
-    teacher_entropy: float | None
-
-
-@dataclass(frozen=True)
-class StepReports:
-    """A step's reports by learner, and the seconds from the step before to it, None where they are
-    not known."""
-
     seconds: float | None
-    learners: dict[str, StepReport]
+    learners: dict[str, dict[str, float | None]]
 
 
 @dataclass
@@ -126,12 +112,12 @@ class Reporter:
                 for learner, rate, rows in each
                 if (report := self._report(learner, taken, rate, rows)) is not None
             }
-            steps.append(StepReports(seconds, reports))
+            steps.append(StepReports(taken.step, taken.tokens, seconds, reports))
         return steps
 
     def _report(
         self, learner: Learner, taken: Taken, rate: float, rows: NDArray[np.float64]
-    ) -> StepReport | None:
+    ) -> dict[str, float | None] | None:
         """rows [ranks, COLUMNS]. None where the learner has failed, or fails at this step since its
         loss or gradient is not finite."""
         if learner.failure is not None:
@@ -156,7 +142,7 @@ class Reporter:
                 learner.curve[column].append(value)
             self.sums[learner.id] = CurveSums()
         means = {name: values[name] / counted if name in values else None for name in SUMS}
-        return StepReport(taken.step, taken.tokens, rate, norm, **means)  # type: ignore[arg-type]
+        return {"learning_rate": rate, "gradient_norm": norm} | means
 
 
 def _failure(taken: Taken, losses: NDArray[np.float64], loss: float, norm: float) -> dict[str, Any]:
