@@ -25,7 +25,6 @@ from capgap.corpus.split import (
     SAMPLE_BYTES,
     Reading,
     SmallestDigests,
-    Split,
     digest_of,
     number_of,
     scan,
@@ -232,13 +231,13 @@ def _codec(folder: Path) -> TokenCodec:
 
 
 def write_chunk(
-    chunk: Chunk, tokenizer: Path, split: Split, limit: int | None, dtype: np.dtype[Any]
+    chunk: Chunk, tokenizer: Path, threshold: int, limit: int | None, dtype: np.dtype[Any]
 ) -> dict[str, Any]:
     """Second pass: writes the tokens of the chunk's training documents, each with what parts it
     from the next, at most `limit`, unless they are there. Returns what the manifest counts;
     `is_full`: whether a document was cut."""
     asked = {
-        "threshold": f"{split.threshold:x}",
+        "threshold": f"{threshold:x}",
         "limit": limit,
         "tokenizer": tokenizer.name,
         "rows": file_hash(chunk.file("rows.npy")),
@@ -256,7 +255,7 @@ def write_chunk(
         for batch in grouped(chunk.used(), lambda entry: len(entry[1]), BATCH_BYTES):
             texts = []
             for number, document in batch:
-                if split.is_heldout(number):
+                if number < threshold:
                     count(counts["heldout"], document)
                 elif limit is not None and num_tokens >= limit:
                     count(counts["unused"], document)

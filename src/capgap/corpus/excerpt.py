@@ -16,7 +16,7 @@ from capgap.corpus.split import (
     Reading,
     scan,
     smallest_digests,
-    split_for,
+    threshold_for,
 )
 from capgap.corpus.split import training_sample as sample_for
 from capgap.corpus.tokenizer import TokenCodec
@@ -92,8 +92,8 @@ def training_sample(
         )
     largest = found.largest[0]
     smallest = smallest_digests(found.rows)
-    split = split_for(HELDOUT_FRACTION, len(limits.seen), smallest, largest[0])
-    return sample_for(split, found.sample, largest)
+    threshold = threshold_for(HELDOUT_FRACTION, len(limits.seen), smallest, largest[0])
+    return sample_for(threshold, found.sample, largest)
 
 
 def heldout_passages(corpus: Corpus) -> list[Passage]:

@@ -35,8 +35,7 @@ from capgap.corpus.split import (
     HELDOUT_FRACTION,
     SAMPLE_BYTES,
     Reading,
-    Split,
-    split_for,
+    threshold_for,
     training_sample,
 )
 from capgap.corpus.tokenizer import (
@@ -130,7 +129,7 @@ def prepare_corpus(
         heldout_source: text to evaluate on; the source itself is then all for training, save
             documents that this text has too.
         heldout_fraction: share of documents held out otherwise; more of few documents, see
-            `split_for`.
+            `threshold_for`.
         heldout_tokens: upper limit of the tokens to evaluate on.
         max_bytes: take documents from the source until they are so many bytes.
         max_documents: take so many documents, all different, and read no further.
@@ -239,10 +238,10 @@ class _Writing:
         chunks = self._read(self.source, work)
         heldout = compare(heldout_chunks, [], self.sample_bytes) if heldout_chunks else None
         found = compare(chunks, heldout_chunks, self.sample_bytes)
-        split = self._choose_split(found, heldout)
+        threshold = self._threshold(found, heldout)
         if tokenizer is None:
             fair = [one for one in found.sample if one[0] not in found.excluded]
-            sample = training_sample(split, fair, found.largest[0])
+            sample = training_sample(threshold, fair, found.largest[0])
             tokenizer = train_tokenizer(sample, self.options.vocabulary or 0)
         identity = tokenizer_hash(tokenizer)
         tokenizer.save_pretrained(str(work / identity))
@@ -254,7 +253,7 @@ class _Writing:
 
         writer = ShardWriter(directory, "train", dtype)
         writer.append(marks.between[-1:])
-        self._write(writer, chunks, work / identity, split, found.num_bytes)
+        self._write(writer, chunks, work / identity, threshold, found.num_bytes)
         if writer.num_tokens <= window:
             raise UserError(
                 f"corpus {self.source.name!r} is too small: {writer.num_tokens} training tokens do "
@@ -264,7 +263,7 @@ class _Writing:
             tokens = writer.num_tokens - self.train["documents"]
             warn_of_strange_text(self.source.name, self.train["bytes"], tokens, vocabulary)
         if heldout is None:
-            candidates = [one for one in found.candidates if split.is_heldout(one[0])]
+            candidates = [one for one in found.candidates if one[0] < threshold]
         else:
             candidates = heldout.candidates
         for chunk in heldout_chunks:
@@ -337,7 +336,7 @@ class _Writing:
         where: Any = {"workers": self.workers, "on": self.on} if len(chunks) > 1 else {}
         return in_order(function, arguments, **where)
 
-    def _choose_split(self, found: Found, heldout: Found | None) -> Split:
+    def _threshold(self, found: Found, heldout: Found | None) -> int:
         for source, each in ((self.source, found), (self.heldout_source, heldout)):
             if source is not None and each is not None and not each.documents:
                 raise UserError(f"corpus {source.name!r} is empty: it holds no text")
@@ -347,7 +346,8 @@ class _Writing:
                     f"corpus {self.source.name!r} holds nothing but documents of the held-out "
                     f"source {self.heldout_source.name!r}: give other text to train on"
                 )
-            return Split(threshold=0)
+            # what is held out is a source of its own
+            return 0
         if found.unique == 1:
             raise UserError(
                 f"corpus {self.source.name!r} is one document, and a document is never split "
@@ -357,14 +357,14 @@ class _Writing:
                 "text of its own"
             )
         largest = found.largest[0][0]
-        return split_for(self.options.heldout_fraction, found.unique, found.smallest, largest)
+        return threshold_for(self.options.heldout_fraction, found.unique, found.smallest, largest)
 
     def _write(
         self,
         writer: ShardWriter,
         chunks: Sequence[Chunk],
         tokenizer: Path,
-        split: Split,
+        threshold: int,
         num_bytes: int,
     ) -> None:
         """Second pass: appends the tokens of all chunks, in their order."""
@@ -378,14 +378,14 @@ class _Writing:
             for chunk in chunks:
                 # while those before are at work it may turn out to be less
                 limits.append(room())
-                yield chunk, tokenizer, split, limits[-1], writer.dtype
+                yield chunk, tokenizer, threshold, limits[-1], writer.dtype
 
         parts = {"train": self.train, "heldout": self.heldout, "unused": self.unused}
         for number, told in enumerate(self._each(chunks, write_chunk, arguments())):
             chunk, left = chunks[number], room()
             is_over = left is not None and (told["tokens"] > left or told["is_full"])
             if is_over and left != limits[number]:
-                told = write_chunk(chunk, tokenizer, split, left, writer.dtype)
+                told = write_chunk(chunk, tokenizer, threshold, left, writer.dtype)
             for name, part in parts.items():
                 part.update(told[name])
             with chunk.file("tokens").open("rb") as stream:

@@ -102,29 +102,19 @@ class SmallestDigests:
         return sorted((-negated, document) for negated, document in self._heap)
 
 
-@dataclass(frozen=True)
-class Split:
-    """Held out is what has a digest below the threshold. `threshold` is 0 when
-    the held-out text is a source of its own."""
+def threshold_for(
+    fraction: float, num_documents: int, smallest: Sequence[int], largest: int
+) -> int:
+    """The digest below which documents are held out, about `fraction` of two or more documents,
+    whose digests are `smallest`, by rising size MIN_HELDOUT_DOCUMENTS of them or all, to `largest`.
 
-    threshold: int
-
-    def is_heldout(self, digest: int) -> bool:
-        """Whether the document belongs to the held-out part."""
-        return digest < self.threshold
-
-
-def split_for(fraction: float, num_documents: int, smallest: Sequence[int], largest: int) -> Split:
-    """The split that holds out about `fraction` of two or more documents, whose digests are
-    `smallest`, by rising size MIN_HELDOUT_DOCUMENTS of them or all, to `largest`.
-
-    The threshold is that of the fraction, so that a document's part does not hang on the others.
-    Only where that leaves too few, the documents of the smallest digests are held out: a tenth of
-    them, up to MIN_HELDOUT_DOCUMENTS and at least one, since a standard error over documents
-    needs several. One document at least is left for training.
+    It is that of the fraction, so that a document's part does not hang on the others. Only where
+    that leaves too few, the documents of the smallest digests are held out: a tenth of them, up to
+    MIN_HELDOUT_DOCUMENTS and at least one, since a standard error over documents needs several. One
+    document at least is left for training.
     """
     num_least = max(1, min(MIN_HELDOUT_DOCUMENTS, num_documents // 10))
-    return Split(min(max(int(fraction * DIGESTS), smallest[num_least - 1] + 1), largest))
+    return min(max(int(fraction * DIGESTS), smallest[num_least - 1] + 1), largest)
 
 
 @dataclass(frozen=True)
@@ -147,10 +137,10 @@ class Scan:
 
 
 def training_sample(
-    split: Split, sample: Sequence[tuple[int, bytes]], largest: tuple[int, bytes]
+    threshold: int, sample: Sequence[tuple[int, bytes]], largest: tuple[int, bytes]
 ) -> list[bytes]:
     """Documents of a `Scan`'s sample that belong to the training part; one at least."""
-    return [text for digest, text in sample if not split.is_heldout(digest)] or [largest[1]]
+    return [text for digest, text in sample if digest >= threshold] or [largest[1]]
 
 
 def smallest_digests(rows: NDArray[Any]) -> list[int]:
