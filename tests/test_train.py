@@ -28,7 +28,7 @@ from capgap.train.checkpoint import (
     read_tensors,
     save_checkpoint,
 )
-from capgap.train.learner import Learner, parameter_groups
+from capgap.train.learner import Learner, make_optimizer
 from capgap.train.learning_rate import Schedule
 from capgap.train.loop import LoopSettings, restore_best, train
 from capgap.train.metrics import StageClock
@@ -485,7 +485,8 @@ def test_a_schedule_may_stay_at_its_peak_and_end_above_zero():
 @pytest.mark.parametrize("decay_embeddings", [False, True])
 def test_weight_decay_spares_norms_biases_and_by_choice_embeddings(decay_embeddings):
     model = model_of(8000, architecture="gpt2")
-    decayed, kept = parameter_groups(model, weight_decay=0.1, decay_embeddings=decay_embeddings)
+    optimizer = make_optimizer(model, weight_decay=0.1, decay_embeddings=decay_embeddings)
+    decayed, kept = optimizer.param_groups
     names = {id(value): name for name, value in model.named_parameters()}
     decayed_names = {names[id(value)] for value in decayed["params"]}
     assert kept["weight_decay"] == 0

@@ -49,21 +49,15 @@ def make_optimizer(
     decay_embeddings: bool,
     betas: tuple[float, float] = BETAS,
 ) -> torch.optim.AdamW:
-    groups = parameter_groups(model, weight_decay=weight_decay, decay_embeddings=decay_embeddings)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-
-
-def parameter_groups(
-    model: nn.Module, *, weight_decay: float, decay_embeddings: bool
-) -> list[dict[str, Any]]:
     """Weight decay on matrices alone: never on norms and biases, on embeddings only by choice."""
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     spared = set() if decay_embeddings else {id(p) for table in tables for p in table.parameters()}
-    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in model.parameters():
-        groups[parameter.ndim < 2 or id(parameter) in spared].append(parameter)
-    decayed, kept = groups
-    return [
+        (kept if parameter.ndim < 2 or id(parameter) in spared else decayed).append(parameter)
+    groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
