@@ -174,15 +174,11 @@ def cast_bytes(shape: Shape) -> int:
 
 
 def _widths(shape: Shape, window: int, document_mask: bool) -> dict[str, int]:
-    query, key = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    sizes = shape.axis_sizes
     repeated = document_mask and shape.heads != shape.kv_heads
-    return {
-        "hidden": shape.hidden,
-        "query": query,
-        "key": key,
-        "attended": query if repeated else key,
-        "values": query if repeated else query + 2 * key,
-        "neurons": shape.ffn,
+    return sizes | {
+        "attended": sizes["query" if repeated else "key"],
+        "values": sizes["query" if repeated else "qkv"],
         "heads": shape.heads,
         "kv_heads": shape.kv_heads,
         "scores": shape.heads * window,
