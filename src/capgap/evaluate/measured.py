@@ -79,16 +79,11 @@ class HeldoutLoss:
         return ratio_standard_error(bits, self.document_bytes)
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "loss": self.loss,
-            "loss_stderr": self.loss_stderr,
-            "bits_per_byte": self.bits_per_byte,
-            "bits_per_byte_stderr": self.bits_per_byte_stderr,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "document_losses": self.document_losses,
-            "document_tokens": self.document_tokens,
-        }
+        names = (
+            *("loss", "loss_stderr", "bits_per_byte", "bits_per_byte_stderr", "tokens", "bytes"),
+            *("document_losses", "document_tokens"),
+        )
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
