@@ -1,7 +1,7 @@
 """Whether a model reads a text as its makers let it begin: tried with what else may stand first."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -19,24 +19,8 @@ TOKENS = 256
 GAIN, STANDARD_ERRORS = 0.05, 3.0
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """One way for rows to begin, and the loss that a model has with it, nats a token."""
-
-    what: str
-    fix: str
-    loss: float
-    instead_of: float
-
-    def warning(self, name: str) -> str:
-        """In one line."""
-        return (
-            f"warning: {name} reads this text at {self.instead_of:.3f} nats a token, and at "
-            f"{self.loss:.3f} where {self.what}: {self.fix}"
-        )
-
-
 def better_beginning(
+    name: str,
     parts: Parts,
     documents: Sequence[HeldoutDocument],
     marks: Marks,
@@ -44,8 +28,9 @@ def better_beginning(
     *,
     vocabulary: int | None = None,
     ranks: Ranks = ALONE,
-) -> Beginning | None:
-    """The beginning that a model is much better with than with `marks`, or None.
+) -> str | None:
+    """A warning in one line of the beginning that the model of this name is much better with than
+    with `marks`, or None.
 
     Tried are the special tokens that the tokenizer knows but does not put first, before documents;
     and windows that begin within a document, with and without the token that begins one.
@@ -59,16 +44,20 @@ def better_beginning(
         cut = replace(marks, begin_windows=False)
         return evaluate_heldout(parts, heldout_set(rows, cut, TOKENS, vocabulary), ranks)
 
-    def name(token: int) -> str:
+    def named(token: int) -> str:
         return str(tokenizer.convert_ids_to_tokens(token))
 
-    better = []
+    better: list[tuple[float, str]] = []
 
     def compare(now: HeldoutLoss, other: HeldoutLoss, what: str, fix: str) -> None:
         gains = np.subtract(now.document_losses, other.document_losses).tolist()
         error = ratio_standard_error(gains, now.document_tokens)
         if error is not None and now.loss - other.loss > max(GAIN, STANDARD_ERRORS * error):
-            better.append(Beginning(what, fix, other.loss, now.loss))
+            line = (
+                f"warning: {name} reads this text at {now.loss:.3f} nats a token, and at "
+                f"{other.loss:.3f} where {what}: {fix}"
+            )
+            better.append((now.loss - other.loss, line))
 
     starts = [HeldoutDocument(tokens[: TOKENS + 1], size) for tokens, size in some]
     others = {tokenizer.bos_token_id, tokenizer.eos_token_id, marks.end} - {None, marks.begin}
@@ -77,9 +66,9 @@ def better_beginning(
         for token in sorted(others):
             fix = (
                 "is the tokenizer beside it its own? The corpus must be prepared with a tokenizer "
-                f"that puts {name(token)} first (add_bos_token in tokenizer_config.json)"
+                f"that puts {named(token)} first (add_bos_token in tokenizer_config.json)"
             )
-            compare(now, loss(starts, token), f"documents begin with {name(token)}", fix)
+            compare(now, loss(starts, token), f"documents begin with {named(token)}", fix)
     middles = [
         HeldoutDocument(tokens[len(tokens) // 2 :][: TOKENS + 1], size)
         for tokens, size in some
@@ -89,6 +78,6 @@ def better_beginning(
         plain, begun = loss(middles), loss(middles, marks.begin)
         now, other = (begun, plain) if marks.begin_windows else (plain, begun)
         have, how = ("no ", "without") if marks.begin_windows else ("", "with")
-        what = f"windows that begin within a document have {have}{name(marks.begin)} first"
+        what = f"windows that begin within a document have {have}{named(marks.begin)} first"
         compare(now, other, what, f"prepare the corpus {how} `--begin-windows`")
-    return min(better, key=lambda one: one.loss - one.instead_of, default=None)
+    return max(better, key=lambda one: one[0], default=(0.0, None))[1]

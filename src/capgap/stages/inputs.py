@@ -72,11 +72,10 @@ def warn_of_beginning(
     from capgap.models.parallel import ALONE
 
     documents, words = corpus.heldout_documents(), corpus.vocabulary
-    better = better_beginning(
-        parts, documents, corpus.marks, corpus.tokenizer, vocabulary=words, ranks=ranks or ALONE
-    )
-    if better is not None:
-        say(better.warning(name))
+    read = (parts, documents, corpus.marks, corpus.tokenizer)
+    warning = better_beginning(name, *read, vocabulary=words, ranks=ranks or ALONE)
+    if warning is not None:
+        say(warning)
 
 
 def check_model(path_or_name: str, corpus: Text) -> None:

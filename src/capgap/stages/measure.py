@@ -79,9 +79,10 @@ class Reader:
         from capgap.evaluate.beginning import better_beginning
         from capgap.evaluate.losses import heldout_set
 
-        better = better_beginning(parts, documents, marks, self.tokenizer, vocabulary=self.words)
-        if better is not None:
-            say(better.warning(name))
+        read = (parts, documents, marks, self.tokenizer)
+        warning = better_beginning(name, *read, vocabulary=self.words)
+        if warning is not None:
+            say(warning)
         return heldout_set(documents, marks, window, self.words)
 
 
