@@ -27,7 +27,7 @@ def main() -> None:
     print("| question | grid | of the cost | reach | factor | law told | truth within 90% |")
     print("|---|---|---|---|---|---|---|")
     for family, name, student, tokens in QUESTIONS:
-        teachers = [model.parameters().non_embedding for model in find_family(family).models]
+        teachers = [model.non_embedding for model in find_family(family).models]
         asked = ask(student, tokens, teachers)
         for number, grid in enumerate(asked.grids):
             # other draws than those that chose the grid

@@ -55,10 +55,10 @@ PUBLISHED_TOTALS = {
 def test_families_have_their_published_sizes():
     models = {one.name: one for family in published_families().values() for one in family.models}
     for name, total in PUBLISHED_TOTALS.items():
-        assert models[name].parameters().total == total
+        assert models[name].total == total
     assert len(models) >= 50
     for family in published_families().values():
-        sizes = [one.parameters().non_embedding for one in family.models]
+        sizes = [one.non_embedding for one in family.models]
         assert sizes == sorted(sizes)
 
 

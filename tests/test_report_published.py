@@ -80,7 +80,7 @@ def test_a_name_moves_away_from_its_neighbour_and_from_a_line() -> None:
 def test_families_have_their_larger_members_each_with_a_look_of_its_own() -> None:
     rows = rows_of(families_chart(), "point")
     for family in published_families().values():
-        sizes = [model.parameters().non_embedding for model in family.models]
+        sizes = [model.non_embedding for model in family.models]
         held = sorted(one["x"] for one in rows if one["key"] == family.title)
         assert held == sorted(size for size in sizes if size > 3_000_000_000)
     looks = [look(place) for place in range(len(published_families()))]

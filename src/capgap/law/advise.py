@@ -9,7 +9,7 @@ from typing import Any
 from capgap.errors import UserError
 from capgap.evaluate.measured import Measurement
 from capgap.law.law import Law, Value
-from capgap.law.published import Candidate, find_family, find_model, published
+from capgap.law.published import Candidate, find_family, find_model
 from capgap.law.rules import (
     SIZES_REACH,
     LineRule,
@@ -215,8 +215,7 @@ def student_of(size: str | int, candidates: Sequence[Candidate]) -> Student:
     """By its size without embeddings, its total ("300M total"), or a published model's name."""
     known = find_model(str(size))
     if known is not None:
-        own = published(known)
-        return Student(non_embedding=own.non_embedding, total=own.total, family=own.family)
+        return Student(non_embedding=known.non_embedding, total=known.total, family=known.family)
     given, is_total = parse_size(size)
     first = candidates[0]
     if not is_total:
@@ -229,7 +228,7 @@ def _tokenizers(student: Student, candidates: Sequence[Candidate]) -> tuple[str,
     """Families whose tokenizers differ; empty where there is one, or nobody knows."""
     named = [student.family, *(one.family for one in candidates)]
     families = list(dict.fromkeys(name for name in named if name is not None))
-    tokenizers = {find_family(name).models[0].tokenizer for name in families}
+    tokenizers = {find_family(name).tokenizer for name in families}
     return tuple(families) if len(tokenizers) > 1 else ()
 
 

@@ -14,7 +14,7 @@ from capgap.errors import UserError
 from capgap.hub import families
 from capgap.law.surface import DistillationSurface, SupervisedSurface
 from capgap.models.shape import Shape
-from capgap.sizes import ParameterCounts, format_count, parse_count, parse_size
+from capgap.sizes import format_count, parse_count, parse_size
 
 
 @dataclass(frozen=True)
@@ -90,82 +90,6 @@ _DIMENSIONS = ("hidden", "layers", "heads", "kv_heads", "head_size", "ffn")
 
 
 @dataclass(frozen=True)
-class PublishedModel:
-    """A member of a family. `tokens` of its pre-training; None where they are not published. year:
-    month in which the family came out, as "2024-09". tokenizer: a name that families with the
-    same tokenizer share. hub: its name on the Hugging Face Hub. head_norms: whether queries and
-    keys have norms of their own."""
-
-    name: str
-    family: str
-    shape: Shape
-    tokens: int | None
-    year: str
-    tokenizer: str
-    hub: str
-    head_norms: bool = False
-
-    def parameters(self) -> ParameterCounts:
-        """By part, from the published dimensions."""
-        counts = self.shape.parameters()
-        heads = self.shape.layers * 2 * self.shape.head_size if self.head_norms else 0
-        return replace(counts, norms=counts.norms + heads)
-
-
-@dataclass(frozen=True)
-class PublishedFamily:
-    """Models that share tokenizer and recipe, smallest first."""
-
-    name: str
-    title: str
-    source: str
-    models: tuple[PublishedModel, ...]
-
-
-@cache
-def published_families() -> dict[str, PublishedFamily]:
-    """Families by their short name: their models' dimensions, parameters and training tokens."""
-    found = {}
-    for name, fields in families().items():
-        head_norms = fields.get("head_norms", False)
-        models = []
-        for model in fields["models"]:
-            shape = Shape(
-                architecture=fields["architecture"],
-                vocabulary=model.get("vocabulary", fields["vocabulary"]),
-                positions=fields["positions"],
-                tied=model.get("tied", fields.get("tied", False)),
-                **dict(zip(_DIMENSIONS, model["shape"], strict=True)),
-            )
-            tokens = parse_count(model["tokens"]) if "tokens" in model else None
-            recipe = (fields["year"], fields.get("tokenizer", name), model["hub"], head_norms)
-            models.append(PublishedModel(model["name"], name, shape, tokens, *recipe))
-        found[name] = PublishedFamily(name, fields["title"], fields["source"], tuple(models))
-    return found
-
-
-def find_family(name: str) -> PublishedFamily:
-    """The family of that short name; UserError names those that are known."""
-    families = published_families()
-    family = families.get(name.lower().replace("-", "").replace("_", ""))
-    if family is None:
-        raise UserError(f"no family {name!r}: known are {', '.join(families)}")
-    return family
-
-
-def find_model(name: str) -> PublishedModel | None:
-    """The published model of that name, or of that name on the Hub, as Qwen/Qwen2.5-7B or with
-    @revision; None where there is none."""
-    return _by_name().get(name.strip().lower().partition("@")[0])
-
-
-@cache
-def _by_name() -> dict[str, PublishedModel]:
-    models = [model for family in published_families().values() for model in family.models]
-    return {name.lower(): model for model in models for name in (model.name, model.hub)}
-
-
-@dataclass(frozen=True)
 class Candidate:
     """A teacher that could be taken. Sizes in parameters; `tokens` it was trained on, or None.
 
@@ -192,6 +116,80 @@ class Candidate:
         return round(non_embedding + width * self.shape.vocabulary * tables)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PublishedModel(Candidate):
+    """A member of a family. `tokens` of its pre-training; None where they are not published. year:
+    month in which the family came out, as "2024-09". hub: its name on the Hugging Face Hub."""
+
+    shape: Shape
+    hub: str
+
+
+@dataclass(frozen=True)
+class PublishedFamily:
+    """Models that share tokenizer and recipe, smallest first. tokenizer: a name that families with
+    the same tokenizer share. can_cut: whether capgap can cut what the Hub has of it."""
+
+    name: str
+    title: str
+    source: str
+    tokenizer: str
+    can_cut: bool
+    models: tuple[PublishedModel, ...]
+
+
+@cache
+def published_families() -> dict[str, PublishedFamily]:
+    """Families by their short name: their models' dimensions, parameters and training tokens."""
+    return {name: _family(name, fields) for name, fields in families().items()}
+
+
+def _family(name: str, fields: dict[str, Any]) -> PublishedFamily:
+    models = []
+    for model in fields["models"]:
+        shape = Shape(
+            architecture=fields["architecture"],
+            vocabulary=model.get("vocabulary", fields["vocabulary"]),
+            positions=fields["positions"],
+            tied=model.get("tied", fields.get("tied", False)),
+            **dict(zip(_DIMENSIONS, model["shape"], strict=True)),
+        )
+        counts = shape.parameters()
+        tokens = parse_count(model["tokens"]) if "tokens" in model else None
+        known = (model["name"], counts.non_embedding, counts.total, tokens)
+        more = {"family": name, "year": fields["year"], "hub": model["hub"]}
+        models.append(PublishedModel(*known, shape=shape, **more))
+    return PublishedFamily(
+        name=name,
+        title=fields["title"],
+        source=fields["source"],
+        tokenizer=fields.get("tokenizer", name),
+        can_cut=fields.get("can_cut", True),
+        models=tuple(models),
+    )
+
+
+def find_family(name: str) -> PublishedFamily:
+    """The family of that short name; UserError names those that are known."""
+    families = published_families()
+    family = families.get(name.lower().replace("-", "").replace("_", ""))
+    if family is None:
+        raise UserError(f"no family {name!r}: known are {', '.join(families)}")
+    return family
+
+
+def find_model(name: str) -> PublishedModel | None:
+    """The published model of that name, or of that name on the Hub, as Qwen/Qwen2.5-7B or with
+    @revision; None where there is none."""
+    return _by_name().get(name.strip().lower().partition("@")[0])
+
+
+@cache
+def _by_name() -> dict[str, PublishedModel]:
+    models = [model for family in published_families().values() for model in family.models]
+    return {name.lower(): model for model in models for name in (model.name, model.hub)}
+
+
 def candidates_of(family: str | None, teachers: Sequence[str]) -> list[Candidate]:
     """The members of a family, and teachers by their published name, a Hugging Face folder or name
     on the Hub such as Qwen/Qwen2.5-7B (whose config is read), NAME=FOLDER, or a size such as 7B.
@@ -200,8 +198,7 @@ def candidates_of(family: str | None, teachers: Sequence[str]) -> list[Candidate
     other name is what the folder is called here. UserError for names that are none, and where
     nothing is asked for.
     """
-    models = list(find_family(family).models) if family is not None else []
-    found = [published(model) for model in models]
+    found: list[Candidate] = [] if family is None else [*find_family(family).models]
     found += [_candidate(name.strip()) for name in teachers]
     if not found:
         raise UserError(
@@ -230,30 +227,15 @@ def sources_of(candidates: Sequence[Candidate]) -> dict[str, str]:
     return found
 
 
-def published(model: PublishedModel, source: str | None = None) -> Candidate:
-    """A published model; UserError where what lies at `source` has another size."""
-    counts = model.parameters()
-    if source is not None:
-        _check_published(model, source)
-    return Candidate(
-        name=model.name,
-        non_embedding=counts.non_embedding,
-        total=counts.total,
-        tokens=model.tokens,
-        source=source,
-        family=model.family,
-        year=model.year,
-        shape=model.shape,
-    )
-
-
 def _candidate(given: str) -> Candidate:
     name, mark, place = (part.strip() for part in given.partition("="))
     known = find_model(name)
     if not mark:
         place = name if Path(name).is_dir() else ""
     if known is not None:
-        return published(known, place or None)
+        if place:
+            _check_published(known, place)
+        return replace(known, source=place or None)
     if mark:
         if not (name and place):
             raise UserError(f"`teachers`: {given!r} is not of the form NAME=FOLDER")
@@ -272,16 +254,17 @@ def _candidate(given: str) -> Candidate:
 
 
 def _check_published(model: PublishedModel, source: str) -> None:
+    """UserError where what lies at `source` has another size."""
     from capgap.models.families import FAMILIES
     from capgap.models.stored import read_config
 
     if read_config(source).model_type not in FAMILIES:
         return
-    size, expected = _by_config(source, model.name).non_embedding, model.parameters().non_embedding
-    if abs(size / expected - 1) > 0.01:
+    size = _by_config(source, model.name).non_embedding
+    if abs(size / model.non_embedding - 1) > 0.01:
         raise UserError(
             f"the model in {source} has {format_count(size)} non-embedding parameters, "
-            f"{model.name} {format_count(expected)}: name it otherwise, as NAME=FOLDER"
+            f"{model.name} {format_count(model.non_embedding)}: name it otherwise, as NAME=FOLDER"
         )
 
 

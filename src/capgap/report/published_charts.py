@@ -235,7 +235,7 @@ def families_chart() -> Picture:
     """The members of published families that are larger than MiniMA-3B as its teachers."""
     student, tokens = EXAMPLE
     members = [model for family in published_families().values() for model in family.models]
-    models = [one.name for one in members if one.parameters().non_embedding > student]
+    models = [one.name for one in members if one.non_embedding > student]
     asked = f"{numbers.size(student)} student, {numbers.size(tokens)} tokens"
     title = f"Published families as teachers: {asked}"
     found = recommend(student, tokens, candidates_of(None, models))
