@@ -18,7 +18,6 @@ from capgap.artifact import read_json, write_json
 from capgap.cli import main
 from capgap.export import card as cards
 from capgap.export.card import (
-    Benchmark,
     Card,
     Licence,
     Loss,
@@ -302,7 +301,7 @@ def test_a_card_of_an_unknown_licence_says_so():
         total=12_000,
         licence=Licence(None, "the teacher 'x' tells none"),
         base_model="org/x",
-        benchmarks=(Benchmark(name="a|b", score=0.25),),
+        benchmarks={"a|b": {"score": 0.25}},
         six_benchmark_mean=0.25,
     )
     text = card_text(card)

@@ -8,7 +8,7 @@ sweep, in `facts.py` from those of a model folder.
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -57,24 +57,12 @@ class Loss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark:
-    """A row of an evaluation; `reason` says why there is no score."""
-
-    name: str
-    score: float | None
-    stderr: float | None = None
-    metric: str | None = None
-    shots: int | None = None
-    samples: int | None = None
-    reason: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Card:
     """What a model card says; what is None or empty is left out.
 
     `base_model`: the teacher's name on the Hub; `made`: the lines of how it was made;
-    `benchmarks_before`: they are of a model that this one began as.
+    `benchmarks`: by name what evaluate.json says of each, with the same keys, of which some may be
+    missing; `benchmarks_before`: they are of a model that this one began as.
     """
 
     name: str
@@ -88,7 +76,7 @@ class Card:
     made: tuple[str, ...] = ()
     heldout_tokens: int | None = None
     losses: tuple[Loss, ...] = ()
-    benchmarks: tuple[Benchmark, ...] = ()
+    benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
     six_benchmark_mean: float | None = None
     benchmarks_before: bool = False
     has_chat_template: bool = False
@@ -123,14 +111,14 @@ def _front_matter(card: Card) -> str:
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=row.name,
-            dataset_name=row.name,
-            dataset_args=None if row.shots is None else {"num_few_shot": row.shots},
-            metric_type=row.metric or "score",
-            metric_value=row.score,
+            dataset_type=name,
+            dataset_name=name,
+            dataset_args=None if row.get("shots") is None else {"num_few_shot": row["shots"]},
+            metric_type=row.get("metric") or "score",
+            metric_value=row["score"],
         )
-        for row in card.benchmarks
-        if row.score is not None and not card.benchmarks_before
+        for name, row in card.benchmarks.items()
+        if row.get("score") is not None and not card.benchmarks_before
     ]
     return ModelCardData(
         library_name="transformers",

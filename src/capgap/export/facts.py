@@ -8,7 +8,6 @@ from typing import Any
 
 from capgap.export import lineage as kinds
 from capgap.export.card import (
-    Benchmark,
     Card,
     Licence,
     Loss,
@@ -44,7 +43,7 @@ def model_card(model: str, source: Source, lineage: Lineage, name: str | None = 
         card,
         name=name or card.name,
         licence=card.licence if licence.id is None else licence,
-        benchmarks=tuple(_benchmark(*task) for task in evaluated["tasks"].items()),
+        benchmarks={name: _benchmark(task) for name, task in evaluated["tasks"].items()},
         six_benchmark_mean=None if mean is None else mean / 100,
         benchmarks_before=lineage.evaluated_before,
         has_chat_template=source.tokenizer.chat_template is not None,
@@ -168,20 +167,12 @@ def _student_losses(lineage: Lineage, folder: Path) -> tuple[int | None, tuple[L
     return (None if after is None else after.get("tokens")), losses
 
 
-def _benchmark(name: str, task: dict[str, Any]) -> Benchmark:
-    """A row of evaluate.json; what it lacks stays missing. Why there is no score is told without
-    the folders and addresses of the record."""
+def _benchmark(task: dict[str, Any]) -> dict[str, Any]:
+    """What evaluate.json says of one; why there is no score is told without the folders and
+    addresses of the record."""
     reason = task.get("missing")
     if reason is not None and reason.startswith(NO_COPY):
         reason = NO_COPY
     elif reason is not None and ("/" in reason or "\\" in reason):
         reason = "its record says why"
-    return Benchmark(
-        name=name,
-        score=task.get("score"),
-        stderr=task.get("score_stderr"),
-        metric=task.get("metric"),
-        shots=task.get("shots"),
-        samples=task.get("questions"),
-        reason=reason,
-    )
+    return task | {"missing": reason}
