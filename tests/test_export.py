@@ -26,7 +26,7 @@ from capgap.export.card import (
     find_licence,
     front_matter,
 )
-from capgap.export.folder import VLLM_CLASSES, check_vllm
+from capgap.export.folder import check_vllm
 from capgap.export.lineage import find_lineage
 from capgap.models.build import build_model, load_model, save_model, shape_of
 from capgap.models.families import FAMILIES
@@ -45,6 +45,24 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+
+# model_type -> the class that vLLM's registry has for it, as read there
+VLLM_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
 
 
 def save(folder, corpus, architecture="llama", *, size=12_000, dtype=torch.float32, template=None):

@@ -42,23 +42,6 @@ DTYPES = {"stored": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": 
 _TWO_ROPES = ("gemma3_text", "olmo3")
 # What a tokenizer's config may tell of the machine it was saved on
 _LOCAL = ("auto_map", "is_local", "local_files_only", "name_or_path")
-# model_type -> the class that vLLM's registry has for it
-VLLM_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "ministral3": "Ministral3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "olmo3": "Olmo3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "gpt_neox": "GPTNeoXForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-}
 # FlashAttention takes heads of multiples of 8 up to 256, in half precision; Triton 32 and more
 FLASH_MULTIPLE, FLASH_MOST, TRITON_LEAST = 8, 256, 32
 
@@ -219,8 +202,12 @@ def check_vllm(shape: Shape | None, dtype: torch.dtype, config: dict[str, Any]) 
     """
     if shape is None:
         return {"architecture": None, "checked": [], "problems": []}
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     kind, head, classes = shape.architecture, shape.head_size, config.get("architectures")
-    expected, precision = VLLM_CLASSES[kind], str(dtype).removeprefix("torch.")
+    # vLLM's registry has all families, under transformers' names
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    precision = str(dtype).removeprefix("torch.")
     is_flash = head % FLASH_MULTIPLE == 0 and head <= FLASH_MOST and dtype != torch.float32
     is_square = shape.hidden == shape.heads * head
     checks = {
