@@ -32,8 +32,6 @@ TERMS = {
     "cc-by-4.0": ("name the authors, link the licence", _CHANGED),
     "cc-by-sa-4.0": ("name the authors, link the licence", _CHANGED, "keep this licence"),
 }
-# How the name of a public model has to begin, by the beginning of its licence
-_NAMES = {"llama3": "llama"}
 
 
 def check_push(name: str, *, upload: bool) -> None:
@@ -79,11 +77,9 @@ def push(
 def _check_public(name: str, licence: str | None) -> None:
     if licence is None:
         raise UserError(f"{name}: no public model of unknown licence: leave `public` away")
-    for family, beginning in _NAMES.items():
-        if licence.startswith(family) and not name.partition("/")[2].lower().startswith(beginning):
-            raise UserError(
-                f"{name}: the licence {licence} asks that the name begin with {beginning.title()}"
-            )
+    is_named = name.partition("/")[2].lower().startswith("llama")
+    if licence.startswith("llama3") and not is_named:
+        raise UserError(f"{name}: the licence {licence} asks that the name begin with Llama")
 
 
 def _upload(name: str, files: Sequence[Path], *, public: bool) -> str:
