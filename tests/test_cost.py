@@ -20,7 +20,7 @@ from capgap.models.build import build_model, checkpoint_activations, to_config
 from capgap.models.families import FAMILIES
 from capgap.models.parts import Parts
 from capgap.models.shape import Shape, ladder_shape
-from capgap.stages.prune import Prune
+from capgap.stages.prune import Prune, PruneSection
 from capgap.sweep.memory import task_loops
 from capgap.sweep.plan import expected_baselines, make_plan
 from capgap.sweep.recipe import Recipe
@@ -334,6 +334,13 @@ def test_a_plan_says_where_scoring_needs_most(typed):
     assert found["peak_phase"] == "scoring"
     told = typed("plan", "quickstart", *words, "--gpus", "8xH100").out
     assert "where its first GPU scores it whole, fits" in told
+
+
+def test_of_a_family_those_are_planned_that_can_be_cut():
+    """Of Gemma 3 those that only read; the others are among the mistakes below."""
+    recipe = load_any_recipe(find_recipe("minima-3b"), ["teacher.model=Gemma-3-1B"])
+    found = estimate(recipe.model_copy(update={"prune": PruneSection(params="300M")}))
+    assert found["teacher_shape"]["architecture"] == "gemma3_text"
 
 
 def test_for_a_person(typed):

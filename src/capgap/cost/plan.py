@@ -163,7 +163,7 @@ def find_teacher(recipe: RunRecipe) -> GivenTeacher:
         shape = ladder_shape(kind, ladder_size(kind, size, **rows), **rows)
         stored = FLOAT
     elif known is not None:
-        if not published_families()[str(known.family)].can_cut:
+        if not known.can_cut:
             raise UserError(
                 f"teacher.model {name}: its architecture is none that capgap can cut "
                 "(docs/families.md)"

@@ -119,22 +119,23 @@ class Candidate:
 @dataclass(frozen=True, kw_only=True)
 class PublishedModel(Candidate):
     """A member of a family. `tokens` of its pre-training; None where they are not published. year:
-    month in which the family came out, as "2024-09". hub: its name on the Hugging Face Hub."""
+    month in which the family came out, as "2024-09". hub: its name on the Hugging Face Hub.
+    can_cut: whether capgap can cut what is there."""
 
     shape: Shape
     hub: str
+    can_cut: bool
 
 
 @dataclass(frozen=True)
 class PublishedFamily:
     """Models that share tokenizer and recipe, smallest first. tokenizer: a name that families with
-    the same tokenizer share. can_cut: whether capgap can cut what the Hub has of it."""
+    the same tokenizer share."""
 
     name: str
     title: str
     source: str
     tokenizer: str
-    can_cut: bool
     models: tuple[PublishedModel, ...]
 
 
@@ -158,13 +159,13 @@ def _family(name: str, fields: dict[str, Any]) -> PublishedFamily:
         tokens = parse_count(model["tokens"]) if "tokens" in model else None
         known = (model["name"], counts.non_embedding, counts.total, tokens)
         more = {"family": name, "year": fields["year"], "hub": model["hub"]}
-        models.append(PublishedModel(*known, shape=shape, **more))
+        can_cut = model.get("can_cut", True)
+        models.append(PublishedModel(*known, shape=shape, can_cut=can_cut, **more))
     return PublishedFamily(
         name=name,
         title=fields["title"],
         source=fields["source"],
         tokenizer=fields.get("tokenizer", name),
-        can_cut=fields.get("can_cut", True),
         models=tuple(models),
     )
 
