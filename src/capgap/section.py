@@ -69,10 +69,6 @@ LearningRate = Annotated[
     Literal["auto"] | PositiveFinite,
     "Peak rate; auto is a rule per size, half of it for what has weights already.",
 ]
-TextColumn = Annotated[str, "Column with the text, for JSON lines, parquet and datasets."]
-Separator = Annotated[str, "Line that parts documents within a text file; if empty, none does."]
-MaxBytes = Annotated[Count | None, "Take documents until they are so many bytes."]
-MaxDocuments = Annotated[Count | None, "Take so many documents and read no further."]
 TextSource = Annotated[str, "stdlib, pydoc, a file, a folder, a glob or a Hugging Face dataset."]
 # every byte and an end
 Vocabulary = Annotated[Count, Field(ge=257), "Tokens of the tokenizer to train."]
@@ -120,6 +116,24 @@ class Section(BaseModel):
             if name in changed and Path in kinds_in(field.annotation):
                 changed[name] = _local_copy(name, changed[name])
         return changed or given
+
+
+class TextOptions(Section):
+    """How text is read that is not prepared yet."""
+
+    text_column: Annotated[str, "Column with the text, for JSON lines, parquet and datasets."] = (
+        "text"
+    )
+    separator: Annotated[
+        str, "Line that parts documents within a text file; if empty, none does."
+    ] = "<|endoftext|>"
+    max_bytes: Annotated[Count | None, "Take documents until they are so many bytes."] = None
+    max_documents: Annotated[Count | None, "Take so many documents and read no further."] = None
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """As `prepare_corpus` takes them."""
+        return self.model_dump(include=set(TextOptions.model_fields))
 
 
 class Problem(NamedTuple):

@@ -19,10 +19,9 @@ from capgap.corpus.names import Weighted
 from capgap.errors import Interrupted, UserError
 from capgap.machine import machine, resolve_device, started, versions
 from capgap.scrub import scrub
-from capgap.section import Count, LearningRate, ProperFraction
+from capgap.section import Count, LearningRate, ProperFraction, TextOptions
 from capgap.sizes import format_bytes, parse_count
 from capgap.stage import ARGUMENT, Mark, Say, ShouldStop
-from capgap.stages.corpus import TextOptions
 from capgap.stages.distill import Tokens, Train, TrainingStage
 from capgap.train.recipe import ABOUT_A_TEACHER
 

@@ -5,32 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from capgap.in_order import On
-from capgap.section import (
-    BeginWindows,
-    Count,
-    MaxBytes,
-    MaxDocuments,
-    Section,
-    Separator,
-    TextColumn,
-    TextSource,
-)
+from capgap.section import BeginWindows, Count, TextOptions, TextSource
 from capgap.sizes import format_count
 from capgap.stage import ARGUMENT, HOW, Mark, Say, Stage, paced
-
-
-class TextOptions(Section):
-    """How text is read that is not prepared yet."""
-
-    text_column: TextColumn = "text"
-    separator: Separator = "<|endoftext|>"
-    max_bytes: MaxBytes = None
-    max_documents: MaxDocuments = None
-
-    @property
-    def reading(self) -> dict[str, Any]:
-        """As `prepare_corpus` takes them."""
-        return self.model_dump(include=set(TextOptions.model_fields))
 
 
 class TextSection(TextOptions):

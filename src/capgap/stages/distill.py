@@ -7,10 +7,9 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from capgap.corpus.names import Given
-from capgap.section import Count, LearningRate, Section, Size
+from capgap.section import Count, LearningRate, Section, Size, TextOptions
 from capgap.sizes import format_count, parse_size
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage
-from capgap.stages.corpus import TextOptions
 from capgap.train.recipe import ABOUT_A_TEACHER, RunSection, TrainingSection
 
 Tokens = Annotated[Count, "Training tokens, such as 10M, cut to whole steps."]

@@ -10,9 +10,8 @@ from capgap.artifact import difference, locked_file, plain
 from capgap.corpus.names import Given
 from capgap.errors import UserError
 from capgap.prune import Depth, Method, reading_methods
-from capgap.section import Count, Dtype, Recomputed, Section
+from capgap.section import Count, Dtype, Recomputed, Section, TextOptions
 from capgap.stage import ARGUMENT, HOW, SEVERAL, Mark, Say, ShouldStop, Stage, paced
-from capgap.stages.corpus import TextOptions
 
 if TYPE_CHECKING:
     from capgap.corpus.text import Text

@@ -17,15 +17,12 @@ from capgap.section import (
     Init,
     LadderSize,
     LearningRate,
-    MaxBytes,
-    MaxDocuments,
     OneOrMore,
     Positive,
     PositiveFraction,
     ProperFraction,
     Section,
-    Separator,
-    TextColumn,
+    TextOptions,
     TextSource,
     Track,
     Vocabulary,
@@ -33,19 +30,15 @@ from capgap.section import (
 from capgap.train.recipe import RunSection, TrainingSection
 
 
-class CorpusSection(Section):
+class CorpusSection(TextOptions):
     """The text that a sweep trains and evaluates on."""
 
     source: TextSource = "stdlib"
-    text_column: TextColumn = "text"
-    separator: Separator = "<|endoftext|>"
     heldout_source: Annotated[str | None, "Other text to evaluate on, of the same kinds."] = None
     tokenizer: Annotated[str | None, "One to take instead of training it: folder or name."] = None
     vocabulary: Annotated[Vocabulary, Field(le=1 << 20)] = 2048
     window: Annotated[int, Field(ge=8), "Tokens of a row; a ladder's models read no more."] = 128
     begin_windows: BeginWindows = False
-    max_bytes: MaxBytes = None
-    max_documents: MaxDocuments = None
     heldout_fraction: Annotated[float, Field(gt=0, lt=0.5), "Share of documents held out."] = 0.02
     heldout_tokens: Annotated[Count, "Most tokens that every model is evaluated on."] = 60_000
     max_epochs: Annotated[Positive, "Most times that a run may read the corpus."] = MAX_EPOCHS
