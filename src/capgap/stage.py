@@ -177,7 +177,7 @@ class Stage(Section):
                 for key, value in section.model_dump(
                     mode="json", exclude_unset=True, exclude_none=True
                 ).items():
-                    yield f"{field.alias or name}.{key}={_toml(value)}"
+                    yield f"{field.alias or name}.{key}={toml(value)}"
 
 
 def _with_mirrors(run: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -297,8 +297,9 @@ def _texts(value: Any) -> list[str]:
     return [str(one) for one in value] if isinstance(value, tuple | list) else [str(value)]
 
 
-def _toml(value: Any) -> str:
+def toml(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, list):
-        return f"[{', '.join(_toml(one) for one in value)}]"
+        return f"[{', '.join(toml(one) for one in value)}]"
     # TOML writes texts and truth as JSON does
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)

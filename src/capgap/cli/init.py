@@ -1,6 +1,5 @@
 """`capgap init`: five answers become a commented recipe, for which teacher or for one student."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,7 @@ from capgap.artifact import write_text
 from capgap.cli.app import Answer
 from capgap.errors import UserError
 from capgap.sizes import LADDER_TOKENS, parse_count
-from capgap.stage import ARGUMENT, FieldError
+from capgap.stage import ARGUMENT, FieldError, toml
 
 HEAD = "# Written by `capgap init`; every key: docs/recipes.md\n"
 # Window, and tokens of an optimizer step, from so many training tokens on
@@ -98,18 +97,18 @@ def run_recipe(
 
 [teacher]
 # a published name, a name on the Hub, or a folder
-model = {_text(teacher)}
+model = {toml(teacher)}
 
 [[corpus]]
 # several of these make a mixture, by `weight`
-source = {_text(text)}
+source = {toml(text)}
 
 [prune]
 # of the student that is cut out; without embeddings, or with them as "360M total"
-params = {_text(student)}
+params = {toml(student)}
 
 [distill]
-tokens = {_text(tokens)}
+tokens = {toml(tokens)}
 window = {window}
 
 [training]
@@ -142,9 +141,9 @@ def sweep_recipe(
         budgets = "# a quarter too: do more tokens want a larger teacher?\n"
         budgets += f"tokens = [{count // 4}, {count}]"
     window, batch = _loop(round(least))
-    models = f"# with one tokenizer; four or more tell a curve\nmodels = [{_texts(teachers)}]"
+    models = f"# with one tokenizer; four or more tell a curve\nmodels = {toml(teachers)}"
     if ladder:
-        models = f"# trained here, four or more for a curve\nsizes = [{_texts(teachers)}]\n"
+        models = f"# trained here, four or more for a curve\nsizes = {toml(teachers)}\n"
         models += f"tokens = {LADDER_TOKENS * max(ladder)}"
     return f"""{HEAD}name = "{name}"
 # two seeds tell a difference from luck
@@ -154,7 +153,7 @@ baselines = "best"
 larger_teachers_only = true
 
 [corpus]
-source = {_text(text)}
+source = {toml(text)}
 window = {window}
 
 [teachers]
@@ -162,7 +161,7 @@ window = {window}
 
 [students]
 # non-embedding parameters, cut out of every teacher
-sizes = [{_texts(students)}]
+sizes = {toml(students)}
 {budgets}
 
 [training]
@@ -185,10 +184,6 @@ def _ratio(tokens: str) -> float:
         raise FieldError("tokens", f"{tokens!r}: give 5B, or 20x a student's size") from None
 
 
-def _texts(values: list[str]) -> str:
-    return ", ".join(map(_text, values))
-
-
 def _loop(tokens: int) -> tuple[int, int]:
     """Window and tokens of an optimizer step for so many training tokens."""
     return next((window, batch) for least, window, batch in LOOPS if tokens >= least)
@@ -196,8 +191,3 @@ def _loop(tokens: int) -> tuple[int, int]:
 
 def _parted(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _text(value: str) -> str:
-    """As TOML writes it."""
-    return json.dumps(value, ensure_ascii=False)
