@@ -1,6 +1,7 @@
 """What this installation has and would use, to read and to paste into a report of a fault."""
 
 import os
+import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -40,8 +41,12 @@ class Doctor(Answer):
         lacks = missing(torch.device(device))
         places = {"output": Path.cwd(), "hub cache": Path(HF_HUB_CACHE)}
         return {
-            "versions": {"capgap": _version("capgap"), "python": _python()} | versions,
-            "extras": {name: _missing(needed) for name, needed in extras.items()},
+            "versions": {"capgap": _version("capgap"), "python": platform.python_version()}
+            | versions,
+            "extras": {
+                name: [one for one in needed if _version(one) is None]
+                for name, needed in extras.items()
+            },
             "programs": {name: shutil.which(name) for name in PROGRAMS},
             "machine": machine(device, None) | {"memory_free": free_memory()},
             "gpus": [{"name": gpu.name, "memory": gpu.total_memory} for gpu in gpus],
@@ -100,16 +105,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _missing(names: list[str]) -> list[str]:
-    return [name for name in names if _version(name) is None]
-
-
-def _python() -> str:
-    import platform
-
-    return platform.python_version()
 
 
 def _there(folder: Path) -> Path:
