@@ -60,6 +60,7 @@ class Leases:
             self.release(task)
 
     def take(self, task: str) -> bool:
+        """Whether it is ours now."""
         number, name = self._newest(task)
         if name is not None and not self._is_free(name):
             return False
@@ -73,6 +74,7 @@ class Leases:
         return True
 
     def release(self, task: str) -> None:
+        """Others may take it."""
         if task in self._mine and task not in self._lost:
             self.sync()
         with self._guard:
@@ -90,6 +92,7 @@ class Leases:
         return {} if name is None else self._read(name)
 
     def lost(self) -> set[str]:
+        """Those of ours that others have taken over."""
         return set(self._lost)
 
     def _newest(self, task: str) -> tuple[int, str | None]:

@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from capgap.errors import Interrupted, UserError
+from capgap.leases import Leases
 from capgap.sweep.cells import Task, Teacher, Work
 
 Outcome = Literal["done", "stopped", "user_error", "crashed", "out_of_memory", "lost", "taken"]
@@ -101,21 +102,8 @@ class Engine(AbstractContextManager["Engine"]):
         """Ends a running task, whose state others have; none where tasks hold their own leases."""
 
 
-class Claims(Protocol):
-    """Whose a task is, where several processes work in one folder."""
-
-    def take(self, task: str) -> bool:
-        """Whether it is ours now."""
-
-    def release(self, task: str) -> None:
-        """Others may take it."""
-
-    def lost(self) -> set[str]:
-        """Those of ours that others have taken over."""
-
-
 class Alone:
-    """No process works in the folder but this one."""
+    """Whose a task is, as `Leases` tell it, where no process works in the folder but this one."""
 
     def take(self, task: str) -> bool:
         return True
@@ -125,6 +113,9 @@ class Alone:
 
     def lost(self) -> set[str]:
         return set()
+
+
+Claims = Alone | Leases
 
 
 @dataclass(frozen=True)
