@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from capgap.config import find_recipe, load_any_recipe, load_recipe, shipped_recipes
 from capgap.corpus.text import Text
-from capgap.cost.plan import estimate, find_teacher, plan_sweep, student_shape
+from capgap.cost.plan import estimate, find_teacher, plan_sweep
 from capgap.distill.cache import CacheFormat
 from capgap.distill.teacher import OnlineTeacher
 from capgap.errors import UserError
@@ -273,7 +273,7 @@ def test_a_run_cuts_the_shape_that_prune_cuts(tmp_path, ask):
     assert (teacher.shape, teacher.stored_bytes) == (shape, 4)
     ask |= {"teacher": str(tmp_path / "teacher"), "out": tmp_path / "out", "dry_run": True}
     cut = Prune(**ask).run()
-    assert vars(student_shape(recipe.prune, teacher.shape)) == cut["shape"]
+    assert vars(recipe.prune.candidates(teacher.shape).shape) == cut["shape"]
 
 
 SWEEPS = [

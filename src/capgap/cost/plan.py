@@ -13,17 +13,14 @@ from capgap.law.published import find_model, published_families
 from capgap.machine import GPUS, UTILISATION, hours, parse_gpus
 from capgap.models.shape import Shape, ladder_shape, ladder_size
 from capgap.pipeline.recipe import RunRecipe
-from capgap.prune.shape import Target, changed_shape, from_axes, from_ladder, keep_target, suited
 from capgap.sizes import (
     clock_time,
     format_bytes,
     format_count,
     forward_flops,
-    parse_size,
     training_flops,
 )
 from capgap.stage import text_table
-from capgap.stages.prune import PruneSection
 from capgap.sweep.cells import Teacher
 from capgap.sweep.memory import task_loops
 from capgap.sweep.plan import Plan, expected_baselines, given_teachers, make_plan, resolve_workers
@@ -94,7 +91,7 @@ def plan_run(
     hardware = None if asked is None else parse_gpus(asked)
     share = recipe.hardware.utilisation if utilisation is None else utilisation
     teacher = find_teacher(recipe)
-    student = student_shape(recipe.prune, teacher.shape)
+    student = recipe.prune.candidates(teacher.shape).shape
     training = recipe.training
     steps = recipe.distill.tokens // training.batch_tokens
     tokens = steps * training.batch_tokens
@@ -187,19 +184,6 @@ def find_teacher(recipe: RunRecipe) -> GivenTeacher:
         words = shape.vocabulary + recipe.adapt.pieces
         shape = replace(shape, vocabulary=-(-words // ROWS_MULTIPLE) * ROWS_MULTIPLE)
     return GivenTeacher(shape, stored)
-
-
-def student_shape(asked: PruneSection, teacher: Shape) -> Shape:
-    """The shape that `capgap prune` cuts out of the teacher when it is asked the same."""
-    if asked.sizes:
-        return changed_shape(teacher, asked.sizes)
-    if asked.keep is not None:
-        target = keep_target(teacher, asked.keep)
-        keep = target.parameters / target.count(teacher)
-        return suited(teacher, target, from_axes(teacher, keep), layers=teacher.layers)[0]
-    assert asked.params is not None
-    target = Target(*parse_size(asked.params))
-    return suited(teacher, target, from_ladder(teacher, target))[0]
 
 
 def run_memory(recipe: RunRecipe, student: Shape, teacher: GivenTeacher, gpus: Gpus) -> LoopMemory:

@@ -1,7 +1,7 @@
 """The stage `prune`: a student of an exact size, cut out of a teacher tensor by tensor."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -55,6 +55,31 @@ def _sizes(given: Any) -> Any:
     return sizes
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """The shapes of a student to choose from, the best first."""
+
+    teacher: Shape
+    target: Target
+    shapes: list[Shape]
+    rule: str
+    distance: Distance | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return self.shapes[0]
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What pruning.json and `--json` say of them alike."""
+        return {
+            "teacher_shape": vars(self.teacher),
+            "shape": vars(self.shape),
+            "parameters": self.shape.parameters().as_dict(),
+            "rule": self.rule,
+        }
+
+
 class Cut(Section):
     """How large the student is to be; with a shape, one of the ways to say it."""
 
@@ -83,6 +108,38 @@ class Cut(Section):
                 f"layers) for the student's size, not {told}"
             )
         return self
+
+    def candidates(
+        self,
+        teacher: Shape,
+        *,
+        multiple: int | None = None,
+        prefer: Prefer | None = None,
+        lost: Distance | None = None,
+    ) -> Candidates:
+        """Of a teacher; `lost` is how `prefer` score compares them."""
+        if self.sizes:
+            shape = changed_shape(teacher, self.sizes)
+            target = Target(shape.parameters().non_embedding)
+            return Candidates(teacher, target, [shape], "as asked")
+        if self.keep is not None:
+            target = keep_target(teacher, self.keep)
+        else:
+            assert self.params is not None
+            target = Target(*parse_size(self.params))
+        layers = None
+        prefer = prefer or ("ladder" if self.keep is None else "axes")
+        if prefer == "axes":
+            rule, layers = "hidden, and heads with ffn, cut alike", teacher.layers
+            distance = from_axes(teacher, target.parameters / target.count(teacher))
+        elif prefer == "ladder":
+            rule = "in balance with the family's ladder"
+            distance = from_ladder(teacher, target)
+        else:
+            assert lost is not None
+            rule, distance = "the most score kept", lost
+        shapes = suited(teacher, target, distance, layers=layers, multiple=multiple)
+        return Candidates(teacher, target, shapes, rule, distance)
 
 
 class PruneSection(Cut):
@@ -142,7 +199,7 @@ class Prune(Cut, Stage):
         One tensor of the teacher and one file of the student are in memory at a time. UserError for
         the user's mistakes; nothing is written then, and no half folder stays when it is stopped.
         """
-        return _told(self, _plan(self)[0]) if self.dry_run else _run(self, say)
+        return _told(self, *_plan(self)[:2]) if self.dry_run else _run(self, say)
 
     def told(self, found: dict[str, Any]) -> str:
         """The candidates, the chosen one, and what it takes."""
@@ -162,32 +219,6 @@ class Prune(Cut, Stage):
         return self.out / PROVENANCE
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The shapes to choose from, the best first."""
-
-    config: "PreTrainedConfig"
-    own: Shape
-    target: Target
-    candidates: list[Shape]
-    rule: str
-    distance: Distance | None
-
-    @property
-    def shape(self) -> Shape:
-        return self.candidates[0]
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What pruning.json and `--json` say of them alike."""
-        return {
-            "teacher_shape": vars(self.own),
-            "shape": vars(self.shape),
-            "parameters": self.shape.parameters().as_dict(),
-            "rule": self.rule,
-        }
-
-
 def _run(request: Prune, say: Say) -> dict[str, Any]:
     from capgap.models import stored
     from capgap.models.build import load_model
@@ -202,14 +233,14 @@ def _run(request: Prune, say: Say) -> dict[str, Any]:
             "--out scores.safetensors`"
         )
     began, tell = time.monotonic(), paced(say)
-    plan, importance = _plan(request)
+    teacher_config, found, importance = _plan(request)
     assert importance is not None
-    check_cut(plan.own, importance, plan.shape)
+    check_cut(found.teacher, importance, found.shape)
     source = stored.local_folder(request.teacher)
-    _check_words(source, plan)
+    _check_words(source, found)
     weights = stored.StoredWeights(source)
-    kept = choose(importance, plan.shape)
-    surgery = Surgery(plan.own, plan.shape, kept)
+    kept = choose(importance, found.shape)
+    surgery = Surgery(found.teacher, found.shape, kept)
     weights.check(one.name for one in surgery.sources.values())
     teacher_hash, scored = model_hash(source), importance.provenance
     if scored.get("teacher_hash") not in (None, teacher_hash):
@@ -221,11 +252,11 @@ def _run(request: Prune, say: Say) -> dict[str, Any]:
         "schema": 1,
         "teacher": request.teacher,
         "teacher_hash": teacher_hash,
-        **plan.sizes,
+        **found.sizes,
         "scores": {"sha256": file_hash(request.scores), "tokens": importance.tokens, **scored},
         "kept": {unit: indices.tolist() for unit, indices in kept.items()},
     }
-    config = cut_config(plan.config, plan.shape, kept["layers"].tolist())
+    config = cut_config(teacher_config, found.shape, kept["layers"].tolist())
     skeleton = {
         name: tensor.to(weights.dtype(surgery.sources[name].name))
         for name, tensor in stored.skeleton_of(config).items()
@@ -245,11 +276,13 @@ def _run(request: Prune, say: Say) -> dict[str, Any]:
         write_json(folder / PROVENANCE, provenance)
         if sum(one.nbytes for one in skeleton.values()) <= TRIED_BYTES:
             load_model(folder)  # refuses a model whose logits are not those of its parts
-    return _told(request, plan) | {"written": True, "seconds": time.monotonic() - began}
+    told = _told(request, teacher_config, found)
+    return told | {"written": True, "seconds": time.monotonic() - began}
 
 
-def _plan(request: Prune) -> "tuple[_Plan, Importance | None]":
-    """With the scores, where there are some."""
+def _plan(request: Prune) -> "tuple[PreTrainedConfig, Candidates, Importance | None]":
+    """The teacher's config, the shapes of which transformers takes the config, from the first that
+    it takes, and the scores, where there are some. UserError where it takes none."""
     from capgap.models.build import shape_of
     from capgap.models.stored import read_config
     from capgap.prune.importance import load_importance
@@ -258,90 +291,64 @@ def _plan(request: Prune) -> "tuple[_Plan, Importance | None]":
     config = read_config(request.teacher)
     own = shape_of(config)
     importance = None if request.scores is None else load_importance(request.scores)
-    if request.sizes:
-        shape = changed_shape(own, request.sizes)
-        check_cut_config(config, shape)
-        target = Target(shape.parameters().non_embedding)
-        return _Plan(config, own, target, [shape], "as asked", None), importance
-    if request.keep is not None:
-        target = keep_target(own, request.keep)
-    else:
-        assert request.params is not None
-        target = Target(*parse_size(request.params))
-    layers = None
-    prefer = request.prefer or ("ladder" if request.keep is None else "axes")
-    if prefer == "axes":
-        rule, layers = "hidden, and heads with ffn, cut alike", own.layers
-        distance = from_axes(own, target.parameters / target.count(own))
-    elif prefer == "ladder":
-        rule = "in balance with the family's ladder"
-        distance = from_ladder(own, target)
-    else:
-        assert importance is not None
+    lost = None
+    if request.prefer == "score" and importance is not None and not request.sizes:
         check_cut(own, importance, own)
-        rule = "the most score kept"
-        distance = score_lost(importance)
-    shapes = suited(own, target, distance, layers=layers, multiple=request.multiple)
-    return _Plan(config, own, target, _taken(config, shapes), rule, distance), importance
-
-
-def _taken(config: "PreTrainedConfig", shapes: list[Shape]) -> list[Shape]:
-    """From the first on whose config transformers takes; UserError where it takes none."""
-    from capgap.prune.surgery import check_cut_config
-
+        lost = score_lost(importance)
+    found = request.candidates(own, multiple=request.multiple, prefer=request.prefer, lost=lost)
     problems = []
-    for place, shape in enumerate(shapes[:TRIED_CONFIGS]):
+    for place, shape in enumerate(found.shapes[:TRIED_CONFIGS]):
         try:
             check_cut_config(config, shape)
-            return shapes[place:]
+            return config, replace(found, shapes=found.shapes[place:]), importance
         except UserError as error:
             problems.append(error)
     raise problems[0]
 
 
-def _check_words(source: Path, plan: _Plan) -> None:
+def _check_words(source: Path, found: Candidates) -> None:
     """Rows that pad the table may go, those of tokens may not."""
-    if plan.shape.vocabulary == plan.own.vocabulary:
+    if found.shape.vocabulary == found.teacher.vocabulary:
         return
     from capgap.corpus.tokenizer import load_tokenizer, num_words
 
     words = num_words(load_tokenizer(source))
-    if plan.shape.vocabulary < words:
+    if found.shape.vocabulary < words:
         raise UserError(
-            f"cannot cut to vocabulary {plan.shape.vocabulary}: the tokenizer of {source} has "
+            f"cannot cut to vocabulary {found.shape.vocabulary}: the tokenizer of {source} has "
             f"{words} tokens"
         )
 
 
-def _told(request: Prune, plan: _Plan) -> dict[str, Any]:
+def _told(request: Prune, config: "PreTrainedConfig", found: Candidates) -> dict[str, Any]:
     """What `capgap prune --json` prints."""
     from capgap.models.stored import SHARD_BYTES, empty_model
 
-    width = getattr(plan.config.dtype, "itemsize", 4)
-    largest = width * max(one.numel() for one in empty_model(plan.config).parameters())
-    teacher, sizes = plan.own.parameters(), plan.sizes
+    width = getattr(config.dtype, "itemsize", 4)
+    largest = width * max(one.numel() for one in empty_model(config).parameters())
+    teacher, sizes = found.teacher.parameters(), found.sizes
     student_bytes = width * sizes["parameters"]["total"]
     return {
         "folder": str(request.out),
         "written": False,
-        "architecture": plan.own.architecture,
+        "architecture": found.teacher.architecture,
         **sizes,
         "teacher_parameters": teacher.as_dict(),
         "target": {
-            "parameters": plan.target.parameters,
-            "counted": "total" if plan.target.total else "non_embedding",
+            "parameters": found.target.parameters,
+            "counted": "total" if found.target.total else "non_embedding",
         },
-        "num_candidates": len(plan.candidates),
+        "num_candidates": len(found.shapes),
         "candidates": [
             {
                 "shape": vars(shape),
-                "parameters": plan.target.count(shape),
-                "error": plan.target.error(shape),
-                "distance": None if plan.distance is None else plan.distance(shape),
+                "parameters": found.target.count(shape),
+                "error": found.target.error(shape),
+                "distance": None if found.distance is None else found.distance(shape),
             }
-            for shape in plan.candidates[:TOLD_CANDIDATES]
+            for shape in found.shapes[:TOLD_CANDIDATES]
         ],
-        "dtype": str(plan.config.dtype or "float32").removeprefix("torch."),
+        "dtype": str(config.dtype or "float32").removeprefix("torch."),
         "student_bytes": student_bytes,
         "largest_tensor_bytes": largest,
         "peak_bytes": min(student_bytes, SHARD_BYTES) + largest,
