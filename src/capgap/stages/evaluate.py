@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    Field,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -20,7 +19,7 @@ from capgap.artifact import locked_file, read_json
 from capgap.errors import UserError
 from capgap.evaluate.sets import CODE, HELDOUT, SETS, SIX, NotMeasured, check_tasks, parse_shots
 from capgap.machine import install_command
-from capgap.section import Count, Dtype, Section, Words
+from capgap.section import Count, Dtype, PositiveFinite, Section, Words
 from capgap.stage import ARGUMENT, HOW, SEVERAL, FieldError, Mark, Say, Stage
 
 if TYPE_CHECKING:
@@ -49,7 +48,6 @@ Tasks = Annotated[
     "piqa; heldout.",
 ]
 Shots = Annotated[tuple[str, ...], BeforeValidator(_shots)]
-Flops = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class EvaluateSection(Section):
@@ -104,7 +102,7 @@ class Evaluate(EvaluateSection, Stage):
         None
     )
     flops: Annotated[
-        Flops | None,
+        PositiveFinite | None,
         HOW,
         "For --figure: what the model took, such as 4e21; if none, of its distillation.",
     ] = None

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from capgap.errors import UserError
-from capgap.section import Count
+from capgap.section import Count, PositiveFinite
 from capgap.stage import HOW, Mark
-from capgap.stages.tuning import Rate, Sample, Scores, Share, SystemPrompt, Tuning, TuningSection
+from capgap.stages.tuning import Sample, Scores, Share, SystemPrompt, Tuning, TuningSection
 from capgap.tune import conversations
 from capgap.tune.conversations import Conversation, Pair, Reading
 
@@ -26,7 +26,9 @@ TEXT_WINDOW = 512
 class InstructSection(TuningSection):
     """The student learns to answer from conversations."""
 
-    neftune: Annotated[Rate | None, "Noise on the embeddings, such as 5 (2310.05914)."] = None
+    neftune: Annotated[
+        PositiveFinite | None, "Noise on the embeddings, such as 5 (2310.05914)."
+    ] = None
     text_share: Annotated[
         Share, "Of the tokens that are learnt, plain text: it is forgotten less (docs/chat.md)."
     ] = 0.0
@@ -98,10 +100,10 @@ class PreferSection(TuningSection):
     data: Annotated[Path, HOW, Mark.FILE, "Prompts with a chosen and a rejected answer."]
     batch: Annotated[Count, "Pairs a step."] = 32
     learning_rate: Annotated[
-        Rate, "Peak rate, reached after the warm-up; it falls as a cosine to 0."
+        PositiveFinite, "Peak rate, reached after the warm-up; it falls as a cosine to 0."
     ] = 5e-7
     epochs: Annotated[Count, "Times that every pair is read."] = 1
-    beta: Annotated[Rate, "How strongly the model holds to what it was."] = 0.1
+    beta: Annotated[PositiveFinite, "How strongly the model holds to what it was."] = 0.1
 
 
 class Prefer(PreferSection, Tuning):

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from capgap.artifact import begun, file_hash, find_run, write_json
 from capgap.errors import UserError
 from capgap.machine import install_command
-from capgap.section import Count, Recomputed, Section, Words
+from capgap.section import Count, PositiveFinite, Recomputed, Section, Words
 from capgap.stage import ARGUMENT, HOW, SEVERAL, FieldError, Mark, Say, ShouldStop, Stage, paced
 from capgap.stages.distill import Track
 from capgap.stages.evaluate import corpora_of, forgotten, heldout_loss
@@ -39,7 +39,6 @@ LIBRARIES = ("trl", "peft", "accelerate")
 _LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_modules")
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SystemPrompt = Annotated[str, "System prompt of conversations without one; goes into the template."]
 
 
@@ -67,7 +66,7 @@ class TuningSection(Section):
         "Tokens of the longest conversation; if none 4096, or all that the model reads.",
     ] = None
     learning_rate: Annotated[
-        Rate, "Peak rate, reached after the warm-up; it falls as a cosine to 0."
+        PositiveFinite, "Peak rate, reached after the warm-up; it falls as a cosine to 0."
     ] = 2e-5
     epochs: Annotated[Count, "Times that every conversation is read."] = 3
     lora: Annotated[bool, "Train adapters and add them to the weights at the end."] = False
@@ -96,7 +95,7 @@ class Tuning(TuningSection, Stage):
     corpus: Annotated[tuple[Path, ...], SEVERAL, "Prepared text, to tell what is forgotten."] = ()
     warmup_fraction: Annotated[Share, "Share of the steps until the peak rate."] = 0.1
     lora_rank: Annotated[Count, "Rank of the adapters."] = 8
-    lora_alpha: Annotated[Rate, "Their scale times the rank."] = 16
+    lora_alpha: Annotated[PositiveFinite, "Their scale times the rank."] = 16
     # the loss of preferences compares with a model that has no dropout
     lora_dropout: Share = 0.0
     lora_modules: Annotated[
