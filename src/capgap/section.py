@@ -196,10 +196,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 def section_in(annotation: Any) -> type[Section] | None:
     """The section of a field that is one, or may be one, or is a list of them."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    inner = (section_in(part) for part in get_args(annotation))
-    return next((found for found in inner if found is not None), None)
+    kinds = kinds_in(annotation)
+    return next((one for one in kinds if isinstance(one, type) and issubclass(one, Section)), None)
 
 
 def _local_copy(name: str, value: Any) -> Any:
