@@ -1,11 +1,10 @@
 """The recipe of a sweep: a grid of teachers and students over one corpus."""
 
-import hashlib
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from capgap.artifact import digest
 from capgap.hub import hub_name
 from capgap.models.shape import ladder_size
 from capgap.prune import Depth, Method
@@ -184,8 +183,7 @@ class Recipe(Section):
 
     def hash(self) -> str:
         """Of everything that changes the results."""
-        content = identity(self.model_dump(mode="json"))
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(identity(self.model_dump(mode="json")))[:16]
 
 
 _BUDGETS = ("tokens", "control_tokens", "tokens_per_parameter")
@@ -194,12 +192,11 @@ _BUDGETS = ("tokens", "control_tokens", "tokens_per_parameter")
 def identity(recipe: dict[str, Any]) -> dict[str, Any]:
     """What changes the results, of a recipe as plain data: the name and [run] do not."""
     told = ("name", "description", "track", "run")
-    content = {k: v for k, v in recipe.items() if k not in told}
     # recipes from before there were such keys stay what they were
     students = {k: v for k, v in recipe["students"].items() if v or k not in _BUDGETS}
     corpus = {k: v for k, v in recipe["corpus"].items() if v or k != "max_documents"}
     added = ("layers", "equal_flops", "larger_teachers_only")
-    kept = {k: v for k, v in content.items() if v or k not in added}
+    kept = {k: v for k, v in recipe.items() if k not in told and (v or k not in added)}
     return kept | {"corpus": corpus, "students": students}
 
 
