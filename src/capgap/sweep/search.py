@@ -162,13 +162,10 @@ class GridSearch:
 
     def trace(self) -> dict[str, Any]:
         """The object of search.json (docs/output.md)."""
-        grid, asked = self.grid, self.settings
+        grid, asked = self.grid, {"budget", "tolerance", "confidence", "seed"}
         return {
             "schema": 1,
-            "budget": asked.budget,
-            "tolerance": asked.tolerance,
-            "confidence": asked.confidence,
-            "seed": asked.seed,
+            **self.settings.model_dump(include=asked),
             "recipe_hash": self.plan.recipe.hash(),
             "students": [
                 {"size": size, "parameters": round(parameters)}
@@ -194,15 +191,13 @@ class GridSearch:
         return History(self.grid, self.rounds, self.settings.budget).spent
 
     def _choices(self, choices: Sequence[Choice]) -> list[dict[str, Any]]:
+        expected = ("loss", "loss_stderr", "expected_regret", "safe_probability")
         return [
             {
                 "student_size": self.sizes[one.student],
                 "teacher_size": self.teachers[one.teacher].size,
                 "ratio": float(self.grid.teachers[one.teacher] / self.grid.students[one.student]),
-                "loss": one.loss,
-                "loss_stderr": one.loss_stderr,
-                "expected_regret": one.expected_regret,
-                "safe_probability": one.safe_probability,
+                **{name: getattr(one, name) for name in expected},
                 "full_runs": one.runs,
             }
             for one in choices
