@@ -7,7 +7,6 @@ finds their runs recorded, and goes on where it was.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,12 @@ from capgap.artifact import write_json
 from capgap.errors import UserError
 from capgap.records import read_record
 from capgap.sizes import format_count
-from capgap.stage import FieldError, ShouldStop
+from capgap.stage import FieldError
 from capgap.sweep.cells import SEARCH_FILE, Cell, Column, Teacher
 from capgap.sweep.checks import check_disk
 from capgap.sweep.plan import Plan, plan_of
-from capgap.sweep.progress import Display
 from capgap.sweep.recipe import Recipe, SearchSettings
-from capgap.sweep.runner import Runner, run_folder
-from capgap.sweep.schedule import Where
+from capgap.sweep.runner import Runner
 from capgap.sweep.search_model import (
     Choice,
     History,
@@ -35,29 +32,6 @@ from capgap.sweep.search_model import (
 )
 
 RUNG_RATIO = 3
-# Keys of search.json that --json tells
-TOLD = ("budget", "full_flops", "spent_flops", "spent_fraction", "stop", "choices")
-
-
-def run_search(
-    recipe: Recipe,
-    out: Path,
-    display: Display,
-    settings: SearchSettings,
-    should_stop: ShouldStop = lambda: False,
-    on: Where = "here",
-) -> dict[str, Any]:
-    """The best teacher of every student for a share of the grid's FLOPs; writes search.json and
-    what a sweep writes, and returns what `capgap search --json` prints. Stopped at any moment, the
-    same call continues.
-
-    UserError: what a sweep refuses; more than one architecture, init or token budget; a budget that
-    does not pay for the first runs.
-    """
-    search = GridSearch(recipe, settings)
-    result = run_folder(search.plan, out, display, search.run, should_stop, on=on)
-    trace = search.trace()
-    return result | {"search": {name: trace[name] for name in TOLD}}
 
 
 def with_rungs(recipe: Recipe, rungs: int) -> Recipe:
@@ -95,7 +69,8 @@ def with_rungs(recipe: Recipe, rungs: int) -> Recipe:
 
 
 class GridSearch:
-    """The plan of a search, and its rounds."""
+    """The plan of a search, and its rounds. UserError: what a sweep refuses; more than one
+    architecture, init or token budget; a budget that does not pay for the first runs."""
 
     def __init__(self, recipe: Recipe, settings: SearchSettings) -> None:
         self.settings = settings

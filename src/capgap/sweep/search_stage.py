@@ -11,6 +11,8 @@ from capgap.sweep.stages import Sweep
 if TYPE_CHECKING:
     from capgap.sweep.progress import Display
 
+# Keys of search.json that --json tells
+TOLD = ("budget", "full_flops", "spent_flops", "spent_fraction", "stop", "choices")
 STOP_REASONS = {
     "safe": "every choice is safe",
     "budget": "nothing more that is worth running fits into the budget",
@@ -31,9 +33,15 @@ class Search(Sweep, SearchSettings):
         return GridSearch(self.loaded, self).expected()
 
     def _run(self, display: "Display", should_stop: ShouldStop) -> dict[str, Any]:
-        from capgap.sweep.search import run_search
+        from capgap.sweep.runner import run_folder
+        from capgap.sweep.search import GridSearch
 
-        return run_search(self.loaded, self.folder, display, self, should_stop, self.where)
+        search = GridSearch(self.loaded, self)
+        found = run_folder(
+            search.plan, self.folder, display, search.run, should_stop, on=self.where
+        )
+        trace = search.trace()
+        return found | {"search": {name: trace[name] for name in TOLD}}
 
     def told(self, found: dict[str, Any]) -> str:
         if not self.dry_run:
