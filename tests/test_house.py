@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "capgap"
 COUNTED = (".py", ".j2", ".js", ".css")
 CEILINGS = {
-    "lines": 33_884,
-    "files": 161,
+    "lines": 33_896,
+    "files": 162,
     "longest file": 450,
-    "closure of a sweep's worker": 10_148,
-    "closure of capgap quickstart": 22_497,
+    "closure of a sweep's worker": 11_101,
+    "closure of capgap quickstart": 22_597,
 }
 # What a room may import besides itself; rooms below stand in BELOW
 BELOW = {"artifact", "errors", "hub", "in_order", "leases", "machine", "mirror", "ray_cluster"}
@@ -41,7 +41,7 @@ ARROWS = {
     # `column` reads its own recipe; config knows the models of recipes, which lie in the rooms
     "sweep": {"config", "corpus", "distill", "evaluate", "export", "law", "models", "prune"}
     | {"report", "stages", "train"},
-    "cost": {"distill", "law", "models", "pipeline", "prune", "stages", "sweep", "train"},
+    "cost": {"distill", "law", "models", "pipeline", "sweep", "train"},
     "pipeline": {"corpus", "stages", "stopping", "train"},
     "stopping": set(),
     "cli": {"config", "corpus", "cost", "evaluate", "law", "models", "pipeline", "report"}

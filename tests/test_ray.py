@@ -30,7 +30,7 @@ pytest.importorskip("ray", reason="capgap[ray] is not installed")
 def recipe(tiny_recipe, text_file, tmp_path):
     tiny_recipe["corpus"] |= {"source": str(text_file), "heldout_tokens": 500}
     tiny_recipe["teachers"] = {"sizes": ["14k", "20k"], "tokens": 25_600}
-    tiny_recipe["students"] = {"sizes": ["8k"], "tokens": [51_200]}
+    tiny_recipe["students"] = {"sizes": ["8k"], "tokens": [25_600]}
     tiny_recipe["baselines"] = "best"
     tiny_recipe["run"] = {"checkpoint_seconds": 0.1, "checkpoint_share": 0.9, "device": "cpu"}
     path = tmp_path / "tiny.toml"
@@ -98,19 +98,15 @@ main()
 """
 
 
-def begin(recipe, out, cluster, *more):
+def begin(recipe, out, cluster, log, *more):
     """The command, as a process of its own; its standard output is the answer alone, the rest goes
-    to a file beside `out`."""
+    to `log`."""
     command = [sys.executable, "-c", DRIVER, "sweep", recipe, "--out", out, "--on", "ray", *more]
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
-    with told_of(out).open("w") as error:
+    with log.open("w") as error:
         return subprocess.Popen(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=error
         )
-
-
-def told_of(out):
-    return out.with_name(f"{out.name}.log")
 
 
 def results(out):
@@ -136,29 +132,30 @@ def test_nodes_and_drivers_come_and_go_and_the_records_are_the_same(
     with monkeypatch.context() as patched:
         patched.setattr("capgap.sweep.runner.write_report", lambda out: out / "report.html")
         Sweep(recipe=str(recipe), out=whole).run()
-    driver = begin(recipe, out, cluster)
+    logs = [tmp_path / f"{number}.log" for number in range(4)]
+    driver = begin(recipe, out, cluster, logs[0])
     checkpoints = out / "work" / "checkpoints"
     # the driver is killed while two teachers are at work
     wait_for(lambda: len(list(checkpoints.glob("*/*/manifest.json"))) >= 2, driver)
     driver.kill()
     driver.communicate()
-    driver = begin(recipe, out, cluster)
-    log = told_of(out).rename(tmp_path / "second.log")
-    # another waits for its end; both are stopped while a column is at work
-    other = begin(recipe, out, cluster)
-    wait_for(lambda: f"another driver is at work in {out}" in told_of(out).read_text(), other)
-    wait_for(lambda: list(checkpoints.glob("column-*/*/manifest.json")), driver)
-    for process, told in ((other, told_of(out)), (driver, log)):
-        process.send_signal(signal.SIGINT)
-        answer, _ = process.communicate(timeout=180)
-        assert (process.returncode, answer) == (130, ""), told.read_text()
-        assert "the same command continues" in told.read_text()
+    # of two that come one waits; both are stopped while a column is at work
+    pair = {log: begin(recipe, out, cluster, log) for log in logs[1:3]}
+    waits = f"another driver is at work in {out}"
+    for process in pair.values():
+        wait_for(lambda: any(waits in log.read_text() for log in pair), process)
+        wait_for(lambda: list(checkpoints.glob("column-*/*/manifest.json")), process)
+    for log in sorted(pair, key=lambda log: waits not in log.read_text()):
+        pair[log].send_signal(signal.SIGINT)
+        answer, _ = pair[log].communicate(timeout=180)
+        assert (pair[log].returncode, answer) == (130, ""), log.read_text()
+        assert "the same command continues" in log.read_text()
     # a node goes while a column is at work, and another comes
-    driver = begin(recipe, out, cluster, "--json")
-    wait_for(lambda: "start column" in told_of(out).read_text(), driver)
+    driver = begin(recipe, out, cluster, logs[3], "--json")
+    wait_for(lambda: "start column" in logs[3].read_text(), driver)
     cluster.replace()
     answer, _ = driver.communicate(timeout=300)
-    assert driver.returncode == 0, told_of(out).read_text()
+    assert driver.returncode == 0, logs[3].read_text()
     found = json.loads(answer)
     assert found["best"] == json.loads((whole / "sweep.json").read_text())["best"]["cell"]
     assert results(out) == results(whole)

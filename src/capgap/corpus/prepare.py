@@ -199,34 +199,30 @@ def prepare_corpus(
     return load_corpus(directory, window=window)
 
 
+@dataclass
 class _Writing:
     """A corpus folder in the making, and the counts of its parts; `unused` is training text beyond
     the tokens asked for."""
 
-    def __init__(
-        self,
-        source: Source,
-        heldout_source: Source | None,
-        options: Options,
-        progress: Progress,
-        workers: int,
-        on: On,
-    ) -> None:
-        self.source = source
-        self.heldout_source = heldout_source
-        self.options = options
-        self.progress = progress
-        self.workers, self.on = workers, on
+    source: Source
+    heldout_source: Source | None
+    options: Options
+    progress: Progress
+    workers: int
+    on: On
+
+    def __post_init__(self) -> None:
         # as the manifest holds it: tuples are lists there
         self.request = plain(
             {
-                "options": asdict(options),
-                "source": source.fingerprint(),
-                "heldout_source": heldout_source and heldout_source.fingerprint(),
+                "options": asdict(self.options),
+                "source": self.source.fingerprint(),
+                "heldout_source": self.heldout_source and self.heldout_source.fingerprint(),
             }
         )
         self.train, self.heldout, self.unused = (no_documents() for _ in range(3))
-        self.sample_bytes = min(SAMPLE_BYTES, (options.vocabulary or 0) * SAMPLE_BYTES_PER_TOKEN)
+        vocabulary = self.options.vocabulary or 0
+        self.sample_bytes = min(SAMPLE_BYTES, vocabulary * SAMPLE_BYTES_PER_TOKEN)
 
     def fill(
         self, directory: Path, tokenizer: "PreTrainedTokenizerFast | None", window: int, work: Path
