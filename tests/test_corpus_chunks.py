@@ -254,3 +254,23 @@ def test_results_come_in_order_and_few_are_asked_for_ahead():
 def test_a_worker_that_dies_is_told():
     with pytest.raises(WorkerDied, match="try fewer `workers`"):
         list(in_order(os._exit, [(9,)], workers=2))
+
+
+@pytest.mark.parametrize(
+    ("chunk_bytes", "told"),
+    [
+        (1, "what is done is kept in .out.chunks, the same command continues"),
+        (10**9, "nothing was written"),
+    ],
+)
+def test_a_stopped_command_says_what_is_kept(
+    folder, tmp_path, monkeypatch, typed, chunk_bytes, told
+):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(prepare, "cut_for_evaluation", stop)
+    answer = typed("corpus", folder, "--out", "out", "--vocabulary", "300", "--quiet")
+    assert (answer.code, answer.err) == (130, f"capgap: stopped; {told}\n")

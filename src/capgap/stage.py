@@ -105,6 +105,11 @@ class Stage(Section):
         return None
 
     @property
+    def kept(self) -> Path | None:
+        """Where the same call finds, after it was stopped, what is done."""
+        return next(iter(self.writes), None) if self.continues else None
+
+    @property
     def shares(self) -> tuple[str, ...]:
         """What each of several processes that write into its folder has to see of the others; none
         where one is alone in it."""

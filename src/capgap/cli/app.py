@@ -117,7 +117,7 @@ def add_stage(kind: type[Stage]) -> None:
         except FieldError as error:
             raise UserError(f"{option(error.field)} {error.why}") from None
         except Stopped as ended:
-            stopped(next(iter(stage.writes), None) if kind.continues else None, ended.number)
+            stopped(stage.kept, ended.number)
         # the first of several processes prints, or each its own part
         if started()[0] and not kind.has_parts:
             return

@@ -33,6 +33,11 @@ class Weighted(NamedTuple):
         return str(self.folder) + ("" if self.weight is None else f"={self.weight!r}")
 
 
+def chunks_beside(folder: Path) -> Path:
+    """Where what was found in the files of a corpus lies until it is whole."""
+    return folder.with_name(f".{folder.name}.chunks")
+
+
 def parse_mixture(texts: Sequence[str]) -> tuple[Weighted, ...]:
     """Read FOLDER=WEIGHT, once or several times; UserError as `check_weights`."""
     parsed = []

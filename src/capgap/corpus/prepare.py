@@ -29,7 +29,7 @@ from capgap.corpus.chunks import (
     write_chunk,
 )
 from capgap.corpus.excerpt import cut_for_evaluation
-from capgap.corpus.names import MANIFEST
+from capgap.corpus.names import MANIFEST, chunks_beside
 from capgap.corpus.sources import DEFAULT_SEPARATOR, Source, open_source
 from capgap.corpus.split import (
     HELDOUT_FRACTION,
@@ -174,7 +174,7 @@ def prepare_corpus(
     told = progress or (lambda stage, done, total: None)
     writing = _Writing(opened, heldout, options, told, workers, on)
     directory = Path(directory).expanduser().absolute()
-    found = directory.with_name(f".{directory.name}.chunks")
+    found = chunks_beside(directory)
     with only_process(directory):
         reason = _why_prepare(directory, writing.request, replace=replace)
         if reason is None:

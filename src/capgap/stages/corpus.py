@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from capgap.corpus.names import chunks_beside
 from capgap.in_order import On
 from capgap.section import BeginWindows, Count, TextOptions, TextSource
 from capgap.sizes import format_count
@@ -35,6 +36,11 @@ class Prepare(TextSection, Stage):
     begin_windows: BeginWindows = False
     workers: Annotated[Count, HOW, "Processes that read and tokenize files."] = 1
     on: Annotated[On, HOW, "Read and tokenize files here, or on a Ray cluster:"] = "here"
+
+    @property
+    def kept(self) -> Path | None:
+        found = chunks_beside(self.out)
+        return found if found.exists() else None
 
     def run(self, *, say: Say = lambda text: None, **_: Any) -> dict[str, Any]:
         """Writes OUT, whole or not at all; returns what `capgap corpus --json` prints."""
