@@ -180,4 +180,11 @@ MEASUREMENTS = [
         LOOP,
         ("card.steps", "together", "column-10m"),
     ),
+    Measurement(
+        "sharing",
+        "a sweep of small models: as many at once on the card as it finds best",
+        200,
+        ("src/capgap/sweep", *LOOP),
+        ("card.repairs", "sharing"),
+    ),
 ]

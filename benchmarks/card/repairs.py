@@ -14,6 +14,7 @@ import torch
 from capgap.distill.teacher import Batch, OnlineTeacher
 from capgap.models.build import build_model
 from capgap.models.shape import ladder_shape
+from capgap.sweep.stages import Sweep
 from capgap.train.checkpoint import Checkpoint, CheckpointWriter, training_tensors
 from capgap.train.learner import Learner, make_optimizer
 from capgap.train.loop import LoopSettings, Progress, train
@@ -162,3 +163,53 @@ def waits(place: Place) -> dict[str, Any]:
     figures |= {f"{name}, s": seconds for name, seconds in stages.items()}
     figures["stages of the wall's time"] = sum(stages.values()) / (moments[1] - moments[0])
     return figures
+
+
+SWEEP = """
+name = "sharing"
+scoring_tokens = 512
+baselines = "best"
+[corpus]
+source = "{source}"
+vocabulary = {vocabulary}
+heldout_tokens = 5000
+[teachers]
+sizes = {teachers}
+tokens = {tokens}
+[students]
+sizes = {students}
+tokens = [{budget}]
+[training]
+batch_tokens = {batch}
+[run]
+device = "{device}"
+workers = {workers}
+"""
+SMALL = {"source": "stdlib", "vocabulary": 2048, "teachers": ["1M", "1.3M", "1.7M", "2.2M"]}
+SMALL |= {"students": ["600k"], "tokens": 4_000_000, "budget": 500_000, "batch": 8192}
+TOY = {"source": "pydoc", "vocabulary": 300, "teachers": ["14k", "20k"]}
+TOY |= {"students": ["8k"], "tokens": 12_800, "budget": 12_800, "batch": 256}
+
+
+def sharing(place: Place) -> dict[str, Any]:
+    """A sweep of small models one after the other, and with as many at once as it finds best."""
+    # shorter than a user's, whose tasks are longer
+    settle = mock.patch("capgap.sweep.sharing.SETTLE_SECONDS", 4.0)
+    measure = mock.patch("capgap.sweep.sharing.MEASURE_SECONDS", 4.0)
+    report = mock.patch("capgap.sweep.runner.write_report", lambda out: out / "report.html")
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, settle, measure, report:
+        for name in ("one at a time", "as many as are best"):
+            # of a CPU all cores at once, each with a thread
+            workers = "1" if name == "one at a time" and place.is_gpu else '"auto"'
+            is_small = place.is_gpu and not place.is_toy
+            asked = (SMALL if is_small else TOY) | {"workers": workers}
+            text = SWEEP.format(**asked, device=place.device.partition(":")[0])
+            recipe = Path(folder, f"{name}.toml")
+            recipe.write_text(text.replace("'", '"'))
+            said: list[str] = []
+            told = Sweep(recipe=str(recipe), out=recipe.with_suffix("")).run(say=said.append)
+            figures[f"{name}, s"] = told["wall_seconds"]
+            decided = [one for one in said if "times the work" in one]
+    figures["times as fast"] = figures["one at a time, s"] / figures["as many as are best, s"]
+    return figures | {"decided": "; ".join(decided)}
