@@ -13,12 +13,14 @@ import pytest
 
 from capgap.config import parse_recipe
 from capgap.corpus.prepare import prepare_corpus
-from capgap.errors import UserError
+from capgap.errors import Interrupted, UserError
+from capgap.leases import Leases
 from capgap.records import read_records
 from capgap.sweep.cells import Context
 from capgap.sweep.memory import task_loops
 from capgap.sweep.on_ray import RayNodes, _times
 from capgap.sweep.plan import make_plan
+from capgap.sweep.runner import _become_driver
 from capgap.sweep.stages import Sweep
 from test_bad_input import as_toml, use_own_workers
 from test_corpus_prepare import make_document, write_documents
@@ -30,7 +32,7 @@ pytest.importorskip("ray", reason="capgap[ray] is not installed")
 def recipe(tiny_recipe, text_file, tmp_path):
     tiny_recipe["corpus"] |= {"source": str(text_file), "heldout_tokens": 500}
     tiny_recipe["teachers"] = {"sizes": ["14k", "20k"], "tokens": 25_600}
-    tiny_recipe["students"] = {"sizes": ["8k"], "tokens": [25_600]}
+    tiny_recipe["students"] = {"sizes": ["8k"], "tokens": [38_400]}
     tiny_recipe["baselines"] = "best"
     tiny_recipe["run"] = {"checkpoint_seconds": 0.1, "checkpoint_share": 0.9, "device": "cpu"}
     path = tmp_path / "tiny.toml"
@@ -132,36 +134,54 @@ def test_nodes_and_drivers_come_and_go_and_the_records_are_the_same(
     with monkeypatch.context() as patched:
         patched.setattr("capgap.sweep.runner.write_report", lambda out: out / "report.html")
         Sweep(recipe=str(recipe), out=whole).run()
-    logs = [tmp_path / f"{number}.log" for number in range(4)]
+    logs = [tmp_path / f"{number}.log" for number in range(3)]
     driver = begin(recipe, out, cluster, logs[0])
     checkpoints = out / "work" / "checkpoints"
     # the driver is killed while two teachers are at work
     wait_for(lambda: len(list(checkpoints.glob("*/*/manifest.json"))) >= 2, driver)
     driver.kill()
     driver.communicate()
-    # of two that come one waits; both are stopped while a column is at work
-    pair = {log: begin(recipe, out, cluster, log) for log in logs[1:3]}
+    # of two that come one waits; the other is stopped while a column is at work
+    left = {log: begin(recipe, out, cluster, log, "--json") for log in logs[1:]}
     waits = f"another driver is at work in {out}"
-    for process in pair.values():
-        wait_for(lambda: any(waits in log.read_text() for log in pair), process)
-        wait_for(lambda: list(checkpoints.glob("column-*/*/manifest.json")), process)
-    for log in sorted(pair, key=lambda log: waits not in log.read_text()):
-        pair[log].send_signal(signal.SIGINT)
-        answer, _ = pair[log].communicate(timeout=180)
-        assert (pair[log].returncode, answer) == (130, ""), log.read_text()
-        assert "the same command continues" in log.read_text()
-    # a node goes while a column is at work, and another comes
-    driver = begin(recipe, out, cluster, logs[3], "--json")
-    wait_for(lambda: "start column" in logs[3].read_text(), driver)
+
+    def waiting():
+        return [log for log in left if waits in log.read_text()]
+
+    def at_work():
+        return {path: path.stat().st_mtime for path in checkpoints.glob("column-*/*/manifest.json")}
+
+    for process in left.values():
+        wait_for(lambda: waiting() and at_work(), process)
+    (log,) = set(left) - set(waiting())
+    process = left.pop(log)
+    process.send_signal(signal.SIGINT)
+    answer, _ = process.communicate(timeout=180)
+    assert (process.returncode, answer) == (130, ""), log.read_text()
+    assert "the same command continues" in log.read_text()
+    # the one who waited takes over; a node goes while a column is at work again, another comes
+    ((log, driver),) = left.items()
+    before = at_work()
+    wait_for(lambda: at_work().items() - before.items(), driver)
     cluster.replace()
     answer, _ = driver.communicate(timeout=300)
-    assert driver.returncode == 0, logs[3].read_text()
+    assert driver.returncode == 0, log.read_text()
     found = json.loads(answer)
     assert found["best"] == json.loads((whole / "sweep.json").read_text())["best"]["cell"]
     assert results(out) == results(whole)
     # what was lost is in the record, where the node had a task
     attempts = json.loads((out / "sweep.json").read_text())["attempts"]
     assert all(one["outcome"] == "lost" for one in attempts)
+
+
+def test_who_waits_for_another_driver_can_be_stopped(tmp_path):
+    said = []
+    folder = SimpleNamespace(context=SimpleNamespace(out=tmp_path))
+    with Leases(tmp_path, stale=60) as mine, Leases(tmp_path, stale=60) as other:
+        assert other.take("driver")
+        with pytest.raises(Interrupted):
+            _become_driver(mine, folder, said.append, lambda: True)
+    assert said[0].startswith(f"another driver is at work in {tmp_path}")
 
 
 def gpu_node(gb=None, kind=None, gpus=1.0):
@@ -244,9 +264,10 @@ def test_a_column_goes_where_its_cards_suffice(nodes, caplog, tmp_path):
     assert [node["GPU"] for node in fp32._nodes()] == [1, 1, 1, 1]
 
 
-def on_cluster(cluster, code, *words):
+def on_cluster(cluster, code, *words, cwd=None):
     done = subprocess.run(
         [sys.executable, "-c", code, *words],
+        cwd=cwd,
         env=os.environ | {"RAY_ADDRESS": cluster.address},
         capture_output=True,
         text=True,
@@ -282,6 +303,13 @@ from capgap.corpus import chunks
 chunks.CHUNK_BYTES = 1
 main()
 """
-    words = ["corpus", text, "--out", tmp_path / "out", "--vocabulary", "300", "--on", "ray"]
-    told = json.loads(on_cluster(cluster, code, *words, "--json"))
+    words = ["corpus", "text", "--out", "out", "--vocabulary", "300", "--on", "ray", "--json"]
+    told = json.loads(on_cluster(cluster, code, *words, cwd=tmp_path))
     assert told["corpus_hash"] == whole.corpus_hash
+
+
+def test_nodes_have_no_copies_of_what_lies_at_urls(tmp_path, monkeypatch, typed, text_file):
+    monkeypatch.setenv("CAPGAP_CACHE", str(tmp_path / "cache"))
+    answer = typed("corpus", text_file, "--out", f"file://{tmp_path}/a/corpus", "--on", "ray")
+    assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1)
+    assert "--on ray: all nodes read and write one disk, and a URL names none" in answer.err

@@ -207,16 +207,16 @@ def workers_on(plan: Any, number: int, gpus: tuple[str, ...], each: int = 1) -> 
 
 
 @pytest.mark.parametrize(
-    ("each", "places"), [(1, ["3", "5", "6", "7", "3"]), (2, ["3,5", "6,7", "3,5"])]
+    ("each", "places"), [(1, ["3", "5", "6", "7", "3 (2)"]), (2, ["3,5", "6,7", "3,5 (2)"])]
 )
 def test_each_worker_sees_its_own_gpus(plan, processes, each, places):
     seen, pipes = processes
     engine = workers_on(plan, len(places), ("3", "5", "6", "7"), each)
     engine.start()
     ranks = [None] if each == 1 else [str(rank) for rank in range(each)]
-    assert seen == [(f"GPU {place}", rank, place) for place in places for rank in ranks]
+    assert seen == [(f"GPU {one}", rank, one.split()[0]) for one in places for rank in ranks]
     # all ranks of a worker get a task; where one fails of it, all begin anew with the next
-    first, second = plan.teachers[:2]
+    first, *others = [*plan.teachers, *plan.columns][: 1 + len(places)]
     assert engine.submit(first, None) == f"GPU {places[0]}"
     assert [one.recv() for one in pipes[:each]] == [(first, None)] * each
     failed = EndMessage(first.id, "out_of_memory")
@@ -225,7 +225,8 @@ def test_each_worker_sees_its_own_gpus(plan, processes, each, places):
     assert engine.messages() == [failed]
     begun = len(seen)
     assert engine.messages() == []
-    engine.submit(second, None)
+    for task in others:
+        engine.submit(task, None)
     assert seen[begun:] == ([] if each == 1 else seen[:each])
 
 
@@ -238,25 +239,52 @@ def test_a_gpu_gets_another_task_where_that_gains_and_fits(plan, processes, monk
     for name, value in (("gpu_memory", 12e9), ("usable_cores", 8), ("free_memory", 10**12)):
         monkeypatch.setattr(f"capgap.sweep.workers.{name}", lambda *_, value=value: value)
     monkeypatch.setattr("capgap.sweep.workers.gpu_bytes", lambda _, task: needs[task.id])
+    monkeypatch.setattr("capgap.sweep.workers.host_bytes", lambda *_: 10**10)
     engine = workers_on(plan, 2, ("3", "5"))
     engine.start()
     # those that share a GPU begin when they are needed
     assert [place for place, *_ in seen] == ["GPU 3", "GPU 5"]
     assert [engine.submit(task, None) for task in tasks[:2]] == ["GPU 3", "GPU 5"]
     assert not engine.has_place()
-    for tokens in (10, 20):
+    for tokens in (10, 20, 30):
         pipes[0].send(StepMessage(tasks[0].id, tokens, 1.0, None))
         engine.messages()
     assert engine.has_place()
     assert [engine.fits(task, None) for task in tasks[2:]] == [True, False]
-    assert engine.submit(tasks[2], None) == "GPU 3"
-    assert seen[2:] == [("GPU 3", None, "3")]
-    # where it finds no memory beside another it is no fault of its batch: it is begun again
-    pipes[2].send(EndMessage(tasks[2].id, "out_of_memory"))
-    assert [one.outcome for one in engine.messages()] == ["lost"]
+    monkeypatch.setattr("capgap.sweep.workers.free_memory", lambda: 10**10)
+    assert not engine.fits(tasks[2], None)
+    assert engine.submit(tasks[2], None) == "GPU 3 (2)"
+    assert seen[2:] == [("GPU 3 (2)", None, "3")]
+    # where both find no memory it is no fault of their batches: they are begun again, alone
+    for task, pipe in ((tasks[2], pipes[2]), (tasks[0], pipes[0])):
+        pipe.send(EndMessage(task.id, "out_of_memory"))
+        assert [one.outcome for one in engine.messages()] == ["lost"]
+    assert engine.submit(tasks[0], None) == "GPU 3"
     assert not engine.has_place()
+    # alone it had what there is
+    pipes[0].send(EndMessage(tasks[0].id, "out_of_memory"))
+    assert [one.outcome for one in engine.messages()] == ["out_of_memory"]
+    # the other process waited beside it, with memory of the GPU: it was ended
+    assert [bool(one.ranks) for one in engine.workers[::2]] == [True, False, False, False]
     engine.cancel(tasks[1].id)
-    assert engine.submit(tasks[3], None) == "GPU 5"
+    assert engine.submit(tasks[3], None) in ("GPU 3", "GPU 5")
+
+
+def test_a_large_task_is_not_passed_by_small_ones(plan):
+    """The costliest comes first, also where only others fit at the moment."""
+
+    class Narrow(Pretended):
+        def fits(self, task: Any, micro_batch_tokens: int | None) -> bool:
+            return task.id != large.id or not self.running
+
+    large = max(plan.teachers, key=lambda one: one.size)
+    engine = Narrow(places=2)
+    # one that is at work already when the large one may begin
+    work = schedule(engine)
+    engine.running.append("other")
+    work.run(plan.teachers, set())
+    assert engine.begun[0] == (large.id, None)
+    assert len(engine.begun) == len(plan.teachers) >= 2
 
 
 def test_as_many_tasks_at_once_as_gpus_can_hold():

@@ -7,12 +7,14 @@ from capgap.sweep.sharing import MEASURE_SECONDS, SETTLE_SECONDS, Sharing
 
 class Card:
     """Pretended: tasks alone take the `share` of it that they can use, all together no more than
-    the whole. It has a task begin wherever there is room."""
+    the whole, once they have loaded for so many seconds. It has a task begin wherever there is
+    room."""
 
-    def __init__(self, most=8, memory=100.0, needs=10):
+    def __init__(self, most=8, memory=100.0, needs=10, loading=0):
         self.now = 0.0
         self.sharing = Sharing(most, memory, clock=lambda: self.now)
-        self.needs = needs
+        self.needs, self.loading = needs, loading
+        self.begun: dict[str, float] = {}
         self.done: dict[str, float] = {}
         self.said: list[str] = []
 
@@ -22,11 +24,13 @@ class Card:
         while self.now < end:
             while self.sharing.has_room(self.needs):
                 name = f"task-{len(self.done)}"
-                self.done[name] = 0.0
+                self.done[name], self.begun[name] = 0.0, self.now
                 self.sharing.begin(name, self.needs)
-            running = list(self.sharing.running)
-            each = min(share, 1 / len(running)) * 100
             self.now += 1
+            running = [
+                name for name in self.sharing.running if self.now - self.begun[name] > self.loading
+            ]
+            each = min(share, 1 / max(1, len(running))) * 100
             for name in running:
                 self.done[name] += each
                 said = self.sharing.step(name, int(self.done[name]))
@@ -38,13 +42,14 @@ class Card:
 ONCE = SETTLE_SECONDS + MEASURE_SECONDS + 2
 
 
+@pytest.mark.parametrize("loading", [0, 60])
 @pytest.mark.parametrize(
     ("share", "number"),
     [(1.0, 1), (0.95, 1), (0.5, 2), (0.4, 3), (0.01, 8)],
 )
-def test_tasks_are_added_as_long_as_they_gain(share, number):
-    card = Card()
-    card.run(share, 20 * ONCE)
+def test_tasks_are_added_as_long_as_they_gain(share, number, loading):
+    card = Card(loading=loading)
+    card.run(share, 20 * (ONCE + loading))
     assert (card.sharing.kept, card.sharing.allowed) == (number, number)
     assert len(card.sharing.running) in (number, number + 1)  # the last one tried goes on
     assert card.sharing.is_settled
@@ -56,12 +61,12 @@ def test_tasks_are_added_as_long_as_they_gain(share, number):
         ]
 
 
-def test_smaller_tasks_that_come_later_are_measured_anew():
+def test_what_others_gained_is_measured_anew():
+    """Tasks that come later may be smaller, or larger: what is kept rises and falls."""
     card = Card()
-    card.run(1.0, 5 * ONCE, until=10_000)
-    assert (card.sharing.kept, len(set(card.said))) == (1, 1)
-    card.run(0.5, 20 * ONCE, until=10_000)
-    assert (card.sharing.kept, card.sharing.allowed) == (2, 2)
+    for share, number in ((1.0, 1), (0.5, 2), (0.2, 5), (1.0, 1)):
+        card.run(share, 60 * ONCE, until=10_000)
+        assert card.said[-1].endswith(f": {number} from here on")
 
 
 def test_tasks_that_end_too_soon_decide_nothing():
@@ -70,21 +75,29 @@ def test_tasks_that_end_too_soon_decide_nothing():
     for seconds in (ONCE - 5, ONCE + 5):
         card.run(0.5, 50 * ONCE, until=50 * seconds)
         assert (card.sharing.kept, card.said) == (1, [])
-    assert card.sharing.allowed == 2
 
 
 def test_memory_bounds_what_runs_at_once():
     card = Card(memory=29)
     card.run(0.01, 20 * ONCE)
     assert len(card.sharing.running) == 2
-    # whatever it needs, where it is alone
-    assert Sharing(8, 5).has_room(10)
-    # a task that found none beside others: as many as there are then
-    card.sharing.end("task-1")
-    assert card.sharing.lacked_memory()
-    assert (card.sharing.kept, card.sharing.allowed, card.sharing.is_settled) == (1, 1, True)
-    card.sharing.end("task-0")
-    assert not card.sharing.lacked_memory()
+    assert all(map(card.sharing.was_shared, card.sharing.running))
+    # whatever it needs, where it is alone; nothing comes beside what needs all
+    empty = Sharing(most=8, memory=5, kept=2)
+    assert empty.has_room(10)
+    empty.begin("large", float("inf"))
+    assert not empty.has_room(0)
+    assert not empty.was_shared("large")
+
+
+def test_a_number_that_was_asked_for_stays():
+    sharing = Sharing(most=3, kept=3, is_settled=True)
+    for number in range(9):
+        assert sharing.has_room(1e12)
+        sharing.begin(f"task-{number}", 1e12)
+        if number >= 2:
+            assert not sharing.has_room(0)
+            sharing.end(f"task-{number - 2}")
 
 
 def test_a_chain_that_begins_to_count_anew_is_no_change_of_speed():

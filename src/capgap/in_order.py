@@ -113,7 +113,14 @@ def _on_ray(stack: ExitStack, function: Callable[..., Any]) -> tuple[Any, int]:
     import ray
 
     stack.enter_context(connected())
-    remote = ray.remote(max_retries=ATTEMPTS, num_cpus=1)(function)
+    folder = os.getcwd()
+
+    def there(*one: Any) -> Any:
+        # paths may be relative
+        os.chdir(folder)
+        return function(*one)
+
+    remote = ray.remote(max_retries=ATTEMPTS, num_cpus=1)(there)
 
     def submit(*one: Any) -> Callable[[], Any]:
         reference = remote.remote(*one)

@@ -64,6 +64,11 @@ def as_urls(text: str) -> str:
     )
 
 
+def is_copy(*paths: object) -> bool:
+    """Whether one of them lies in this machine's cache, for a URL."""
+    return any(as_urls(str(path)) != str(path) for path in paths)
+
+
 class Store:
     """Files below a URL, or below a local folder, by their names within.
 

@@ -61,6 +61,7 @@ from capgap.corpus.tokens import (
 )
 from capgap.errors import UserError
 from capgap.in_order import On, check_workers, in_order
+from capgap.storage import is_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -154,6 +155,9 @@ def prepare_corpus(
         if limit is not None and limit < 1:
             raise UserError(f"{name} {limit} must be 1 or more")
     check_workers(workers)
+    directory = Path(directory).expanduser().absolute()
+    if on == "ray" and is_copy(source, heldout_source, directory):
+        raise UserError("`on` ray: all nodes read and write one disk, and a URL names none")
     if tokenizer is None:
         check_vocabulary(vocabulary)
     reading = {"text_column": text_column, "separator": separator}
@@ -173,7 +177,6 @@ def prepare_corpus(
     )
     told = progress or (lambda stage, done, total: None)
     writing = _Writing(opened, heldout, options, told, workers, on)
-    directory = Path(directory).expanduser().absolute()
     found = chunks_beside(directory)
     with only_process(directory):
         reason = _why_prepare(directory, writing.request, replace=replace)

@@ -378,7 +378,9 @@ def plan_text(found: dict[str, Any]) -> str:
     for name, one in zip(names, places, strict=True):
         line = f"{name}: {format_bytes(one['memory_gb'] * 1e9)}"
         line += f" in the largest task, {one['memory_task']}" if "memory_task" in one else ""
-        line += ", where its first GPU scores it whole" if one["peak_phase"] == "scoring" else ""
+        if one["peak_phase"] == "scoring":
+            line += " while it is scored"
+            line += ", whole on its first GPU" if found["gpus_per_column"] > 1 else ""
         line += "" if one["fits"] is None else f", {_verdict(one)}"
         if one.get("host_gb") is not None:
             line += f"; {one['host_gb']:.1f} GB in the host's memory"

@@ -62,7 +62,7 @@ def _total(flops: Callable[[int, int], int], models: Sequence[tuple[Shape, int]]
 @dataclass(frozen=True)
 class Teacher:
     """A rung of the ladder to train, or with `source` a model that exists (then no tokens), whose
-    table may have more rows than the `vocabulary` of its tokenizer."""
+    table may have more rows than the `vocabulary` of its tokenizer. stored_bytes: of a weight."""
 
     id: str
     architecture: str
@@ -73,6 +73,7 @@ class Teacher:
     source: str | None
     tokens: int
     learning_rate: float | None
+    stored_bytes: int = 4
 
     @property
     def runs(self) -> tuple[str, ...]:

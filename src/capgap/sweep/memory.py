@@ -4,35 +4,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from capgap.models.shape import Shape
 from capgap.prune import SCORING_WINDOWS, Method, reading_methods
-from capgap.sweep.cells import Column, Context, Task
+from capgap.sweep.cells import Context, Task, Teacher
 from capgap.sweep.recipe import Recipe
-from capgap.train.memory import FLOAT, LoopMemory, kept_bytes, loop_memory
+from capgap.train.memory import FLOAT, PARTS, LoopMemory, kept_bytes, loop_memory
 
 
 @dataclass(frozen=True)
 class ScoredMemory(LoopMemory):
     """Of a loop whose model is scored behind it, by the first of its processes, alone and whole.
-    `methods` are those that read text. A given model is not trained before."""
+    `methods` are those that read text. given_bytes: of a weight of a model that exists, and is not
+    trained before; None of others."""
 
     methods: tuple[Method, ...] = ()
-    is_given: bool = False
+    given_bytes: int | None = None
 
     def phases(self) -> dict[str, dict[str, int]]:
         found = super().phases()
         (model,) = self.students
-        whole, tokens = FLOAT * model.parameters().total, SCORING_WINDOWS * self.window
+        whole = (self.given_bytes or FLOAT) * model.parameters().total
         has_gradients = "weights" in self.methods or "first_order" in self.methods
+        tokens = SCORING_WINDOWS * self.window
         kept = kept_bytes(model, tokens, self.window, autocast=False) if has_gradients else 0
-        found["scoring"] = dict.fromkeys(found["loss"], 0) | {
-            # beside its part of what was trained, and of the moments
-            "weights": found["loss"]["weights"] + (whole if self.ranks > 1 else 0),
-            "optimizer": 0 if self.is_given else found["loss"]["optimizer"],
+        scoring = dict.fromkeys(PARTS, 0) | {
+            # beside its part of them
+            "weights": whole // self.ranks + (whole if self.ranks > 1 else 0),
             "gradients": whole if "weights" in self.methods else 0,
             "activations": kept,
+            "teacher": self._teacher_weights,
         }
-        return {"scoring": found["scoring"]} if self.is_given else found
+        return ({} if self.given_bytes else found) | {"scoring": scoring}
 
 
 def task_loops(recipe: Recipe, task: Task, gpu: str | None) -> Iterator[LoopMemory]:
@@ -41,26 +42,26 @@ def task_loops(recipe: Recipe, task: Task, gpu: str | None) -> Iterator[LoopMemo
         loop_memory,
         recipe.training,
         recipe.run,
-        # a ladder's; at most those of a given teacher
-        stored_bytes=FLOAT,
         window=recipe.corpus.window,
         gpu=gpu,
         ranks=recipe.run.gpus_per_column,
     )
-
-    def scored(shape: Shape, teacher: Shape | None = None, is_given: bool = False) -> LoopMemory:
-        methods = reading_methods(recipe.scoring_method, recipe.scoring_depth)
-        found = vars(loop(students=(shape,), teacher=teacher))
-        return ScoredMemory(**found, methods=methods, is_given=is_given)
-
-    if isinstance(task, Column):
-        above = None if task.teacher is None else task.teacher.shape
-        if task.assistant is not None:
-            yield scored(task.assistant.shape, above)
-            above = task.assistant.shape
-        yield loop(students=tuple(cell.shape for cell in task.cells), teacher=above)
-    else:
-        yield scored(task.shape, is_given=task.source is not None)
+    scored = partial(
+        ScoredMemory, methods=reading_methods(recipe.scoring_method, recipe.scoring_depth)
+    )
+    if isinstance(task, Teacher):
+        found = vars(loop(students=(task.shape,), teacher=None, stored_bytes=FLOAT))
+        yield scored(**found, given_bytes=task.stored_bytes if task.source else None)
+        return
+    above, stored = None, FLOAT
+    if task.teacher is not None:
+        above, stored = task.teacher.shape, task.teacher.stored_bytes
+    if task.assistant is not None:
+        shape = task.assistant.shape
+        yield scored(**vars(loop(students=(shape,), teacher=above, stored_bytes=stored)))
+        above, stored = shape, FLOAT
+    students = tuple(cell.shape for cell in task.cells)
+    yield loop(students=students, teacher=above, stored_bytes=stored)
 
 
 def gpu_bytes(context: Context, task: Task) -> int:
@@ -68,3 +69,12 @@ def gpu_bytes(context: Context, task: Task) -> int:
     run = context.recipe.run.model_copy(update={"device": "cuda"})
     recipe = context.recipe.model_copy(update={"run": run, "training": context.training})
     return max(loop.total for loop in task_loops(recipe, task, None))
+
+
+def host_bytes(context: Context, task: Task) -> int:
+    """In the host's memory, of a task on a GPU: the largest model while it is read or cut, copies
+    of checkpoints."""
+    work = task.work
+    shapes = [shape for shape, _ in [*work.trained, *work.read]]
+    copies = max(loop.in_host() for loop in task_loops(context.recipe, task, None))
+    return copies + FLOAT * max(shape.parameters().total for shape in shapes)

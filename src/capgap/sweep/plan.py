@@ -103,7 +103,8 @@ def given_teachers(recipe: Recipe) -> list[Teacher]:
 
     try:
         tokenizers = {source: load_tokenizer(source) for source in recipe.teachers.models}
-        shapes = {source: shape_of(read_config(source)) for source in recipe.teachers.models}
+        configs = {source: read_config(source) for source in recipe.teachers.models}
+        shapes = {source: shape_of(config) for source, config in configs.items()}
     except UserError as error:
         raise UserError(f"teachers.models: {error}") from None
     teachers = []
@@ -118,6 +119,7 @@ def given_teachers(recipe: Recipe) -> list[Teacher]:
             source=source,
             tokens=0,
             learning_rate=None,
+            stored_bytes=getattr(configs[source].dtype, "itemsize", 4),
         )
         _check_fit(teacher, recipe.corpus.window)
         teachers.append(teacher)
@@ -435,7 +437,7 @@ def resolve_workers(
     many there are, None for those in sight.
 
     Small models gain more from one thread a process on every core than from many threads in one.
-    A GPU is given to a single task, unless more are asked for than there are GPUs. UserError where
+    A GPU begins with a single task, unless more are asked for than there are GPUs. UserError where
     there are fewer than one task needs.
     """
     each, is_cpu = run.gpus_per_column, device == "cpu"

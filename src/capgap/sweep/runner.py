@@ -22,6 +22,7 @@ from capgap.report.page import write_report
 from capgap.sizes import format_count
 from capgap.stage import Say, ShouldStop
 from capgap.stages.corpus import corpus_progress
+from capgap.storage import is_copy
 from capgap.sweep.cells import SHARED, Column, Context, Task, Teacher
 from capgap.sweep.checks import (
     check_disk,
@@ -136,7 +137,8 @@ def run_folder(
         if on != "here":
             leases.release(folder.session)
             if on == "shared" and not _is_finisher(leases, folder, should_stop):
-                return {"out": str(out), "report": f"{out}/report.html", "finished": "elsewhere"}
+                report = out / "report.html"
+                return {"out": str(out), "report": str(report), "finished": "elsewhere"}
             folder.gather(leases)
         display.say("fitting the law and writing the report")
         folder.write(finished=datetime.now(UTC).isoformat(timespec="seconds"))
@@ -359,7 +361,8 @@ class _Folder:
 
     def add(self, message: EndMessage) -> None:
         """What a task spent outside all stages is `python`: the overhead of our own code."""
-        self._peaks[message.place] = message.peak_memory
+        before = self._peaks.get(message.place, 0)
+        self._peaks[message.place] = max(before, message.peak_memory)
         for name, seconds in message.seconds.items():
             self._spent(name, seconds)
         self._spent("python", max(0.0, message.busy - sum(message.seconds.values())))
@@ -385,10 +388,8 @@ class _Folder:
             "wall_seconds": self.wall_seconds,
             "peak_memory_bytes": self.peak_memory,
         }
-        if self.is_shared:
-            write_json(self._own, measured)
-        else:
-            write_json(self.path, self.fields | measured)
+        own = self._own if self.is_shared else self.path
+        write_json(own, measured if self.is_shared else self.fields | measured)
 
     @property
     def session(self) -> str:
@@ -407,8 +408,7 @@ class _Folder:
             while not leases.take(f"session-{path.stem}"):
                 time.sleep(LOOK_SECONDS)
         fetch(self._own.parent)
-        before = read_json(self.path)
-        self.stages, self.attempts = before.get("stages", {}), []
+        self.stages, self.attempts = read_json(self.path).get("stages", {}), []
         for path in sorted(self._own.parent.glob("*.json")):
             found = read_json(path)
             self.attempts += [Attempt(**one) for one in found["attempts"]]
@@ -429,7 +429,7 @@ class _Folder:
                 expected_hash=self.records[0].corpus_hash if self.records else None,
                 # the folder is this recipe's, so what it holds besides is of one that did nothing
                 replace=True,
-                on="ray" if on == "ray" else "here",
+                on="ray" if on == "ray" and not is_copy(asked.source, self.path) else "here",
                 progress=corpus_progress(say),
                 **asked.model_dump(exclude={"source", "tokenizer", "max_epochs"}),
             )

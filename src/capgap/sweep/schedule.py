@@ -242,7 +242,11 @@ class Schedule:
                 if task is None:
                     break
                 micro_batch = self._micro_batches.get(task.id)
-                if not self.engine.fits(task, micro_batch) or not self.claims.take(task.id):
+                if not self.engine.fits(task, micro_batch):
+                    # smaller ones do not begin before it: it would wait for the last of them
+                    waiting.give_back(task)
+                    break
+                if not self.claims.take(task.id):
                     waiting.give_back(task, self.clock() + LOOK_SECONDS)
                 elif self.is_shared and self.is_done(task):
                     self.claims.release(task.id)

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-# Until a task that begins has built and compiled its models; then how long speeds are taken
+# Until models are compiled, from when the last task of those that run has begun its steps; then
+# how long speeds are taken
 SETTLE_SECONDS = 20.0
 MEASURE_SECONDS = 20.0
 # How much more work all together have to do than one fewer, for it to be worth the memory
@@ -20,28 +21,38 @@ class Sharing:
 
     Tasks differ, so each is compared with itself: by the mean ratio of their tokens/s with n at
     once to those with n - 1, times n / (n - 1). What is settled holds until no task is left of
-    those that it was measured with: later ones are smaller.
+    those that it was measured with; then one fewer is measured first.
     """
 
     most: int = 1
     memory: float = math.inf
     clock: Callable[[], float] = time.monotonic
     kept: int = 1
-    allowed: int = 1
     is_settled: bool = False
-    running: dict[str, int] = field(default_factory=dict)
+    running: dict[str, float] = field(default_factory=dict)
     rates: dict[int, dict[str, float]] = field(default_factory=dict)
 
-    def has_room(self, needs: int) -> bool:
+    def __post_init__(self) -> None:
+        self.allowed = self.kept
+        self._beside: set[str] = set()
+        self._tokens: dict[str, int] = {}
+
+    def has_room(self, needs: float) -> bool:
         """For a task of so many bytes; for any, where it is alone."""
         if not self.running:
             return True
         taken = sum(self.running.values())
-        return len(self.running) < self.allowed and taken + needs <= self.memory
+        return len(self.running) < self.allowed and taken + needs < self.memory
 
-    def begin(self, task: str, needs: int) -> None:
+    def begin(self, task: str, needs: float) -> None:
+        self._tokens.pop(task, None)
+        self._beside.discard(task)
         self.running[task] = needs
-        if not self.running.keys() & {name for rates in self.rates.values() for name in rates}:
+        if len(self.running) > 1:
+            self._beside |= self.running.keys()
+        measured = {name for rates in self.rates.values() for name in rates}
+        if measured and not self.running.keys() & measured:
+            self.kept = self.allowed = max(1, self.kept - 1)
             self.is_settled, self.rates = False, {}
         self._anew()
 
@@ -49,12 +60,9 @@ class Sharing:
         del self.running[task]
         self._anew()
 
-    def lacked_memory(self) -> bool:
-        """After a task ended so: whether there were others, which now are enough."""
-        if self.running:
-            self.kept = self.allowed = len(self.running)
-            self.is_settled = True
-        return bool(self.running)
+    def was_shared(self, task: str) -> bool:
+        """Whether others ran beside it since it began, which it may have lacked the memory of."""
+        return task in self._beside
 
     def _anew(self) -> None:
         """Speeds are taken from here on."""
@@ -64,19 +72,28 @@ class Sharing:
 
     def step(self, task: str, tokens: int) -> str | None:
         """Hears how far a task is; returns what was decided by it, if anything."""
+        if tokens < self._tokens.get(task, math.inf):
+            # it makes its first steps, or those of the next model of a chain
+            for rates in self.rates.values():
+                rates.pop(task, None)
+            self._anew()
+        self._tokens[task] = tokens
         now, number = self.clock(), len(self.running)
-        if self.is_settled or number != self.allowed or now < self._from:
+        is_whole = number == self.allowed and self.running.keys() <= self._tokens.keys()
+        if self.is_settled or not is_whole or now < self._from:
             return None
         if now > self._first.setdefault(task, (now, tokens))[0]:
             self._last[task] = (now, tokens)
         if len(self._last) < number or now < self._from + MEASURE_SECONDS:
             return None
-        spans = {name: (one, self._last[name]) for name, one in self._first.items()}
-        if any(end[1] <= begin[1] for begin, end in spans.values()):
-            # the next model of a chain began to count anew
+        speeds = {}
+        for name, (began, first) in self._first.items():
+            ended, last = self._last[name]
+            speeds[name] = (last - first) / (ended - began)
+        if not all(speeds.values()):
+            # one did something else all the time
             self._anew()
             return None
-        speeds = {n: (end[1] - begin[1]) / (end[0] - begin[0]) for n, (begin, end) in spans.items()}
         self.rates[number] = speeds
         return self._decide(number)
 

@@ -1,6 +1,7 @@
 """Worker processes of this machine: one a core or one a GPU, or several that share every task."""
 
 import gc
+import math
 import multiprocessing
 import os
 import resource
@@ -36,7 +37,7 @@ from capgap.machine import (
 from capgap.mirror import fetch
 from capgap.stage import Say
 from capgap.sweep.cells import Context, Task
-from capgap.sweep.memory import gpu_bytes
+from capgap.sweep.memory import gpu_bytes, host_bytes
 from capgap.sweep.schedule import EndMessage, Engine, Outcome, StepMessage
 from capgap.sweep.sharing import Sharing
 
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
 
 STEPS_EVERY = 0.25  # seconds between two messages about steps
 POLL_SECONDS = 0.2
-# Tasks on a GPU at once, at most; what of its memory is theirs, and what each takes of it and of
-# the host's for CUDA and torch
+# Tasks on a GPU at once, at most; what of its memory is theirs; and what the process of each takes
+# of it and of the host's for CUDA and torch
 MOST_ON_A_GPU = 8
 MEMORY_SHARE = 0.9
 CUDA_BYTES, HOST_BYTES = 10**9, 4 * 10**9
@@ -251,7 +252,7 @@ class Workers(Engine):
     gpus: tuple[str, ...] = ()
     say: Say = lambda text: None
     workers: list[_Worker] = field(default_factory=list)
-    needs: dict[tuple[str, int | None], int] = field(default_factory=dict)
+    alone: set[str] = field(default_factory=set)
 
     def start(self) -> None:
         """Starts the processes, unless they run."""
@@ -267,19 +268,20 @@ class Workers(Engine):
             shared = self._shared()
             self.workers = [
                 _Worker(number, shared[number % len(shared)])
-                for number in range(self.number * shared[0].most)
+                for number in range(sum(one.most for one in shared))
             ]
             for worker in self.workers[: self.number]:
                 self._begin(worker)
 
     def _shared(self) -> list[Sharing]:
-        """One for every GPU, or for every worker that has its place for itself."""
-        run, number = self.context.recipe.run, self.number
-        if number != len(self.gpus) or (run.workers, run.gpus_per_column) != ("auto", 1):
-            return [Sharing() for _ in range(number)]
-        most = min(MOST_ON_A_GPU, usable_cores() // number, free_memory() // HOST_BYTES // number)
-        memory = [MEMORY_SHARE * gpu_memory(index) for index in range(number)]
-        return [Sharing(max(1, most), one) for one in memory]
+        """One for every GPU, or group of them; on a CPU for every worker."""
+        run, each = self.context.recipe.run, self.context.recipe.run.gpus_per_column
+        places = min(self.number, len(self.gpus) // each or self.number)
+        if run.workers != "auto" or each > 1 or self.number != len(self.gpus):
+            numbers = [len(range(place, self.number, places)) for place in range(places)]
+            return [Sharing(number, kept=number, is_settled=True) for number in numbers]
+        most = max(1, min(MOST_ON_A_GPU, usable_cores() // places))
+        return [Sharing(most, MEMORY_SHARE * gpu_memory(index)) for index in range(places)]
 
     def _begin(self, worker: _Worker) -> None:
         """Its processes, which see their GPUs alone where there are some."""
@@ -290,6 +292,8 @@ class Workers(Engine):
             first = worker.number % (len(self.gpus) // count) * count
             shared[VISIBLE_GPUS] = ",".join(self.gpus[first : first + count])
             worker.place = f"GPU {shared[VISIBLE_GPUS]}"
+            if worker.number >= len(self.gpus) // count:
+                worker.place += f" ({worker.number // (len(self.gpus) // count) + 1})"
         if count > 1:
             from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -323,27 +327,40 @@ class Workers(Engine):
         return any(self._free(0))
 
     def fits(self, task: Task, micro_batch_tokens: int | None) -> bool:
-        return any(self._free(self._needs(task, micro_batch_tokens)))
+        free = list(self._free(self._needs(task, micro_batch_tokens)))
+        # whatever a task alone on its GPU takes of the host's memory
+        is_alone = any(not worker.sharing.running for worker in free)
+        return is_alone or (bool(free) and self._host_has(task))
 
-    def _free(self, needs: int) -> Iterator[_Worker]:
+    def _host_has(self, task: Task) -> bool:
+        return free_memory() > HOST_BYTES + host_bytes(self.context, task)
+
+    def _free(self, needs: float) -> Iterator[_Worker]:
         return (one for one in self.workers if one.task is None and one.sharing.has_room(needs))
 
-    def _needs(self, task: Task, micro_batch_tokens: int | None) -> int:
-        """Bytes of a GPU, where several may share it."""
-        if all(worker.sharing.most == 1 for worker in self.workers):
+    def _needs(self, task: Task, micro_batch_tokens: int | None) -> float:
+        """Bytes of a GPU; all that there are for one that lacked them beside others."""
+        if task.id in self.alone:
+            return math.inf
+        # of numbers that a user gave, or on a CPU, nothing is reckoned
+        if math.isinf(self.workers[0].sharing.memory):
             return 0
-        # asked again and again of a task that waits
-        key = task.id, micro_batch_tokens
-        if key not in self.needs:
-            context = self.context.with_micro_batch(micro_batch_tokens)
-            self.needs[key] = CUDA_BYTES + gpu_bytes(context, task)
-        return self.needs[key]
+        context = self.context.with_micro_batch(micro_batch_tokens)
+        return CUDA_BYTES + gpu_bytes(context, task)
 
     def submit(self, task: Task, micro_batch_tokens: int | None) -> str:
         needs = self._needs(task, micro_batch_tokens)
-        worker = next(self._free(needs))
-        if not worker.ranks:
-            self._begin(worker)
+        # where there are fewest, in a process that runs
+        free = self._free(needs)
+        worker = min(free, key=lambda one: (len(one.sharing.running), not one.ranks))
+        with _uninterrupted():
+            for one in self.workers:
+                # what waits for work beside it holds memory of the GPU
+                is_beside = one.sharing is worker.sharing and one is not worker
+                if is_beside and one.task is None and needs:
+                    one.kill()
+            if not worker.ranks:
+                self._begin(worker)
         worker.task = task.id
         worker.sharing.begin(task.id, needs)
         worker.give((task, micro_batch_tokens))
@@ -378,10 +395,12 @@ class Workers(Engine):
                 if decided:
                     self.say(f"{worker.place}: {decided}")
             elif message is not None:
-                worker.end()
                 # beside others it is no fault of its batch
-                if message.outcome == "out_of_memory" and worker.sharing.lacked_memory():
+                was_shared = worker.sharing.was_shared(message.task)
+                if message.outcome == "out_of_memory" and was_shared:
+                    self.alone.add(message.task)
                     message = replace(message, outcome="lost")
+                worker.end()
                 if message.outcome not in ALIKE and len(worker.ranks) > 1:
                     worker.kill()
             found += [] if message is None else [message]
