@@ -242,11 +242,13 @@ class Schedule:
                 if task is None:
                     break
                 micro_batch = self._micro_batches.get(task.id)
-                if not self.engine.fits(task, micro_batch):
+                fits = self.engine.fits(task, micro_batch)
+                if not fits and not self.is_shared:
                     # smaller ones do not begin before it: it would wait for the last of them
                     waiting.give_back(task)
                     break
-                if not self.claims.take(task.id):
+                # where others work too, one of them may be at it
+                if not fits or not self.claims.take(task.id):
                     waiting.give_back(task, self.clock() + LOOK_SECONDS)
                 elif self.is_shared and self.is_done(task):
                     self.claims.release(task.id)
