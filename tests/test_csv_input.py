@@ -207,13 +207,17 @@ def test_a_name_for_teachers_of_several_sizes_and_two_columns_of_a_name(tmp_path
         read_table(write(tmp_path / "t.csv", [f"{row}," for row in rows_of()]))
 
 
-def test_the_command(tmp_path, typed):
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_the_command(tmp_path, typed, monkeypatch, scheme):
+    monkeypatch.setenv("CAPGAP_CACHE", str(tmp_path / "cache"))
     path = write(tmp_path / "t.csv", rows_of())
-    done = typed("fit", path, "--out", tmp_path / "law.json", "--report", tmp_path / "law.html")
+    done = typed(
+        "fit", f"{scheme}{path}", "--out", tmp_path / "law.json", "--report", tmp_path / "law.html"
+    )
     assert done.code == 0
     assert "Twice the student wants 2.0 times the teacher" in done.out
     assert json.loads((tmp_path / "law.json").read_text())["lines"]
     assert "<html" in (tmp_path / "law.html").read_text()
-    failed = typed("fit", tmp_path / "none.csv")
+    failed = typed("fit", f"{scheme}{tmp_path}/none.csv")
     assert failed.code == 2
-    assert "no table" in failed.err
+    assert ("there is nothing at file://" if scheme else "no table") in failed.err

@@ -59,7 +59,7 @@ class Fit(Answer):
     """Fit the law of capacity gap to a table of cells, or to the records of runs."""
 
     source: Annotated[
-        str, ARGUMENT, "A CSV of cells, or the folder of a sweep or of distillations."
+        Path, ARGUMENT, "A CSV of cells, or the folder of a sweep or of distillations."
     ]
     out: Annotated[Path, "The law as JSON."] = Path("law.json")
     report: Annotated[Path | None, "A page with the pictures, such as law.html."] = None
@@ -67,7 +67,7 @@ class Fit(Answer):
     independent_errors: Annotated[bool, "The table's loss_stderr is each cell's own noise."] = False
 
     def run(self, **_: Any) -> dict[str, Any]:
-        if not Path(self.source).exists():
+        if not self.source.exists():
             raise UserError(f"no table {self.source}")
         from capgap import fit
         from capgap.artifact import write_json
@@ -80,7 +80,7 @@ class Fit(Answer):
         if self.report is not None:
             from capgap.report.page import write_law_report
 
-            page = str(write_law_report(law, self.report, title=Path(self.source).stem))
+            page = str(write_law_report(law, self.report, title=self.source.stem))
         return {"law": str(self.out), "report": page, "verdict": sentences(law)}
 
     def after(self, found: dict[str, Any]) -> tuple[object, ...]:
