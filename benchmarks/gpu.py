@@ -90,7 +90,8 @@ def child(one: Measurement | None, place: Place, log: str, told: Connection) -> 
 
 
 def measured(context: BaseContext, one: Measurement | None, place: Place) -> dict[str, Any]:
-    """`figures`, or `failure`, of a process of its own that has LIMIT_SECONDS."""
+    """`figures`, or `failure`, of a process of its own that has its `limit`, or LIMIT_SECONDS."""
+    limit = (one and one.limit) or LIMIT_SECONDS
     mine, its = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -99,10 +100,10 @@ def measured(context: BaseContext, one: Measurement | None, place: Place) -> dic
         its.close()
         found: dict[str, Any]
         try:
-            if mine.poll(LIMIT_SECONDS):
+            if mine.poll(limit):
                 found = mine.recv()
             else:
-                found = {"failure": f"not done after {LIMIT_SECONDS:.0f} s"}
+                found = {"failure": f"not done after {limit:.0f} s"}
         except EOFError:
             process.join()
             found = {"failure": f"the process ended with exit code {process.exitcode}"}
@@ -229,6 +230,9 @@ def run(wanted: Sequence[Measurement], arguments: argparse.Namespace, began: flo
         "versions": versions(),
     }
     failed = 0
+    if arguments.missing:
+        # what nobody has measured there comes first
+        wanted = sorted(wanted, key=lambda one: bool(entries(folder / f"{one.name}.json")))
     for one in wanted:
         if arguments.missing and not is_missing(one, folder):
             tell(f"{one.name}: as it was")

@@ -32,7 +32,8 @@ class Measurement:
 
     seconds: about what it takes on a card. sources: files and folders whose content it measures,
     from the repository's root. call: module, function and arguments. told: figures in the table,
-    all where there are none. packages: without which it is skipped.
+    all where there are none. packages: without which it is skipped. limit: seconds after which it
+    is ended, if other than usual.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Measurement:
     call: tuple[Any, ...]
     told: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
+    limit: float | None = None
 
     def run(self, place: Place) -> dict[str, Any]:
         """Figures by name, units in the names."""
@@ -186,5 +188,6 @@ MEASUREMENTS = [
         200,
         ("src/capgap/sweep", *LOOP),
         ("card.repairs", "sharing"),
+        limit=300,
     ),
 ]

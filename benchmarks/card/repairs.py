@@ -185,8 +185,9 @@ batch_tokens = {batch}
 device = "{device}"
 workers = {workers}
 """
-SMALL = {"source": "stdlib", "vocabulary": 2048, "teachers": ["1M", "1.3M", "1.7M", "2.2M"]}
-SMALL |= {"students": ["600k"], "tokens": 4_000_000, "budget": 500_000, "batch": 8192}
+# each long enough to be measured alone, and then beside one that loads for ten seconds
+SMALL = {"source": "stdlib", "vocabulary": 2048, "teachers": ["1M", "1.5M", "2.2M"]}
+SMALL |= {"students": ["600k"], "tokens": 9_000_000, "budget": 500_000, "batch": 8192}
 TOY = {"source": "pydoc", "vocabulary": 300, "teachers": ["14k", "20k"]}
 TOY |= {"students": ["8k"], "tokens": 12_800, "budget": 12_800, "batch": 256}
 
