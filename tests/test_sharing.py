@@ -67,6 +67,11 @@ def test_what_others_gained_is_measured_anew():
     for share, number in ((1.0, 1), (0.5, 2), (0.2, 5), (1.0, 1)):
         card.run(share, 60 * ONCE, until=10_000)
         assert card.said[-1].endswith(f": {number} from here on")
+    # of those that are over before they are measured as many begin as of the last ones
+    card = Card()
+    card.run(0.5, 20 * ONCE, until=10_000)
+    card.run(0.5, 20 * ONCE, until=50 * (SETTLE_SECONDS - 5))
+    assert (card.sharing.kept, card.sharing.allowed, len(card.sharing.running)) == (2, 2, 2)
 
 
 def test_tasks_that_end_too_soon_decide_nothing():

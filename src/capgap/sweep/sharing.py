@@ -21,7 +21,7 @@ class Sharing:
 
     Tasks differ, so each is compared with itself: by the mean ratio of their tokens/s with n at
     once to those with n - 1, times n / (n - 1). What is settled holds until no task is left of
-    those that it was measured with; then one fewer is measured first.
+    those that it was measured with; of others that last as long one fewer is measured too.
     """
 
     most: int = 1
@@ -34,6 +34,7 @@ class Sharing:
 
     def __post_init__(self) -> None:
         self.allowed = self.kept
+        self._is_proven = True
         self._beside: set[str] = set()
         self._tokens: dict[str, int] = {}
 
@@ -52,8 +53,8 @@ class Sharing:
             self._beside |= self.running.keys()
         measured = {name for rates in self.rates.values() for name in rates}
         if measured and not self.running.keys() & measured:
-            self.kept = self.allowed = max(1, self.kept - 1)
-            self.is_settled, self.rates = False, {}
+            self.allowed = self.kept
+            self.is_settled, self.rates, self._is_proven = False, {}, self.kept == 1
         self._anew()
 
     def end(self, task: str) -> None:
@@ -100,6 +101,10 @@ class Sharing:
     def _decide(self, number: int) -> str | None:
         said = None
         self._anew()
+        if number == self.kept and not self._is_proven:
+            self.kept = self.allowed = number - 1
+            self._is_proven = True
+            return None
         if number > self.kept:
             gain = self._gain(number)
             if gain is None or gain < GAIN:

@@ -393,7 +393,7 @@ class Workers(Engine):
             if isinstance(message, StepMessage):
                 decided = worker.sharing.step(message.task, message.tokens)
                 if decided:
-                    self.say(f"{worker.place}: {decided}")
+                    self.say(f"{worker.place.partition(' (')[0]}: {decided}")
             elif message is not None:
                 # beside others it is no fault of its batch
                 was_shared = worker.sharing.was_shared(message.task)
