@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "capgap"
 COUNTED = (".py", ".j2", ".js", ".css")
 CEILINGS = {
-    "lines": 33_989,
+    "lines": 33_988,
     "files": 162,
     "longest file": 450,
-    "closure of a sweep's worker": 11_174,
-    "closure of capgap quickstart": 22_688,
+    "closure of a sweep's worker": 11_173,
+    "closure of capgap quickstart": 22_687,
 }
 # What a room may import besides itself; rooms below stand in BELOW
 BELOW = {"artifact", "errors", "hub", "in_order", "leases", "machine", "mirror", "ray_cluster"}

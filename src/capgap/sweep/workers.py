@@ -327,13 +327,12 @@ class Workers(Engine):
         return any(self._free(0))
 
     def fits(self, task: Task, micro_batch_tokens: int | None) -> bool:
-        free = list(self._free(self._needs(task, micro_batch_tokens)))
+        needs = self._needs(task, micro_batch_tokens)
+        free = list(self._free(needs))
         # whatever a task alone on its GPU takes of the host's memory
-        is_alone = any(not worker.sharing.running for worker in free)
-        return is_alone or (bool(free) and self._host_has(task))
-
-    def _host_has(self, task: Task) -> bool:
-        return free_memory() > HOST_BYTES + host_bytes(self.context, task)
+        if not needs or any(not worker.sharing.running for worker in free):
+            return bool(free)
+        return bool(free) and free_memory() > HOST_BYTES + host_bytes(self.context, task)
 
     def _free(self, needs: float) -> Iterator[_Worker]:
         return (one for one in self.workers if one.task is None and one.sharing.has_room(needs))
