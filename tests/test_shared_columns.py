@@ -133,7 +133,7 @@ def test_what_cannot_be_shared_is_refused(data, typed, tmp_path):
     refused = typed("plan", two, "--gpus", "1xA100")
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert "run.gpus_per_column=2: ask for no more GPUs than 1, all here" in refused.err
-    assert "2 columns at once, each of 2 GPUs: " in typed("plan", two, "--gpus", "5xA100").out
+    assert "each of 2 GPUs a column, 2 at once: " in typed("plan", two, "--gpus", "5xA100").out
     one = typed("plan", written(data, tmp_path / "one.toml"), "--gpus", "5xA100", "--json").out
     shared = json.loads(typed("plan", two, "--gpus", "5xA100", "--json").out)
     assert shared["memory"]["weights"] == json.loads(one)["memory"]["weights"] // 2

@@ -354,7 +354,7 @@ def plan_text(found: dict[str, Any]) -> str:
     else:
         names = [f"each of {found['workers']} workers"]
         if (each := found["gpus_per_column"]) > 1:
-            names = [f"{found['workers']} columns at once, each of {each} GPUs"]
+            names = [f"each of {each} GPUs a column, {found['workers']} at once"]
         lines = [
             f"{found['name']}: {found['teachers']} teachers, {found['cells']} cells, "
             f"{found['baselines']} baselines",
